@@ -1,0 +1,50 @@
+// Elman network (Elman 1990, "Finding structure in time"):  h' = f(x_0 + h_0),  f = tanh or relu.
+#pragma once
+#include "core/cell.h"
+
+namespace frnn {
+
+template <class F>
+struct Rnn {
+  static constexpr int kX = 1, kH = 1, kStates = 1, kSaved = 1, kD = 1;
+  static constexpr int kDx[kX] = {0}, kDh[kH] = {0};
+  static constexpr bool kUsesH = false;
+
+  template <class V>
+  FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>&, Pack<V, kStates>& s_new,
+                              Pack<V, kSaved>& saved) {
+    s_new[0] = saved[0] = F::f(V(x[0] + h[0]));
+  }
+  template <class V>
+  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>&, const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
+                               Pack<V, kStates>& ds) {
+    d[0] = ds_new[0] * F::df(saved[0]);
+    ds[0] = V{};
+  }
+};
+
+struct TanhFn {
+  template <class V>
+  FRNN_HD static V f(V a) {
+    return tanh(a);
+  }
+  template <class V>
+  FRNN_HD static V df(V y) {
+    return tanh_grad(y);
+  }
+};
+struct ReluFn {
+  template <class V>
+  FRNN_HD static V f(V a) {
+    return relu(a);
+  }
+  template <class V>
+  FRNN_HD static V df(V y) {
+    return relu_grad(y);
+  }
+};
+
+using RnnTanh = Rnn<TanhFn>;
+using RnnRelu = Rnn<ReluFn>;
+
+}  // namespace frnn

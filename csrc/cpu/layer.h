@@ -1,0 +1,356 @@
+// The CPU engine: one recurrent layer over a whole sequence, for any cell.
+//
+// Units are cut into panels of a few vectors; a thread owns a range of panels for the whole sequence, so its slice of the
+// weights stays in its own cache. Weights are packed per panel as [k][gate][unit]: a tile of a product holds all gates of
+// its units, and the gate math runs on it while it is in the first-level cache.
+//
+// Forward, per chunk of time steps: gates_x = x W_ih^T + b_ih for the thread's own units (no barrier), then per step
+// gates_h = h W_hh^T + b_hh, gate math, one barrier.
+// Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units. Then dX, dW and db of
+// the whole sequence as large products.
+#pragma once
+#include "core/cell.h"
+#include "cpu/gemm.h"
+#include "cpu/scratch.h"
+#include "cpu/threads.h"
+
+FRNN_BEGIN
+
+template <class C, class V>
+class Layer {
+ public:
+  static void Forward(const LayerParams& p);
+  static void Backward(const LayerGradParams& p);
+
+ private:
+  using T = typename Lanes<V>::T;
+  static constexpr int N = Lanes<V>::kSize;
+  static constexpr int kPanelVecs = C::kH <= 2 ? 2 : 1;
+  static constexpr int kUnits = kPanelVecs * N;       // units of a panel
+  static constexpr int kXVecs = C::kX * kPanelVecs;   // vectors of a tile of gates_x: [gate][panel vector]
+  static constexpr int kHVecs = C::kH * kPanelVecs;
+  static constexpr int kExtra = C::kStates - 1;
+  static constexpr int kTape = C::kSaved + kExtra;    // per unit and row: what the cell saved, then c_{t-1}
+  static constexpr int kTileWidth = kTileVecs<V> * N;
+  static constexpr int64_t kChunkRows = 128;          // rows of gates_x computed ahead
+  static constexpr int64_t kGradRows = 256;           // rows of a block of the dW products
+  static constexpr int64_t kMacsPerThread = 16384;    // less work per step than this pays no barrier
+  static constexpr Storage kOwn = StorageOf<T>::kValue;
+  static_assert(CheckCell<C>());
+  static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
+
+  static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
+  static int Threads(const LayerParams& p) {
+    int64_t n = p.B * C::kH * p.H * p.Hout / kMacsPerThread;
+    n = n < 1 ? 1 : n;
+    n = n < p.threads ? n : p.threads;
+    return int(n < Panels(p) ? n : Panels(p));
+  }
+  static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
+
+  // The rows of x, as the engine may read them: rows `stride` apart in the computing type, or to be staged first.
+  struct Input {
+    explicit Input(const LayerParams& p) {
+      const bool one_stride = p.ragged || p.B == 1 || p.T == 1 || p.x_t_stride == p.B * p.x_b_stride;
+      stride = !p.ragged && p.B == 1 ? p.x_t_stride : p.x_b_stride;
+      direct = one_stride && p.storage == kOwn;
+    }
+    static const void* Row(const LayerParams& p, int64_t t, int64_t b) {
+      return At(p.x, p.storage, p.ragged ? (p.offsets[t] + b) * p.x_b_stride : t * p.x_t_stride + b * p.x_b_stride);
+    }
+    int64_t stride;
+    bool direct;
+  };
+
+  // Walks the rows r = offsets[t] + b in order.
+  struct RowCursor {
+    RowCursor(const LayerParams& p, int64_t row) : p(p), t(0) {
+      if (!p.ragged) {
+        t = row / p.B;
+        b = row % p.B;
+      } else {
+        while (p.offsets[t + 1] <= row) t++;
+        b = row - p.offsets[t];
+      }
+    }
+    void Next() {
+      if (++b == p.batch_sizes[t]) {
+        b = 0;
+        t++;
+      }
+    }
+    const LayerParams& p;
+    int64_t t, b;
+  };
+
+  // Where h_{t-1} (h_{t+1} of a reversed direction) of row (t, b) lies in hs: row b holds h0, row B + r holds h of row r.
+  static int64_t PreviousRow(const LayerParams& p, int dir, int64_t t, int64_t b) {
+    if (dir == 0) return t == 0 ? b : p.B + p.offsets[t - 1] + b;
+    return t + 1 < p.T && b < p.batch_sizes[t + 1] ? p.B + p.offsets[t + 1] + b : b;
+  }
+  static T* Tape(const LayerParams& p, int dir, int64_t t, int64_t panel) {
+    T* base = static_cast<T*>(p.saved) + dir * p.rows * kTape * Padded(p.H);
+    return base + (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kTape * kUnits;
+  }
+
+  // w [gates * H, K] -> [k][gate][unit] for one panel.
+  static void PackGates(const void* w, Storage s, int gates, int64_t H, int64_t K, int64_t panel, T* dst) {
+    for (int q = 0; q < gates; q++)
+      for (int j = 0; j < kPanelVecs; j++) {
+        const int64_t unit = panel * kUnits + j * N;
+        PackTransposed<V>(At(w, s, q * H * K), s, unit, H, K, dst + (q * kPanelVecs + j) * N, gates * kUnits);
+      }
+  }
+  static void PackBias(const void* b, Storage s, int gates, int64_t H, int64_t panel, T* dst) {
+    for (int q = 0; q < gates; q++) {
+      const int64_t unit = panel * kUnits, n = H - unit < kUnits ? H - unit : kUnits;
+      if (b) LoadRow<T>(At(b, s, q * H + unit), s, dst + q * kUnits, n);
+      for (int64_t i = b ? n : 0; i < kUnits; i++) dst[q * kUnits + i] = 0;
+    }
+  }
+
+  struct StepRows {
+    int64_t n;             // rows of the step
+    const T* gates_x;      // [n, kX, units]
+    const T* gates_h;      // [n, kH, units]
+    const T* h;            // h_{t-1} of the panel, rows h_stride apart
+    T* h_new;              // rows h_stride apart (h_full, rows full_stride apart, with a projection)
+    int64_t h_stride, h_new_stride;
+    T* c;                  // [n, kExtra, units], replaced
+    T* tape;               // [n, kTape, units] or null
+    T* y;                  // rows y_stride apart, or null
+    int64_t y_stride;
+    int64_t units;         // valid units from the panel's first one on
+    Storage round;         // h is rounded to this
+  };
+  static void GateMath(const StepRows& s);
+  static void CopyState(const LayerParams& p, const void* src, int dir, int64_t first, int64_t last, T* dst, int64_t stride);
+};
+
+// The pointwise part of a step for one panel.
+template <class C, class V>
+void Layer<C, V>::GateMath(const StepRows& s) {
+  for (int64_t m = 0; m < s.n; m++) {
+    FRNN_UNROLL
+    for (int j = 0; j < kPanelVecs; j++) {
+      Pack<V, C::kX> x;
+      Pack<V, C::kH> h;
+      Pack<V, C::kStates> state, state_new;
+      Pack<V, C::kSaved> saved;
+      FRNN_UNROLL
+      for (int q = 0; q < C::kX; q++) x[q] = load<V>(s.gates_x + (m * kXVecs + q * kPanelVecs + j) * N);
+      FRNN_UNROLL
+      for (int q = 0; q < C::kH; q++) h[q] = load<V>(s.gates_h + (m * kHVecs + q * kPanelVecs + j) * N);
+      state[0] = C::kUsesH ? load<V>(s.h + m * s.h_stride + j * N) : V{};
+      T* c = s.c + m * kExtra * kUnits + j * N;
+      FRNN_UNROLL
+      for (int e = 0; e < kExtra; e++) state[1 + e] = load<V>(c + e * kUnits);
+
+      C::forward(x, h, state, state_new, saved);
+
+      const V h_new = RoundToStorage(state_new[0], s.round);
+      store<V>(s.h_new + m * s.h_new_stride + j * N, h_new);
+      if (s.y) {
+        const int64_t left = s.units - j * N;
+        if (left > 0) store_n<V>(s.y + m * s.y_stride + j * N, h_new, int(left < N ? left : N));
+      }
+      FRNN_UNROLL
+      for (int e = 0; e < kExtra; e++) store<V>(c + e * kUnits, state_new[1 + e]);
+      if (s.tape) {
+        T* tape = s.tape + m * kTape * kUnits + j * N;
+        FRNN_UNROLL
+        for (int q = 0; q < C::kSaved; q++) store<V>(tape + q * kUnits, saved[q]);
+        FRNN_UNROLL
+        for (int e = 0; e < kExtra; e++) store<V>(tape + (C::kSaved + e) * kUnits, state[1 + e]);
+      }
+    }
+  }
+}
+
+// dst[b][first .. last) = src[dir][b][first .. last) for all b, zero where src is null or past Hout.
+template <class C, class V>
+void Layer<C, V>::CopyState(const LayerParams& p, const void* src, int dir, int64_t first, int64_t last, T* dst, int64_t stride) {
+  const int64_t n = src == nullptr || first >= p.Hout ? 0 : (last < p.Hout ? last : p.Hout) - first;
+  for (int64_t b = 0; b < p.B; b++) {
+    if (n > 0) LoadRow<T>(At(src, p.storage, (dir * p.B + b) * p.Hout + first), p.storage, dst + b * stride + first, n);
+    for (int64_t u = first + n; u < last; u++) dst[b * stride + u] = 0;
+  }
+}
+
+template <class C, class V>
+void Layer<C, V>::Forward(const LayerParams& p) {
+  const int threads = Threads(p);
+  const bool projected = Projected(p);
+  const Input input(p);
+  const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
+  const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
+  const int64_t capacity = p.rows < kChunkRows ? p.rows : (p.B > kChunkRows ? p.B : kChunkRows);
+  const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout), full_stride = RowStride(p.H);
+  // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of finished rows beside it.
+  const bool in_place = p.hs != nullptr && !p.ragged;
+  const int64_t hs_stride = HsStride(p.H, p.Hout);
+  const bool direct_y = p.storage == kOwn && !projected;
+
+  struct Own {
+    T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
+  };
+  Own own[kMaxThreads];
+  T* h_buffer[2] = {nullptr, nullptr};
+  T* full_buffer = nullptr;
+  Scratch scratch;
+  scratch.Build([&](Scratch& s) {
+    for (int i = 0; i < threads; i++) {
+      own[i].w_ih = s.Take<T>(own_panels * p.I * C::kX * kUnits);
+      own[i].w_hh = s.Take<T>(own_panels * p.Hout * C::kH * kUnits);
+      own[i].b_ih = s.Take<T>(own_panels * C::kX * kUnits);
+      own[i].b_hh = s.Take<T>(C::kH * kUnits * own_panels);
+      own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
+      own[i].gates_x = s.Take<T>(own_panels * capacity * C::kX * kUnits);
+      own[i].gates_h = s.Take<T>(p.B * C::kH * kUnits);
+      own[i].c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
+      own[i].x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
+    }
+    if (!in_place)
+      for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
+    if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
+  });
+
+  RunTeam(threads, [&](Team& team) {
+    const Own& my = own[team.id];
+    const auto mine = team.Split(panels);            // panels
+    const auto columns = team.Split(hout_vecs);      // vectors of the projection's output
+    const int64_t first = projected ? columns.begin * N : mine.begin * kUnits;  // columns of h that this thread writes
+    const int64_t last = projected ? columns.end * N : mine.end * kUnits;
+    const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
+
+    for (int dir = 0; dir < p.dirs; dir++) {
+      const DirectionWeights& w = p.w[dir];
+      T* hs = p.hs ? static_cast<T*>(p.hs) + dir * (p.B + p.rows) * hs_stride : nullptr;
+      for (int64_t i = mine.begin; i < mine.end; i++) {
+        const int64_t at = i - mine.begin;
+        PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
+        PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i, my.w_hh + at * p.Hout * C::kH * kUnits);
+        PackBias(w.b_ih, p.storage, C::kX, p.H, i, my.b_ih + at * C::kX * kUnits);
+        PackBias(w.b_hh, p.storage, C::kH, p.H, i, my.b_hh + at * C::kH * kUnits);
+        T* c = my.c + at * p.B * kExtra * kUnits;
+        for (int64_t r = 0; r < p.B * kExtra; r++) {
+          const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
+          LoadRow<T>(At(p.c0, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage, c + r * kUnits, n);
+          for (int64_t u = n; u < kUnits; u++) c[r * kUnits + u] = 0;
+        }
+      }
+      if (projected)
+        ForColumnTiles<V>(columns.begin, columns.end, [&](int64_t v, auto nv) {
+          constexpr int NV = decltype(nv)::value;
+          for (int j = 0; j < NV; j++)
+            PackTransposed<V>(w.w_hr, p.storage, (v + j) * N, p.Hout, p.H, my.w_hr + (v - columns.begin) * N * p.H + j * N, NV * N);
+        });
+      // h0, its padding, and the padding that nobody writes later: the saved tensors hold no uninitialised value.
+      const int64_t last_padded = team.id + 1 == team.size ? h_stride : last;
+      if (hs) {
+        CopyState(p, p.h0, dir, first, last_padded, hs, hs_stride);
+        if (team.id + 1 == team.size) {
+          for (int64_t r = 0; r < p.rows; r++)
+            for (int64_t u = last; u < h_stride; u++) hs[(p.B + r) * hs_stride + u] = 0;
+          for (int64_t r = 0; r < p.B + p.rows && projected; r++)
+            for (int64_t u = r < p.B ? 0 : panels * kUnits; u < full_stride; u++) hs[r * hs_stride + h_stride + u] = 0;
+          T* tape = static_cast<T*>(p.saved) + dir * p.rows * kTape * Padded(p.H);
+          for (int64_t i = p.rows * kTape * panels * kUnits; i < p.rows * kTape * Padded(p.H); i++) tape[i] = 0;
+        }
+      }
+      if (!in_place)
+        for (T* buffer : h_buffer) CopyState(p, p.h0, dir, first, last_padded, buffer, h_stride);
+      team.Sync();
+
+      int64_t step = 0;
+      for (int64_t begin = 0, end = 0; step < p.T;) {
+        // The next chunk [begin, end) of time steps, in the direction's order.
+        if (dir == 0) {
+          begin = end;
+          end = begin + 1;
+          while (end < p.T && p.offsets[end + 1] - p.offsets[begin] <= capacity) end++;
+        } else {
+          end = step == 0 ? p.T : begin;
+          begin = end - 1;
+          while (begin > 0 && p.offsets[end] - p.offsets[begin - 1] <= capacity) begin--;
+        }
+        const int64_t chunk_row = p.offsets[begin], chunk = p.offsets[end] - chunk_row;
+        const T* x = static_cast<const T*>(Input::Row(p, begin, 0));
+        int64_t ldx = input.stride;
+        if (!input.direct) {
+          RowCursor cursor(p, chunk_row);
+          for (int64_t r = 0; r < chunk; r++, cursor.Next()) LoadRow<T>(Input::Row(p, cursor.t, cursor.b), p.storage, my.x + r * x_stride, p.I);
+          x = my.x;
+          ldx = x_stride;
+        }
+        for (int64_t i = 0; i < mine.end - mine.begin; i++) {
+          T* gates = my.gates_x + i * capacity * C::kX * kUnits;
+          for (int64_t r = 0; r < chunk; r++) memcpy(gates + r * C::kX * kUnits, my.b_ih + i * C::kX * kUnits, C::kX * kUnits * sizeof(T));
+          GemmRows<V, kXVecs>(chunk, x, ldx, my.w_ih + i * p.I * C::kX * kUnits, p.I, gates, C::kX * kUnits, true);
+        }
+
+        for (int64_t k = 0; k < end - begin; k++, step++) {
+          const int64_t t = dir == 0 ? begin + k : end - 1 - k;
+          const int64_t n = p.batch_sizes[t], row = p.offsets[t];
+          const int64_t ldh = in_place ? hs_stride : h_stride;
+          const T* h = in_place ? hs + PreviousRow(p, dir, t, 0) * hs_stride : h_buffer[step & 1];
+          T* h_new = in_place ? hs + (p.B + row) * hs_stride : h_buffer[(step + 1) & 1];
+          T* full = !projected ? nullptr : (hs ? hs + (p.B + row) * hs_stride + h_stride : full_buffer);
+          const int64_t ld_full = hs ? hs_stride : full_stride;
+          T* y = static_cast<T*>(At(p.y, p.storage, row * p.dirs * p.Hout + dir * p.Hout));
+
+          for (int64_t i = mine.begin; i < mine.end; i++) {
+            const int64_t at = i - mine.begin, unit = i * kUnits;
+            for (int64_t r = 0; r < n; r++) memcpy(my.gates_h + r * C::kH * kUnits, my.b_hh + at * C::kH * kUnits, C::kH * kUnits * sizeof(T));
+            GemmRows<V, kHVecs>(n, h, ldh, my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, my.gates_h, C::kH * kUnits, true);
+            StepRows s;
+            s.n = n;
+            s.gates_x = my.gates_x + (at * capacity + row - chunk_row) * C::kX * kUnits;
+            s.gates_h = my.gates_h;
+            s.h = h + unit;
+            s.h_stride = ldh;
+            s.h_new = projected ? full + unit : h_new + unit;
+            s.h_new_stride = projected ? ld_full : ldh;
+            s.c = my.c + at * p.B * kExtra * kUnits;
+            s.tape = p.saved ? Tape(p, dir, t, i) : nullptr;
+            s.y = direct_y ? y + unit : nullptr;
+            s.y_stride = p.dirs * p.Hout;
+            s.units = p.H - unit;
+            s.round = projected ? kOwn : p.storage;
+            GateMath(s);
+          }
+          if (projected) {
+            team.Sync();
+            ForColumnTiles<V>(columns.begin, columns.end, [&](int64_t v, auto nv) {
+              constexpr int NV = decltype(nv)::value;
+              T* out = h_new + v * N;
+              GemmRows<V, NV>(n, full, ld_full, my.w_hr + (v - columns.begin) * N * p.H, p.H, out, ldh, false);
+              for (int64_t r = 0; r < n && p.storage != kOwn; r++)
+                for (int j = 0; j < NV; j++) store<V>(out + r * ldh + j * N, RoundToStorage(load<V>(out + r * ldh + j * N), p.storage));
+            });
+          }
+          if (valid > 0) {
+            const int64_t done = dir == 0 ? (t + 1 < p.T ? p.batch_sizes[t + 1] : 0) : (t == 0 ? 0 : n);
+            for (int64_t r = 0; r < n; r++) {
+              const T* row_h = h_new + r * ldh + first;
+              if (!direct_y) StoreRow<T>(At(p.y, p.storage, ((row + r) * p.dirs + dir) * p.Hout + first), p.storage, row_h, valid);
+              if (hs && !in_place) memcpy(hs + (p.B + row + r) * hs_stride + first, row_h, (last - first) * sizeof(T));
+              if (r >= done) StoreRow<T>(At(p.h_n, p.storage, (dir * p.B + r) * p.Hout + first), p.storage, row_h, valid);
+            }
+          }
+          team.Sync();
+        }
+      }
+      for (int64_t i = mine.begin; i < mine.end; i++)
+        for (int64_t r = 0; r < p.B * kExtra; r++) {
+          const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
+          StoreRow<T>(At(p.c_n, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage,
+                      my.c + ((i - mine.begin) * p.B * kExtra + r) * kUnits, n);
+        }
+    }
+  });
+}
+
+FRNN_END
+
+#include "cpu/layer_grad.h"

@@ -1,0 +1,371 @@
+// The backward of cpu/layer.h, which includes this file.
+#pragma once
+#include "cpu/layer.h"
+
+FRNN_BEGIN
+
+// dw[gates * H, cols] = sum over rows r of d[r]^T b[r]: blocks of rows are packed on both sides and summed in order.
+// The team shares the packed right side; each thread owns rows of dw.
+template <class V>
+class WeightGrad {
+ public:
+  using T = typename Lanes<V>::T;
+  static constexpr int N = Lanes<V>::kSize;
+  static constexpr int kWidth = kTileVecs<V> * N, kRows = kTileRows<V>;
+
+  int64_t gates, H;    // rows of dw: gate q, unit u, at q * H + u
+  const int* column;   // gate q's gradients start at column[q] * gate_stride of d
+  int64_t gate_stride;
+  const T* d;          // [rows, ..], d_stride apart
+  int64_t d_stride;
+  int64_t rows, cols;
+  int64_t block;       // rows of a block
+  T *pack_a, *pack_b;  // this thread's; the team's
+  T* sum;              // [gates * H, cols] in the computing type where dw is stored in 16 bits
+  void* dw;
+  Storage storage;
+
+  static int64_t PackASize(int64_t own_rows, int64_t block) { return RoundUp(own_rows, kRows) * block; }
+  static int64_t PackBSize(int64_t cols, int64_t block) { return RoundUp(cols, kWidth) * block; }
+
+  // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width, into dst [n][kWidth].
+  template <class F>
+  void Run(Team& team, const F& load) const {
+    const bool own = storage == StorageOf<T>::kValue;
+    T* c = own ? static_cast<T*>(dw) : sum;
+    const int64_t tiles = (cols + kWidth - 1) / kWidth;
+    const auto my_tiles = team.Split(tiles);
+    const auto my_rows = team.Split(gates * H, kRows);
+    for (int64_t r0 = 0; r0 < rows; r0 += block) {
+      const int64_t n = rows - r0 < block ? rows - r0 : block;
+      for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
+        const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+        load(r0, n, col, width, pack_b + tile * kWidth * block);
+      }
+      PackLeft(my_rows, r0, n);
+      team.Sync();
+      for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t m = my_rows.begin; m < my_rows.end; m += kRows) {
+          const int mr = int(my_rows.end - m < kRows ? my_rows.end - m : kRows);
+          const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+          const T* a = pack_a + (m - my_rows.begin) * block;
+          const T* b = pack_b + tile * kWidth * block;
+          if (width == kWidth) {
+            GemmPacked<V>(mr, a, b, n, c + m * cols + col, cols, r0 > 0);
+          } else {
+            T edge[kRows * kWidth];
+            GemmPacked<V>(mr, a, b, n, edge, kWidth, false);
+            for (int i = 0; i < mr; i++)
+              for (int64_t j = 0; j < width; j++) {
+                T& out = c[(m + i) * cols + col + j];
+                out = r0 > 0 ? out + edge[i * kWidth + j] : edge[i * kWidth + j];
+              }
+          }
+        }
+      team.Sync();
+    }
+    if (!own)
+      for (int64_t m = my_rows.begin; m < my_rows.end; m++) StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
+  }
+
+ private:
+  // pack_a: [block of kRows gate rows][row][kRows]
+  void PackLeft(const Team::Range& range, int64_t r0, int64_t n) const {
+    for (int64_t m = range.begin; m < range.end; m += kRows) {
+      const int64_t count = range.end - m < kRows ? range.end - m : kRows;
+      T* dst = pack_a + (m - range.begin) * block;
+      int64_t at[kRows];
+      for (int i = 0; i < kRows; i++) {
+        const int64_t row = m + (i < count ? i : 0);
+        at[i] = column[row / H] * gate_stride + row % H;
+      }
+      const T* src = d + r0 * d_stride;
+      if (at[0] + kRows - 1 == at[kRows - 1] && count == kRows) {
+        for (int64_t r = 0; r < n; r++) memcpy(dst + r * kRows, src + r * d_stride + at[0], kRows * sizeof(T));
+      } else {
+        for (int64_t r = 0; r < n; r++)
+          for (int i = 0; i < kRows; i++) dst[r * kRows + i] = src[r * d_stride + at[i]];
+      }
+    }
+  }
+};
+
+// dst [n][width of a tile] from one row of memory, zero past n columns.
+template <class T>
+FRNN_INLINE void LoadTileRow(const void* row, Storage s, int64_t n, int64_t width, T* dst) {
+  LoadRow<T>(row, s, dst, n);
+  for (int64_t i = n; i < width; i++) dst[i] = 0;
+}
+
+template <class C, class V>
+void Layer<C, V>::Backward(const LayerGradParams& p) {
+  static constexpr int kIdentity[1] = {0};
+  const int threads = Threads(p);
+  const bool projected = Projected(p);
+  const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
+  const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
+  const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
+  const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H), hs_stride = HsStride(p.H, p.Hout);
+  const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
+  const int64_t x_tiles = (p.I + kTileWidth - 1) / kTileWidth;
+  const int64_t block = p.rows < kGradRows ? p.rows : kGradRows;
+  const int64_t x_rows = 96;  // rows of dX at a time
+  const bool narrow = p.storage != kOwn;
+  const int max_gates = C::kX > C::kH ? C::kX : C::kH;
+  const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
+  const int64_t grad_rows = max_gates * p.H;
+  const bool stage_dy = p.dy != nullptr && narrow;
+
+  struct Own {
+    T *w_hh, *w_hr, *dc, *dy, *db, *dx, *pack_a;
+  };
+  Own own[kMaxThreads];
+  T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr, *pack_b = nullptr, *sum = nullptr, *dx_sum = nullptr;
+  Scratch scratch;
+  scratch.Build([&](Scratch& s) {
+    for (int i = 0; i < threads; i++) {
+      own[i].w_hh = s.Take<T>(C::kH * p.H * own_columns);
+      own[i].w_hr = s.Take<T>(projected ? p.Hout * own_panels * kUnits : 0);
+      own[i].dc = s.Take<T>(own_panels * p.B * kExtra * kUnits);
+      own[i].dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
+      own[i].db = s.Take<T>(own_panels * C::kD * kUnits);
+      own[i].dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
+      own[i].pack_a = s.Take<T>(WeightGrad<V>::PackASize((grad_rows + threads - 1) / threads + kTileRows<V>, block));
+    }
+    d = s.Take<T>(p.rows * d_stride);
+    dh = s.Take<T>(p.B * h_stride);
+    dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
+    dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
+    w_ih = s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0);
+    pack_b = s.Take<T>(WeightGrad<V>::PackBSize(widest, block));
+    sum = s.Take<T>(narrow ? grad_rows * widest : 0);
+    dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
+  });
+
+  RunTeam(threads, [&](Team& team) {
+    const Own& my = own[team.id];
+    const auto mine = team.Split(panels);
+    const auto columns = team.Split(hout_vecs);
+    // Columns of dh that this thread sums, in vectors and in units.
+    const int64_t first_vec = projected ? columns.begin : mine.begin * kPanelVecs, last_vec = projected ? columns.end : mine.end * kPanelVecs;
+    const int64_t first = first_vec * N, last = last_vec * N;
+    const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
+
+    for (int dir = 0; dir < p.dirs; dir++) {
+      const DirectionWeights& w = p.w[dir];
+      const DirectionGrads& dw = p.dw[dir];
+      const T* hs = static_cast<const T*>(p.hs) + dir * (p.B + p.rows) * hs_stride;
+
+      // W_hh as the right operand of dh = d W_hh: per gate [H][own columns].
+      ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
+        constexpr int NV = decltype(nv)::value;
+        T* dst = my.w_hh + (v - first_vec) * N * C::kH * p.H;
+        if (v * N < p.Hout) PackColumns<T>(w.w_hh, p.storage, C::kH * p.H, p.Hout, v * N, NV * N, dst);
+      });
+      if (projected)
+        ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
+          constexpr int NV = decltype(nv)::value;
+          T* dst = my.w_hr + (v - mine.begin * kPanelVecs) * N * p.Hout;
+          if (v * N < p.H) PackColumns<T>(w.w_hr, p.storage, p.Hout, p.H, v * N, NV * N, dst);
+        });
+      for (int64_t i = 0; i < (mine.end - mine.begin) * C::kD * kUnits; i++) my.db[i] = 0;
+      for (int64_t i = mine.begin; i < mine.end; i++)
+        for (int64_t r = 0; r < p.B * kExtra; r++) {
+          const int64_t unit = i * kUnits, n = p.dc_n == nullptr ? 0 : (p.H - unit < kUnits ? p.H - unit : kUnits);
+          T* dc = my.dc + ((i - mine.begin) * p.B * kExtra + r) * kUnits;
+          if (n > 0) LoadRow<T>(At(p.dc_n, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage, dc, n);
+          for (int64_t u = n; u < kUnits; u++) dc[u] = 0;
+        }
+      CopyState(p, p.dh_n, dir, first, last, dh, h_stride);
+
+      for (int64_t step = 0; step < p.T; step++) {
+        const int64_t t = dir == 0 ? p.T - 1 - step : step;
+        const int64_t n = p.batch_sizes[t], row = p.offsets[t];
+        // dy of this step: rows dy_stride apart from this thread's first column on.
+        const T* dy = nullptr;
+        int64_t dy_stride = 0;
+        if (p.dy && valid > 0) {
+          const auto source = [&](int64_t b) {
+            const int64_t at = p.ragged ? (row + b) * p.dy_b_stride : t * p.dy_t_stride + b * p.dy_b_stride;
+            return At(p.dy, p.storage, at + dir * p.Hout + first);
+          };
+          dy = static_cast<const T*>(source(0));
+          dy_stride = p.dy_b_stride;
+          if (stage_dy) {
+            for (int64_t b = 0; b < n; b++) LoadRow<T>(source(b), p.storage, my.dy + b * own_columns, valid);
+            dy = my.dy;
+            dy_stride = own_columns;
+          }
+        }
+
+        if (projected) {
+          for (int64_t b = 0; b < n; b++) {
+            T* out = dh_seq + (row + b) * h_stride + first;
+            const T* in = dh + b * h_stride + first;
+            for (int64_t u = 0; u < valid; u++) out[u] = in[u] + (dy ? dy[b * dy_stride + u] : T(0));
+          }
+          team.Sync();
+          ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
+            constexpr int NV = decltype(nv)::value;
+            GemmRows<V, NV>(n, dh_seq + row * h_stride, h_stride, my.w_hr + (v - mine.begin * kPanelVecs) * N * p.Hout, p.Hout,
+                            dh_full + v * N, full_stride, false);
+          });
+        }
+
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+          const int64_t unit = i * kUnits;
+          const T* tape = Tape(p, dir, t, i);
+          T* db = my.db + (i - mine.begin) * C::kD * kUnits;
+          T* dc_panel = my.dc + (i - mine.begin) * p.B * kExtra * kUnits;
+          FRNN_UNROLL
+          for (int j = 0; j < kPanelVecs; j++) {
+            const int64_t left = p.H - unit - j * N;
+            const int lanes = int(left < 0 ? 0 : (left < N ? left : N));
+            V bias[C::kD];
+            FRNN_UNROLL
+            for (int q = 0; q < C::kD; q++) bias[q] = V{};
+            for (int64_t b = 0; b < n; b++) {
+              Pack<V, C::kSaved> saved;
+              Pack<V, C::kStates> state, dstate_new, dstate;
+              Pack<V, C::kD> grad;
+              const T* tape_b = tape + b * kTape * kUnits + j * N;
+              FRNN_UNROLL
+              for (int q = 0; q < C::kSaved; q++) saved[q] = load<V>(tape_b + q * kUnits);
+              T* dh_b = dh + b * h_stride + unit + j * N;
+              if (projected) {
+                dstate_new[0] = load<V>(dh_full + b * full_stride + unit + j * N);
+              } else {
+                dstate_new[0] = load<V>(dh_b);
+                if (dy) dstate_new[0] += load_n<V>(dy + b * dy_stride + unit - first + j * N, lanes);
+              }
+              state[0] = C::kUsesH ? load<V>(hs + PreviousRow(p, dir, t, b) * hs_stride + unit + j * N) : V{};
+              T* dc = dc_panel + b * kExtra * kUnits + j * N;
+              FRNN_UNROLL
+              for (int e = 0; e < kExtra; e++) {
+                state[1 + e] = load<V>(tape_b + (C::kSaved + e) * kUnits);
+                dstate_new[1 + e] = load<V>(dc + e * kUnits);
+              }
+
+              C::backward(saved, state, dstate_new, grad, dstate);
+
+              T* d_b = d + (row + b) * d_stride + unit + j * N;
+              FRNN_UNROLL
+              for (int q = 0; q < C::kD; q++) {
+                store<V>(d_b + q * gate_stride, grad[q]);
+                bias[q] += grad[q];
+              }
+              if (!projected) store<V>(dh_b, dstate[0]);
+              FRNN_UNROLL
+              for (int e = 0; e < kExtra; e++) store<V>(dc + e * kUnits, dstate[1 + e]);
+            }
+            FRNN_UNROLL
+            for (int q = 0; q < C::kD; q++) store<V>(db + q * kUnits + j * N, load<V>(db + q * kUnits + j * N) + bias[q]);
+          }
+        }
+        team.Sync();
+        if (step + 1 < p.T || p.dh0)
+          ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
+            constexpr int NV = decltype(nv)::value;
+            if (v * N >= p.Hout) return;
+            const T* weights = my.w_hh + (v - first_vec) * N * C::kH * p.H;
+            for (int q = 0; q < C::kH; q++)
+              GemmRows<V, NV>(n, d + row * d_stride + C::kDh[q] * gate_stride, d_stride, weights + q * p.H * NV * N, p.H, dh + v * N,
+                              h_stride, q > 0 || !projected);
+          });
+      }
+      team.Sync();
+
+      for (int64_t b = 0; b < p.B; b++) {
+        if (p.dh0 && valid > 0) StoreRow<T>(At(p.dh0, p.storage, (dir * p.B + b) * p.Hout + first), p.storage, dh + b * h_stride + first, valid);
+      }
+      for (int64_t i = mine.begin; i < mine.end; i++) {
+        const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
+        const T* db = my.db + (i - mine.begin) * C::kD * kUnits;
+        for (int q = 0; q < C::kX && dw.b_ih; q++) StoreRow<T>(At(dw.b_ih, p.storage, q * p.H + unit), p.storage, db + C::kDx[q] * kUnits, n);
+        for (int q = 0; q < C::kH && dw.b_hh; q++) StoreRow<T>(At(dw.b_hh, p.storage, q * p.H + unit), p.storage, db + C::kDh[q] * kUnits, n);
+        for (int64_t r = 0; r < p.B * kExtra && p.dc0; r++)
+          StoreRow<T>(At(p.dc0, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage,
+                      my.dc + ((i - mine.begin) * p.B * kExtra + r) * kUnits, n);
+      }
+
+      if (p.dx) {
+        // dX = d W_ih, the packed weights shared, rows split over the team.
+        const auto my_tiles = team.Split(x_tiles);
+        for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
+          PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth, w_ih + tile * kTileWidth * C::kX * p.H);
+        team.Sync();
+        const auto my_rows = team.Split(p.rows, kTileRows<V>);
+        for (int64_t r0 = my_rows.begin; r0 < my_rows.end; r0 += x_rows) {
+          const int64_t n = my_rows.end - r0 < x_rows ? my_rows.end - r0 : x_rows;
+          for (int64_t tile = 0; tile < x_tiles; tile++) {
+            const int64_t col = tile * kTileWidth, width = p.I - col < kTileWidth ? p.I - col : kTileWidth;
+            for (int q = 0; q < C::kX; q++)
+              GemmRows<V, kTileVecs<V>>(n, d + r0 * d_stride + C::kDx[q] * gate_stride, d_stride,
+                                        w_ih + (tile * C::kX + q) * kTileWidth * p.H, p.H, my.dx, kTileWidth, q > 0);
+            for (int64_t r = 0; r < n; r++) {
+              T* out = my.dx + r * kTileWidth;
+              const int64_t at = (r0 + r) * p.I + col;
+              T* total = narrow ? dx_sum : static_cast<T*>(p.dx);
+              if (dir == 1)
+                for (int64_t i = 0; i < width; i++) out[i] += total[at + i];
+              if (narrow && dir + 1 < p.dirs)
+                memcpy(dx_sum + at, out, width * sizeof(T));
+              else
+                StoreRow<T>(At(p.dx, p.storage, at), p.storage, out, width);
+            }
+          }
+        }
+      }
+
+      WeightGrad<V> grad;
+      grad.H = p.H;
+      grad.gate_stride = gate_stride;
+      grad.d = d;
+      grad.d_stride = d_stride;
+      grad.rows = p.rows;
+      grad.block = block;
+      grad.pack_a = my.pack_a;
+      grad.pack_b = pack_b;
+      grad.sum = sum;
+      grad.storage = p.storage;
+      if (dw.w_ih) {
+        grad.gates = C::kX;
+        grad.column = C::kDx;
+        grad.cols = p.I;
+        grad.dw = dw.w_ih;
+        grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+          RowCursor cursor(p, r0);
+          for (int64_t r = 0; r < n; r++, cursor.Next())
+            LoadTileRow<T>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage, width, kTileWidth, dst + r * kTileWidth);
+        });
+      }
+      if (dw.w_hh) {
+        grad.gates = C::kH;
+        grad.column = C::kDh;
+        grad.cols = p.Hout;
+        grad.dw = dw.w_hh;
+        grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+          RowCursor cursor(p, r0);
+          for (int64_t r = 0; r < n; r++, cursor.Next())
+            LoadTileRow<T>(hs + PreviousRow(p, dir, cursor.t, cursor.b) * hs_stride + col, kOwn, width, kTileWidth, dst + r * kTileWidth);
+        });
+      }
+      if (dw.w_hr) {
+        grad.gates = 1;
+        grad.H = p.Hout;
+        grad.column = kIdentity;
+        grad.d = dh_seq;
+        grad.d_stride = h_stride;
+        grad.cols = p.H;
+        grad.dw = dw.w_hr;
+        grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+          for (int64_t r = 0; r < n; r++)
+            LoadTileRow<T>(hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width, kTileWidth, dst + r * kTileWidth);
+        });
+      }
+      team.Sync();
+    }
+  });
+}
+
+FRNN_END

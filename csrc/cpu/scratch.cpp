@@ -1,0 +1,71 @@
+#include "cpu/scratch.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace frnn {
+namespace {
+
+constexpr size_t kHuge = size_t(2) << 20;
+constexpr size_t kKept = size_t(256) << 20;  // bytes kept at most while no call runs
+
+struct Block {
+  void* address;
+  size_t bytes;
+};
+// Never destroyed: calls may still run while the process exits.
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> free;
+  size_t kept = 0;
+};
+Pool& pool() {
+  static Pool* p = new Pool;
+  return *p;
+}
+
+}  // namespace
+
+void* AcquireScratch(size_t bytes, size_t* capacity) {
+  // try_lock: in a forked child the lock may be held by a thread that does not exist there.
+  std::unique_lock<std::mutex> lock(pool().mutex, std::try_to_lock);
+  if (lock.owns_lock()) {
+    auto& free = pool().free;
+    size_t best = free.size();
+    for (size_t i = 0; i < free.size(); i++)
+      if (free[i].bytes >= bytes && (best == free.size() || free[i].bytes < free[best].bytes)) best = i;
+    if (best < free.size()) {
+      const Block block = free[best];
+      free.erase(free.begin() + best);
+      pool().kept -= block.bytes;
+      *capacity = block.bytes;
+      return block.address;
+    }
+  }
+  *capacity = (bytes + kHuge - 1) / kHuge * kHuge;
+  void* address = nullptr;
+  if (*capacity == 0) *capacity = kHuge;
+  if (posix_memalign(&address, kHuge, *capacity) != 0) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  madvise(address, *capacity, MADV_HUGEPAGE);
+#endif
+  return address;
+}
+
+void ReleaseScratch(void* block, size_t capacity) {
+  {
+    std::unique_lock<std::mutex> lock(pool().mutex, std::try_to_lock);
+    if (lock.owns_lock() && pool().kept + capacity <= kKept) {
+      pool().free.push_back({block, capacity});
+      pool().kept += capacity;
+      return;
+    }
+  }
+  free(block);
+}
+
+}  // namespace frnn

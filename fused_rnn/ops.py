@@ -1,0 +1,326 @@
+"""The native operators: schemas, fakes, autograd, vmap. The only file that names ``torch.ops``.
+
+``layer`` runs one layer (one or two directions) over a sequence, ``cell`` one pointwise step. Each has a twin without
+autograd (``.._infer``, which saves nothing) and a backward that is an operator too, with a formula of its own, so that
+derivatives of every order exist. What the backward needs is an input or an output of the forward; nothing hides on ctx.
+
+The CPU kernels are registered by the native library (``csrc/ops/cpu.cpp``) when ``build`` loads it, at first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import build, reference
+from .reference import Weights
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WEIGHT_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+_N_WEIGHTS = 2 * len(_WEIGHT_NAMES)
+
+_WEIGHT_SCHEMA = (
+    "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? w_ih_r, Tensor? w_hh_r, Tensor? b_ih_r, Tensor? b_hh_r, Tensor? w_hr_r"
+)
+_LAYER_ARGS = f"Tensor x, Tensor h0, Tensor? c0, {_WEIGHT_SCHEMA}, Tensor? batch_sizes"
+_CELL_ARGS = "Tensor gx, Tensor gh, Tensor h, Tensor? c"
+
+# x [T, B, I] or packed rows [R, I] with batch_sizes [T]; h0 [D, B, P]; c0 [D, B, C]; weights as in reference.Weights, the
+# second five for the reversed direction. hs and saved belong to the backward; their layout is the engine's own.
+_SCHEMAS = {
+    "layer": f"(str cell, {_LAYER_ARGS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor hs, Tensor saved)",
+    "layer_infer": f"(str cell, {_LAYER_ARGS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
+    # Bit i of `needs`: gradient i is wanted; the others come back empty.
+    "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, Tensor hs, Tensor saved, "
+    f"int needs) -> ({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
+    # gx = x W_ih^T + b_ih [B, G*H]; gh = h W_hh^T + b_hh [B, G*H]; h [B, H]; c [B, C]
+    "cell": f"(str cell, {_CELL_ARGS}) -> (Tensor h_new, Tensor c_new, Tensor saved)",
+    "cell_infer": f"(str cell, {_CELL_ARGS}) -> (Tensor h_new, Tensor c_new)",
+    "cell_backward": f"(str cell, Tensor? dh_new, Tensor? dc_new, {_CELL_ARGS}, Tensor saved) "
+    "-> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)",
+}
+
+_library = torch.library.Library("fused_rnn", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+_ops = torch.ops.fused_rnn
+
+
+# ---- what the package calls ----
+
+
+@torch.compiler.assume_constant_result
+def _native() -> bool:
+    return build.backend() == "native"
+
+
+def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the native kernels take these tensors: one floating dtype, dense, on the CPU (or meta).
+
+    The first call builds or loads the library.
+    """
+    dtype, device = None, None
+    for t in tensors:
+        if t is None:
+            continue
+        if dtype is None:
+            dtype, device = t.dtype, t.device.type
+        if t.dtype != dtype or t.device.type != device or t.layout != torch.strided:
+            return False
+    return dtype in _DTYPES and device in ("cpu", "meta") and _native()
+
+
+def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The contract of ``reference.layer`` on the native kernels."""
+    reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
+    tensors = (x, h0, c0, *weights[0], *reverse)
+    if _wants_grad(tensors):
+        y, h_n, c_n, _, _ = _ops.layer.default(cell, *tensors, batch_sizes)
+    else:
+        y, h_n, c_n = _ops.layer_infer.default(cell, *tensors, batch_sizes)
+    return y, h_n, None if c0 is None else c_n
+
+
+def cell(cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The contract of ``reference.cell`` on the native kernels."""
+    if _wants_grad((gx, gh, h, c)):
+        h_new, c_new, _ = _ops.cell.default(cell, gx, gh, h, c)
+    else:
+        h_new, c_new = _ops.cell_infer.default(cell, gx, gh, h, c)
+    return h_new, None if c is None else c_new
+
+
+# ---- shapes (fakes) ----
+
+
+@lru_cache
+def _facts(cell: str) -> tuple[int, int]:
+    """(saved values per unit, extra states) of a cell."""
+    library = build.library()
+    name = cell.encode()
+    saved, extra = (library.frnn_cell_fact(name, i) for i in range(2))
+    if saved < 0:
+        raise RuntimeError(f"cell: unknown cell {cell!r}")
+    return saved, extra
+
+
+@lru_cache
+def _saved_strides(hidden: int, width: int) -> tuple[int, int]:
+    """(padded units, row of hs)."""
+    stride = build.library().frnn_saved_stride
+    stride.restype = ctypes.c_int64
+    stride.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
+    return stride(hidden, width, 0), stride(hidden, width, 1)
+
+
+def _computing(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _layer_infer_fake(
+    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    directions, batch, width = h0.shape
+    c_width = 0 if c0 is None else c0.shape[2]
+    y = x.new_empty((*x.shape[:-1], directions * width))
+    return y, x.new_empty(h0.shape), x.new_empty((directions, batch, c_width))
+
+
+def _layer_fake(
+    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    saved, extra = _facts(cell)
+    directions, batch, width = h0.shape
+    w_hr = rest[_WEIGHT_NAMES.index("w_hr")]
+    hidden = width if w_hr is None else w_hr.shape[1]
+    rows = x.shape[0] if rest[-1] is not None else x.shape[0] * batch
+    units, hs_row = _saved_strides(int(hidden), int(width))
+    dtype = _computing(x.dtype)
+    return (
+        *_layer_infer_fake(cell, x, h0, c0),
+        x.new_empty((directions, batch + rows, hs_row), dtype=dtype),
+        x.new_empty((directions, rows, saved + extra, units), dtype=dtype),
+    )
+
+
+def _layer_backward_fake(cell: str, dy: Any, dh_n: Any, dc_n: Any, *rest: Any) -> tuple[Tensor, ...]:
+    *tensors, _batch_sizes, _hs, _saved, needs = rest
+    x = tensors[0]
+    return tuple(
+        x.new_empty(0) if t is None or not needs >> i & 1 else t.new_empty(t.shape) for i, t in enumerate(tensors)
+    )
+
+
+def _cell_infer_fake(cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty((h.shape[0], 0 if c is None else c.shape[1]))
+
+
+def _cell_fake(cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    saved, _ = _facts(cell)
+    buffer = h.new_empty((h.shape[0], saved * h.shape[1]), dtype=_computing(h.dtype))
+    return (*_cell_infer_fake(cell, gx, gh, h, c), buffer)
+
+
+def _cell_backward_fake(
+    cell: str, dh_new: Any, dc_new: Any, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None, saved: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (gx, gh)) + _cell_infer_fake(cell, gx, gh, h, c)
+
+
+# ---- first derivatives ----
+
+
+def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cell, *tensors = inputs
+    ctx.cell = cell
+    ctx.set_materialize_grads(False)  # an unused h_n costs no zeros
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(*tensors, *output[3:])
+
+
+def _layer_grad(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple[Any, ...]:
+    needed = ctx.needs_input_grad[1:-1]
+    if all(g is None for g in (dy, dh_n, dc_n)):
+        return (None,) * (len(needed) + 2)
+    needs = sum(1 << i for i, need in enumerate(needed) if need)
+    grads = _ops.layer_backward.default(ctx.cell, dy, dh_n, dc_n, *ctx.saved_tensors, needs)
+    return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)), None)
+
+
+def _cell_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cell, *tensors = inputs
+    ctx.cell = cell
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _cell_grad(ctx: Any, dh_new: Tensor | None, dc_new: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if dh_new is None and dc_new is None:
+        return (None,) * 5
+    grads = _ops.cell_backward.default(ctx.cell, dh_new, dc_new, *ctx.saved_tensors)
+    return (None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:], strict=True)))
+
+
+# ---- second derivatives: the first ones again, through the differentiable reference ----
+
+
+def _vjp_grads(
+    forward: Callable[..., Sequence[Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the map (cotangents, tensors) -> vjp(forward)(tensors) restricted to the `wanted` tensors."""
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: a tensor that is passed twice (tied weights) must count once in each place.
+        fresh = [None if t is None else (t if t.requires_grad else t.detach().requires_grad_()) for t in tensors]
+        inputs = [None if t is None else t.view_as(t) for t in fresh]
+        duals = [None if g is None else g.view_as(g) for g in cotangents]
+        outputs = forward(*inputs)
+        pairs = [(o, g) for o, g in zip(outputs, duals, strict=True) if o is not None and g is not None]
+        targets = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+        first = torch.autograd.grad(
+            [o for o, _ in pairs], targets, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+        ggs = [g for g, want in zip(grad_outputs, wanted, strict=True) if want]
+        terms = [(f, g) for f, g in zip(first, ggs, strict=True) if f is not None and g is not None and f.requires_grad]
+        sources = [t for t in (*duals, *inputs) if t is not None and t.requires_grad]
+        if not terms:
+            return (None,) * (len(duals) + len(inputs))
+        second = torch.autograd.grad(
+            [f for f, _ in terms], sources, [g for _, g in terms], create_graph=higher, allow_unused=True
+        )
+    found = {id(t): g for t, g in zip(sources, second, strict=True)}
+    return tuple(None if t is None else found.get(id(t)) for t in (*duals, *inputs))
+
+
+def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cell, *tensors, _hs, _saved, needs = inputs
+    ctx.cell, ctx.needs = cell, needs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _layer_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
+    dy, dh_n, dc_n, *tensors, batch_sizes = ctx.saved_tensors
+
+    def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        half = len(_WEIGHT_NAMES)
+        directions = [weights[:half], weights[half:]][: h0.shape[0]]
+        return reference.layer(ctx.cell, x, h0, c0, directions, batch_sizes)
+
+    wanted = [bool(ctx.needs >> i & 1) for i in range(len(tensors))]
+    grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, ggs)
+    return (None, *grads, None, None, None, None)
+
+
+def _cell_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cell, *tensors, _saved = inputs
+    ctx.cell = cell
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _cell_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
+    dh_new, dc_new, *tensors = ctx.saved_tensors
+    wanted = [t is not None for t in tensors]
+    grads = _vjp_grads(
+        lambda *inputs: reference.cell(ctx.cell, *inputs), tensors, (dh_new, dc_new), wanted, ggs
+    )
+    return (None, *grads, None)
+
+
+# ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its products; this is for
+# what reaches the operators otherwise, such as a vectorised Jacobian over the backward of an ordinary forward. ----
+
+
+def _vmap_by_slices(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        slices = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+_FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "layer": _layer_fake,
+    "layer_infer": _layer_infer_fake,
+    "layer_backward": _layer_backward_fake,
+    "cell": _cell_fake,
+    "cell_infer": _cell_infer_fake,
+    "cell_backward": _cell_backward_fake,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"fused_rnn::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"fused_rnn::{_name}", _vmap_by_slices(getattr(_ops, _name).default), lib=_library)
+for _name, _grad, _setup in (
+    ("layer", _layer_grad, _layer_setup),
+    ("layer_backward", _layer_backward_grad, _layer_backward_setup),
+    ("cell", _cell_grad, _cell_setup),
+    ("cell_backward", _cell_backward_grad, _cell_backward_setup),
+):
+    torch.library.register_autograd(f"fused_rnn::{_name}", _grad, setup_context=_setup, lib=_library)
