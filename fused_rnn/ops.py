@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.library
 from torch import Tensor
 
 from . import build, reference
@@ -55,9 +56,8 @@ _ops = torch.ops.fused_rnn
 # ---- what the package calls ----
 
 
-@torch.compiler.assume_constant_result
-def _native() -> bool:
-    return build.backend() == "native"
+# Dynamo asks once and keeps the answer: it must not trace into a build.
+_backend = torch.compiler.assume_constant_result(build.backend)
 
 
 def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
@@ -73,7 +73,7 @@ def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
             dtype, device = t.dtype, t.device.type
         if t.dtype != dtype or t.device.type != device or t.layout != torch.strided:
             return False
-    return dtype in _DTYPES and device in ("cpu", "meta") and _native()
+    return dtype in _DTYPES and device in ("cpu", "meta") and _backend() == "native"
 
 
 def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:

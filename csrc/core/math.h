@@ -3,14 +3,18 @@
 // Largest error seen over a dense sweep (tests/test_math.py): exp 1, tanh 2, sigmoid 3 ulp, in float and in double.
 // inf and NaN behave as in libm: exp(-inf) = 0, sigmoid(-inf) = 0, tanh(+-inf) = +-1, NaN stays NaN.
 #pragma once
+#include <limits>
+
 #include "core/vec.h"
 
 namespace frnn {
 
+// The sign bit of every lane.
 template <class V>
-FRNN_HD V abs(V x) {
-  return x < 0 ? -x : x;
+FRNN_HD typename Lanes<V>::I sign_bits(V x) {
+  return bit_cast<typename Lanes<V>::I>(x) & std::numeric_limits<typename Lanes<V>::Int>::min();
 }
+
 // NaN in x stays NaN: the comparison is false.
 template <class V>
 FRNN_HD V clamp(V x, typename Lanes<V>::T lo, typename Lanes<V>::T hi) {
@@ -26,7 +30,6 @@ template <>
 struct ExpConstants<float> {
   static constexpr float kLo = -87.336544f, kHi = 88.722839f, kRound = 12582912.0f;
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-  using Int = int32_t;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kP[] = {0.499999934256f, 0.166665203368f, 0.04166839212f, 0.00836875088853f, 0.00138144755195f};
 };
@@ -34,7 +37,6 @@ template <>
 struct ExpConstants<double> {
   static constexpr double kLo = -708.39641853226408, kHi = 709.78271289338397, kRound = 6755399441055744.0;
   static constexpr double kLog2e = 1.4426950408889634074, kLn2Hi = 0.693147180369123816490, kLn2Lo = 1.90821492927058770002e-10;
-  using Int = int64_t;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kP[] = {0.50000000000000000441,   0.1666666666666668349,    0.04166666666666609176,   0.0083333333333169803769,
                                   0.0013888888889116431275, 0.00019841269896519699497, 0.000024801586925622791954, 2.7557234723813174451e-6,
@@ -62,7 +64,7 @@ FRNN_HD V exp_in_range(V x) {
   r = r - n * K::kLn2Lo;
   const V p = (r * r) * horner(r, K::kP) + r + T(1);
   // 2^n as 2^(n-1) * 2, since n reaches kBias + 1.
-  const I exponent = bit_cast<I>(shifted) - bit_cast<typename K::Int>(K::kRound) + (K::kBias - 1);
+  const I exponent = bit_cast<I>(shifted) - bit_cast<typename Lanes<V>::Int>(K::kRound) + (K::kBias - 1);
   return p * bit_cast<V>(I(exponent << K::kMantissa)) * T(2);
 }
 
@@ -98,12 +100,14 @@ FRNN_HD V tanh_small(V u, T) {
 template <class V>
 FRNN_HD V tanh(V x) {
   using T = typename Lanes<V>::T;
-  const V a = abs(x);
-  const V u = x * x;
-  const V small = x + x * (u * tanh_small(u, T()));
+  const auto sign = sign_bits(x);
+  const V a = bit_cast<V>(bit_cast<typename Lanes<V>::I>(x) ^ sign);
+  const V u = a * a;
+  const V small = a + a * (u * tanh_small(u, T()));
   const V a2 = a + a;
   const V large = T(1) - T(2) / (exp_in_range(a2 > splat<V>(40) ? splat<V>(40) : a2) + T(1));
-  return a < splat<V>(T(0.625)) ? small : (x < 0 ? -large : large);
+  const V y = a < splat<V>(T(0.625)) ? small : large;
+  return bit_cast<V>(bit_cast<typename Lanes<V>::I>(y) | sign);
 }
 
 template <class V>

@@ -16,23 +16,26 @@ struct VecType {
 template <class T, int N>
 using Vec = typename VecType<T, N>::type;
 
-// Lanes<V>: element type T, lane count kSize, and the integer vector I of the same shape (what comparisons give).
+// Lanes<V>: element type T, lane count kSize, integer Int of the size of T, and the vector I of them (what comparisons give).
 template <class V>
 struct Lanes {
   using T = std::remove_reference_t<decltype(V{}[0])>;
   static constexpr int kSize = sizeof(V) / sizeof(T);
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   using I = decltype(V{} < V{});
 };
 template <>
 struct Lanes<float> {
   using T = float;
   static constexpr int kSize = 1;
+  using Int = int32_t;
   using I = int32_t;
 };
 template <>
 struct Lanes<double> {
   using T = double;
   static constexpr int kSize = 1;
+  using Int = int64_t;
   using I = int64_t;
 };
 

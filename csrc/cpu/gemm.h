@@ -22,13 +22,21 @@ constexpr int kTileVecs = sizeof(V) == 64 ? 4 : 2;
 template <class V>
 constexpr int kTileRows = TileRows<V>(kTileVecs<V>);
 
+// One or two rows are summed in several chains, to hide the latency of the multiply-add. How many must not depend on nv up
+// to kTileVecs: columns are cut into tiles by the number of threads, and results must not.
+template <class V>
+constexpr int Chains(int rows, int nv) {
+  const int fits = (kRegisters<V> - 2) / (rows * (nv > kTileVecs<V> ? nv : kTileVecs<V>));
+  const int wanted = rows == 1 ? 4 : (rows == 2 ? 2 : 1);
+  return fits >= wanted ? wanted : (fits >= 2 && wanted >= 2 ? 2 : 1);
+}
+
 // c[m][v] (+)= sum_k a[m * a_m + k * a_k] * w[k][v], m < MR, v < NV. kPackedA: a_m = 1, else a_k = 1.
 template <class V, int MR, int NV, bool kPackedA>
 FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride, const typename Lanes<V>::T* w, int64_t K,
                                         typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   constexpr int N = Lanes<V>::kSize;
-  // Small tiles sum in several chains, to hide the latency of the multiply-add.
-  constexpr int kChains = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
+  constexpr int kChains = Chains<V>(MR, NV);
   V acc[kChains][MR][NV];
   FRNN_UNROLL
   for (int u = 0; u < kChains; u++) {

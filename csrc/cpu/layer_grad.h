@@ -109,7 +109,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
   const int64_t x_tiles = (p.I + kTileWidth - 1) / kTileWidth;
   const int64_t block = p.rows < kGradRows ? p.rows : kGradRows;
-  const int64_t x_rows = 96;  // rows of dX at a time
+  const int64_t x_rows = p.rows < 768 ? 48 : 96;  // rows of dX at a time, whole blocks of them to a thread
   const bool narrow = p.storage != kOwn;
   const int max_gates = C::kX > C::kH ? C::kX : C::kH;
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
@@ -294,7 +294,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
           PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth, w_ih + tile * kTileWidth * C::kX * p.H);
         team.Sync();
-        const auto my_rows = team.Split(p.rows, kTileRows<V>);
+        const auto my_rows = team.Split(p.rows, x_rows);
         for (int64_t r0 = my_rows.begin; r0 < my_rows.end; r0 += x_rows) {
           const int64_t n = my_rows.end - r0 < x_rows ? my_rows.end - r0 : x_rows;
           for (int64_t tile = 0; tile < x_tiles; tile++) {

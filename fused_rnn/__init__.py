@@ -1,0 +1,38 @@
+"""Drop-in replacements for torch.nn's RNN, LSTM, GRU and their cells, on fused kernels.
+
+rnn = fused_rnn.GRU(64, 128, num_layers=2)  # arguments, parameters, results of torch.nn.GRU
+model = fused_rnn.replace(model)            # or swap torch.nn's in a model that exists
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import build
+
+build.check_torch_version()
+
+from .convert import Finding, replace, restore, survey  # noqa: E402
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
+
+__version__ = build.VERSION
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Finding",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "backend_info",
+    "replace",
+    "restore",
+    "survey",
+]
+
+
+def backend_info() -> dict[str, Any]:
+    """Which backend does the work, and why. Loads the native library, and builds it if need be."""
+    build.backend()
+    return build.info()

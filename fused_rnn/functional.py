@@ -1,0 +1,282 @@
+"""Pure functions behind the modules: a stack of recurrent layers, and one step of a cell.
+
+Three engines can do the work, and this file is where one of them is chosen:
+
+=================  ==============================================================================
+``ops``            the native kernels: everything they support
+``reference``      plain torch: ``torch.func`` transforms, forward mode, no compiler, all unusual
+torch's operators  ``torch.jit.trace`` and ONNX export (which want one known node), complex numbers,
+                   and devices that have kernels of their own
+=================  ==============================================================================
+
+All of them give the results of torch.nn. Tensors are time-first here; layout is the modules' work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+from torch.autograd import forward_ad
+
+from . import ops, reference
+from .reference import CELLS, Weights
+
+_TORCH_STACK: dict[str, Any] = {
+    "rnn_tanh": _VF.rnn_tanh,
+    "rnn_relu": _VF.rnn_relu,
+    "lstm": _VF.lstm,
+    "gru": _VF.gru,
+}
+_TORCH_CELL: dict[str, Any] = {
+    "rnn_tanh": _VF.rnn_tanh_cell,
+    "rnn_relu": _VF.rnn_relu_cell,
+    "lstm": _VF.lstm_cell,
+    "gru": _VF.gru_cell,
+}
+
+
+# --- The choice of an engine ---------------------------------------------------------------------
+
+
+def _wants_torch_operator(x: Tensor) -> bool:
+    if x.is_complex() or x.device.type not in ("cpu", "meta"):
+        return True
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def _transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward mode is under way, which no kernel knows."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+
+
+def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+    """``ops`` or ``reference``: two modules with the same functions ``layer`` and ``cell``."""
+    if not _transformed() and ops.supports(cell, [x, *states, *weights]):
+        return ops
+    # Plain torch would broadcast and promote where torch.nn refuses.
+    for kind, operands in (("hidden", states), ("parameter", weights)):
+        for operand in operands:
+            if operand.device != x.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at "
+                    f"{x.device} and {kind} tensor at {operand.device}"
+                )
+    for operand in (x, *states, *weights):
+        if operand.dtype != weights[0].dtype:
+            raise RuntimeError(
+                "mat1 and mat2 must have the same dtype, but got "
+                f"{_type_name(operand)} and {_type_name(weights[0])}"
+            )
+    return reference
+
+
+def _type_name(tensor: Tensor) -> str:
+    """The name that torch's own messages use, such as Float or BFloat16."""
+    return tensor.type().rpartition(".")[2].removesuffix("Tensor")
+
+
+# --- Autocast ------------------------------------------------------------------------------------
+
+
+def _autocast_dtype(
+    x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+) -> torch.dtype | None:
+    """The dtype autocast asks for, or None: switched off, or double, which it never casts."""
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return None
+    if any(t.dtype == torch.float64 for t in (x, *states, *weights)):
+        return None
+    return torch.get_autocast_dtype("cpu")
+
+
+def _autocast_results(
+    cell: str, low: torch.dtype, h: Tensor, c: Tensor | None, *, projected: bool, fused: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of h and c that torch.nn returns under autocast to ``low``.
+
+    Products come out in ``low``; a state that is mixed in elementwise promotes the result to its
+    own dtype, and a projection is one more product. ``fused``: torch.nn hands a padded LSTM without
+    projection to oneDNN, which stays in ``low``.
+    """
+    if c is None:
+        h_dtype = torch.promote_types(low, h.dtype) if CELLS[cell].mixes_h else low
+        return h_dtype, h_dtype
+    if fused and not projected:
+        return low, low
+    c_dtype = torch.promote_types(low, c.dtype)
+    return low if projected else c_dtype, c_dtype
+
+
+# --- A stack of layers ---------------------------------------------------------------------------
+
+
+def recurrent(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int,
+    bidirectional: bool,
+    has_biases: bool,
+    dropout: float = 0.0,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run L layers of D directions over a whole sequence.
+
+    Args:
+        cell: one of ``reference.CELLS``.
+        x: [T, B, I], or the rows [R, I] of a PackedSequence with its ``batch_sizes``.
+        h0: [L*D, B, P], layer-major.
+        c0: [L*D, B, C], or None for a cell without elementwise states.
+        weights: flat, in the order of torch.nn: for each layer and direction weight_ih, weight_hh,
+            with ``has_biases`` bias_ih and bias_hh, and weight_hr where h is projected.
+        dropout: probability of zeroing an output of any layer but the last; 0 when not training.
+
+    Returns:
+        y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0.
+    """
+    if _wants_torch_operator(x):
+        # cuDNN refuses states with strides of their own.
+        hx = h0.contiguous() if c0 is None else (h0.contiguous(), c0.contiguous())
+        config = (has_biases, num_layers, dropout, dropout > 0, bool(bidirectional))
+        if batch_sizes is None:
+            result = _TORCH_STACK[cell](x, hx, list(weights), *config, False)
+        else:
+            result = _TORCH_STACK[cell](x, batch_sizes, hx, list(weights), *config)
+        return result if c0 is not None else (*result, None)
+
+    if x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    directions = 2 if bidirectional else 1
+    shape = (num_layers, directions, has_biases)
+    states = (h0,) if c0 is None else (h0, c0)
+    low = _autocast_dtype(x, states, weights)
+    if low is None:
+        return _stack(cell, x, states, weights, shape, dropout, batch_sizes)
+
+    # Weights come in pairs, but for weight_hr.
+    projected = len(weights) // (num_layers * directions) % 2 == 1
+    h_dtype, c_dtype = _autocast_results(
+        cell, low, h0, c0, projected=projected, fused=batch_sizes is None
+    )
+    wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
+    with torch.autocast("cpu", enabled=False):
+        y, h_n, c_n = _stack(
+            cell,
+            x.to(wide),
+            [s.to(wide) for s in states],
+            [w.to(wide) for w in weights],
+            shape,
+            dropout,
+            batch_sizes,
+        )
+        return y.to(h_dtype), h_n.to(h_dtype), None if c_n is None else c_n.to(c_dtype)
+
+
+def _stack(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    shape: tuple[int, int, bool],
+    dropout: float,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, has_biases)."""
+    engine = _engine(cell, x, states, weights)
+    layers, directions, has_biases = shape
+    per_run = len(weights) // (layers * directions)
+    runs = [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
+    if layers == 1:
+        return engine.layer(
+            cell, x, states[0], states[1] if len(states) > 1 else None, runs, batch_sizes
+        )
+
+    h0s = states[0].split(directions)
+    c0s = states[1].split(directions) if len(states) > 1 else [None] * layers
+    h_n, c_n = [], []
+    for i in range(layers):
+        if i > 0 and dropout > 0:
+            x = F.dropout(x, dropout, training=True)
+        x, h, c = engine.layer(
+            cell, x, h0s[i], c0s[i], runs[i * directions : (i + 1) * directions], batch_sizes
+        )
+        h_n.append(h)
+        c_n.append(c)
+    return x, torch.cat(h_n), torch.cat(c_n) if len(states) > 1 else None
+
+
+def _named(weights: Sequence[Tensor], has_biases: bool) -> Weights:
+    """Name the weights of one run, with None for those that are not there."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if has_biases else (None, None)
+    w_hr = rest[-1] if len(rest) % 2 == 1 else None
+    return w_ih, w_hh, b_ih, b_hh, w_hr
+
+
+# --- One step of a cell --------------------------------------------------------------------------
+
+
+def step(
+    cell: str,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step for x [B, I], h [B, H] and c [B, C] or None; returns the new h and c."""
+    states = (h,) if c is None else (h, c)
+    _check_step(x, states, w_ih, w_hh)
+    if _wants_torch_operator(x):
+        result = _TORCH_CELL[cell](x, h if c is None else states, w_ih, w_hh, b_ih, b_hh)
+        return (result, None) if c is None else result
+
+    weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+    low = _autocast_dtype(x, states, weights)
+    if low is None:
+        return _step(cell, x, states, weights)
+    h_dtype, c_dtype = _autocast_results(cell, low, h, c, projected=False, fused=False)
+    with torch.autocast("cpu", enabled=False):
+        h_new, c_new = _step(
+            cell, x.to(h_dtype), [s.to(h_dtype) for s in states], [w.to(h_dtype) for w in weights]
+        )
+        return h_new, None if c_new is None else c_new.to(c_dtype)
+
+
+def _step(
+    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    w_ih, w_hh, b_ih, b_hh, _ = _named(weights, len(weights) > 2)
+    engine = _engine(cell, x, states, weights)
+    gx, gh = F.linear(x, w_ih, b_ih), F.linear(states[0], w_hh, b_hh)
+    if gx.numel() == 0:  # nothing for a kernel to do
+        engine = reference
+    return engine.cell(cell, gx, gh, states[0], states[1] if len(states) > 1 else None)
+
+
+def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:
+    if x.shape[1] != w_ih.shape[1]:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {x.shape[1]} expected {w_ih.shape[1]}"
+        )
+    for i, state in enumerate(states):
+        if state.shape[0] != x.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}"
+            )
+        if state.shape[1] != w_hh.shape[1]:
+            raise RuntimeError(
+                f"hidden{i} has inconsistent hidden_size: got {state.shape[1]}, "
+                f"expected {w_hh.shape[1]}"
+            )

@@ -1,0 +1,576 @@
+"""RNN, LSTM, GRU and their cells, to be used wherever torch.nn's are.
+
+The classes take the arguments of torch.nn's, draw the same parameters from one seed, read and write
+the same ``state_dict`` and return the same results. They derive from ``nn.RNNBase`` and
+``nn.RNNCellBase``, which hold parameters and checks, but not from ``nn.RNN``, ``nn.LSTM`` and
+``nn.GRU``: ``torch.compile`` refuses every instance of those. So ``isinstance(module, nn.LSTM)`` is
+False.
+
+Sizes in the docstrings: T steps, B sequences, I = ``input_size``, H = ``hidden_size``,
+L = ``num_layers``, D = 2 if ``bidirectional`` else 1, P = ``proj_size`` or H. With an unbatched
+input, B is missing everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+class _TorchShaped(nn.Module):
+    """A class of ours: which class of torch.nn it stands for, and how users write hidden states.
+
+    Inside, states are h (which goes through W_hh) and c (which does not, or None). Outside, all
+    classes but the LSTMs have h alone.
+    """
+
+    torch_class: ClassVar[type[nn.Module]]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead: torch.nn's module, sharing all we have."""
+        if "torch_class" not in vars(type(self)):
+            return self  # a user's subclass, whose forward is not ours to replace
+        twin = self.torch_class.__new__(self.torch_class)
+        twin.__dict__.update(self.__dict__)
+        if isinstance(twin, nn.RNNBase):
+            twin._init_flat_weights()  # its own list, of the weights as they are now
+        return twin
+
+    def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor | None]:
+        return hx, None
+
+    def _join_hidden(self, h: Tensor, c: Tensor | None) -> Any:
+        return h
+
+
+class _HiddenPair(_TorchShaped):
+    """The LSTMs' form: a pair (h, c)."""
+
+    _operator: ClassVar[str]  # the name in error messages
+
+    def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(hx, Tensor):
+            raise TypeError(
+                f"{self._operator}(): argument 'hx' must be tuple of Tensors, not Tensor"
+            )
+        if len(hx) != 2:
+            raise RuntimeError(f"{self._operator} expects two hidden states")
+        return hx[0], hx[1]
+
+    def _join_hidden(self, h: Tensor, c: Tensor | None) -> Any:
+        return h, c
+
+
+_RANKS = {2: "unbatched 2-D", 3: "batched 3-D"}
+
+
+class _Recurrent(_TorchShaped, nn.RNNBase):
+    """What RNN, LSTM and GRU share: from a user's call to ``functional.recurrent`` and back."""
+
+    _wrong_input: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
+
+    def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
+        runs = self.num_layers * (2 if self.bidirectional else 1)
+        return torch.zeros(
+            runs, batch, self.proj_size or self.hidden_size, dtype=x.dtype, device=x.device
+        )
+
+    def _check_hidden_dim(self, hx: Any, dim: int) -> None:
+        if hx.dim() != dim:
+            raise RuntimeError(
+                f"For {_RANKS[dim]} input, hx should also be {dim}-D but got {hx.dim()}-D tensor"
+            )
+
+    def _weight(self, index: int) -> Tensor:
+        """The weight that the attribute of this name is now, whatever it was at construction.
+
+        Parametrizations, ``functional_call``, and people who assign a plain tensor all change the
+        attribute. One that was deleted is taken from where it was last seen, as in torch.nn.
+        """
+        name = self._flat_weights_names[index]
+        weight = self._parameters.get(name)  # the usual case, much faster than getattr
+        if weight is not None:
+            return weight
+        last_seen: Any = self._flat_weights[index]
+        return getattr(self, name, last_seen)
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        weight_dtype = self._weight(0).dtype
+        if input.dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_dtype}). "
+                f"Convert input: input.to({weight_dtype}), "
+                f"or convert model: model.to({input.dtype})"
+            )
+        expected_dim = 3 if batch_sizes is None else 2
+        if input.dim() != expected_dim:
+            raise RuntimeError(f"input must have {expected_dim} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _run(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+        h0, c0 = self._split_hidden(hx)
+        y, h_n, c_n = functional.recurrent(
+            self.mode.lower(),
+            x,
+            h0,
+            c0,
+            [self._weight(i) for i in range(len(self._flat_weights_names))],
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            has_biases=self.bias,
+            dropout=self.dropout if self.training else 0.0,
+            batch_sizes=batch_sizes,
+        )
+        return y, self._join_hidden(h_n, c_n)
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        """Return the outputs of the last layer and the last states; the class says which shapes."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        dim = input.dim()
+        if dim not in _RANKS:
+            raise ValueError(self._wrong_input.format(self.mode, dim))
+        batch_dim = 0 if self.batch_first else 1
+        if hx is not None:
+            self._check_hidden_dim(hx, dim)
+        if dim == 2:
+            input = input.unsqueeze(batch_dim)
+            if hx is not None:
+                h, c = self._split_hidden(hx)
+                hx = self._join_hidden(h.unsqueeze(1), None if c is None else c.unsqueeze(1))
+        if hx is None:
+            hx = self._zero_hidden(input, input.size(batch_dim))
+        self.check_forward_args(input, hx, None)
+        hx = self.permute_hidden(hx, None)
+        y, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
+        if self.batch_first:
+            y = y.transpose(0, 1)
+        if dim == 2:
+            h, c = self._split_hidden(hx)
+            y, hx = (
+                y.squeeze(batch_dim),
+                self._join_hidden(h.squeeze(1), None if c is None else c.squeeze(1)),
+            )
+        return y, self.permute_hidden(hx, None)
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        rows, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            hx = self._zero_hidden(rows, batch_sizes[0])
+            self.check_forward_args(rows, hx, batch_sizes)
+        else:  # in the user's order, the kernels see sequences from the longest to the shortest
+            self.check_forward_args(rows, hx, batch_sizes)
+            hx = self.permute_hidden(hx, sorted_indices)
+        y, hx = self._run(rows, hx, batch_sizes)
+        packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(hx, unsorted_indices)
+
+
+def _refuse_projection(proj_size: object) -> None:
+    if proj_size is not None:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+class RNN(_Recurrent):
+    r"""A stack of Elman networks (Elman 1990, "Finding structure in time") over whole sequences.
+
+    .. math::
+        h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}),
+        \qquad f = \tanh \text{ or } \mathrm{relu}
+
+    Args:
+        input_size: features I of an input step.
+        hidden_size: units H of a layer and direction.
+        num_layers: layers L; each reads the outputs of the one below.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        bias: whether b_ih and b_hh exist.
+        batch_first: whether input and output are [B, T, features]; states never are.
+        dropout: probability of zeroing an output of any layer but the last, while training.
+        bidirectional: add a direction that runs from the last step to the first.
+        device, dtype: of the parameters.
+        proj_size: refused, as in torch.nn: only LSTM has projections.
+
+    Call ``module(input, hx=None)``:
+        * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
+        * hx [L*D, B, H], zeros if None.
+
+    Returns ``(output, h_n)``:
+        * output [T, B, D*H], laid out like input, or a PackedSequence; forward units come first;
+        * h_n [L*D, B, H], layer-major.
+
+    Raises:
+        TypeError, ValueError: constructor arguments out of range; input of another rank or dtype.
+        RuntimeError: sizes, device or dtype of input and hx that do not fit; T = 0.
+    """
+
+    torch_class = nn.RNN
+    _wrong_input = "RNN: Expected input to be 2D or 3D, got {1}D tensor instead"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        proj_size: None = None,
+    ) -> None:
+        _refuse_projection(proj_size)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class LSTM(_HiddenPair, _Recurrent):
+    r"""A stack of long short-term memories over whole sequences.
+
+    Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000 and, if
+    ``proj_size`` is given, the projection of Sak, Senior & Beaufays 2014 (arXiv:1402.1128).
+
+    .. math::
+        i, f, o &= \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \\
+        g &= \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \\
+        c_t &= f \odot c_{t-1} + i \odot g \\
+        h_t &= o \odot \tanh(c_t), \qquad \text{then } h_t = W_{hr} h_t \text{ if projected}
+
+    The rows of every weight hold the gates in the order i, f, g, o.
+
+    Args:
+        input_size: features I of an input step.
+        hidden_size: units H of a layer and direction.
+        num_layers: layers L; each reads the outputs of the one below.
+        bias: whether b_ih and b_hh exist.
+        batch_first: whether input and output are [B, T, features]; states never are.
+        dropout: probability of zeroing an output of any layer but the last, while training.
+        bidirectional: add a direction that runs from the last step to the first.
+        proj_size: width P < H that h is projected to; 0 for none.
+        device, dtype: of the parameters.
+
+    Call ``module(input, hx=None)``:
+        * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
+        * hx a pair (h_0 [L*D, B, P], c_0 [L*D, B, H]), zeros if None.
+
+    Returns ``(output, (h_n, c_n))``:
+        * output [T, B, D*P], laid out like input, or a PackedSequence; forward units come first;
+        * h_n [L*D, B, P] and c_n [L*D, B, H], layer-major.
+
+    Raises:
+        TypeError, ValueError: constructor arguments out of range; input of another rank or dtype;
+            hx not a pair.
+        RuntimeError: sizes, device or dtype of input and hx that do not fit; T = 0.
+    """
+
+    torch_class = nn.LSTM
+    _operator = "lstm"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
+        h = super()._zero_hidden(x, batch)
+        return h, torch.zeros(
+            h.size(0), h.size(1), self.hidden_size, dtype=x.dtype, device=x.device
+        )
+
+    def _check_hidden_dim(self, hx: Any, dim: int) -> None:
+        h, c = self._split_hidden(hx)
+        if h.dim() != dim or c.dim() != dim:
+            raise RuntimeError(
+                f"For {_RANKS[dim]} input, hx and cx should also be {dim}-D "
+                f"but got ({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+
+    # The three below are nn.LSTM's, to be called and overridden: same names, arguments, messages.
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return layers, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        self.check_input(input, batch_sizes)
+        h, c = self._split_hidden(hidden)
+        expected_h = self.get_expected_hidden_size(input, batch_sizes)
+        self.check_hidden_size(h, expected_h, "Expected hidden[0] size {}, got {}")
+        expected_c = self.get_expected_cell_size(input, batch_sizes)
+        self.check_hidden_size(c, expected_c, "Expected hidden[1] size {}, got {}")
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        if permutation is None:
+            return hx
+        h, c = hx
+        return h.index_select(1, permutation), c.index_select(1, permutation)
+
+
+class GRU(_Recurrent):
+    r"""A stack of gated recurrent units over whole sequences.
+
+    Cho et al. 2014 (arXiv:1406.1078), with the reset gate applied after the product, as in
+    torch.nn and cuDNN.
+
+    .. math::
+        r, z &= \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \\
+        n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    The rows of every weight hold the gates in the order r, z, n.
+
+    Args:
+        input_size: features I of an input step.
+        hidden_size: units H of a layer and direction.
+        num_layers: layers L; each reads the outputs of the one below.
+        bias: whether b_ih and b_hh exist.
+        batch_first: whether input and output are [B, T, features]; states never are.
+        dropout: probability of zeroing an output of any layer but the last, while training.
+        bidirectional: add a direction that runs from the last step to the first.
+        device, dtype: of the parameters.
+        proj_size: refused, as in torch.nn: only LSTM has projections.
+
+    Call ``module(input, hx=None)``:
+        * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
+        * hx [L*D, B, H], zeros if None.
+
+    Returns ``(output, h_n)``:
+        * output [T, B, D*H], laid out like input, or a PackedSequence; forward units come first;
+        * h_n [L*D, B, H], layer-major.
+
+    Raises:
+        TypeError, ValueError: constructor arguments out of range; input of another rank or dtype.
+        RuntimeError: sizes, device or dtype of input and hx that do not fit; T = 0.
+    """
+
+    torch_class = nn.GRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        proj_size: None = None,
+    ) -> None:
+        _refuse_projection(proj_size)
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class _Cell(_TorchShaped, nn.RNNCellBase):
+    """What the cells share: from a user's call to ``functional.step`` and back."""
+
+    _hidden_name: ClassVar[str] = "hidden"
+
+    def _cell(self) -> str:
+        raise NotImplementedError
+
+    def _zero_hidden(self, x: Tensor) -> Any:
+        return torch.zeros(x.size(0), self.hidden_size, dtype=x.dtype, device=x.device)
+
+    def _check_dim(self, tensor: Tensor, what: str) -> int:
+        dim = tensor.dim()
+        if dim not in (1, 2):
+            raise ValueError(
+                f"{self.torch_class.__name__}: Expected {what} to be 1D or 2D, got {dim}D instead"
+            )
+        return dim
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Return the next state; the class says which shapes."""
+        batched = self._check_dim(input, "input") == 2
+        x = input if batched else input.unsqueeze(0)
+        h, c = self._split_hidden(self._zero_hidden(x) if hx is None else hx)
+        if hx is not None:
+            self._check_dim(h, self._hidden_name.format(0))
+            if c is not None:
+                self._check_dim(c, self._hidden_name.format(1))
+            if not batched:
+                h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+        h, c = functional.step(
+            self._cell(), x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+        if not batched:
+            h, c = h.squeeze(0), None if c is None else c.squeeze(0)
+        return self._join_hidden(h, c)
+
+
+class RNNCell(_Cell):
+    r"""One step of an Elman network; equation and source as in ``RNN``.
+
+    Args:
+        input_size: features I.
+        hidden_size: units H.
+        bias: whether b_ih and b_hh exist.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+        device, dtype: of the parameters.
+
+    Call ``cell(input, hx=None)`` with input [B, I] or [I] and hx [B, H] or [H], zeros if None;
+    returns the next h, like hx.
+
+    Raises:
+        ValueError: input or hx of another rank.
+        RuntimeError: sizes, device or dtype that do not fit; an unknown nonlinearity, at the call.
+    """
+
+    torch_class = nn.RNNCell
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def _cell(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"rnn_{self.nonlinearity}"
+
+
+class LSTMCell(_HiddenPair, _Cell):
+    r"""One step of a long short-term memory; equations, sources and gate order as in ``LSTM``.
+
+    Args:
+        input_size: features I.
+        hidden_size: units H.
+        bias: whether b_ih and b_hh exist.
+        device, dtype: of the parameters.
+
+    Call ``cell(input, hx=None)`` with input [B, I] or [I] and hx a pair (h, c), both [B, H] or [H],
+    zeros if None; returns the next pair (h, c).
+
+    Raises:
+        TypeError, ValueError: hx not a pair; input, h or c of another rank.
+        RuntimeError: sizes, device or dtype that do not fit.
+    """
+
+    torch_class = nn.LSTMCell
+    _operator = "lstm_cell"
+    _hidden_name = "hx[{}]"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def _cell(self) -> str:
+        return "lstm"
+
+    def _zero_hidden(self, x: Tensor) -> Any:
+        zeros = super()._zero_hidden(x)
+        return zeros, zeros
+
+
+class GRUCell(_Cell):
+    r"""One step of a gated recurrent unit; equations, source and gate order as in ``GRU``.
+
+    Args:
+        input_size: features I.
+        hidden_size: units H.
+        bias: whether b_ih and b_hh exist.
+        device, dtype: of the parameters.
+
+    Call ``cell(input, hx=None)`` with input [B, I] or [I] and hx [B, H] or [H], zeros if None;
+    returns the next h, like hx.
+
+    Raises:
+        ValueError: input or hx of another rank.
+        RuntimeError: sizes, device or dtype that do not fit.
+    """
+
+    torch_class = nn.GRUCell
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def _cell(self) -> str:
+        return "gru"

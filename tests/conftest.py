@@ -1,0 +1,38 @@
+"""Fresh random numbers in every run, and the seed to have them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("FUSED_RNN_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+REPEAT = f"FUSED_RNN_TEST_SEED={SEED} repeats the random inputs"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    backend = os.environ.get("FUSED_RNN_BACKEND") or "auto"
+    return f"fused_rnn: backend {backend}, torch {torch.__version__}, {REPEAT}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", REPEAT))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the session's seed, so it repeats alone as it ran among the others."""
+    torch.manual_seed(SEED)
+    return SEED

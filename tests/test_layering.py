@@ -1,0 +1,95 @@
+"""Who never imports whom: the rules that keep engines free of cells and Python free of kernels."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sources(folder: str, *suffixes: str) -> list[Path]:
+    found = [p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
+    assert found, f"no sources in {folder}"
+    return found
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(), re.M)
+
+
+def imports(path: Path) -> set[str]:
+    """First names of absolute imports and modules of relative ones (as ".name")."""
+    text = path.read_text()
+    found = set(re.findall(r"^\s*import (\w+)", text, re.M)) | set(
+        re.findall(r"^\s*from (\w+)[\w.]* import", text, re.M)
+    )
+    found |= {"." + m for m in re.findall(r"^\s*from \.(\w+) import", text, re.M)}
+    for names in re.findall(r"^\s*from \. import (.+)$", text, re.M):
+        found |= {"." + name.split(" as ")[0].strip() for name in names.strip("()").split(",")}
+    return found
+
+
+def cell_names() -> list[str]:
+    return re.findall(r"^CELL\((\w+)", (ROOT / "csrc/cells/registry.def").read_text(), re.M)
+
+
+@pytest.mark.parametrize(
+    "folder, allowed", [("csrc/core", ("core/",)), ("csrc/cells", ("core/cell.h",))]
+)
+def test_core_and_cells_stand_alone(folder: str, allowed: tuple[str, ...]) -> None:
+    for path in sources(folder, ".h"):
+        for name in includes(path):
+            own = "/" in name
+            assert not own or name.startswith(allowed), f"{path.name} includes {name}"
+
+
+def test_engine_knows_no_cell_and_no_torch() -> None:
+    for path in sources("csrc/cpu", ".h", ".cpp"):
+        for name in includes(path):
+            assert (
+                not name.startswith(("torch", "ATen", "c10", "cells/", "ops/", "cuda"))
+                or name == "cells/registry.def"
+            ), f"{path.name} includes {name}"
+        words = set(re.findall(r"\w+", path.read_text().lower()))
+        assert not words & {*cell_names(), "lstm", "gru", "elman"}, f"{path.name} names a cell"
+
+
+def test_binding_sees_no_kernel() -> None:
+    for path in sources("csrc/ops", ".cpp"):
+        own = {
+            name
+            for name in includes(path)
+            if name.split("/")[0] in ("core", "cpu", "cells", "cuda")
+        }
+        assert own == {"core/params.h"}, path.name
+    assert not any("torch/extension.h" in includes(p) for p in sources("csrc", ".h", ".cpp"))
+
+
+PYTHON_LAYERS = {
+    "reference": set(),
+    "ops": {".build", ".reference"},
+    "functional": {".ops", ".reference"},
+    "modules": {".functional"},
+}
+
+
+@pytest.mark.parametrize("module", PYTHON_LAYERS)
+def test_python_layers(module: str) -> None:
+    own = {name for name in imports(ROOT / f"fused_rnn/{module}.py") if name.startswith(".")}
+    assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
+
+
+def test_torch_ops_are_named_once() -> None:
+    for path in sources("fused_rnn", ".py"):
+        if path.name not in ("ops.py", "build.py"):
+            assert "torch.ops" not in path.read_text(), path.name
+
+
+def test_package_imports_no_tests_or_peers() -> None:
+    for path in sources("fused_rnn", ".py"):
+        assert not imports(path) & {"tests", "benchmarks", "examples", "onnxruntime", "openvino"}, (
+            path.name
+        )

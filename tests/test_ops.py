@@ -1,0 +1,388 @@
+"""The native operators by themselves: schema, fake, autograd and tracing (opcheck), agreement with the float64 reference for
+every engine stage, derivatives of second order, the instruction sets, and refusal of bad arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_rnn import build, ops, reference
+
+pytestmark = pytest.mark.skipif(build.backend() != "native", reason="tests of the native library")
+
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("x", "h0", "c0") + tuple(
+    f"{name}{suffix}" for suffix in ("", "_r") for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    cell: str
+    T: int = 5
+    B: int = 3
+    I: int = 4  # noqa: E741
+    H: int = 6
+    D: int = 1
+    P: int = 0
+    bias: bool = True
+    ragged: bool = False
+    batch_first: bool = False
+    dtype: torch.dtype = torch.float64
+
+    def __str__(self) -> str:
+        flags = "".join(f"-{f}" for f in ("bias", "ragged", "batch_first") if getattr(self, f))
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.cell}-T{self.T}B{self.B}I{self.I}H{self.H}D{self.D}P{self.P}{flags}-{kind}"
+
+    def arguments(self) -> tuple[list[Tensor | None], Tensor | None]:
+        """(x, h0, c0, ten weights) with unit-scale entries, and batch_sizes."""
+        width, gates = self.P or self.H, GATES[self.cell]
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, dtype=torch.float64) * scale).to(self.dtype)
+
+        batch_sizes = None
+        if self.ragged:
+            lengths = [self.T] + torch.randint(1, self.T + 1, (self.B - 1,)).tolist()
+            batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(self.T)])
+            x = draw(int(batch_sizes.sum()), self.I)
+        elif self.batch_first:
+            x = draw(self.B, self.T, self.I).transpose(0, 1)
+        else:
+            x = draw(self.T, self.B, self.I)
+        c0 = draw(self.D, self.B, self.H) if self.cell == "lstm" else None
+        weights: list[Tensor | None] = []
+        for direction in range(2):
+            shapes: list[tuple[int, ...] | None] = [(gates * self.H, self.I), (gates * self.H, width)]
+            shapes += [(gates * self.H,)] * 2 if self.bias else [None, None]
+            shapes += [(self.P, self.H) if self.P else None]
+            weights += [
+                None if s is None or direction >= self.D else draw(*s, scale=self.H**-0.5) for s in shapes
+            ]
+        return [x, draw(self.D, self.B, width), c0, *weights], batch_sizes
+
+
+def run(fn: Any, case: Case, tensors: list[Tensor | None], batch_sizes: Tensor | None) -> tuple[Any, ...]:
+    x, h0, c0, *weights = tensors
+    return fn(case.cell, x, h0, c0, [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)], batch_sizes)
+
+
+def leaves(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+
+
+def results(fn: Any, case: Case, arguments: tuple[Any, Any], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Outputs and gradients by name, for random cotangents of unit scale."""
+    tensors, batch_sizes = leaves(arguments[0], dtype), arguments[1]
+    outputs = run(fn, case, tensors, batch_sizes)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [
+        (o, torch.randn(o.shape, dtype=torch.float64, generator=generator).to(case.dtype).to(dtype))
+        for o in outputs
+        if o is not None
+    ]
+    torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+    found = {n: o.detach() for n, o in zip(("y", "h_n", "c_n"), outputs, strict=True) if o is not None}
+    found |= {f"d{n}": t.grad for n, t in zip(NAMES, tensors, strict=True) if t is not None}
+    return found
+
+
+def check(case: Case, threads: int, seed: int) -> None:
+    """float64: one rounding for every term of the longest sum. Others: at most twice the error of the plain reference in
+    that dtype, plus a floor of a few roundings of the largest entry."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arguments = case.arguments()
+        exact = results(reference.layer, case, arguments, torch.float64, seed)
+        ours = results(ops.layer, case, arguments, case.dtype, seed)
+        plain = results(reference.layer, case, arguments, case.dtype, seed)
+    finally:
+        torch.set_num_threads(before)
+    eps = torch.finfo(case.dtype).eps
+    for name, want in exact.items():
+        if not want.numel():
+            continue
+        scale = want.abs().max().item()
+        error = (ours[name].double() - want).abs().max().item()
+        theirs = (plain[name].double() - want).abs().max().item()
+        if case.dtype == torch.float64:
+            limit = (case.T * case.B + case.I + case.H) * eps * max(scale, 1.0)  # terms are of unit scale
+        else:
+            # 16-bit types round h once per step, which the reference (float32 inside) does not: T roundings.
+            roundings = 16 if case.dtype == torch.float32 else 4 * (case.T + 2)
+            limit = 2 * theirs + roundings * eps * max(scale, 1e-3)
+        assert error <= limit, f"{name}: error {error:.2e}, limit {limit:.2e}, scale {scale:.2e}"
+
+
+def random_case(generator: Any) -> Case:
+    def pick(*options: Any) -> Any:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    cell = pick("rnn_tanh", "lstm", "lstm", "gru", "gru", "rnn_relu")
+    H = pick(1, 3, 16, 17, 33, 64, 65, 130, 193)
+    dtype = pick(*DTYPES)
+    if cell == "rnn_relu" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32  # a rounded h flips the derivative of relu: no bound on the difference
+    return Case(
+        cell,
+        T=pick(1, 2, 5, 9),
+        B=pick(1, 2, 3, 7, 16, 33),
+        I=pick(1, 3, 17, 33, 64, 65),
+        H=H,
+        D=pick(1, 2),
+        P=pick(0, max(1, H // 3)) if cell == "lstm" and H > 1 else 0,
+        bias=pick(True, True, False),
+        ragged=pick(True, False, False),
+        batch_first=pick(True, False, False),
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("index", range(60))
+def test_agrees_with_float64(index: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed + index)
+    torch.manual_seed(seed + index)
+    case = random_case(generator)
+    print(case)
+    check(case, threads=1 + index % 3, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(1500))
+def test_agrees_with_float64_at_length(index: int, seed: int) -> None:
+    test_agrees_with_float64(1000 + index, seed)
+
+
+@pytest.mark.parametrize("capability", ["generic", "avx2"])
+def test_lesser_instruction_sets(capability: str, seed: int) -> None:
+    """The same checks on the code for machines that have less (chosen when the library is loaded)."""
+    env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_agrees_with_float64"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    library = build.library()
+    library.frnn_cpu_capability.restype = ctypes.c_char_p
+    probe = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import ctypes, fused_rnn.build as b; l = b.library(); "
+            "l.frnn_cpu_capability.restype = ctypes.c_char_p; print(l.frnn_cpu_capability().decode())",
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    order = ["generic", "avx2", "avx512"]
+    machine = library.frnn_cpu_capability().decode()
+    assert probe.stdout.strip() == min(capability, machine, key=order.index)
+
+
+@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("shape", [(1, 40, 65), (7, 30, 130), (33, 10, 193)], ids=str)
+def test_same_for_any_number_of_threads(cell: str, shape: tuple[int, int, int], seed: int) -> None:
+    B, T, H = shape
+    case = Case(cell, T=T, B=B, I=33, H=H, D=2, dtype=torch.float32)
+    arguments = case.arguments()
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(results(ops.layer, case, arguments, case.dtype, seed))
+    torch.set_num_threads(before)
+    for name, want in found[0].items():
+        assert all(torch.equal(other[name], want) for other in found[1:]), name
+
+
+OPCHECK = [
+    Case("gru", dtype=torch.float32),
+    Case("lstm", D=2, P=2, dtype=torch.float32),
+    Case("rnn_tanh", ragged=True, D=2, bias=False, dtype=torch.float32),
+    Case("lstm", batch_first=True, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", OPCHECK, ids=str)
+def test_opcheck_layer(case: Case, seed: int) -> None:
+    tensors, batch_sizes = case.arguments()
+    x, h0, c0, *weights = leaves(tensors, case.dtype)
+    arguments = (case.cell, x, h0, c0, *weights, batch_sizes)
+    torch.library.opcheck(torch.ops.fused_rnn.layer.default, arguments)
+    plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(torch.ops.fused_rnn.layer_infer.default, plain)
+    y, h_n, c_n, hs, saved = torch.ops.fused_rnn.layer.default(*plain)
+    needs = sum(1 << i for i, t in enumerate((x, h0, c0, *weights)) if t is not None)
+    cotangents = (torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if c0 is not None else None)
+    torch.library.opcheck(
+        torch.ops.fused_rnn.layer_backward.default, (case.cell, *cotangents, *plain[1:], hs, saved, needs)
+    )
+
+
+def cell_arguments(cell: str, dtype: torch.dtype, B: int = 3, H: int = 5) -> list[Tensor | None]:
+    c = torch.randn(B, H, dtype=dtype) if cell == "lstm" else None
+    gates = GATES[cell] * H
+    return [torch.randn(B, gates, dtype=dtype), torch.randn(B, gates, dtype=dtype), torch.randn(B, H, dtype=dtype), c]
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_opcheck_cell(cell: str, seed: int) -> None:
+    tensors = leaves(cell_arguments(cell, torch.float32), torch.float32)
+    torch.library.opcheck(torch.ops.fused_rnn.cell.default, (cell, *tensors))
+    plain = [None if t is None else t.detach() for t in tensors]
+    torch.library.opcheck(torch.ops.fused_rnn.cell_infer.default, (cell, *plain))
+    h, c, saved = torch.ops.fused_rnn.cell.default(cell, *plain)
+    cotangents = (torch.randn_like(h), torch.randn_like(c) if plain[3] is not None else None)
+    torch.library.opcheck(torch.ops.fused_rnn.cell_backward.default, (cell, *cotangents, *plain, saved))
+
+
+@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 17), (5, 64), (7, 193), (2, 9000)], ids=str)
+def test_cell_agrees_with_float64(cell: str, dtype: torch.dtype, size: tuple[int, int], seed: int) -> None:
+    arguments = cell_arguments(cell, dtype, *size)
+    found = []
+    for fn, kind in ((reference.cell, torch.float64), (ops.cell, dtype), (reference.cell, dtype)):
+        tensors = leaves(arguments, kind)
+        outputs = [o for o in fn(cell, *tensors) if o is not None]
+        torch.autograd.backward(outputs, [torch.ones_like(o).cumsum(-1).sin() for o in outputs])
+        # The reference has no path from h where the cell does not read it: the gradient is None there, zero here.
+        found.append(outputs + [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors if t is not None])
+    eps = torch.finfo(dtype).eps
+    for want, ours, plain in zip(*found, strict=True):
+        limit = 2 * (plain.double() - want).abs().max() + 8 * eps * want.abs().max()
+        assert (ours.double() - want).abs().max() <= limit
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("rnn_tanh", D=2, T=3, B=2, H=3),
+        Case("rnn_relu", T=2, B=2, H=3, bias=False),
+        Case("gru", T=3, B=2, H=3, ragged=True, D=2),
+        Case("lstm", T=3, B=2, I=2, H=3, P=2, D=2),
+    ],
+    ids=str,
+)
+def test_first_and_second_derivatives(case: Case, seed: int) -> None:
+    tensors, batch_sizes = case.arguments()
+    present = [i for i, t in enumerate(tensors) if t is not None]
+
+    def fn(*values: Tensor) -> tuple[Tensor, ...]:
+        filled: list[Tensor | None] = [None] * len(tensors)
+        for i, value in zip(present, values, strict=True):
+            filled[i] = value
+        return tuple(o for o in run(ops.layer, case, filled, batch_sizes) if o is not None)
+
+    inputs = tuple(t for t in leaves(tensors, torch.float64) if t is not None)
+    assert torch.autograd.gradcheck(fn, inputs)
+    assert torch.autograd.gradgradcheck(fn, inputs)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_cell_derivatives(cell: str, seed: int) -> None:
+    inputs = tuple(t for t in leaves(cell_arguments(cell, torch.float64, 2, 3), torch.float64) if t is not None)
+
+    def fn(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(o for o in ops.cell(cell, *values, *([None] * (4 - len(values)))) if o is not None)
+
+    assert torch.autograd.gradcheck(fn, inputs)
+    assert torch.autograd.gradgradcheck(fn, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_any_layout(dtype: torch.dtype, seed: int) -> None:
+    """Expanded (stride 0), transposed and sliced incoming gradients give what a contiguous one gives."""
+    case = Case("gru", T=4, B=3, H=5, D=2, dtype=dtype)
+    arguments = case.arguments()
+    y_shape = (case.T, case.B, 2 * case.H)
+    layouts = {
+        "expanded": torch.ones((), dtype=dtype).expand(y_shape),
+        "transposed": torch.randn(y_shape[::-1], dtype=dtype).permute(2, 1, 0),
+        "batch first": torch.randn(case.B, case.T, 2 * case.H, dtype=dtype).transpose(0, 1),
+        "sliced": torch.randn(case.T, case.B, 3 * case.H + 1, dtype=dtype)[..., 1 : 1 + 2 * case.H],
+    }
+    for name, dy in layouts.items():
+        grads = []
+        for value in (dy, dy.contiguous()):
+            tensors = leaves(arguments[0], dtype)
+            run(ops.layer, case, tensors, None)[0].backward(value)
+            grads.append([t.grad for t in tensors if t is not None])
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), name
+
+
+def test_only_wanted_gradients(seed: int) -> None:
+    case = Case("lstm", D=2, P=2, dtype=torch.float32)
+    arguments, _ = case.arguments()
+    everything = leaves(arguments, case.dtype)
+    run(ops.layer, case, everything, None)[0].sum().backward()
+    for i, name in enumerate(NAMES):
+        if arguments[i] is None:
+            continue
+        tensors = [None if t is None else t.clone() for t in arguments]
+        tensors[i].requires_grad_()  # type: ignore[union-attr]
+        run(ops.layer, case, tensors, None)[0].sum().backward()
+        assert torch.equal(tensors[i].grad, everything[i].grad), name  # type: ignore[union-attr]
+
+
+def test_no_grad_saves_nothing(seed: int) -> None:
+    from torch.profiler import profile
+
+    case = Case("gru", T=50, B=16, I=32, H=64, dtype=torch.float32)
+    tensors, _ = case.arguments()
+    with torch.no_grad(), profile() as trace:
+        run(ops.layer, case, tensors, None)
+    called = {event.key for event in trace.key_averages()}
+    assert "fused_rnn::layer_infer" in called and "fused_rnn::layer" not in called
+
+
+def test_saved_tensors_are_defined_to_the_last_value(seed: int) -> None:
+    """No uninitialised memory in what the forward returns, padding included: two runs are equal bit by bit."""
+    for case in (Case("lstm", H=17, P=5, D=2), Case("gru", H=33, ragged=True, D=2), Case("rnn_tanh", H=65)):
+        tensors, batch_sizes = case.arguments()
+        with torch.no_grad():
+            first = torch.ops.fused_rnn.layer.default(case.cell, *tensors, batch_sizes)
+            # Memory that a careless kernel would be handed again.
+            junk = [torch.full_like(t, float("nan")) for t in first]
+            del junk
+            second = torch.ops.fused_rnn.layer.default(case.cell, *tensors, batch_sizes)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case
+
+
+BAD = {
+    "cell": (dict(), lambda a: ("lstmm", *a[1:]), "unknown cell"),
+    "x shape": (dict(), lambda a: (a[0], a[1][0], *a[2:]), r"x: expected \[T, B, I\]"),
+    "h0 shape": (dict(), lambda a: (*a[:2], a[2][:, :2], *a[3:]), "h0: expected batch"),
+    "w_ih shape": (dict(), lambda a: (*a[:4], a[4][:, 1:], *a[5:]), r"w_ih: expected shape \(18, 4\), got \(18, 3\)"),
+    "c0 given": (dict(), lambda a: (*a[:3], a[2], *a[4:]), "this cell has no c"),
+    "c0 missing": (dict(cell="lstm"), lambda a: (*a[:3], None, *a[4:]), "this cell needs c"),
+    "bias dtype": (dict(), lambda a: (*a[:6], a[6].float(), *a[7:]), "b_ih: expected the dtype of x"),
+    "no steps": (dict(), lambda a: (a[0], a[1][:0], *a[2:]), "Expected sequence length to be larger than 0"),
+    "batch sizes": (
+        dict(ragged=True),
+        lambda a: (*a[:-1], torch.tensor([1, 3])),
+        "batch_sizes: expected positive, not increasing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused(name: str, seed: int) -> None:
+    changes, spoil, message = BAD[name]
+    case = replace(Case("gru"), **changes)
+    tensors, batch_sizes = case.arguments()
+    arguments = (case.cell, *tensors, batch_sizes)
+    torch.ops.fused_rnn.layer_infer.default(*arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fused_rnn.layer_infer.default(*spoil(arguments))
