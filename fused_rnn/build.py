@@ -529,7 +529,7 @@ def backend() -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The loaded native library, for the facts that need no tensor. Raises RuntimeError without it."""
+    """The loaded native library, for facts that need no tensor. Raises RuntimeError without it."""
     if backend() != "native" or _state is None:
         raise RuntimeError("fused_rnn runs on its reference path: there is no native library")
     return ctypes.CDLL(str(_state.library))

@@ -237,11 +237,11 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """One step for x [B, I], h [B, H] and c [B, C] or None; returns the new h and c."""
     states = (h,) if c is None else (h, c)
-    _check_step(x, states, w_ih, w_hh)
     if _wants_torch_operator(x):
         result = _TORCH_CELL[cell](x, h if c is None else states, w_ih, w_hh, b_ih, b_hh)
         return (result, None) if c is None else result
 
+    _check_step(x, states, w_ih, w_hh)
     weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
     low = _autocast_dtype(x, states, weights)
     if low is None:

@@ -1,10 +1,12 @@
 """The native operators: schemas, fakes, autograd, vmap. The only file that names ``torch.ops``.
 
-``layer`` runs one layer (one or two directions) over a sequence, ``cell`` one pointwise step. Each has a twin without
-autograd (``.._infer``, which saves nothing) and a backward that is an operator too, with a formula of its own, so that
-derivatives of every order exist. What the backward needs is an input or an output of the forward; nothing hides on ctx.
+``layer`` runs one layer (one or two directions) over a sequence, ``cell`` one pointwise step. Each
+has a twin without autograd (``.._infer``, which saves nothing) and a backward that is an operator
+too, with a formula of its own, so that derivatives of every order exist. What the backward needs is
+an input or an output of the forward; nothing hides on ctx.
 
-The CPU kernels are registered by the native library (``csrc/ops/cpu.cpp``) when ``build`` loads it, at first use.
+The CPU kernels are registered by the native library (``csrc/ops/cpu.cpp``) when ``build`` loads it,
+at first use.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ _WEIGHT_SCHEMA = (
 _LAYER_ARGS = f"Tensor x, Tensor h0, Tensor? c0, {_WEIGHT_SCHEMA}, Tensor? batch_sizes"
 _CELL_ARGS = "Tensor gx, Tensor gh, Tensor h, Tensor? c"
 
-# x [T, B, I] or packed rows [R, I] with batch_sizes [T]; h0 [D, B, P]; c0 [D, B, C]; weights as in reference.Weights, the
-# second five for the reversed direction. hs and saved belong to the backward; their layout is the engine's own.
+# x [T, B, I] or packed rows [R, I] with batch_sizes [T]; h0 [D, B, P]; c0 [D, B, C]; weights as in
+# reference.Weights, the second five for the reversed direction. hs and saved belong to the
+# backward; their layout is the engine's own.
 _SCHEMAS = {
-    "layer": f"(str cell, {_LAYER_ARGS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor hs, Tensor saved)",
+    "layer": f"(str cell, {_LAYER_ARGS}) -> "
+    "(Tensor y, Tensor h_n, Tensor c_n, Tensor hs, Tensor saved)",
     "layer_infer": f"(str cell, {_LAYER_ARGS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
     # Bit i of `needs`: gradient i is wanted; the others come back empty.
-    "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, Tensor hs, Tensor saved, "
-    f"int needs) -> ({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
+    "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, "
+    f"Tensor hs, Tensor saved, int needs) -> ({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
     # gx = x W_ih^T + b_ih [B, G*H]; gh = h W_hh^T + b_hh [B, G*H]; h [B, H]; c [B, C]
     "cell": f"(str cell, {_CELL_ARGS}) -> (Tensor h_new, Tensor c_new, Tensor saved)",
     "cell_infer": f"(str cell, {_CELL_ARGS}) -> (Tensor h_new, Tensor c_new)",
@@ -61,7 +65,7 @@ _backend = torch.compiler.assume_constant_result(build.backend)
 
 
 def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the native kernels take these tensors: one floating dtype, dense, on the CPU (or meta).
+    """Whether the native kernels take these tensors: one floating dtype, dense, CPU or meta.
 
     The first call builds or loads the library.
     """
@@ -98,7 +102,9 @@ def layer(
     return y, h_n, None if c0 is None else c_n
 
 
-def cell(cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def cell(
+    cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """The contract of ``reference.cell`` on the native kernels."""
     if _wants_grad((gx, gh, h, c)):
         h_new, c_new, _ = _ops.cell.default(cell, gx, gh, h, c)
@@ -160,26 +166,40 @@ def _layer_fake(
     )
 
 
-def _layer_backward_fake(cell: str, dy: Any, dh_n: Any, dc_n: Any, *rest: Any) -> tuple[Tensor, ...]:
+def _layer_backward_fake(
+    cell: str, dy: Any, dh_n: Any, dc_n: Any, *rest: Any
+) -> tuple[Tensor, ...]:
     *tensors, _batch_sizes, _hs, _saved, needs = rest
     x = tensors[0]
     return tuple(
-        x.new_empty(0) if t is None or not needs >> i & 1 else t.new_empty(t.shape) for i, t in enumerate(tensors)
+        x.new_empty(0) if t is None or not needs >> i & 1 else t.new_empty(t.shape)
+        for i, t in enumerate(tensors)
     )
 
 
-def _cell_infer_fake(cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cell_infer_fake(
+    cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), h.new_empty((h.shape[0], 0 if c is None else c.shape[1]))
 
 
-def _cell_fake(cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _cell_fake(
+    cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     saved, _ = _facts(cell)
     buffer = h.new_empty((h.shape[0], saved * h.shape[1]), dtype=_computing(h.dtype))
     return (*_cell_infer_fake(cell, gx, gh, h, c), buffer)
 
 
 def _cell_backward_fake(
-    cell: str, dh_new: Any, dc_new: Any, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None, saved: Tensor
+    cell: str,
+    dh_new: Any,
+    dc_new: Any,
+    gx: Tensor,
+    gh: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    saved: Tensor,
 ) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (gx, gh)) + _cell_infer_fake(cell, gx, gh, h, c)
 
@@ -195,7 +215,9 @@ def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(*tensors, *output[3:])
 
 
-def _layer_grad(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _layer_grad(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None
+) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[1:-1]
     if all(g is None for g in (dy, dh_n, dc_n)):
         return (None,) * (len(needed) + 2)
@@ -216,7 +238,10 @@ def _cell_grad(ctx: Any, dh_new: Tensor | None, dc_new: Tensor | None, *_: None)
     if dh_new is None and dc_new is None:
         return (None,) * 5
     grads = _ops.cell_backward.default(ctx.cell, dh_new, dc_new, *ctx.saved_tensors)
-    return (None, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:], strict=True)))
+    return (
+        None,
+        *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:], strict=True)),
+    )
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----
@@ -229,26 +254,43 @@ def _vjp_grads(
     wanted: Sequence[bool],
     grad_outputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the map (cotangents, tensors) -> vjp(forward)(tensors) restricted to the `wanted` tensors."""
+    """Gradients of (cotangents, tensors) -> vjp(forward)(tensors), of the `wanted` tensors."""
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: a tensor that is passed twice (tied weights) must count once in each place.
-        fresh = [None if t is None else (t if t.requires_grad else t.detach().requires_grad_()) for t in tensors]
+        fresh = [
+            None if t is None else (t if t.requires_grad else t.detach().requires_grad_())
+            for t in tensors
+        ]
         inputs = [None if t is None else t.view_as(t) for t in fresh]
         duals = [None if g is None else g.view_as(g) for g in cotangents]
         outputs = forward(*inputs)
-        pairs = [(o, g) for o, g in zip(outputs, duals, strict=True) if o is not None and g is not None]
+        pairs = [
+            (o, g) for o, g in zip(outputs, duals, strict=True) if o is not None and g is not None
+        ]
         targets = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
         first = torch.autograd.grad(
-            [o for o, _ in pairs], targets, [g for _, g in pairs], create_graph=True, allow_unused=True
+            [o for o, _ in pairs],
+            targets,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
         )
         ggs = [g for g, want in zip(grad_outputs, wanted, strict=True) if want]
-        terms = [(f, g) for f, g in zip(first, ggs, strict=True) if f is not None and g is not None and f.requires_grad]
+        terms = [
+            (f, g)
+            for f, g in zip(first, ggs, strict=True)
+            if f is not None and g is not None and f.requires_grad
+        ]
         sources = [t for t in (*duals, *inputs) if t is not None and t.requires_grad]
         if not terms:
             return (None,) * (len(duals) + len(inputs))
         second = torch.autograd.grad(
-            [f for f, _ in terms], sources, [g for _, g in terms], create_graph=higher, allow_unused=True
+            [f for f, _ in terms],
+            sources,
+            [g for _, g in terms],
+            create_graph=higher,
+            allow_unused=True,
         )
     found = {id(t): g for t, g in zip(sources, second, strict=True)}
     return tuple(None if t is None else found.get(id(t)) for t in (*duals, *inputs))
@@ -264,7 +306,9 @@ def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _layer_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
     dy, dh_n, dc_n, *tensors, batch_sizes = ctx.saved_tensors
 
-    def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         half = len(_WEIGHT_NAMES)
         directions = [weights[:half], weights[half:]][: h0.shape[0]]
         return reference.layer(ctx.cell, x, h0, c0, directions, batch_sizes)
@@ -290,12 +334,15 @@ def _cell_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
     return (None, *grads, None)
 
 
-# ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its products; this is for
-# what reaches the operators otherwise, such as a vectorised Jacobian over the backward of an ordinary forward. ----
+# ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its
+# products; this is for what reaches the operators otherwise, such as a vectorised Jacobian over the
+# backward of an ordinary forward. ----
 
 
 def _vmap_by_slices(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         slices = [
             op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
@@ -316,11 +363,15 @@ _FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fused_rnn::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"fused_rnn::{_name}", _vmap_by_slices(getattr(_ops, _name).default), lib=_library)
+    torch.library.register_vmap(
+        f"fused_rnn::{_name}", _vmap_by_slices(getattr(_ops, _name).default), lib=_library
+    )
 for _name, _grad, _setup in (
     ("layer", _layer_grad, _layer_setup),
     ("layer_backward", _layer_backward_grad, _layer_backward_setup),
     ("cell", _cell_grad, _cell_setup),
     ("cell_backward", _cell_backward_grad, _cell_backward_setup),
 ):
-    torch.library.register_autograd(f"fused_rnn::{_name}", _grad, setup_context=_setup, lib=_library)
+    torch.library.register_autograd(
+        f"fused_rnn::{_name}", _grad, setup_context=_setup, lib=_library
+    )

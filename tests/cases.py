@@ -1,4 +1,4 @@
-"""What the tests run over: configurations of modules and inputs, and pairs of torch.nn's module and ours."""
+"""What the tests run over: configurations, inputs, and pairs of torch.nn's module and ours."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = [1, 3, 17, 33, 65, 193]
 
 @dataclass(frozen=True)
 class Case:
-    """One module and its input. ``layout``: padded, unbatched, packed (sorted) or unsorted (packed)."""
+    """One module and its input. ``layout`` is padded, unbatched, packed or unsorted (packed, too)."""
 
     cell: str = "gru"
     input_size: int = 5
@@ -91,7 +91,7 @@ class Case:
         )
 
     def lengths(self) -> list[int]:
-        """One length for each sequence of a packed input: the longest is ``time``, ties are likely."""
+        """Lengths of the sequences of a packed input; the longest is ``time``, ties are likely."""
         rest = torch.randint(1, self.time + 1, (self.batch - 1,)).tolist()
         lengths = sorted([self.time, *rest], reverse=True)
         if self.layout == "unsorted":
@@ -151,7 +151,8 @@ GRID: dict[str, Sequence[Any]] = {
 def pairwise(grid: dict[str, Sequence[Any]] = GRID, tries: int = 40) -> list[Case]:
     """Few valid cases in which every two values of two settings meet at least once.
 
-    Greedy: of ``tries`` random cases, keep the one with most pairs not seen yet. Always the same list.
+    Greedy: of ``tries`` random cases, keep the one with most pairs not seen yet. The list is the
+    same in every run.
     """
     rng = random.Random(0)
 

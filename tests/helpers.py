@@ -107,9 +107,10 @@ def assert_all_close(actual: Any, expected: Any, tol: float = 1e-10) -> None:
             assert_close(a, b, tol, f"tensor {i}")
 
 
-# Half an ulp is what rounding a perfect result to the dtype costs. A result is rounded more than once on the way
-# (h at every step, gates, the products that a gradient sums), and the errors of two runs of the same quality differ
-# by luck; four roundings of the largest value are granted beside twice torch.nn's error.
+# Half an ulp is what rounding a perfect result to the dtype costs. A result is rounded more than once
+# on the way (h at every step, the terms that a gradient sums), and the errors of two runs of the same
+# quality differ by luck. So four roundings of the largest value are granted beside twice torch.nn's
+# error.
 ROUNDINGS = 4
 
 

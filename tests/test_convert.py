@@ -158,7 +158,8 @@ def test_changed_weights_survive(name: str, change: Any) -> None:
     assert isinstance(model[0], getattr(fused_rnn, name))
     assert len(list(model.parameters())) == count
     assert_all_close(model(x), expected)
-    assert_all_close(copy.deepcopy(model)(x), expected)
+    if change not in (old_weight_norm, pruned):  # which leave a computed weight on the module
+        assert_all_close(copy.deepcopy(model)(x), expected)
     model(x)[0].sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 

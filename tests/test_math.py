@@ -1,6 +1,6 @@
-"""Gate functions: largest error in units in the last place against long double, and the special values.
+"""Gate functions: largest error in ulp against long double, and the special values.
 
-The sweep is a small C++ program over csrc/core/math.h, built for every vector width the machine runs.
+The sweep is a small C++ program over csrc/core/math.h, built for every vector width there is.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ void Sweep(const char* type) {
   double worst[3] = {0, 0, 0};
   const auto check = [&](int i, T got, long double want) {
     const T r = T(want);
-    if (std::fabs(r) < std::numeric_limits<T>::min()) return;  // below: flushed to zero or gradual, not bounded in ulp
-    const long double ulp = std::nextafter(std::fabs(r), std::numeric_limits<T>::infinity()) - std::fabs(r);
+    if (std::fabs(r) < std::numeric_limits<T>::min()) return;  // may be flushed to zero
+    const long double ulp =
+        std::nextafter(std::fabs(r), std::numeric_limits<T>::infinity()) - std::fabs(r);
     const double err = double(std::fabs((long double)got - want) / ulp);
     if (!(err <= worst[i])) worst[i] = err;
   };
@@ -55,11 +56,14 @@ void Sweep(const char* type) {
   std::printf("%s exp %.3f tanh %.3f sigmoid %.3f\n", type, worst[0], worst[1], worst[2]);
   const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
   const auto relu_of = [](V v) { return relu(v); };
-  const bool special = Eval<V>(e, inf) == inf && Eval<V>(e, -inf) == 0 && Eval<V>(t, inf) == 1 && Eval<V>(t, -inf) == -1 &&
-                       Eval<V>(s, inf) == 1 && Eval<V>(s, -inf) == 0 && Eval<V>(e, T(-2000)) == 0 && Eval<V>(e, T(2000)) == inf &&
-                       std::isnan(Eval<V>(e, nan)) && std::isnan(Eval<V>(t, nan)) && std::isnan(Eval<V>(s, nan)) &&
-                       std::isnan(Eval<V>(relu_of, nan)) && Eval<V>(e, T(0)) == 1 && Eval<V>(s, T(0)) == T(0.5) &&
-                       std::signbit(Eval<V>(t, T(-0.0))) && Eval<V>(t, std::numeric_limits<T>::denorm_min()) > 0;
+  const bool special =
+      Eval<V>(e, inf) == inf && Eval<V>(e, -inf) == 0 && Eval<V>(e, T(0)) == 1 &&
+      Eval<V>(e, T(-2000)) == 0 && Eval<V>(e, T(2000)) == inf &&
+      Eval<V>(t, inf) == 1 && Eval<V>(t, -inf) == -1 && std::signbit(Eval<V>(t, T(-0.0))) &&
+      Eval<V>(t, std::numeric_limits<T>::denorm_min()) > 0 &&
+      Eval<V>(s, inf) == 1 && Eval<V>(s, -inf) == 0 && Eval<V>(s, T(0)) == T(0.5) &&
+      std::isnan(Eval<V>(e, nan)) && std::isnan(Eval<V>(t, nan)) &&
+      std::isnan(Eval<V>(s, nan)) && std::isnan(Eval<V>(relu_of, nan));
   std::printf("%s special %d\n", type, int(special));
 }
 

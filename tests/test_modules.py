@@ -1,4 +1,4 @@
-"""The contract around the numbers: constructors, parameters, state, errors, warnings, what people do to modules."""
+"""The contract around the numbers: arguments, parameters, state, errors, what people do to modules."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_same_seed_same_module(name: str, args: tuple[Any, ...], kwargs: dict[st
 def test_signature(name: str) -> None:
     """The documented arguments in the documented order, and ``forward(input, hx=None)``."""
     documented = {
-        "RNN": "input_size hidden_size num_layers nonlinearity bias batch_first dropout bidirectional",
-        "LSTM": "input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size",
-        "GRU": "input_size hidden_size num_layers bias batch_first dropout bidirectional",
-        "RNNCell": "input_size hidden_size bias nonlinearity",
-        "LSTMCell": "input_size hidden_size bias",
-        "GRUCell": "input_size hidden_size bias",
+        "RNN": "num_layers nonlinearity bias batch_first dropout bidirectional",
+        "LSTM": "num_layers bias batch_first dropout bidirectional proj_size",
+        "GRU": "num_layers bias batch_first dropout bidirectional",
+        "RNNCell": "bias nonlinearity",
+        "LSTMCell": "bias",
+        "GRUCell": "bias",
     }
     ours = getattr(fused_rnn, name)
     positional = [
@@ -82,7 +82,8 @@ def test_signature(name: str) -> None:
         for p in inspect.signature(ours).parameters.values()
         if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
-    assert positional == [*documented[name].split(), "device", "dtype"]
+    expected = f"input_size hidden_size {documented[name]} device dtype"
+    assert positional == expected.split()
     assert list(inspect.signature(ours.forward).parameters) == ["self", "input", "hx"]
 
 
@@ -101,7 +102,7 @@ def test_base_classes() -> None:
         assert issubclass(getattr(fused_rnn, name), nn.RNNCellBase)
 
 
-# --- Errors and warnings: the same type and the same text ------------------------------------------------
+# --- Errors and warnings: the same type and the same text ----------------------------------------
 
 
 def outcome(fn: Callable[[], Any]) -> tuple[str, str]:
@@ -209,7 +210,7 @@ def test_call_errors(call: str, name: str) -> None:
     )
 
 
-# torch.nn's own text comes from oneDNN here, or is a list of overloads, or there is no check at all.
+# torch.nn's own text comes from oneDNN, or is a list of overloads, or there is no check at all.
 BETTER_ERRORS: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]] = [
     *(
         (name, call, RuntimeError, "must have the same dtype, but got Double and Float")
@@ -309,7 +310,7 @@ def test_cells_without_inputs_or_units(name: str, inputs: int, hidden: int) -> N
     assert_all_close(run(ours, x(2, inputs)), run(theirs, x(2, inputs)), tol=1e-6)
 
 
-# --- State: copies, files, devices, dtypes ---------------------------------------------------------------------
+# --- State: copies, files, devices, dtypes -------------------------------------------------------
 
 
 def same(copied: nn.Module, original: nn.Module, name: str) -> None:
@@ -415,7 +416,7 @@ def test_reset_parameters(name: str) -> None:
     )
 
 
-# --- Weights: read by name, at every call ---------------------------------------------------------------------
+# --- Weights: read by name, at every call --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -483,7 +484,7 @@ def test_tied_weights(name: str) -> None:
 
 
 def test_plain_tensor_as_weight() -> None:
-    """The weight-drop pattern of AWD-LSTM: a raw parameter, and a tensor made from it at every call."""
+    """The weight-drop pattern of AWD-LSTM: a raw parameter, and a tensor made from it each time."""
     theirs, ours = pair("LSTM", 3, 4, dtype=torch.float64)
     value = torch.randn(5, 2, 3, dtype=torch.float64)
     grads = []
@@ -525,7 +526,7 @@ def test_flatten_parameters_changes_nothing() -> None:
     assert pointers == [p.data_ptr() for p in module.parameters()]
 
 
-# --- Calls ----------------------------------------------------------------------------------------------------------
+# --- Calls ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -581,7 +582,7 @@ def test_overridden_hooks_are_called() -> None:
         assert set(calls) == set(methods)
 
 
-# --- Subclasses ---------------------------------------------------------------------------------------------------
+# --- Subclasses ----------------------------------------------------------------------------------
 
 
 class Residual(fused_rnn.GRU):

@@ -1,5 +1,8 @@
-"""The native operators by themselves: schema, fake, autograd and tracing (opcheck), agreement with the float64 reference for
-every engine stage, derivatives of second order, the instruction sets, and refusal of bad arguments."""
+"""The native operators by themselves.
+
+Schema, fake, autograd and tracing (opcheck), agreement with the float64 reference for every engine
+stage, derivatives of second order, the instruction sets, and refusal of bad arguments.
+"""
 
 from __future__ import annotations
 
@@ -63,25 +66,40 @@ class Case:
         c0 = draw(self.D, self.B, self.H) if self.cell == "lstm" else None
         weights: list[Tensor | None] = []
         for direction in range(2):
-            shapes: list[tuple[int, ...] | None] = [(gates * self.H, self.I), (gates * self.H, width)]
+            shapes: list[tuple[int, ...] | None] = [
+                (gates * self.H, self.I),
+                (gates * self.H, width),
+            ]
             shapes += [(gates * self.H,)] * 2 if self.bias else [None, None]
             shapes += [(self.P, self.H) if self.P else None]
             weights += [
-                None if s is None or direction >= self.D else draw(*s, scale=self.H**-0.5) for s in shapes
+                None if s is None or direction >= self.D else draw(*s, scale=self.H**-0.5)
+                for s in shapes
             ]
         return [x, draw(self.D, self.B, width), c0, *weights], batch_sizes
 
 
-def run(fn: Any, case: Case, tensors: list[Tensor | None], batch_sizes: Tensor | None) -> tuple[Any, ...]:
+def run(
+    fn: Any, case: Case, tensors: list[Tensor | None], batch_sizes: Tensor | None
+) -> tuple[Any, ...]:
     x, h0, c0, *weights = tensors
-    return fn(case.cell, x, h0, c0, [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)], batch_sizes)
+    return fn(
+        case.cell,
+        x,
+        h0,
+        c0,
+        [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)],
+        batch_sizes,
+    )
 
 
 def leaves(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
 
 
-def results(fn: Any, case: Case, arguments: tuple[Any, Any], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+def results(
+    fn: Any, case: Case, arguments: tuple[Any, Any], dtype: torch.dtype, seed: int
+) -> dict[str, Tensor]:
     """Outputs and gradients by name, for random cotangents of unit scale."""
     tensors, batch_sizes = leaves(arguments[0], dtype), arguments[1]
     outputs = run(fn, case, tensors, batch_sizes)
@@ -92,14 +110,16 @@ def results(fn: Any, case: Case, arguments: tuple[Any, Any], dtype: torch.dtype,
         if o is not None
     ]
     torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-    found = {n: o.detach() for n, o in zip(("y", "h_n", "c_n"), outputs, strict=True) if o is not None}
+    found = {
+        n: o.detach() for n, o in zip(("y", "h_n", "c_n"), outputs, strict=True) if o is not None
+    }
     found |= {f"d{n}": t.grad for n, t in zip(NAMES, tensors, strict=True) if t is not None}
     return found
 
 
 def check(case: Case, threads: int, seed: int) -> None:
-    """float64: one rounding for every term of the longest sum. Others: at most twice the error of the plain reference in
-    that dtype, plus a floor of a few roundings of the largest entry."""
+    """float64: one rounding for every term of the longest sum. Others: at most twice the error of
+    the plain reference in that dtype, plus a floor of a few roundings of the largest entry."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -117,9 +137,12 @@ def check(case: Case, threads: int, seed: int) -> None:
         error = (ours[name].double() - want).abs().max().item()
         theirs = (plain[name].double() - want).abs().max().item()
         if case.dtype == torch.float64:
-            limit = (case.T * case.B + case.I + case.H) * eps * max(scale, 1.0)  # terms are of unit scale
+            limit = (
+                (case.T * case.B + case.I + case.H) * eps * max(scale, 1.0)
+            )  # terms are of unit scale
         else:
-            # 16-bit types round h once per step, which the reference (float32 inside) does not: T roundings.
+            # 16-bit types round h once per step, which the reference (float32 inside) does not: T
+            # roundings.
             roundings = 16 if case.dtype == torch.float32 else 4 * (case.T + 2)
             limit = 2 * theirs + roundings * eps * max(scale, 1e-3)
         assert error <= limit, f"{name}: error {error:.2e}, limit {limit:.2e}, scale {scale:.2e}"
@@ -133,7 +156,9 @@ def random_case(generator: Any) -> Case:
     H = pick(1, 3, 16, 17, 33, 64, 65, 130, 193)
     dtype = pick(*DTYPES)
     if cell == "rnn_relu" and dtype in (torch.bfloat16, torch.float16):
-        dtype = torch.float32  # a rounded h flips the derivative of relu: no bound on the difference
+        dtype = (
+            torch.float32
+        )  # a rounded h flips the derivative of relu: no bound on the difference
     return Case(
         cell,
         T=pick(1, 2, 5, 9),
@@ -166,9 +191,20 @@ def test_agrees_with_float64_at_length(index: int, seed: int) -> None:
 
 @pytest.mark.parametrize("capability", ["generic", "avx2"])
 def test_lesser_instruction_sets(capability: str, seed: int) -> None:
-    """The same checks on the code for machines that have less (chosen when the library is loaded)."""
+    """The same checks on the code for machines that have less, chosen when it is loaded."""
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_agrees_with_float64"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "test_agrees_with_float64",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     library = build.library()
@@ -178,7 +214,8 @@ def test_lesser_instruction_sets(capability: str, seed: int) -> None:
             sys.executable,
             "-c",
             "import ctypes, fused_rnn.build as b; l = b.library(); "
-            "l.frnn_cpu_capability.restype = ctypes.c_char_p; print(l.frnn_cpu_capability().decode())",
+            "l.frnn_cpu_capability.restype = ctypes.c_char_p; "
+            "print(l.frnn_cpu_capability().decode())",
         ],
         env=env,
         capture_output=True,
@@ -224,16 +261,26 @@ def test_opcheck_layer(case: Case, seed: int) -> None:
     torch.library.opcheck(torch.ops.fused_rnn.layer_infer.default, plain)
     y, h_n, c_n, hs, saved = torch.ops.fused_rnn.layer.default(*plain)
     needs = sum(1 << i for i, t in enumerate((x, h0, c0, *weights)) if t is not None)
-    cotangents = (torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if c0 is not None else None)
+    cotangents = (
+        torch.randn_like(y),
+        torch.randn_like(h_n),
+        torch.randn_like(c_n) if c0 is not None else None,
+    )
     torch.library.opcheck(
-        torch.ops.fused_rnn.layer_backward.default, (case.cell, *cotangents, *plain[1:], hs, saved, needs)
+        torch.ops.fused_rnn.layer_backward.default,
+        (case.cell, *cotangents, *plain[1:], hs, saved, needs),
     )
 
 
 def cell_arguments(cell: str, dtype: torch.dtype, B: int = 3, H: int = 5) -> list[Tensor | None]:
     c = torch.randn(B, H, dtype=dtype) if cell == "lstm" else None
     gates = GATES[cell] * H
-    return [torch.randn(B, gates, dtype=dtype), torch.randn(B, gates, dtype=dtype), torch.randn(B, H, dtype=dtype), c]
+    return [
+        torch.randn(B, gates, dtype=dtype),
+        torch.randn(B, gates, dtype=dtype),
+        torch.randn(B, H, dtype=dtype),
+        c,
+    ]
 
 
 @pytest.mark.parametrize("cell", GATES)
@@ -244,21 +291,29 @@ def test_opcheck_cell(cell: str, seed: int) -> None:
     torch.library.opcheck(torch.ops.fused_rnn.cell_infer.default, (cell, *plain))
     h, c, saved = torch.ops.fused_rnn.cell.default(cell, *plain)
     cotangents = (torch.randn_like(h), torch.randn_like(c) if plain[3] is not None else None)
-    torch.library.opcheck(torch.ops.fused_rnn.cell_backward.default, (cell, *cotangents, *plain, saved))
+    torch.library.opcheck(
+        torch.ops.fused_rnn.cell_backward.default, (cell, *cotangents, *plain, saved)
+    )
 
 
 @pytest.mark.parametrize("cell", GATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (5, 64), (7, 193), (2, 9000)], ids=str)
-def test_cell_agrees_with_float64(cell: str, dtype: torch.dtype, size: tuple[int, int], seed: int) -> None:
+def test_cell_agrees_with_float64(
+    cell: str, dtype: torch.dtype, size: tuple[int, int], seed: int
+) -> None:
     arguments = cell_arguments(cell, dtype, *size)
     found = []
     for fn, kind in ((reference.cell, torch.float64), (ops.cell, dtype), (reference.cell, dtype)):
         tensors = leaves(arguments, kind)
         outputs = [o for o in fn(cell, *tensors) if o is not None]
         torch.autograd.backward(outputs, [torch.ones_like(o).cumsum(-1).sin() for o in outputs])
-        # The reference has no path from h where the cell does not read it: the gradient is None there, zero here.
-        found.append(outputs + [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors if t is not None])
+        # The reference has no path from h where the cell does not read it: the gradient is None
+        # there, zero here.
+        found.append(
+            outputs
+            + [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors if t is not None]
+        )
     eps = torch.finfo(dtype).eps
     for want, ours, plain in zip(*found, strict=True):
         limit = 2 * (plain.double() - want).abs().max() + 8 * eps * want.abs().max()
@@ -292,10 +347,14 @@ def test_first_and_second_derivatives(case: Case, seed: int) -> None:
 
 @pytest.mark.parametrize("cell", GATES)
 def test_cell_derivatives(cell: str, seed: int) -> None:
-    inputs = tuple(t for t in leaves(cell_arguments(cell, torch.float64, 2, 3), torch.float64) if t is not None)
+    inputs = tuple(
+        t for t in leaves(cell_arguments(cell, torch.float64, 2, 3), torch.float64) if t is not None
+    )
 
     def fn(*values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(o for o in ops.cell(cell, *values, *([None] * (4 - len(values)))) if o is not None)
+        return tuple(
+            o for o in ops.cell(cell, *values, *([None] * (4 - len(values)))) if o is not None
+        )
 
     assert torch.autograd.gradcheck(fn, inputs)
     assert torch.autograd.gradgradcheck(fn, inputs)
@@ -303,7 +362,7 @@ def test_cell_derivatives(cell: str, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_any_layout(dtype: torch.dtype, seed: int) -> None:
-    """Expanded (stride 0), transposed and sliced incoming gradients give what a contiguous one gives."""
+    """Expanded (stride 0), transposed and sliced incoming gradients act as contiguous ones."""
     case = Case("gru", T=4, B=3, H=5, D=2, dtype=dtype)
     arguments = case.arguments()
     y_shape = (case.T, case.B, 2 * case.H)
@@ -348,8 +407,12 @@ def test_no_grad_saves_nothing(seed: int) -> None:
 
 
 def test_saved_tensors_are_defined_to_the_last_value(seed: int) -> None:
-    """No uninitialised memory in what the forward returns, padding included: two runs are equal bit by bit."""
-    for case in (Case("lstm", H=17, P=5, D=2), Case("gru", H=33, ragged=True, D=2), Case("rnn_tanh", H=65)):
+    """No uninitialised memory in what the forward returns, padding included."""
+    for case in (
+        Case("lstm", H=17, P=5, D=2),
+        Case("gru", H=33, ragged=True, D=2),
+        Case("rnn_tanh", H=65),
+    ):
         tensors, batch_sizes = case.arguments()
         with torch.no_grad():
             first = torch.ops.fused_rnn.layer.default(case.cell, *tensors, batch_sizes)
@@ -364,11 +427,23 @@ BAD = {
     "cell": (dict(), lambda a: ("lstmm", *a[1:]), "unknown cell"),
     "x shape": (dict(), lambda a: (a[0], a[1][0], *a[2:]), r"x: expected \[T, B, I\]"),
     "h0 shape": (dict(), lambda a: (*a[:2], a[2][:, :2], *a[3:]), "h0: expected batch"),
-    "w_ih shape": (dict(), lambda a: (*a[:4], a[4][:, 1:], *a[5:]), r"w_ih: expected shape \(18, 4\), got \(18, 3\)"),
+    "w_ih shape": (
+        dict(),
+        lambda a: (*a[:4], a[4][:, 1:], *a[5:]),
+        r"w_ih: expected shape \(18, 4\), got \(18, 3\)",
+    ),
     "c0 given": (dict(), lambda a: (*a[:3], a[2], *a[4:]), "this cell has no c"),
     "c0 missing": (dict(cell="lstm"), lambda a: (*a[:3], None, *a[4:]), "this cell needs c"),
-    "bias dtype": (dict(), lambda a: (*a[:6], a[6].float(), *a[7:]), "b_ih: expected the dtype of x"),
-    "no steps": (dict(), lambda a: (a[0], a[1][:0], *a[2:]), "Expected sequence length to be larger than 0"),
+    "bias dtype": (
+        dict(),
+        lambda a: (*a[:6], a[6].float(), *a[7:]),
+        "b_ih: expected the dtype of x",
+    ),
+    "no steps": (
+        dict(),
+        lambda a: (a[0], a[1][:0], *a[2:]),
+        "Expected sequence length to be larger than 0",
+    ),
     "batch sizes": (
         dict(ragged=True),
         lambda a: (*a[:-1], torch.tensor([1, 3])),

@@ -98,7 +98,7 @@ def test_any_shape(sizes: tuple[int, int, int, int], **kwargs: Any) -> None:
     check_float64(Case(input_size=inputs, hidden_size=hidden, batch=batch, time=time, **kwargs))
 
 
-# --- Gradients that arrive, or are wanted, in unusual ways ------------------------------------------
+# --- Gradients that arrive, or are wanted, in unusual ways ---------------------------------------
 
 
 def cotangent_variants(outputs: list[Tensor]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def test_strides_of_input_and_states(case: Case, layout: str) -> None:
 
 @pytest.mark.parametrize("case", small(), ids=lambda c: c.cell)
 def test_strides_of_weights(case: Case) -> None:
-    """Weights that are views of something else, as DDP, flattening optimizers and FSDP make them."""
+    """Weights with strides of their own, as flattening optimizers and FSDP make them."""
     theirs, ours = case.modules()
     for module in (theirs, ours):
         for parameter in module.parameters():
@@ -214,7 +214,7 @@ def test_states_do_not_alias_the_output(case: Case) -> None:
     assert_all_close(states, before, tol=0)
 
 
-# --- Edges ------------------------------------------------------------------------------------------
+# --- Edges ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", small(batch=0, num_layers=2), ids=lambda c: c.cell)

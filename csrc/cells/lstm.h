@@ -1,5 +1,5 @@
-// Long short-term memory with forget gate (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000).
-// Gate order of torch.nn: i, f, g, o.
+// Long short-term memory with forget gate (Hochreiter & Schmidhuber 1997; Gers, Schmidhuber &
+// Cummins 2000). Gate order of torch.nn: i, f, g, o.
 //   i = sigma(x_0 + h_0)   f = sigma(x_1 + h_1)   g = tanh(x_2 + h_2)   o = sigma(x_3 + h_3)
 //   c' = f c + i g         h' = o tanh(c')
 // States: s[0] = h, s[1] = c.
@@ -14,16 +14,18 @@ struct LSTM {
   static constexpr bool kUsesH = false;
 
   template <class V>
-  FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>& s, Pack<V, kStates>& s_new,
-                              Pack<V, kSaved>& saved) {
-    const V i = sigmoid(V(x[0] + h[0])), f = sigmoid(V(x[1] + h[1])), g = tanh(V(x[2] + h[2])), o = sigmoid(V(x[3] + h[3]));
+  FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>& s,
+                              Pack<V, kStates>& s_new, Pack<V, kSaved>& saved) {
+    const V i = sigmoid(V(x[0] + h[0])), f = sigmoid(V(x[1] + h[1])), g = tanh(V(x[2] + h[2])),
+            o = sigmoid(V(x[3] + h[3]));
     const V c = f * s[1] + i * g;
     s_new[0] = o * tanh(c);
     s_new[1] = c;
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
   }
   template <class V>
-  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s, const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
+  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s,
+                               const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
                                Pack<V, kStates>& ds) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tc = tanh(V(f * s[1] + i * g));

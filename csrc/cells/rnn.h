@@ -11,12 +11,13 @@ struct Rnn {
   static constexpr bool kUsesH = false;
 
   template <class V>
-  FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>&, Pack<V, kStates>& s_new,
-                              Pack<V, kSaved>& saved) {
+  FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>&,
+                              Pack<V, kStates>& s_new, Pack<V, kSaved>& saved) {
     s_new[0] = saved[0] = F::f(V(x[0] + h[0]));
   }
   template <class V>
-  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>&, const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
+  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>&,
+                               const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
                                Pack<V, kStates>& ds) {
     d[0] = ds_new[0] * F::df(saved[0]);
     ds[0] = V{};

@@ -1,4 +1,5 @@
-// The contract of a cell: pure pointwise math on one unit of one batch row, for any V. Everything else is the engine's.
+// The contract of a cell: pure pointwise math on one unit of one batch row, for any V. Everything
+// else is the engine's.
 //
 //   kX, kH    number of input-side and hidden-side pre-activations (gates): x_q = x W_ih^T + b_ih, h_q = h W_hh^T + b_hh
 //   kStates   elementwise states; state 0 is h, the one that goes through W_hh
@@ -9,7 +10,8 @@
 //   forward (x[kX], h[kH], s[kStates])                  -> s_new[kStates], saved[kSaved]
 //   backward(saved[kSaved], s[kStates], ds_new[kStates]) -> d[kD], ds[kStates]
 //
-// ds holds the elementwise paths to the previous states; the path of h through W_hh is added by the engine.
+// ds holds the elementwise paths to the previous states; the path of h through W_hh is added by the
+// engine.
 #pragma once
 #include "core/math.h"
 
@@ -31,9 +33,12 @@ constexpr bool AllBelow(const int (&index)[N]) {
 
 template <class C>
 constexpr bool CheckCell() {
-  static_assert(C::kX >= 1 && C::kH >= 1 && C::kStates >= 1 && C::kSaved >= 1, "a cell has gates, states and saved values");
-  static_assert(sizeof(C::kDx) / sizeof(int) == C::kX && sizeof(C::kDh) / sizeof(int) == C::kH, "one gradient per gate");
-  static_assert(AllBelow<C::kX, C::kD>(C::kDx) && AllBelow<C::kH, C::kD>(C::kDh), "gradient indices lie below kD");
+  static_assert(C::kX >= 1 && C::kH >= 1 && C::kStates >= 1 && C::kSaved >= 1,
+                "a cell has gates, states and saved values");
+  static_assert(sizeof(C::kDx) / sizeof(int) == C::kX && sizeof(C::kDh) / sizeof(int) == C::kH,
+                "one gradient per gate");
+  static_assert(AllBelow<C::kX, C::kD>(C::kDx) && AllBelow<C::kH, C::kD>(C::kDh),
+                "gradient indices lie below kD");
   return true;
 }
 

@@ -1,7 +1,9 @@
-// Gate functions for every V (float, double, vectors of them). Coefficients are minimax fits made for this file.
+// Gate functions for every V (float, double, vectors of them). Coefficients are minimax fits made
+// for this file.
 //
-// Largest error seen over a dense sweep (tests/test_math.py): exp 1, tanh 2, sigmoid 3 ulp, in float and in double.
-// inf and NaN behave as in libm: exp(-inf) = 0, sigmoid(-inf) = 0, tanh(+-inf) = +-1, NaN stays NaN.
+// Largest error seen over a dense sweep (tests/test_math.py): exp 1, tanh 2, sigmoid 3 ulp, in
+// float and in double. inf and NaN behave as in libm: exp(-inf) = 0, sigmoid(-inf) = 0, tanh(+-inf)
+// = +-1, NaN stays NaN.
 #pragma once
 #include <limits>
 
@@ -22,8 +24,9 @@ FRNN_HD V clamp(V x, typename Lanes<V>::T lo, typename Lanes<V>::T hi) {
   return x > splat<V>(hi) ? splat<V>(hi) : x;
 }
 
-// Constants of exp by element type: range in which the result is a normal number, the rounding constant 1.5 * 2^mantissa,
-// ln 2 in two parts, and P of exp(r) = 1 + r + r^2 P(r) on |r| <= ln(2)/2.
+// Constants of exp by element type: range in which the result is a normal number, the rounding
+// constant 1.5 * 2^mantissa, ln 2 in two parts, and P of exp(r) = 1 + r + r^2 P(r) on |r| <=
+// ln(2)/2.
 template <class T>
 struct ExpConstants;
 template <>
@@ -31,16 +34,21 @@ struct ExpConstants<float> {
   static constexpr float kLo = -87.336544f, kHi = 88.722839f, kRound = 12582912.0f;
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kP[] = {0.499999934256f, 0.166665203368f, 0.04166839212f, 0.00836875088853f, 0.00138144755195f};
+  static constexpr float kP[] = {0.499999934256f, 0.166665203368f, 0.04166839212f,
+                                 0.00836875088853f, 0.00138144755195f};
 };
 template <>
 struct ExpConstants<double> {
-  static constexpr double kLo = -708.39641853226408, kHi = 709.78271289338397, kRound = 6755399441055744.0;
-  static constexpr double kLog2e = 1.4426950408889634074, kLn2Hi = 0.693147180369123816490, kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr double kLo = -708.39641853226408, kHi = 709.78271289338397,
+                          kRound = 6755399441055744.0;
+  static constexpr double kLog2e = 1.4426950408889634074, kLn2Hi = 0.693147180369123816490,
+                          kLn2Lo = 1.90821492927058770002e-10;
   static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kP[] = {0.50000000000000000441,   0.1666666666666668349,    0.04166666666666609176,   0.0083333333333169803769,
-                                  0.0013888888889116431275, 0.00019841269896519699497, 0.000024801586925622791954, 2.7557234723813174451e-6,
-                                  2.7557582338831296606e-7, 2.5112085745614438384e-8, 2.0826570383926599069e-9};
+  static constexpr double kP[] = {
+      0.50000000000000000441,     0.1666666666666668349,    0.04166666666666609176,
+      0.0083333333333169803769,   0.0013888888889116431275, 0.00019841269896519699497,
+      0.000024801586925622791954, 2.7557234723813174451e-6, 2.7557582338831296606e-7,
+      2.5112085745614438384e-8,   2.0826570383926599069e-9};
 };
 
 // c[0] + c[1] u + ... by Horner's rule.
@@ -64,7 +72,8 @@ FRNN_HD V exp_in_range(V x) {
   r = r - n * K::kLn2Lo;
   const V p = (r * r) * horner(r, K::kP) + r + T(1);
   // 2^n as 2^(n-1) * 2, since n reaches kBias + 1.
-  const I exponent = bit_cast<I>(shifted) - bit_cast<typename Lanes<V>::Int>(K::kRound) + (K::kBias - 1);
+  const I exponent =
+      bit_cast<I>(shifted) - bit_cast<typename Lanes<V>::Int>(K::kRound) + (K::kBias - 1);
   return p * bit_cast<V>(I(exponent << K::kMantissa)) * T(2);
 }
 
@@ -87,11 +96,14 @@ FRNN_HD V sigmoid(V x) {
 template <class V, class T>
 FRNN_HD V tanh_small(V u, T) {
   if constexpr (sizeof(T) == 4) {
-    constexpr float kR[] = {-0.333332811948f, 0.133314205937f, -0.0537378129018f, 0.0206325884235f, -0.00569742576101f};
+    constexpr float kR[] = {-0.333332811948f, 0.133314205937f, -0.0537378129018f, 0.0206325884235f,
+                            -0.00569742576101f};
     return horner(u, kR);
   } else {
-    constexpr double kP[] = {-0.3333333333333332346176, -0.02049676108151013867026, -0.0001990878017384883783124};
-    constexpr double kQ[] = {1.0, 0.461490283244515225544, 0.02328861479852018384277, 0.0002064370957328126608979};
+    constexpr double kP[] = {-0.3333333333333332346176, -0.02049676108151013867026,
+                             -0.0001990878017384883783124};
+    constexpr double kQ[] = {1.0, 0.461490283244515225544, 0.02328861479852018384277,
+                             0.0002064370957328126608979};
     return horner(u, kP) / horner(u, kQ);
   }
 }

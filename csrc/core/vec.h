@@ -1,5 +1,6 @@
-// Vectors of N lanes as the compiler's own vector types: operators are built in, and one source gives SSE2, AVX2, AVX-512
-// or NEON by the flags of the translation unit. A scalar is the vector of one lane, so all math is written once for V.
+// Vectors of N lanes as the compiler's own vector types: operators are built in, and one source
+// gives SSE2, AVX2, AVX-512 or NEON by the flags of the translation unit. A scalar is the vector of
+// one lane, so all math is written once for V.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -16,7 +17,8 @@ struct VecType {
 template <class T, int N>
 using Vec = typename VecType<T, N>::type;
 
-// Lanes<V>: element type T, lane count kSize, integer Int of the size of T, and the vector I of them (what comparisons give).
+// Lanes<V>: element type T, lane count kSize, integer Int of the size of T, and the vector I of
+// them (what comparisons give).
 template <class V>
 struct Lanes {
   using T = std::remove_reference_t<decltype(V{}[0])>;
@@ -39,7 +41,8 @@ struct Lanes<double> {
   using I = int64_t;
 };
 
-// s - 0 is s for every s, -0 included, so the compiler makes it a broadcast (0 + s would be an addition).
+// s - 0 is s for every s, -0 included, so the compiler makes it a broadcast (0 + s would be an
+// addition).
 template <class V>
 FRNN_HD V splat(typename Lanes<V>::T s) {
   return s - V{};

@@ -12,9 +12,15 @@ template <class T>
 struct StorageOf {
   static constexpr Storage kValue = sizeof(T) == 4 ? Storage::kFloat : Storage::kDouble;
 };
-FRNN_INLINE int64_t StorageSize(Storage s) { return s == Storage::kDouble ? 8 : (s == Storage::kFloat ? 4 : 2); }
-FRNN_INLINE const void* At(const void* p, Storage s, int64_t i) { return static_cast<const char*>(p) + i * StorageSize(s); }
-FRNN_INLINE void* At(void* p, Storage s, int64_t i) { return static_cast<char*>(p) + i * StorageSize(s); }
+FRNN_INLINE int64_t StorageSize(Storage s) {
+  return s == Storage::kDouble ? 8 : (s == Storage::kFloat ? 4 : 2);
+}
+FRNN_INLINE const void* At(const void* p, Storage s, int64_t i) {
+  return static_cast<const char*>(p) + i * StorageSize(s);
+}
+FRNN_INLINE void* At(void* p, Storage s, int64_t i) {
+  return static_cast<char*>(p) + i * StorageSize(s);
+}
 
 template <class V>
 FRNN_NOINLINE V LoadLanes(const typename Lanes<V>::T* p, int n) {
@@ -39,7 +45,8 @@ FRNN_INLINE void store_n(typename Lanes<V>::T* p, V v, int n) {
     StoreLanes<V>(p, v, n);
 }
 
-// float32 -> nearest even value that bfloat16 / float16 can hold, still as float32. Works on vectors and scalars.
+// float32 -> nearest even value that bfloat16 / float16 can hold, still as float32. Works on
+// vectors and scalars.
 template <class V>
 FRNN_HD V RoundToBFloat16(V x) {
   using I = typename Lanes<V>::I;
@@ -87,7 +94,8 @@ FRNN_INLINE uint16_t ToHalf(float x) {
   const uint32_t u = bit_cast<uint32_t>(r), a = u & 0x7fffffff;
   const uint32_t tiny = uint32_t(bit_cast<float>(a < 0x38800000u ? a : 0u) * 16777216.0f);  // 2^24
   const uint32_t normal = (a >> 13) - (112u << 10);
-  const uint32_t bits = a > 0x7f800000u ? 0x7e00u : (a == 0x7f800000u ? 0x7c00u : (a < 0x38800000u ? tiny : normal));
+  const uint32_t bits =
+      a > 0x7f800000u ? 0x7e00u : (a == 0x7f800000u ? 0x7c00u : (a < 0x38800000u ? tiny : normal));
   return uint16_t(bits | ((u >> 16) & 0x8000));
 }
 

@@ -1,6 +1,6 @@
-// Register-tiled products over packed weights. The right operand is always packed in tiles [K][NV vectors], the left one
-// is read as it lies (rows a_m apart) or packed ([K][rows]). The order of summation depends on K alone, never on the
-// number of threads, so results are the same for any.
+// Register-tiled products over packed weights. The right operand is always packed in tiles [K][NV
+// vectors], the left one is read as it lies (rows a_m apart) or packed ([K][rows]). The order of
+// summation depends on K alone, never on the number of threads, so results are the same for any.
 #pragma once
 #include <utility>
 
@@ -10,7 +10,8 @@ FRNN_BEGIN
 
 template <class V>
 constexpr int kRegisters = sizeof(V) == 64 ? 32 : 16;
-// Rows of a tile of nv vectors: accumulators, one row of the right operand and a broadcast value fit in registers.
+// Rows of a tile of nv vectors: accumulators, one row of the right operand and a broadcast value
+// fit in registers.
 template <class V>
 constexpr int TileRows(int nv) {
   const int rows = (kRegisters<V> - 1 - nv) / nv;
@@ -22,8 +23,9 @@ constexpr int kTileVecs = sizeof(V) == 64 ? 4 : 2;
 template <class V>
 constexpr int kTileRows = TileRows<V>(kTileVecs<V>);
 
-// One or two rows are summed in several chains, to hide the latency of the multiply-add. How many must not depend on nv up
-// to kTileVecs: columns are cut into tiles by the number of threads, and results must not.
+// One or two rows are summed in several chains, to hide the latency of the multiply-add. How many
+// must not depend on nv up to kTileVecs: columns are cut into tiles by the number of threads, and
+// results must not.
 template <class V>
 constexpr int Chains(int rows, int nv) {
   const int fits = (kRegisters<V> - 2) / (rows * (nv > kTileVecs<V> ? nv : kTileVecs<V>));
@@ -31,10 +33,12 @@ constexpr int Chains(int rows, int nv) {
   return fits >= wanted ? wanted : (fits >= 2 && wanted >= 2 ? 2 : 1);
 }
 
-// c[m][v] (+)= sum_k a[m * a_m + k * a_k] * w[k][v], m < MR, v < NV. kPackedA: a_m = 1, else a_k = 1.
+// c[m][v] (+)= sum_k a[m * a_m + k * a_k] * w[k][v], m < MR, v < NV. kPackedA: a_m = 1, else a_k =
+// 1.
 template <class V, int MR, int NV, bool kPackedA>
-FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride, const typename Lanes<V>::T* w, int64_t K,
-                                        typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
+FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
+                            const typename Lanes<V>::T* w, int64_t K, typename Lanes<V>::T* c,
+                            int64_t ldc, bool accumulate) {
   constexpr int N = Lanes<V>::kSize;
   constexpr int kChains = Chains<V>(MR, NV);
   V acc[kChains][MR][NV];
@@ -96,7 +100,8 @@ FRNN_INLINE void WithConstant(int n, const F& f) {
   }
 }
 
-// Cuts M rows into balanced blocks of at most Max (32 rows at 6: 6 6 5 5 5 5) and calls f(rows, first row).
+// Cuts M rows into balanced blocks of at most Max (32 rows at 6: 6 6 5 5 5 5) and calls f(rows,
+// first row).
 template <int Max, class F>
 FRNN_INLINE void ForRowBlocks(int64_t M, const F& f) {
   const int64_t blocks = (M + Max - 1) / Max;
@@ -110,39 +115,47 @@ FRNN_INLINE void ForRowBlocks(int64_t M, const F& f) {
 
 // c[M][NV vectors] (+)= a[M][K] w[K][NV vectors]
 template <class V, int NV>
-void GemmRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w, int64_t K, typename Lanes<V>::T* c,
-              int64_t ldc, bool accumulate) {
+void GemmRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
+              int64_t K, typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   constexpr int kRows = TileRows<V>(NV);
   ForRowBlocks<kRows>(M, [&](int rows, int64_t r) {
-    WithConstant<kRows>(rows,
-                        [&](auto mr) { GemmTile<V, decltype(mr)::value, NV, false>(a + r * lda, lda, w, K, c + r * ldc, ldc, accumulate); });
+    WithConstant<kRows>(rows, [&](auto mr) {
+      GemmTile<V, decltype(mr)::value, NV, false>(a + r * lda, lda, w, K, c + r * ldc, ldc,
+                                                  accumulate);
+    });
   });
 }
 
-// c[rows][kTileVecs vectors] (+)= a^T b of packed operands a [K][kTileRows], b [K][kTileVecs vectors], rows <= kTileRows.
+// c[rows][kTileVecs vectors] (+)= a^T b of packed operands a [K][kTileRows], b [K][kTileVecs
+// vectors], rows <= kTileRows.
 template <class V>
-void GemmPacked(int rows, const typename Lanes<V>::T* a, const typename Lanes<V>::T* b, int64_t K, typename Lanes<V>::T* c, int64_t ldc,
-                bool accumulate) {
-  WithConstant<kTileRows<V>>(
-      rows, [&](auto mr) { GemmTile<V, decltype(mr)::value, kTileVecs<V>, true>(a, kTileRows<V>, b, K, c, ldc, accumulate); });
+void GemmPacked(int rows, const typename Lanes<V>::T* a, const typename Lanes<V>::T* b, int64_t K,
+                typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
+  WithConstant<kTileRows<V>>(rows, [&](auto mr) {
+    GemmTile<V, decltype(mr)::value, kTileVecs<V>, true>(a, kTileRows<V>, b, K, c, ldc, accumulate);
+  });
 }
 
-// Compiled once for each instruction set and scalar type (cpu/gemm.cpp.in), not again for every cell.
+// Compiled once for each instruction set and scalar type (cpu/gemm.cpp.in), not again for every
+// cell.
 using OwnVec = Vec<FRNN_SCALAR, kVectorBytes / sizeof(FRNN_SCALAR)>;
 #ifndef FRNN_DEFINE_GEMM
 #define FRNN_DEFINE_GEMM extern
 #endif
-#define FRNN_GEMM_ROWS(NV)                                                                                                          \
-  FRNN_DEFINE_GEMM template void GemmRows<OwnVec, NV>(int64_t, const FRNN_SCALAR*, int64_t, const FRNN_SCALAR*, int64_t, FRNN_SCALAR*, \
+#define FRNN_GEMM_ROWS(NV)                                                                       \
+  FRNN_DEFINE_GEMM template void GemmRows<OwnVec, NV>(int64_t, const FRNN_SCALAR*, int64_t,      \
+                                                      const FRNN_SCALAR*, int64_t, FRNN_SCALAR*, \
                                                       int64_t, bool);
 FRNN_GEMM_ROWS(1)
 FRNN_GEMM_ROWS(2)
 FRNN_GEMM_ROWS(3)
 FRNN_GEMM_ROWS(4)
-FRNN_DEFINE_GEMM template void GemmPacked<OwnVec>(int, const FRNN_SCALAR*, const FRNN_SCALAR*, int64_t, FRNN_SCALAR*, int64_t, bool);
+FRNN_DEFINE_GEMM template void GemmPacked<OwnVec>(int, const FRNN_SCALAR*, const FRNN_SCALAR*,
+                                                  int64_t, FRNN_SCALAR*, int64_t, bool);
 #undef FRNN_GEMM_ROWS
 
-// Tiles of at most kTileVecs vectors that cover the vectors [begin, end): f(first vector, vectors as a constant).
+// Tiles of at most kTileVecs vectors that cover the vectors [begin, end): f(first vector, vectors
+// as a constant).
 template <class V, class F>
 FRNN_INLINE void ForColumnTiles(int64_t begin, int64_t end, const F& f) {
   for (int64_t v = begin; v < end; v += kTileVecs<V>) {
@@ -163,15 +176,18 @@ FRNN_INLINE V LoadVec(const void* row, Storage s, int64_t i, int n) {
   return load<V>(lanes);
 }
 
-// One butterfly of a transpose. Lane i of the result comes from a where bit kStride of i is clear, else from b; `kUpper`
-// takes the other half of each.
+// One butterfly of a transpose. Lane i of the result comes from a where bit kStride of i is clear,
+// else from b; `kUpper` takes the other half of each.
 template <class V, int kStride, bool kUpper, int... I>
 FRNN_INLINE V Exchange(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int N = sizeof...(I);
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, (kUpper ? ((I & kStride) ? N + I : I + kStride) : ((I & kStride) ? N + I - kStride : I))...);
+  return __builtin_shufflevector(
+      a, b,
+      (kUpper ? ((I & kStride) ? N + I : I + kStride) : ((I & kStride) ? N + I - kStride : I))...);
 #else
-  const typename Lanes<V>::I index = {(kUpper ? ((I & kStride) ? N + I : I + kStride) : ((I & kStride) ? N + I - kStride : I))...};
+  const typename Lanes<V>::I index = {
+      (kUpper ? ((I & kStride) ? N + I : I + kStride) : ((I & kStride) ? N + I - kStride : I))...};
   return __builtin_shuffle(a, b, index);
 #endif
 }
@@ -194,15 +210,17 @@ FRNN_INLINE void Transpose(V (&v)[Lanes<V>::kSize]) {
   }
 }
 
-// dst[k * k_stride + lane] = w[(row0 + lane)][k], lane < N: one vector of units, K columns. Rows at and past `rows` are zero.
+// dst[k * k_stride + lane] = w[(row0 + lane)][k], lane < N: one vector of units, K columns. Rows at
+// and past `rows` are zero.
 template <class V>
-FRNN_NOINLINE void PackTransposed(const void* w, Storage s, int64_t row0, int64_t rows, int64_t K, typename Lanes<V>::T* dst,
-                                              int64_t k_stride) {
+FRNN_NOINLINE void PackTransposed(const void* w, Storage s, int64_t row0, int64_t rows, int64_t K,
+                                  typename Lanes<V>::T* dst, int64_t k_stride) {
   constexpr int N = Lanes<V>::kSize;
   for (int64_t k = 0; k < K; k += N) {
     const int n = int(K - k < N ? K - k : N);
     V block[N];
-    for (int lane = 0; lane < N; lane++) block[lane] = row0 + lane < rows ? LoadVec<V>(w, s, (row0 + lane) * K + k, n) : V{};
+    for (int lane = 0; lane < N; lane++)
+      block[lane] = row0 + lane < rows ? LoadVec<V>(w, s, (row0 + lane) * K + k, n) : V{};
     Transpose(block);
     for (int i = 0; i < n; i++) store<V>(dst + (k + i) * k_stride, block[i]);
   }
@@ -210,7 +228,8 @@ FRNN_NOINLINE void PackTransposed(const void* w, Storage s, int64_t row0, int64_
 
 // dst[k][0 .. width) = w[k][col .. col + width), zero past `cols`; w has rows of `cols`.
 template <class T>
-void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col, int64_t width, T* dst) {
+void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col, int64_t width,
+                 T* dst) {
   const int64_t n = cols - col < width ? cols - col : width;
   for (int64_t k = 0; k < K; k++) {
     LoadRow<T>(At(w, s, k * cols + col), s, dst + k * width, n);

@@ -1,13 +1,14 @@
 // The CPU engine: one recurrent layer over a whole sequence, for any cell.
 //
-// Units are cut into panels of a few vectors; a thread owns a range of panels for the whole sequence, so its slice of the
-// weights stays in its own cache. Weights are packed per panel as [k][gate][unit]: a tile of a product holds all gates of
-// its units, and the gate math runs on it while it is in the first-level cache.
+// Units are cut into panels of a few vectors; a thread owns a range of panels for the whole
+// sequence, so its slice of the weights stays in its own cache. Weights are packed per panel as
+// [k][gate][unit]: a tile of a product holds all gates of its units, and the gate math runs on it
+// while it is in the first-level cache.
 //
-// Forward, per chunk of time steps: gates_x = x W_ih^T + b_ih for the thread's own units (no barrier), then per step
-// gates_h = h W_hh^T + b_hh, gate math, one barrier.
-// Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units. Then dX, dW and db of
-// the whole sequence as large products.
+// Forward, per chunk of time steps: gates_x = x W_ih^T + b_ih for the thread's own units (no
+// barrier), then per step gates_h = h W_hh^T + b_hh, gate math, one barrier.
+// Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
+// Then dX, dW and db of the whole sequence as large products.
 #pragma once
 #include "core/cell.h"
 #include "cpu/gemm.h"
@@ -26,15 +27,17 @@ class Layer {
   using T = typename Lanes<V>::T;
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kPanelVecs = C::kH <= 2 ? 2 : 1;
-  static constexpr int kUnits = kPanelVecs * N;       // units of a panel
-  static constexpr int kXVecs = C::kX * kPanelVecs;   // vectors of a tile of gates_x: [gate][panel vector]
+  static constexpr int kUnits = kPanelVecs * N;  // units of a panel
+  static constexpr int kXVecs =
+      C::kX * kPanelVecs;  // vectors of a tile of gates_x: [gate][panel vector]
   static constexpr int kHVecs = C::kH * kPanelVecs;
   static constexpr int kExtra = C::kStates - 1;
-  static constexpr int kTape = C::kSaved + kExtra;    // per unit and row: what the cell saved, then c_{t-1}
+  static constexpr int kTape =
+      C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
   static constexpr int kTileWidth = kTileVecs<V> * N;
-  static constexpr int64_t kChunkRows = 128;          // rows of gates_x computed ahead
-  static constexpr int64_t kGradRows = 256;           // rows of a block of the dW products
-  static constexpr int64_t kMacsPerThread = 16384;    // less work per step than this pays no barrier
+  static constexpr int64_t kChunkRows = 128;        // rows of gates_x computed ahead
+  static constexpr int64_t kGradRows = 256;         // rows of a block of the dW products
+  static constexpr int64_t kMacsPerThread = 16384;  // less work per step than this pays no barrier
   static constexpr Storage kOwn = StorageOf<T>::kValue;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
@@ -48,15 +51,18 @@ class Layer {
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
 
-  // The rows of x, as the engine may read them: rows `stride` apart in the computing type, or to be staged first.
+  // The rows of x, as the engine may read them: rows `stride` apart in the computing type, or to be
+  // staged first.
   struct Input {
     explicit Input(const LayerParams& p) {
-      const bool one_stride = p.ragged || p.B == 1 || p.T == 1 || p.x_t_stride == p.B * p.x_b_stride;
+      const bool one_stride =
+          p.ragged || p.B == 1 || p.T == 1 || p.x_t_stride == p.B * p.x_b_stride;
       stride = !p.ragged && p.B == 1 ? p.x_t_stride : p.x_b_stride;
       direct = one_stride && p.storage == kOwn;
     }
     static const void* Row(const LayerParams& p, int64_t t, int64_t b) {
-      return At(p.x, p.storage, p.ragged ? (p.offsets[t] + b) * p.x_b_stride : t * p.x_t_stride + b * p.x_b_stride);
+      return At(p.x, p.storage,
+                p.ragged ? (p.offsets[t] + b) * p.x_b_stride : t * p.x_t_stride + b * p.x_b_stride);
     }
     int64_t stride;
     bool direct;
@@ -83,7 +89,8 @@ class Layer {
     int64_t t, b;
   };
 
-  // Where h_{t-1} (h_{t+1} of a reversed direction) of row (t, b) lies in hs: row b holds h0, row B + r holds h of row r.
+  // Where h_{t-1} (h_{t+1} of a reversed direction) of row (t, b) lies in hs: row b holds h0, row B
+  // + r holds h of row r.
   static int64_t PreviousRow(const LayerParams& p, int dir, int64_t t, int64_t b) {
     if (dir == 0) return t == 0 ? b : p.B + p.offsets[t - 1] + b;
     return t + 1 < p.T && b < p.batch_sizes[t + 1] ? p.B + p.offsets[t + 1] + b : b;
@@ -94,11 +101,13 @@ class Layer {
   }
 
   // w [gates * H, K] -> [k][gate][unit] for one panel.
-  static void PackGates(const void* w, Storage s, int gates, int64_t H, int64_t K, int64_t panel, T* dst) {
+  static void PackGates(const void* w, Storage s, int gates, int64_t H, int64_t K, int64_t panel,
+                        T* dst) {
     for (int q = 0; q < gates; q++)
       for (int j = 0; j < kPanelVecs; j++) {
         const int64_t unit = panel * kUnits + j * N;
-        PackTransposed<V>(At(w, s, q * H * K), s, unit, H, K, dst + (q * kPanelVecs + j) * N, gates * kUnits);
+        PackTransposed<V>(At(w, s, q * H * K), s, unit, H, K, dst + (q * kPanelVecs + j) * N,
+                          gates * kUnits);
       }
   }
   static void PackBias(const void* b, Storage s, int gates, int64_t H, int64_t panel, T* dst) {
@@ -110,21 +119,22 @@ class Layer {
   }
 
   struct StepRows {
-    int64_t n;             // rows of the step
-    const T* gates_x;      // [n, kX, units]
-    const T* gates_h;      // [n, kH, units]
-    const T* h;            // h_{t-1} of the panel, rows h_stride apart
-    T* h_new;              // rows h_stride apart (h_full, rows full_stride apart, with a projection)
+    int64_t n;         // rows of the step
+    const T* gates_x;  // [n, kX, units]
+    const T* gates_h;  // [n, kH, units]
+    const T* h;        // h_{t-1} of the panel, rows h_stride apart
+    T* h_new;          // rows h_stride apart (h_full, rows full_stride apart, with a projection)
     int64_t h_stride, h_new_stride;
-    T* c;                  // [n, kExtra, units], replaced
-    T* tape;               // [n, kTape, units] or null
-    T* y;                  // rows y_stride apart, or null
+    T* c;     // [n, kExtra, units], replaced
+    T* tape;  // [n, kTape, units] or null
+    T* y;     // rows y_stride apart, or null
     int64_t y_stride;
-    int64_t units;         // valid units from the panel's first one on
-    Storage round;         // h is rounded to this
+    int64_t units;  // valid units from the panel's first one on
+    Storage round;  // h is rounded to this
   };
   static void GateMath(const StepRows& s);
-  static void CopyState(const LayerParams& p, const void* src, int dir, int64_t first, int64_t last, T* dst, int64_t stride);
+  static void CopyState(const LayerParams& p, const void* src, int dir, int64_t first, int64_t last,
+                        T* dst, int64_t stride);
 };
 
 // The pointwise part of a step for one panel.
@@ -138,9 +148,11 @@ void Layer<C, V>::GateMath(const StepRows& s) {
       Pack<V, C::kStates> state, state_new;
       Pack<V, C::kSaved> saved;
       FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++) x[q] = load<V>(s.gates_x + (m * kXVecs + q * kPanelVecs + j) * N);
+      for (int q = 0; q < C::kX; q++)
+        x[q] = load<V>(s.gates_x + (m * kXVecs + q * kPanelVecs + j) * N);
       FRNN_UNROLL
-      for (int q = 0; q < C::kH; q++) h[q] = load<V>(s.gates_h + (m * kHVecs + q * kPanelVecs + j) * N);
+      for (int q = 0; q < C::kH; q++)
+        h[q] = load<V>(s.gates_h + (m * kHVecs + q * kPanelVecs + j) * N);
       state[0] = C::kUsesH ? load<V>(s.h + m * s.h_stride + j * N) : V{};
       T* c = s.c + m * kExtra * kUnits + j * N;
       FRNN_UNROLL
@@ -167,12 +179,16 @@ void Layer<C, V>::GateMath(const StepRows& s) {
   }
 }
 
-// dst[b][first .. last) = src[dir][b][first .. last) for all b, zero where src is null or past Hout.
+// dst[b][first .. last) = src[dir][b][first .. last) for all b, zero where src is null or past
+// Hout.
 template <class C, class V>
-void Layer<C, V>::CopyState(const LayerParams& p, const void* src, int dir, int64_t first, int64_t last, T* dst, int64_t stride) {
+void Layer<C, V>::CopyState(const LayerParams& p, const void* src, int dir, int64_t first,
+                            int64_t last, T* dst, int64_t stride) {
   const int64_t n = src == nullptr || first >= p.Hout ? 0 : (last < p.Hout ? last : p.Hout) - first;
   for (int64_t b = 0; b < p.B; b++) {
-    if (n > 0) LoadRow<T>(At(src, p.storage, (dir * p.B + b) * p.Hout + first), p.storage, dst + b * stride + first, n);
+    if (n > 0)
+      LoadRow<T>(At(src, p.storage, (dir * p.B + b) * p.Hout + first), p.storage,
+                 dst + b * stride + first, n);
     for (int64_t u = first + n; u < last; u++) dst[b * stride + u] = 0;
   }
 }
@@ -185,8 +201,10 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
   const int64_t capacity = p.rows < kChunkRows ? p.rows : (p.B > kChunkRows ? p.B : kChunkRows);
-  const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout), full_stride = RowStride(p.H);
-  // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of finished rows beside it.
+  const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout),
+                full_stride = RowStride(p.H);
+  // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of
+  // finished rows beside it.
   const bool in_place = p.hs != nullptr && !p.ragged;
   const int64_t hs_stride = HsStride(p.H, p.Hout);
   const bool direct_y = p.storage == kOwn && !projected;
@@ -217,9 +235,10 @@ void Layer<C, V>::Forward(const LayerParams& p) {
 
   RunTeam(threads, [&](Team& team) {
     const Own& my = own[team.id];
-    const auto mine = team.Split(panels);            // panels
-    const auto columns = team.Split(hout_vecs);      // vectors of the projection's output
-    const int64_t first = projected ? columns.begin * N : mine.begin * kUnits;  // columns of h that this thread writes
+    const auto mine = team.Split(panels);        // panels
+    const auto columns = team.Split(hout_vecs);  // vectors of the projection's output
+    const int64_t first = projected ? columns.begin * N
+                                    : mine.begin * kUnits;  // columns of h that this thread writes
     const int64_t last = projected ? columns.end * N : mine.end * kUnits;
     const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
 
@@ -235,7 +254,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         T* c = my.c + at * p.B * kExtra * kUnits;
         for (int64_t r = 0; r < p.B * kExtra; r++) {
           const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
-          LoadRow<T>(At(p.c0, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage, c + r * kUnits, n);
+          LoadRow<T>(At(p.c0, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage,
+                     c + r * kUnits, n);
           for (int64_t u = n; u < kUnits; u++) c[r * kUnits + u] = 0;
         }
       }
@@ -243,9 +263,11 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         ForColumnTiles<V>(columns.begin, columns.end, [&](int64_t v, auto nv) {
           constexpr int NV = decltype(nv)::value;
           for (int j = 0; j < NV; j++)
-            PackTransposed<V>(w.w_hr, p.storage, (v + j) * N, p.Hout, p.H, my.w_hr + (v - columns.begin) * N * p.H + j * N, NV * N);
+            PackTransposed<V>(w.w_hr, p.storage, (v + j) * N, p.Hout, p.H,
+                              my.w_hr + (v - columns.begin) * N * p.H + j * N, NV * N);
         });
-      // h0, its padding, and the padding that nobody writes later: the saved tensors hold no uninitialised value.
+      // h0, its padding, and the padding that nobody writes later: the saved tensors hold no
+      // uninitialised value.
       const int64_t last_padded = team.id + 1 == team.size ? h_stride : last;
       if (hs) {
         CopyState(p, p.h0, dir, first, last_padded, hs, hs_stride);
@@ -253,9 +275,11 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           for (int64_t r = 0; r < p.rows; r++)
             for (int64_t u = last; u < h_stride; u++) hs[(p.B + r) * hs_stride + u] = 0;
           for (int64_t r = 0; r < p.B + p.rows && projected; r++)
-            for (int64_t u = r < p.B ? 0 : panels * kUnits; u < full_stride; u++) hs[r * hs_stride + h_stride + u] = 0;
+            for (int64_t u = r < p.B ? 0 : panels * kUnits; u < full_stride; u++)
+              hs[r * hs_stride + h_stride + u] = 0;
           T* tape = static_cast<T*>(p.saved) + dir * p.rows * kTape * Padded(p.H);
-          for (int64_t i = p.rows * kTape * panels * kUnits; i < p.rows * kTape * Padded(p.H); i++) tape[i] = 0;
+          for (int64_t i = p.rows * kTape * panels * kUnits; i < p.rows * kTape * Padded(p.H); i++)
+            tape[i] = 0;
         }
       }
       if (!in_place)
@@ -279,14 +303,18 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         int64_t ldx = input.stride;
         if (!input.direct) {
           RowCursor cursor(p, chunk_row);
-          for (int64_t r = 0; r < chunk; r++, cursor.Next()) LoadRow<T>(Input::Row(p, cursor.t, cursor.b), p.storage, my.x + r * x_stride, p.I);
+          for (int64_t r = 0; r < chunk; r++, cursor.Next())
+            LoadRow<T>(Input::Row(p, cursor.t, cursor.b), p.storage, my.x + r * x_stride, p.I);
           x = my.x;
           ldx = x_stride;
         }
         for (int64_t i = 0; i < mine.end - mine.begin; i++) {
           T* gates = my.gates_x + i * capacity * C::kX * kUnits;
-          for (int64_t r = 0; r < chunk; r++) memcpy(gates + r * C::kX * kUnits, my.b_ih + i * C::kX * kUnits, C::kX * kUnits * sizeof(T));
-          GemmRows<V, kXVecs>(chunk, x, ldx, my.w_ih + i * p.I * C::kX * kUnits, p.I, gates, C::kX * kUnits, true);
+          for (int64_t r = 0; r < chunk; r++)
+            memcpy(gates + r * C::kX * kUnits, my.b_ih + i * C::kX * kUnits,
+                   C::kX * kUnits * sizeof(T));
+          GemmRows<V, kXVecs>(chunk, x, ldx, my.w_ih + i * p.I * C::kX * kUnits, p.I, gates,
+                              C::kX * kUnits, true);
         }
 
         for (int64_t k = 0; k < end - begin; k++, step++) {
@@ -295,14 +323,18 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           const int64_t ldh = in_place ? hs_stride : h_stride;
           const T* h = in_place ? hs + PreviousRow(p, dir, t, 0) * hs_stride : h_buffer[step & 1];
           T* h_new = in_place ? hs + (p.B + row) * hs_stride : h_buffer[(step + 1) & 1];
-          T* full = !projected ? nullptr : (hs ? hs + (p.B + row) * hs_stride + h_stride : full_buffer);
+          T* full =
+              !projected ? nullptr : (hs ? hs + (p.B + row) * hs_stride + h_stride : full_buffer);
           const int64_t ld_full = hs ? hs_stride : full_stride;
           T* y = static_cast<T*>(At(p.y, p.storage, row * p.dirs * p.Hout + dir * p.Hout));
 
           for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t at = i - mine.begin, unit = i * kUnits;
-            for (int64_t r = 0; r < n; r++) memcpy(my.gates_h + r * C::kH * kUnits, my.b_hh + at * C::kH * kUnits, C::kH * kUnits * sizeof(T));
-            GemmRows<V, kHVecs>(n, h, ldh, my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, my.gates_h, C::kH * kUnits, true);
+            for (int64_t r = 0; r < n; r++)
+              memcpy(my.gates_h + r * C::kH * kUnits, my.b_hh + at * C::kH * kUnits,
+                     C::kH * kUnits * sizeof(T));
+            GemmRows<V, kHVecs>(n, h, ldh, my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout,
+                                my.gates_h, C::kH * kUnits, true);
             StepRows s;
             s.n = n;
             s.gates_x = my.gates_x + (at * capacity + row - chunk_row) * C::kX * kUnits;
@@ -324,18 +356,27 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             ForColumnTiles<V>(columns.begin, columns.end, [&](int64_t v, auto nv) {
               constexpr int NV = decltype(nv)::value;
               T* out = h_new + v * N;
-              GemmRows<V, NV>(n, full, ld_full, my.w_hr + (v - columns.begin) * N * p.H, p.H, out, ldh, false);
+              GemmRows<V, NV>(n, full, ld_full, my.w_hr + (v - columns.begin) * N * p.H, p.H, out,
+                              ldh, false);
               for (int64_t r = 0; r < n && p.storage != kOwn; r++)
-                for (int j = 0; j < NV; j++) store<V>(out + r * ldh + j * N, RoundToStorage(load<V>(out + r * ldh + j * N), p.storage));
+                for (int j = 0; j < NV; j++)
+                  store<V>(out + r * ldh + j * N,
+                           RoundToStorage(load<V>(out + r * ldh + j * N), p.storage));
             });
           }
           if (valid > 0) {
-            const int64_t done = dir == 0 ? (t + 1 < p.T ? p.batch_sizes[t + 1] : 0) : (t == 0 ? 0 : n);
+            const int64_t done =
+                dir == 0 ? (t + 1 < p.T ? p.batch_sizes[t + 1] : 0) : (t == 0 ? 0 : n);
             for (int64_t r = 0; r < n; r++) {
               const T* row_h = h_new + r * ldh + first;
-              if (!direct_y) StoreRow<T>(At(p.y, p.storage, ((row + r) * p.dirs + dir) * p.Hout + first), p.storage, row_h, valid);
-              if (hs && !in_place) memcpy(hs + (p.B + row + r) * hs_stride + first, row_h, (last - first) * sizeof(T));
-              if (r >= done) StoreRow<T>(At(p.h_n, p.storage, (dir * p.B + r) * p.Hout + first), p.storage, row_h, valid);
+              if (!direct_y)
+                StoreRow<T>(At(p.y, p.storage, ((row + r) * p.dirs + dir) * p.Hout + first),
+                            p.storage, row_h, valid);
+              if (hs && !in_place)
+                memcpy(hs + (p.B + row + r) * hs_stride + first, row_h, (last - first) * sizeof(T));
+              if (r >= done)
+                StoreRow<T>(At(p.h_n, p.storage, (dir * p.B + r) * p.Hout + first), p.storage,
+                            row_h, valid);
             }
           }
           team.Sync();

@@ -4,8 +4,8 @@
 
 FRNN_BEGIN
 
-// dw[gates * H, cols] = sum over rows r of d[r]^T b[r]: blocks of rows are packed on both sides and summed in order.
-// The team shares the packed right side; each thread owns rows of dw.
+// dw[gates * H, cols] = sum over rows r of d[r]^T b[r]: blocks of rows are packed on both sides and
+// summed in order. The team shares the packed right side; each thread owns rows of dw.
 template <class V>
 class WeightGrad {
  public:
@@ -13,10 +13,10 @@ class WeightGrad {
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kWidth = kTileVecs<V> * N, kRows = kTileRows<V>;
 
-  int64_t gates, H;    // rows of dw: gate q, unit u, at q * H + u
-  const int* column;   // gate q's gradients start at column[q] * gate_stride of d
+  int64_t gates, H;   // rows of dw: gate q, unit u, at q * H + u
+  const int* column;  // gate q's gradients start at column[q] * gate_stride of d
   int64_t gate_stride;
-  const T* d;          // [rows, ..], d_stride apart
+  const T* d;  // [rows, ..], d_stride apart
   int64_t d_stride;
   int64_t rows, cols;
   int64_t block;       // rows of a block
@@ -25,10 +25,13 @@ class WeightGrad {
   void* dw;
   Storage storage;
 
-  static int64_t PackASize(int64_t own_rows, int64_t block) { return RoundUp(own_rows, kRows) * block; }
+  static int64_t PackASize(int64_t own_rows, int64_t block) {
+    return RoundUp(own_rows, kRows) * block;
+  }
   static int64_t PackBSize(int64_t cols, int64_t block) { return RoundUp(cols, kWidth) * block; }
 
-  // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width, into dst [n][kWidth].
+  // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col +
+  // width, into dst [n][kWidth].
   template <class F>
   void Run(Team& team, const F& load) const {
     const bool own = storage == StorageOf<T>::kValue;
@@ -65,7 +68,8 @@ class WeightGrad {
       team.Sync();
     }
     if (!own)
-      for (int64_t m = my_rows.begin; m < my_rows.end; m++) StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
+      for (int64_t m = my_rows.begin; m < my_rows.end; m++)
+        StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
   }
 
  private:
@@ -81,7 +85,8 @@ class WeightGrad {
       }
       const T* src = d + r0 * d_stride;
       if (at[0] + kRows - 1 == at[kRows - 1] && count == kRows) {
-        for (int64_t r = 0; r < n; r++) memcpy(dst + r * kRows, src + r * d_stride + at[0], kRows * sizeof(T));
+        for (int64_t r = 0; r < n; r++)
+          memcpy(dst + r * kRows, src + r * d_stride + at[0], kRows * sizeof(T));
       } else {
         for (int64_t r = 0; r < n; r++)
           for (int i = 0; i < kRows; i++) dst[r * kRows + i] = src[r * d_stride + at[i]];
@@ -105,11 +110,13 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
-  const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H), hs_stride = HsStride(p.H, p.Hout);
+  const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H),
+                hs_stride = HsStride(p.H, p.Hout);
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
   const int64_t x_tiles = (p.I + kTileWidth - 1) / kTileWidth;
   const int64_t block = p.rows < kGradRows ? p.rows : kGradRows;
-  const int64_t x_rows = p.rows < 768 ? 48 : 96;  // rows of dX at a time, whole blocks of them to a thread
+  const int64_t x_rows =
+      p.rows < 768 ? 48 : 96;  // rows of dX at a time, whole blocks of them to a thread
   const bool narrow = p.storage != kOwn;
   const int max_gates = C::kX > C::kH ? C::kX : C::kH;
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
@@ -120,7 +127,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *pack_a;
   };
   Own own[kMaxThreads];
-  T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr, *pack_b = nullptr, *sum = nullptr, *dx_sum = nullptr;
+  T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
+    *pack_b = nullptr, *sum = nullptr, *dx_sum = nullptr;
   Scratch scratch;
   scratch.Build([&](Scratch& s) {
     for (int i = 0; i < threads; i++) {
@@ -130,7 +138,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       own[i].dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
       own[i].db = s.Take<T>(own_panels * C::kD * kUnits);
       own[i].dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
-      own[i].pack_a = s.Take<T>(WeightGrad<V>::PackASize((grad_rows + threads - 1) / threads + kTileRows<V>, block));
+      own[i].pack_a = s.Take<T>(
+          WeightGrad<V>::PackASize((grad_rows + threads - 1) / threads + kTileRows<V>, block));
     }
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
@@ -147,7 +156,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     const auto mine = team.Split(panels);
     const auto columns = team.Split(hout_vecs);
     // Columns of dh that this thread sums, in vectors and in units.
-    const int64_t first_vec = projected ? columns.begin : mine.begin * kPanelVecs, last_vec = projected ? columns.end : mine.end * kPanelVecs;
+    const int64_t first_vec = projected ? columns.begin : mine.begin * kPanelVecs,
+                  last_vec = projected ? columns.end : mine.end * kPanelVecs;
     const int64_t first = first_vec * N, last = last_vec * N;
     const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
 
@@ -160,7 +170,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
         constexpr int NV = decltype(nv)::value;
         T* dst = my.w_hh + (v - first_vec) * N * C::kH * p.H;
-        if (v * N < p.Hout) PackColumns<T>(w.w_hh, p.storage, C::kH * p.H, p.Hout, v * N, NV * N, dst);
+        if (v * N < p.Hout)
+          PackColumns<T>(w.w_hh, p.storage, C::kH * p.H, p.Hout, v * N, NV * N, dst);
       });
       if (projected)
         ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
@@ -171,9 +182,12 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       for (int64_t i = 0; i < (mine.end - mine.begin) * C::kD * kUnits; i++) my.db[i] = 0;
       for (int64_t i = mine.begin; i < mine.end; i++)
         for (int64_t r = 0; r < p.B * kExtra; r++) {
-          const int64_t unit = i * kUnits, n = p.dc_n == nullptr ? 0 : (p.H - unit < kUnits ? p.H - unit : kUnits);
+          const int64_t unit = i * kUnits,
+                        n = p.dc_n == nullptr ? 0 : (p.H - unit < kUnits ? p.H - unit : kUnits);
           T* dc = my.dc + ((i - mine.begin) * p.B * kExtra + r) * kUnits;
-          if (n > 0) LoadRow<T>(At(p.dc_n, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage, dc, n);
+          if (n > 0)
+            LoadRow<T>(At(p.dc_n, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage, dc,
+                       n);
           for (int64_t u = n; u < kUnits; u++) dc[u] = 0;
         }
       CopyState(p, p.dh_n, dir, first, last, dh, h_stride);
@@ -186,13 +200,15 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         int64_t dy_stride = 0;
         if (p.dy && valid > 0) {
           const auto source = [&](int64_t b) {
-            const int64_t at = p.ragged ? (row + b) * p.dy_b_stride : t * p.dy_t_stride + b * p.dy_b_stride;
+            const int64_t at =
+                p.ragged ? (row + b) * p.dy_b_stride : t * p.dy_t_stride + b * p.dy_b_stride;
             return At(p.dy, p.storage, at + dir * p.Hout + first);
           };
           dy = static_cast<const T*>(source(0));
           dy_stride = p.dy_b_stride;
           if (stage_dy) {
-            for (int64_t b = 0; b < n; b++) LoadRow<T>(source(b), p.storage, my.dy + b * own_columns, valid);
+            for (int64_t b = 0; b < n; b++)
+              LoadRow<T>(source(b), p.storage, my.dy + b * own_columns, valid);
             dy = my.dy;
             dy_stride = own_columns;
           }
@@ -202,14 +218,17 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
           for (int64_t b = 0; b < n; b++) {
             T* out = dh_seq + (row + b) * h_stride + first;
             const T* in = dh + b * h_stride + first;
-            for (int64_t u = 0; u < valid; u++) out[u] = in[u] + (dy ? dy[b * dy_stride + u] : T(0));
+            for (int64_t u = 0; u < valid; u++)
+              out[u] = in[u] + (dy ? dy[b * dy_stride + u] : T(0));
           }
           team.Sync();
-          ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
-            constexpr int NV = decltype(nv)::value;
-            GemmRows<V, NV>(n, dh_seq + row * h_stride, h_stride, my.w_hr + (v - mine.begin * kPanelVecs) * N * p.Hout, p.Hout,
-                            dh_full + v * N, full_stride, false);
-          });
+          ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs,
+                            [&](int64_t v, auto nv) {
+                              constexpr int NV = decltype(nv)::value;
+                              GemmRows<V, NV>(n, dh_seq + row * h_stride, h_stride,
+                                              my.w_hr + (v - mine.begin * kPanelVecs) * N * p.Hout,
+                                              p.Hout, dh_full + v * N, full_stride, false);
+                            });
         }
 
         for (int64_t i = mine.begin; i < mine.end; i++) {
@@ -236,9 +255,12 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                 dstate_new[0] = load<V>(dh_full + b * full_stride + unit + j * N);
               } else {
                 dstate_new[0] = load<V>(dh_b);
-                if (dy) dstate_new[0] += load_n<V>(dy + b * dy_stride + unit - first + j * N, lanes);
+                if (dy)
+                  dstate_new[0] += load_n<V>(dy + b * dy_stride + unit - first + j * N, lanes);
               }
-              state[0] = C::kUsesH ? load<V>(hs + PreviousRow(p, dir, t, b) * hs_stride + unit + j * N) : V{};
+              state[0] = C::kUsesH
+                             ? load<V>(hs + PreviousRow(p, dir, t, b) * hs_stride + unit + j * N)
+                             : V{};
               T* dc = dc_panel + b * kExtra * kUnits + j * N;
               FRNN_UNROLL
               for (int e = 0; e < kExtra; e++) {
@@ -259,7 +281,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
               for (int e = 0; e < kExtra; e++) store<V>(dc + e * kUnits, dstate[1 + e]);
             }
             FRNN_UNROLL
-            for (int q = 0; q < C::kD; q++) store<V>(db + q * kUnits + j * N, load<V>(db + q * kUnits + j * N) + bias[q]);
+            for (int q = 0; q < C::kD; q++)
+              store<V>(db + q * kUnits + j * N, load<V>(db + q * kUnits + j * N) + bias[q]);
           }
         }
         team.Sync();
@@ -269,20 +292,27 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
             if (v * N >= p.Hout) return;
             const T* weights = my.w_hh + (v - first_vec) * N * C::kH * p.H;
             for (int q = 0; q < C::kH; q++)
-              GemmRows<V, NV>(n, d + row * d_stride + C::kDh[q] * gate_stride, d_stride, weights + q * p.H * NV * N, p.H, dh + v * N,
-                              h_stride, q > 0 || !projected);
+              GemmRows<V, NV>(n, d + row * d_stride + C::kDh[q] * gate_stride, d_stride,
+                              weights + q * p.H * NV * N, p.H, dh + v * N, h_stride,
+                              q > 0 || !projected);
           });
       }
       team.Sync();
 
       for (int64_t b = 0; b < p.B; b++) {
-        if (p.dh0 && valid > 0) StoreRow<T>(At(p.dh0, p.storage, (dir * p.B + b) * p.Hout + first), p.storage, dh + b * h_stride + first, valid);
+        if (p.dh0 && valid > 0)
+          StoreRow<T>(At(p.dh0, p.storage, (dir * p.B + b) * p.Hout + first), p.storage,
+                      dh + b * h_stride + first, valid);
       }
       for (int64_t i = mine.begin; i < mine.end; i++) {
         const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
         const T* db = my.db + (i - mine.begin) * C::kD * kUnits;
-        for (int q = 0; q < C::kX && dw.b_ih; q++) StoreRow<T>(At(dw.b_ih, p.storage, q * p.H + unit), p.storage, db + C::kDx[q] * kUnits, n);
-        for (int q = 0; q < C::kH && dw.b_hh; q++) StoreRow<T>(At(dw.b_hh, p.storage, q * p.H + unit), p.storage, db + C::kDh[q] * kUnits, n);
+        for (int q = 0; q < C::kX && dw.b_ih; q++)
+          StoreRow<T>(At(dw.b_ih, p.storage, q * p.H + unit), p.storage, db + C::kDx[q] * kUnits,
+                      n);
+        for (int q = 0; q < C::kH && dw.b_hh; q++)
+          StoreRow<T>(At(dw.b_hh, p.storage, q * p.H + unit), p.storage, db + C::kDh[q] * kUnits,
+                      n);
         for (int64_t r = 0; r < p.B * kExtra && p.dc0; r++)
           StoreRow<T>(At(p.dc0, p.storage, (dir * p.B * kExtra + r) * p.H + unit), p.storage,
                       my.dc + ((i - mine.begin) * p.B * kExtra + r) * kUnits, n);
@@ -292,16 +322,19 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         // dX = d W_ih, the packed weights shared, rows split over the team.
         const auto my_tiles = team.Split(x_tiles);
         for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
-          PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth, w_ih + tile * kTileWidth * C::kX * p.H);
+          PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth,
+                         w_ih + tile * kTileWidth * C::kX * p.H);
         team.Sync();
         const auto my_rows = team.Split(p.rows, x_rows);
         for (int64_t r0 = my_rows.begin; r0 < my_rows.end; r0 += x_rows) {
           const int64_t n = my_rows.end - r0 < x_rows ? my_rows.end - r0 : x_rows;
           for (int64_t tile = 0; tile < x_tiles; tile++) {
-            const int64_t col = tile * kTileWidth, width = p.I - col < kTileWidth ? p.I - col : kTileWidth;
+            const int64_t col = tile * kTileWidth,
+                          width = p.I - col < kTileWidth ? p.I - col : kTileWidth;
             for (int q = 0; q < C::kX; q++)
               GemmRows<V, kTileVecs<V>>(n, d + r0 * d_stride + C::kDx[q] * gate_stride, d_stride,
-                                        w_ih + (tile * C::kX + q) * kTileWidth * p.H, p.H, my.dx, kTileWidth, q > 0);
+                                        w_ih + (tile * C::kX + q) * kTileWidth * p.H, p.H, my.dx,
+                                        kTileWidth, q > 0);
             for (int64_t r = 0; r < n; r++) {
               T* out = my.dx + r * kTileWidth;
               const int64_t at = (r0 + r) * p.I + col;
@@ -336,7 +369,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
           RowCursor cursor(p, r0);
           for (int64_t r = 0; r < n; r++, cursor.Next())
-            LoadTileRow<T>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage, width, kTileWidth, dst + r * kTileWidth);
+            LoadTileRow<T>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage, width,
+                           kTileWidth, dst + r * kTileWidth);
         });
       }
       if (dw.w_hh) {
@@ -347,7 +381,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
           RowCursor cursor(p, r0);
           for (int64_t r = 0; r < n; r++, cursor.Next())
-            LoadTileRow<T>(hs + PreviousRow(p, dir, cursor.t, cursor.b) * hs_stride + col, kOwn, width, kTileWidth, dst + r * kTileWidth);
+            LoadTileRow<T>(hs + PreviousRow(p, dir, cursor.t, cursor.b) * hs_stride + col, kOwn,
+                           width, kTileWidth, dst + r * kTileWidth);
         });
       }
       if (dw.w_hr) {
@@ -360,7 +395,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         grad.dw = dw.w_hr;
         grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
           for (int64_t r = 0; r < n; r++)
-            LoadTileRow<T>(hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width, kTileWidth, dst + r * kTileWidth);
+            LoadTileRow<T>(hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width,
+                           kTileWidth, dst + r * kTileWidth);
         });
       }
       team.Sync();

@@ -37,7 +37,8 @@ void* AcquireScratch(size_t bytes, size_t* capacity) {
     auto& free = pool().free;
     size_t best = free.size();
     for (size_t i = 0; i < free.size(); i++)
-      if (free[i].bytes >= bytes && (best == free.size() || free[i].bytes < free[best].bytes)) best = i;
+      if (free[i].bytes >= bytes && (best == free.size() || free[i].bytes < free[best].bytes))
+        best = i;
     if (best < free.size()) {
       const Block block = free[best];
       free.erase(free.begin() + best);

@@ -1,5 +1,6 @@
-// Scratch memory that is kept between calls: a fresh mapping costs a page fault per 4 KB, which is a large part of a
-// short call. Blocks are 2 MB aligned and ask for huge pages (the largest single gain in large layers).
+// Scratch memory that is kept between calls: a fresh mapping costs a page fault per 4 KB, which is
+// a large part of a short call. Blocks are 2 MB aligned and ask for huge pages (the largest single
+// gain in large layers).
 #pragma once
 #include <cstddef>
 
@@ -28,7 +29,8 @@ class Scratch {
   template <class T>
   T* Take(size_t n) {
     T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    // A cache line past the end: tiles may read (never use) up to one vector too far. Odd lines: no 4 KB aliasing.
+    // A cache line past the end: tiles may read (never use) up to one vector too far. Odd lines: no
+    // 4 KB aliasing.
     used_ += (n * sizeof(T) + 63) / 64 * 64 + 192;
     return piece;
   }

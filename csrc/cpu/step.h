@@ -1,4 +1,5 @@
-// A cell over a batch, pre-activations given: the fused gate math of the *Cell modules and of single steps.
+// A cell over a batch, pre-activations given: the fused gate math of the *Cell modules and of
+// single steps.
 #pragma once
 #include "core/cell.h"
 #include "cpu/convert.h"
@@ -23,7 +24,8 @@ struct CellStep {
 
   // K values per unit: vector i of row b of an array [B, K, H].
   template <int K>
-  static FRNN_INLINE void Load(const void* p, Storage s, int64_t b, int64_t H, int64_t u, int n, Pack<V, K>& out) {
+  static FRNN_INLINE void Load(const void* p, Storage s, int64_t b, int64_t H, int64_t u, int n,
+                               Pack<V, K>& out) {
     FRNN_UNROLL
     for (int q = 0; q < K; q++) {
       if (p == nullptr) {
@@ -38,7 +40,8 @@ struct CellStep {
     }
   }
   template <int K>
-  static FRNN_INLINE void Store(void* p, Storage s, int64_t b, int64_t H, int64_t u, int n, const V* v) {
+  static FRNN_INLINE void Store(void* p, Storage s, int64_t b, int64_t H, int64_t u, int n,
+                                const V* v) {
     FRNN_UNROLL
     for (int q = 0; q < K; q++) {
       if (s == StorageOf<T>::kValue) {
@@ -86,17 +89,19 @@ struct CellStep {
       LoadStates(p.dh_new, p.dc_new, p.storage, b, p.H, u, n, ds_new);
       C::backward(saved, s, ds_new, d, ds);
       FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++) Store<1>(p.dgx, p.storage, b * C::kX + q, p.H, u, n, &d[C::kDx[q]]);
+      for (int q = 0; q < C::kX; q++)
+        Store<1>(p.dgx, p.storage, b * C::kX + q, p.H, u, n, &d[C::kDx[q]]);
       FRNN_UNROLL
-      for (int q = 0; q < C::kH; q++) Store<1>(p.dgh, p.storage, b * C::kH + q, p.H, u, n, &d[C::kDh[q]]);
+      for (int q = 0; q < C::kH; q++)
+        Store<1>(p.dgh, p.storage, b * C::kH + q, p.H, u, n, &d[C::kDh[q]]);
       Store<1>(p.dh, p.storage, b, p.H, u, n, ds.v);
       if constexpr (kExtra > 0) Store<kExtra>(p.dc, p.storage, b, p.H, u, n, ds.v + 1);
     });
   }
 
  private:
-  static FRNN_INLINE void LoadStates(const void* h, const void* c, Storage storage, int64_t b, int64_t H, int64_t u, int n,
-                                     Pack<V, C::kStates>& s) {
+  static FRNN_INLINE void LoadStates(const void* h, const void* c, Storage storage, int64_t b,
+                                     int64_t H, int64_t u, int n, Pack<V, C::kStates>& s) {
     Pack<V, 1> first;
     Load<1>(h, storage, b, H, u, n, first);
     s[0] = first[0];

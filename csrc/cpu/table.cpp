@@ -6,12 +6,14 @@
 
 namespace frnn {
 
-#define CELL(name, type, header) extern const CpuKernels k_generic_##name##_float, k_generic_##name##_double;
+#define CELL(name, type, header) \
+  extern const CpuKernels k_generic_##name##_float, k_generic_##name##_double;
 #include "cells/registry.def"
 #undef CELL
 #ifdef __x86_64__
-#define CELL(name, type, header) \
-  extern const CpuKernels k_avx2_##name##_float, k_avx2_##name##_double, k_avx512_##name##_float, k_avx512_##name##_double;
+#define CELL(name, type, header)                                                                  \
+  extern const CpuKernels k_avx2_##name##_float, k_avx2_##name##_double, k_avx512_##name##_float, \
+      k_avx512_##name##_double;
 #include "cells/registry.def"
 #undef CELL
 #endif
@@ -27,13 +29,17 @@ struct Entry {
 
 const Entry kTable[] = {
 #ifdef __x86_64__
-#define CELL(name, type, header)                            \
-  {#name,                                                   \
+#define CELL(name, type, header)                             \
+  {#name,                                                    \
    {{&k_generic_##name##_float, &k_generic_##name##_double}, \
     {&k_avx2_##name##_float, &k_avx2_##name##_double},       \
     {&k_avx512_##name##_float, &k_avx512_##name##_double}}},
 #else
-#define CELL(name, type, header) {#name, {{&k_generic_##name##_float, &k_generic_##name##_double}, {nullptr, nullptr}, {nullptr, nullptr}}},
+#define CELL(name, type, header)                             \
+  {#name,                                                    \
+   {{&k_generic_##name##_float, &k_generic_##name##_double}, \
+    {nullptr, nullptr},                                      \
+    {nullptr, nullptr}}},
 #endif
 #include "cells/registry.def"
 #undef CELL
@@ -44,9 +50,11 @@ Tier Detect() {
   Tier tier = kGeneric;
 #ifdef __x86_64__
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) tier = kAvx2;
-  if (tier == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    tier = kAvx2;
+  if (tier == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     tier = kAvx512;
 #endif
   const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");

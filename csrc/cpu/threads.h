@@ -1,4 +1,5 @@
-// A team of threads that walks a sequence together: one parallel region per call, one light barrier per step.
+// A team of threads that walks a sequence together: one parallel region per call, one light barrier
+// per step.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -21,8 +22,9 @@ class Team {
   Team(int id, int size, Flag* flags) : id(id), size(size), flags_(flags) {}
   const int id, size;
 
-  // Every thread of the team has come here before any leaves. Spins first, since a step takes microseconds; then gives
-  // the core away, since a spin without end is fatal when there are more threads than cores.
+  // Every thread of the team has come here before any leaves. Spins first, since a step takes
+  // microseconds; then gives the core away, since a spin without end is fatal when there are more
+  // threads than cores.
   void Sync() {
     if (size == 1) return;
     flags_[id].phase.store(++phase_, std::memory_order_release);
@@ -65,7 +67,8 @@ FRNN_NOINLINE void RunBody(const F& body, Team& team) {
   body(team);
 }
 
-// Runs body(team) on n threads; on the calling thread alone where that is enough, or inside another parallel region.
+// Runs body(team) on n threads; on the calling thread alone where that is enough, or inside another
+// parallel region.
 template <class F>
 void RunTeam(int n, const F& body) {
   if (n > kMaxThreads) n = kMaxThreads;

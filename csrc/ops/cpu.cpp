@@ -1,5 +1,6 @@
-// The CPU kernels of the operators whose schemas are in fused_rnn/ops.py: checks, output tensors, parameter structs.
-// Written against libtorch's stable ABI, so one binary serves torch 2.10 and newer.
+// The CPU kernels of the operators whose schemas are in fused_rnn/ops.py: checks, output tensors,
+// parameter structs. Written against libtorch's stable ABI, so one binary serves torch 2.10 and
+// newer.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -47,7 +48,8 @@ void CheckShape(const char* name, const Tensor& t, std::initializer_list<int64_t
   const std::vector<int64_t> want(expected);
   bool same = t.dim() == int64_t(want.size());
   for (size_t i = 0; same && i < want.size(); i++) same = t.size(i) == want[i];
-  STD_TORCH_CHECK(same, name, ": expected shape ", Shape({want.data(), want.size()}), ", got ", Shape(t.sizes()));
+  STD_TORCH_CHECK(same, name, ": expected shape ", Shape({want.data(), want.size()}), ", got ",
+                  Shape(t.sizes()));
 }
 
 const CpuKernels& Kernels(const std::string& cell, Storage storage) {
@@ -58,7 +60,9 @@ const CpuKernels& Kernels(const std::string& cell, Storage storage) {
 
 Tensor Contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 // Rows may lie anywhere, elements of a row must be adjacent.
-Tensor RowContiguous(const Tensor& t) { return t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
+Tensor RowContiguous(const Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
 
 // A tensor argument as the engines read it, kept alive for the call.
 class Arguments {
@@ -87,18 +91,21 @@ class Arguments {
 };
 
 struct Layer {
-  Layer(const std::string& cell, const Tensor& x, const Tensor& h0, const Optional& c0, const std::array<Optional, 2 * kWeights>& weights,
-        const Optional& batch_sizes)
+  Layer(const std::string& cell, const Tensor& x, const Tensor& h0, const Optional& c0,
+        const std::array<Optional, 2 * kWeights>& weights, const Optional& batch_sizes)
       : storage(StorageOf(x, "x")), kernels(Kernels(cell, storage)), arguments(x.scalar_type()) {
     p.storage = storage;
     p.ragged = batch_sizes.has_value();
-    STD_TORCH_CHECK(x.dim() == (p.ragged ? 2 : 3), "x: expected ", p.ragged ? "[rows, I]" : "[T, B, I]", ", got shape ", Shape(x.sizes()));
-    STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [directions, B, Hout], got shape ", Shape(h0.sizes()));
+    STD_TORCH_CHECK(x.dim() == (p.ragged ? 2 : 3), "x: expected ",
+                    p.ragged ? "[rows, I]" : "[T, B, I]", ", got shape ", Shape(x.sizes()));
+    STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [directions, B, Hout], got shape ",
+                    Shape(h0.sizes()));
     p.dirs = int(h0.size(0));
     p.B = h0.size(1);
     p.Hout = h0.size(2);
     STD_TORCH_CHECK(p.dirs == 1 || p.dirs == 2, "h0: expected 1 or 2 directions, got ", p.dirs);
-    STD_TORCH_CHECK(weights[0].has_value() && weights[1].has_value(), "weights: w_ih and w_hh are required");
+    STD_TORCH_CHECK(weights[0].has_value() && weights[1].has_value(),
+                    "weights: w_ih and w_hh are required");
     p.H = weights[1]->size(0) / kernels.gates_h;
     p.I = x.size(-1);
     Steps(x, batch_sizes);
@@ -109,14 +116,18 @@ struct Layer {
     p.x_t_stride = p.ragged ? 0 : rows.stride(0);
     p.x_b_stride = rows.stride(p.ragged ? 0 : 1);
     p.h0 = arguments.Take("h0", h0, {p.dirs, p.B, p.Hout});
-    STD_TORCH_CHECK(c0.has_value() == (kernels.extra_states > 0), "c0: ", c0.has_value() ? "this cell has no c" : "this cell needs c");
+    STD_TORCH_CHECK(c0.has_value() == (kernels.extra_states > 0),
+                    "c0: ", c0.has_value() ? "this cell has no c" : "this cell needs c");
     p.c0 = arguments.Take("c0", c0, {p.dirs, p.B, kernels.extra_states * p.H});
-    STD_TORCH_CHECK(weights[4].has_value() == (p.H != p.Hout), "w_hr: needed exactly when the width of h0 is not H");
-    STD_TORCH_CHECK(!weights[4].has_value() || !kernels.uses_h, "w_hr: this cell reads h elementwise and takes no projection");
+    STD_TORCH_CHECK(weights[4].has_value() == (p.H != p.Hout),
+                    "w_hr: needed exactly when the width of h0 is not H");
+    STD_TORCH_CHECK(!weights[4].has_value() || !kernels.uses_h,
+                    "w_hr: this cell reads h elementwise and takes no projection");
     for (int d = 0; d < p.dirs; d++) {
       const Optional* w = &weights[d * kWeights];
       for (int i = 0; i < kWeights; i++)
-        STD_TORCH_CHECK(w[i].has_value() == weights[i].has_value(), "weights: both directions need the same ones");
+        STD_TORCH_CHECK(w[i].has_value() == weights[i].has_value(),
+                        "weights: both directions need the same ones");
       p.w[d].w_ih = arguments.Take("w_ih", w[0], {kernels.gates_x * p.H, p.I});
       p.w[d].w_hh = arguments.Take("w_hh", w[1], {kernels.gates_h * p.H, p.Hout});
       p.w[d].b_ih = arguments.Take("b_ih", w[2], {kernels.gates_x * p.H});
@@ -125,7 +136,9 @@ struct Layer {
     }
   }
 
-  ScalarType computing() const { return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float; }
+  ScalarType computing() const {
+    return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
+  }
   // Values per unit and row that the backward needs beside h.
   int64_t tape() const { return kernels.saved + kernels.extra_states; }
 
@@ -138,7 +151,8 @@ struct Layer {
  private:
   void Steps(const Tensor& x, const Optional& batch_sizes) {
     if (p.ragged) {
-      STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long,
+      STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                          batch_sizes->scalar_type() == ScalarType::Long,
                       "batch_sizes: expected a 1-D int64 CPU tensor");
       const Tensor contiguous = Contiguous(*batch_sizes);
       const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
@@ -152,13 +166,15 @@ struct Layer {
     STD_TORCH_CHECK(p.T > 0, "Expected sequence length to be larger than 0 in RNN");
     offsets.assign(1, 0);
     for (int64_t t = 0; t < p.T; t++) {
-      STD_TORCH_CHECK(sizes[t] <= (t == 0 ? p.B : sizes[t - 1]) && (sizes[t] > 0 || !p.ragged), "batch_sizes: expected positive, not increasing, at most B = ", p.B);
+      STD_TORCH_CHECK(sizes[t] <= (t == 0 ? p.B : sizes[t - 1]) && (sizes[t] > 0 || !p.ragged),
+                      "batch_sizes: expected positive, not increasing, at most B = ", p.B);
       offsets.push_back(offsets.back() + sizes[t]);
     }
     STD_TORCH_CHECK(!p.ragged || sizes[0] == p.B, "h0: expected batch ", sizes[0], ", got ", p.B);
     p.rows = offsets.back();
     // Data past the last step is ignored, as in torch.nn.
-    STD_TORCH_CHECK(!p.ragged || x.size(0) >= p.rows, "x: expected at least ", p.rows, " rows, got ", x.size(0));
+    STD_TORCH_CHECK(!p.ragged || x.size(0) >= p.rows, "x: expected at least ", p.rows,
+                    " rows, got ", x.size(0));
     p.batch_sizes = sizes.data();
     p.offsets = offsets.data();
   }
@@ -170,10 +186,12 @@ Tensor New(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType 
 }
 
 // Runs the forward; with `save`, hs and saved hold what the backward needs.
-std::tuple<Tensor, Tensor, Tensor> Forward(Layer& layer, const Tensor& x, bool save, Tensor* hs, Tensor* saved) {
+std::tuple<Tensor, Tensor, Tensor> Forward(Layer& layer, const Tensor& x, bool save, Tensor* hs,
+                                           Tensor* saved) {
   auto& p = layer.p;
   const ScalarType dtype = x.scalar_type();
-  Tensor y = p.ragged ? New(x, {p.rows, p.dirs * p.Hout}, dtype) : New(x, {p.T, p.B, p.dirs * p.Hout}, dtype);
+  Tensor y = p.ragged ? New(x, {p.rows, p.dirs * p.Hout}, dtype)
+                      : New(x, {p.T, p.B, p.dirs * p.Hout}, dtype);
   Tensor h_n = New(x, {p.dirs, p.B, p.Hout}, dtype);
   Tensor c_n = New(x, {p.dirs, p.B, layer.kernels.extra_states * p.H}, dtype);
   if (save) {
@@ -196,15 +214,18 @@ std::tuple<Tensor, Tensor, Tensor> Forward(Layer& layer, const Tensor& x, bool s
 #define WEIGHT_LIST {w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r}
 // clang-format on
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> LayerTrain(std::string cell, const Tensor& x, const Tensor& h0, const Optional& c0,
-                                                              WEIGHT_ARGUMENTS, const Optional& batch_sizes) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> LayerTrain(std::string cell, const Tensor& x,
+                                                              const Tensor& h0, const Optional& c0,
+                                                              WEIGHT_ARGUMENTS,
+                                                              const Optional& batch_sizes) {
   Layer layer(cell, x, h0, c0, WEIGHT_LIST, batch_sizes);
   Tensor hs, saved;
   auto [y, h_n, c_n] = Forward(layer, x, true, &hs, &saved);
   return {y, h_n, c_n, hs, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor> LayerInfer(std::string cell, const Tensor& x, const Tensor& h0, const Optional& c0, WEIGHT_ARGUMENTS,
+std::tuple<Tensor, Tensor, Tensor> LayerInfer(std::string cell, const Tensor& x, const Tensor& h0,
+                                              const Optional& c0, WEIGHT_ARGUMENTS,
                                               const Optional& batch_sizes) {
   Layer layer(cell, x, h0, c0, WEIGHT_LIST, batch_sizes);
   return Forward(layer, x, false, nullptr, nullptr);
@@ -216,16 +237,19 @@ auto ToTuple(const std::vector<Tensor>& v, std::index_sequence<I...>) {
 }
 
 // Bit i of `needs` asks for output i; the others are empty.
-auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensor& x, const Tensor& h0,
-                   const Optional& c0, WEIGHT_ARGUMENTS, const Optional& batch_sizes, const Tensor& hs, const Tensor& saved,
+auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n, const Optional& dc_n,
+                   const Tensor& x, const Tensor& h0, const Optional& c0, WEIGHT_ARGUMENTS,
+                   const Optional& batch_sizes, const Tensor& hs, const Tensor& saved,
                    int64_t needs) {
   const std::array<Optional, 2 * kWeights> weights = WEIGHT_LIST;
   Layer layer(cell, x, h0, c0, weights, batch_sizes);
   auto& p = layer.p;
   CheckShape("hs", hs, {p.dirs, p.B + p.rows, frnn::HsStride(p.H, p.Hout)});
   CheckShape("saved", saved, {p.dirs, p.rows, layer.tape(), frnn::Padded(p.H)});
-  STD_TORCH_CHECK(hs.scalar_type() == layer.computing() && hs.is_contiguous(), "hs: not what the forward returned");
-  STD_TORCH_CHECK(saved.scalar_type() == layer.computing() && saved.is_contiguous(), "saved: not what the forward returned");
+  STD_TORCH_CHECK(hs.scalar_type() == layer.computing() && hs.is_contiguous(),
+                  "hs: not what the forward returned");
+  STD_TORCH_CHECK(saved.scalar_type() == layer.computing() && saved.is_contiguous(),
+                  "saved: not what the forward returned");
   p.hs = hs.data_ptr();
   p.saved = saved.data_ptr();
   if (dy.has_value()) {
@@ -239,7 +263,9 @@ auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n, c
     p.dy_b_stride = rows.stride(p.ragged ? 0 : 1);
   }
   p.dh_n = layer.arguments.Take("dh_n", dh_n, {p.dirs, p.B, p.Hout});
-  p.dc_n = layer.kernels.extra_states ? layer.arguments.Take("dc_n", dc_n, {p.dirs, p.B, layer.kernels.extra_states * p.H}) : nullptr;
+  p.dc_n = layer.kernels.extra_states
+               ? layer.arguments.Take("dc_n", dc_n, {p.dirs, p.B, layer.kernels.extra_states * p.H})
+               : nullptr;
 
   std::vector<Tensor> grads;
   const auto add = [&](const Optional& like, bool zero) -> void* {
@@ -248,7 +274,8 @@ auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n, c
     if (!wanted)
       grads.push_back(torch::stable::new_empty(x, {none.data(), 1}));
     else
-      grads.push_back(zero ? torch::stable::new_zeros(*like, like->sizes()) : torch::stable::new_empty(*like, like->sizes()));
+      grads.push_back(zero ? torch::stable::new_zeros(*like, like->sizes())
+                           : torch::stable::new_empty(*like, like->sizes()));
     return wanted ? grads.back().mutable_data_ptr() : nullptr;
   };
   const bool nothing = p.rows == 0;
@@ -269,7 +296,8 @@ auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n, c
 
 // Pointwise step: sizes from h, arguments checked.
 struct Cell {
-  Cell(const std::string& cell, const Tensor& gx, const Tensor& gh, const Tensor& h, const Optional& c)
+  Cell(const std::string& cell, const Tensor& gx, const Tensor& gh, const Tensor& h,
+       const Optional& c)
       : storage(StorageOf(gx, "gx")), kernels(Kernels(cell, storage)), arguments(gx.scalar_type()) {
     STD_TORCH_CHECK(h.dim() == 2, "h: expected [B, H], got shape ", Shape(h.sizes()));
     p.storage = storage;
@@ -279,10 +307,13 @@ struct Cell {
     p.gx = arguments.Take("gx", gx, {p.B, kernels.gates_x * p.H});
     p.gh = arguments.Take("gh", gh, {p.B, kernels.gates_h * p.H});
     p.h = arguments.Take("h", h, {p.B, p.H});
-    STD_TORCH_CHECK(c.has_value() == (kernels.extra_states > 0), "c: ", c.has_value() ? "this cell has no c" : "this cell needs c");
+    STD_TORCH_CHECK(c.has_value() == (kernels.extra_states > 0),
+                    "c: ", c.has_value() ? "this cell has no c" : "this cell needs c");
     p.c = arguments.Take("c", c, {p.B, kernels.extra_states * p.H});
   }
-  ScalarType computing() const { return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float; }
+  ScalarType computing() const {
+    return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
+  }
 
   Storage storage;
   const CpuKernels& kernels;
@@ -290,7 +321,8 @@ struct Cell {
   frnn::CellParams p{};
 };
 
-std::tuple<Tensor, Tensor, Tensor> CellTrain(std::string name, const Tensor& gx, const Tensor& gh, const Tensor& h, const Optional& c) {
+std::tuple<Tensor, Tensor, Tensor> CellTrain(std::string name, const Tensor& gx, const Tensor& gh,
+                                             const Tensor& h, const Optional& c) {
   Cell cell(name, gx, gh, h, c);
   auto& p = cell.p;
   Tensor h_new = New(gx, {p.B, p.H}, gx.scalar_type());
@@ -303,7 +335,8 @@ std::tuple<Tensor, Tensor, Tensor> CellTrain(std::string name, const Tensor& gx,
   return {h_new, c_new, saved};
 }
 
-std::tuple<Tensor, Tensor> CellInfer(std::string name, const Tensor& gx, const Tensor& gh, const Tensor& h, const Optional& c) {
+std::tuple<Tensor, Tensor> CellInfer(std::string name, const Tensor& gx, const Tensor& gh,
+                                     const Tensor& h, const Optional& c) {
   Cell cell(name, gx, gh, h, c);
   auto& p = cell.p;
   Tensor h_new = New(gx, {p.B, p.H}, gx.scalar_type());
@@ -314,15 +347,20 @@ std::tuple<Tensor, Tensor> CellInfer(std::string name, const Tensor& gx, const T
   return {h_new, c_new};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> CellBackward(std::string name, const Optional& dh_new, const Optional& dc_new, const Tensor& gx,
-                                                        const Tensor& gh, const Tensor& h, const Optional& c, const Tensor& saved) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> CellBackward(std::string name, const Optional& dh_new,
+                                                        const Optional& dc_new, const Tensor& gx,
+                                                        const Tensor& gh, const Tensor& h,
+                                                        const Optional& c, const Tensor& saved) {
   Cell cell(name, gx, gh, h, c);
   auto& p = cell.p;
   CheckShape("saved", saved, {p.B, cell.kernels.saved * p.H});
-  STD_TORCH_CHECK(saved.scalar_type() == cell.computing() && saved.is_contiguous(), "saved: not what the forward returned");
+  STD_TORCH_CHECK(saved.scalar_type() == cell.computing() && saved.is_contiguous(),
+                  "saved: not what the forward returned");
   p.saved = saved.data_ptr();
   p.dh_new = cell.arguments.Take("dh_new", dh_new, {p.B, p.H});
-  p.dc_new = cell.kernels.extra_states ? cell.arguments.Take("dc_new", dc_new, {p.B, cell.kernels.extra_states * p.H}) : nullptr;
+  p.dc_new = cell.kernels.extra_states
+                 ? cell.arguments.Take("dc_new", dc_new, {p.B, cell.kernels.extra_states * p.H})
+                 : nullptr;
   Tensor dgx = New(gx, {p.B, cell.kernels.gates_x * p.H}, gx.scalar_type());
   Tensor dgh = New(gx, {p.B, cell.kernels.gates_h * p.H}, gx.scalar_type());
   Tensor dh = New(gx, {p.B, p.H}, gx.scalar_type());
@@ -348,7 +386,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
 
 // Facts for the fakes (fused_rnn/ops.py), without a detour through the dispatcher.
 extern "C" {
-__attribute__((visibility("default"))) const char* frnn_cpu_capability() { return frnn::CpuCapability(); }
+__attribute__((visibility("default"))) const char* frnn_cpu_capability() {
+  return frnn::CpuCapability();
+}
 // 0: saved values per unit, 1: extra states, 2: gates of x, 3: gates of h; -1 for an unknown cell.
 __attribute__((visibility("default"))) int frnn_cell_fact(const char* cell, int fact) {
   const CpuKernels* k = frnn::FindCpuKernels(cell, 0);
@@ -357,7 +397,8 @@ __attribute__((visibility("default"))) int frnn_cell_fact(const char* cell, int 
   return fact < 0 || fact > 3 ? -1 : facts[fact];
 }
 // Row strides of the saved tensors: 0: units padded, 1: a row of hs.
-__attribute__((visibility("default"))) int64_t frnn_saved_stride(int64_t H, int64_t Hout, int which) {
+__attribute__((visibility("default"))) int64_t frnn_saved_stride(int64_t H, int64_t Hout,
+                                                                 int which) {
   return which == 0 ? frnn::Padded(H) : frnn::HsStride(H, Hout);
 }
 }

@@ -1,0 +1,681 @@
+"""What torch does to modules: derivatives of all kinds, batching, compilers, tracing, threads."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CELLS, CLASSES, Case, pair, small
+from helpers import assert_all_close, assert_close, flatten, run
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import fused_rnn
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+TINY = dict(input_size=2, hidden_size=3, batch=2, time=3)
+
+
+def is_cell(name: str) -> bool:
+    return name.endswith("Cell")
+
+
+def value(name: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Tensor:
+    """An input for a (3, 4) module: T = 5, B = 2."""
+    shape = (2, 3) if is_cell(name) else (5, 2, 3)
+    return torch.randn(shape, dtype=dtype, **kwargs)
+
+
+def first(result: Any) -> Tensor:
+    return flatten(result)[0]
+
+
+def double_pair(name: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    return pair(name, 3, 4, dtype=torch.float64, **kwargs)
+
+
+def as_function(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """The module as a function of (parameters, *inputs), and its parameters."""
+    parameters = {k: p.detach() for k, p in module.named_parameters()}
+    return lambda weights, *inputs: functional_call(module, weights, inputs), parameters
+
+
+# --- Derivatives ---------------------------------------------------------------------------------
+
+
+def for_gradcheck(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A function of all of x, hx and the parameters, and a point with float64 tensors."""
+    _, module = case.modules()
+    x, hx = case.inputs()
+    lengths = case.lengths()
+    names = [name for name, _ in module.named_parameters()]
+    states = flatten(hx)
+    packed = case.layout != "padded"
+    if packed:
+        x = torch.randn(case.time, case.batch, case.input_size, dtype=torch.float64)
+
+    def call(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        hx: Any = rest[: len(states)]
+        weights = dict(zip(names, rest[len(states) :], strict=True))
+        inputs = pack_padded_sequence(x, lengths, enforce_sorted=False) if packed else x
+        return tuple(
+            flatten(functional_call(module, weights, (inputs, hx if len(hx) > 1 else hx[0])))
+        )
+
+    point = (x, *states, *(p.detach() for p in module.parameters()))
+    return call, tuple(t.requires_grad_() for t in point)
+
+
+GRADCHECKS = [
+    case
+    for layout in ("padded", "unsorted")
+    for case in small(**TINY, layout=layout, num_layers=2, bidirectional=True)
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECKS, ids=lambda c: f"{c.cell}-{c.layout}")
+def test_gradcheck(case: Case) -> None:
+    call, point = for_gradcheck(case)
+    assert torch.autograd.gradcheck(call, point, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, point, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", small(**TINY), ids=lambda c: c.cell)
+def test_gradcheck_slow_mode(case: Case) -> None:
+    call, point = for_gradcheck(case)
+    assert torch.autograd.gradcheck(call, point, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, point)
+
+
+@pytest.mark.parametrize("case", small(**TINY, bidirectional=True), ids=lambda c: c.cell)
+def test_gradcheck_forward_mode(case: Case) -> None:
+    call, point = for_gradcheck(case)
+    assert torch.autograd.gradcheck(
+        call, point, fast_mode=True, check_forward_ad=True, check_backward_ad=False
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_of_cells(cell: str) -> None:
+    name, kwargs = CELLS[cell]
+    module = getattr(fused_rnn, name)(2, 3, dtype=torch.float64, **kwargs)
+    names = [n for n, _ in module.named_parameters()]
+    states = torch.randn(2 if cell == "lstm" else 1, 2, 3, dtype=torch.float64)
+
+    def call(x: Tensor, states: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        hx = tuple(states) if cell == "lstm" else states[0]
+        return tuple(
+            flatten(functional_call(module, dict(zip(names, weights, strict=True)), (x, hx)))
+        )
+
+    x = torch.randn(2, 2, dtype=torch.float64)
+    point = tuple(t.detach().requires_grad_() for t in (x, states, *module.parameters()))
+    assert torch.autograd.gradcheck(call, point)
+    assert torch.autograd.gradgradcheck(call, point)
+    assert torch.autograd.gradcheck(call, point, check_forward_ad=True, check_backward_ad=False)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_gradient_penalty(name: str) -> None:
+    """WGAN-GP: a loss on the gradient of the input, which reaches every parameter."""
+    x = value(name)
+    found = []
+    for module in double_pair(name):
+        x_ = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(first(module(x_)).sum(), x_, create_graph=True)
+        (g.norm() - 1).square().backward()
+        found.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert_all_close(found[1], found[0], tol=1e-9)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_func_grad_and_functional_call(name: str) -> None:
+    theirs, ours = double_pair(name)
+    x = value(name)
+    found = []
+    for module in (theirs, ours):
+        call, weights = as_function(module)
+        found.append(grad(lambda w, call=call: first(call(w, x)).square().sum())(weights))
+        zeros = {k: torch.zeros_like(w) for k, w in weights.items()}
+        assert first(call(zeros, x)).abs().max() == 0, "the weights are really exchanged"
+    assert_all_close(found[1], found[0])
+    assert_all_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_jacobians(name: str) -> None:
+    theirs, ours = double_pair(name)
+    x = value(name)
+    expected = jacrev(lambda x: first(theirs(x)))(x)
+    assert_close(jacrev(lambda x: first(ours(x)))(x), expected)
+    jacobian = torch.autograd.functional.jacobian
+    assert_close(jacobian(lambda x: first(ours(x)), x), expected)
+    assert_close(jacobian(lambda x: first(ours(x)), x, vectorize=True), expected)
+    forward = jacobian(lambda x: first(ours(x)), x, vectorize=True, strategy="forward-mode")
+    assert_close(forward, expected)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_hessians(name: str) -> None:
+    theirs, ours = pair(name, 2, 2, dtype=torch.float64)
+    x = torch.randn(2, 2).double() if is_cell(name) else torch.randn(2, 1, 2).double()
+    expected = torch.autograd.functional.hessian(lambda x: first(theirs(x)).square().sum(), x)
+    assert_close(hessian(lambda x: first(ours(x)).square().sum())(x), expected, tol=1e-9)
+    found = torch.autograd.functional.hessian(lambda x: first(ours(x)).square().sum(), x)
+    assert_close(found, expected, tol=1e-9)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_jvp(name: str) -> None:
+    """Forward mode along inputs and weights; torch.nn has it in float64."""
+    theirs, ours = double_pair(name)
+    x, dx = value(name), value(name)
+    expected = jvp(lambda x: first(theirs(x)), (x,), (dx,))
+    assert_all_close(jvp(lambda x: first(ours(x)), (x,), (dx,)), expected)
+
+    call, weights = as_function(ours)
+    tangents = {k: torch.randn_like(w) for k, w in weights.items()}
+    _, along = jvp(lambda w: first(call(w, x)), (weights,), (tangents,))
+    jacobian = jacrev(lambda w: first(call(w, x)))(weights)
+    dot = sum((jacobian[k] * tangents[k]).sum(tuple(range(-tangents[k].dim(), 0))) for k in weights)
+    assert_close(along, dot)
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, dx)
+        output = first(ours(dual))
+        assert_close(torch.autograd.forward_ad.unpack_dual(output).tangent, expected[1])
+        assert torch.autograd.forward_ad.unpack_dual(first(ours(x))).tangent is None
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_vmap(name: str) -> None:
+    """Over inputs, over states, and over an ensemble of weights."""
+    _, ours = double_pair(name)
+    xs = torch.stack([value(name) for _ in range(3)])
+    expected = torch.stack([first(ours(x)) for x in xs])
+    assert_close(vmap(lambda x: first(ours(x)))(xs), expected)
+    assert_close(vmap(lambda x: first(ours(x)), in_dims=1)(xs.transpose(0, 1)), expected)
+
+    ensemble = [double_pair(name)[1] for _ in range(3)]
+    weights, buffers = stack_module_state(ensemble)
+    skeleton = copy.deepcopy(ensemble[0]).to("meta")
+    outputs = vmap(lambda w, b, x: first(functional_call(skeleton, (w, b), (x,))))(
+        weights, buffers, xs
+    )
+    assert_close(outputs, torch.stack([first(m(x)) for m, x in zip(ensemble, xs, strict=True)]))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_per_sample_gradients(name: str) -> None:
+    """vmap(grad), as differential privacy needs it; torch.nn fails at most of these."""
+    _, ours = double_pair(name)
+    call, weights = as_function(ours)
+    xs = torch.stack([value(name) for _ in range(3)])
+    found = vmap(grad(lambda w, x: first(call(w, x)).square().sum()), in_dims=(None, 0))(
+        weights, xs
+    )
+    for i, x in enumerate(xs):
+        ours.zero_grad()
+        first(ours(x)).square().sum().backward()
+        assert_all_close(
+            {k: g[i] for k, g in found.items()}, {k: p.grad for k, p in ours.named_parameters()}
+        )
+
+
+# --- Autocast ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("case", small(num_layers=2, hidden_size=9), ids=lambda c: c.cell)
+def test_autocast(case: Case, layout: str, input_dtype: torch.dtype, state_dtype: Any) -> None:
+    """The dtypes of torch.nn, float32 gradients, and errors no larger."""
+    case = Case(**{**vars(case), "layout": layout, "hx": state_dtype is not None})
+    theirs, ours = case.modules(torch.float32)
+    x, hx = case.inputs(torch.float32)
+    exact = copy.deepcopy(theirs).double()
+    x = x.to(input_dtype)
+    hx = hx if hx is None else tuple(h.to(state_dtype) for h in flatten(hx))
+    hx = hx[0] if hx is not None and len(hx) == 1 else hx
+    in_double = flatten(exact(x.double(), None if hx is None else tuple_or_one(hx, Tensor.double)))
+    results = []
+    for module in (theirs, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = flatten(module(x, hx))
+        sum(o.float().sum() for o in outputs).backward()
+        results.append((outputs, [p.grad for p in module.parameters()]))
+    (expected, expected_grads), (actual, actual_grads) = results
+    assert [o.dtype for o in actual] == [o.dtype for o in expected]
+    assert all(g.dtype == torch.float32 for g in actual_grads)
+    eps = torch.finfo(torch.bfloat16).eps
+    for mine, other, truth in zip(actual, expected, in_double, strict=True):
+        allowed = 2 * (other.double() - truth).abs().max() + eps * truth.abs().max()
+        assert (mine.double() - truth).abs().max() <= allowed
+    # bfloat16 has 8 bits; the gradients of two layers and a few steps keep most of them. Those of
+    # relu jump where rounding moves an activation over zero.
+    if case.cell != "rnn_relu":
+        assert_all_close(actual_grads, expected_grads, tol=0.1)
+
+
+def tuple_or_one(hx: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    return fn(hx) if isinstance(hx, Tensor) else tuple(map(fn, hx))
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast_of_cells(cell: str, input_dtype: torch.dtype, state_dtype: Any) -> None:
+    name, kwargs = CELLS[cell]
+    theirs, ours = pair(name, 5, 7, **kwargs)
+    x, h = torch.randn(3, 5).to(input_dtype), torch.randn(3, 7)
+    hx = None
+    if state_dtype is not None:
+        hx = (h.to(state_dtype),) * 2 if cell == "lstm" else h.to(state_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = flatten(ours(x, hx)), flatten(theirs(x, hx))
+    assert_all_close(actual, expected, tol=0.05)
+    actual[0].float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+def test_autocast_leaves_double_alone() -> None:
+    for name in CLASSES:
+        _, ours = double_pair(name)
+        x = value(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_all_close(ours(x), ours(x))
+            assert first(ours(x)).dtype == torch.float64
+            with pytest.raises(RuntimeError, match="must have the same dtype"):
+                ours(x.float())
+
+
+# --- Compilers and tracing -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A Dynamo backend that counts what it is given."""
+
+    def __init__(self, inner: str = "aot_eager") -> None:
+        self.inner = torch._dynamo.lookup_backend(inner)
+        self.count = 0
+
+    def __call__(self, graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.inner(graph, inputs, **kwargs)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_compile(fresh_dynamo: Any, name: str, train: bool) -> None:
+    """Full graph, one graph, and the numbers and gradients of the eager module."""
+    kwargs = {} if is_cell(name) else {"num_layers": 2, "bidirectional": True}
+    theirs, ours = double_pair(name, **kwargs)
+    x = value(name)
+    graphs = Graphs()
+    compiled = torch.compile(ours, backend=graphs, fullgraph=True)
+    if train:
+        expected = run(theirs, x)
+        actual = run(compiled, x)
+        actual = {k.replace("_orig_mod.", ""): v for k, v in actual.items()}
+        assert_all_close(actual, expected)
+    else:
+        with torch.no_grad():
+            assert_all_close(compiled(x), theirs(x))
+            compiled(value(name))
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_compile_dynamic_steps(fresh_dynamo: Any, name: str) -> None:
+    """Batch and, with the native kernels, time stay symbolic: no graph for each length."""
+    if fused_rnn.backend_info()["backend"] == "reference":
+        pytest.skip("the reference unrolls time")
+    _, ours = double_pair(name)
+    graphs = Graphs()
+    compiled = torch.compile(ours, backend=graphs, fullgraph=True, dynamic=True)
+    for time, batch in ((5, 2), (7, 3), (11, 5), (6, 2)):
+        x = torch.randn(time, batch, 3, dtype=torch.float64)
+        assert_all_close(compiled(x), ours(x))
+    assert graphs.count == 1
+
+
+def test_compile_inside_a_model(fresh_dynamo: Any) -> None:
+    """Around it, a model with code before and after, and autocast."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(10, 3), nn.Linear(4, 2)
+            self.rnn = fused_rnn.LSTM(3, 4, batch_first=True, num_layers=2, dropout=0.0)
+
+        def forward(self, tokens: Tensor, hx: Any) -> tuple[Tensor, Any]:
+            output, hx = self.rnn(self.embedding(tokens).relu(), hx)
+            return self.head(output[:, -1]).sigmoid(), hx
+
+    model, graphs = Model(), Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    tokens = torch.randint(10, (2, 5))
+    hx = (torch.randn(2, 2, 4), torch.randn(2, 2, 4))
+    assert_all_close(compiled(tokens, hx), model(tokens, hx), tol=1e-6)
+    assert graphs.count == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_all_close(compiled(tokens, hx), model(tokens, hx), tol=1e-2)
+
+
+@pytest.mark.slow  # Inductor compiles C++
+def test_compile_inductor(fresh_dynamo: Any) -> None:
+    _, ours = pair("GRU", 3, 4)
+    x = torch.randn(3, 2, 3)
+    compiled = torch.compile(lambda x: ours(x)[0].tanh() + 1, fullgraph=True)
+    expected = ours(x)[0].tanh() + 1
+    assert_close(compiled(x), expected, tol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_export(fresh_dynamo: Any, name: str, strict: bool) -> None:
+    """No attribute is assigned in forward, so export has nothing to warn of."""
+    _, ours = double_pair(name)
+    model = nn.Sequential(ours)
+    x = value(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*attributes.*assigned.*")
+        program = torch.export.export(model, (x,), strict=strict)
+    other = value(name)
+    assert_all_close(program.module()(other), ours(other))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_export_dynamic_batch(fresh_dynamo: Any, name: str) -> None:
+    _, ours = double_pair(name)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(nn.Sequential(ours), (value(name),), dynamic_shapes=({1: batch},))
+    x = torch.randn(5, 7, 3, dtype=torch.float64)
+    assert_all_close(program.module()(x), ours(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", CLASSES)
+def test_jit_script(name: str) -> None:
+    """Scripting sees torch.nn's module, with our parameters."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            return y if isinstance(y, Tensor) else y[0]
+
+    _, ours = double_pair(name)
+    if not is_cell(name):  # torch.nn's, too, script but cannot be called alone
+        torch.jit.script(ours)
+    scripted = torch.jit.script(Wrapper(ours) if not is_cell(name) else ours)
+    x = value(name)
+    assert_close(first(scripted(x)), first(ours(x)))
+    with torch.no_grad():
+        next(ours.parameters()).add_(1)
+    assert_close(first(scripted(x)), first(ours(x)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_script_of_a_subclass_is_not_replaced() -> None:
+    class Mine(fused_rnn.GRU):
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            return super().forward(input, hx)
+
+    module = Mine(3, 4)
+    assert module.__prepare_scriptable__() is module
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", CLASSES)
+def test_jit_trace(name: str) -> None:
+    _, ours = double_pair(name)
+    traced = torch.jit.trace(ours, value(name))
+    if not is_cell(name):  # torch decomposes those itself
+        operator = "rnn_tanh" if name == "RNN" else name.lower()
+        assert f"aten::{operator}(" in str(traced.inlined_graph)
+    shape = (7, 3) if is_cell(name) else (9, 7, 3)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_all_close(traced(x), ours(x))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_fake_tensors(name: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        module = getattr(fused_rnn, name)(3, 4)
+        x = torch.randn((2, 3) if is_cell(name) else (5, 2, 3), requires_grad=True)
+        output = first(module(x))
+        output.sum().backward()
+    assert output.shape == ((2, 4) if is_cell(name) else (5, 2, 4))
+    assert x.grad.shape == x.shape
+
+
+# --- Autograd's machinery ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_backward_twice(name: str) -> None:
+    _, ours = double_pair(name)
+    loss = first(ours(value(name))).square().sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in ours.parameters()]
+    loss.backward()
+    assert_all_close([p.grad for p in ours.parameters()], [2 * g for g in once])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_anomaly_and_deterministic_modes(name: str) -> None:
+    theirs, ours = double_pair(name)
+    x = value(name)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
+            warnings.simplefilter("ignore")
+            assert_all_close(run(ours, x), run(theirs, x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_checkpoint(name: str) -> None:
+    """Recomputed forwards draw the same dropout masks."""
+    _, ours = double_pair(name, num_layers=2, dropout=0.5)
+    x = value(name).requires_grad_()
+    for reentrant in (False, True):
+        grads = []
+        for call in (ours, lambda x, r=reentrant: checkpoint(ours, x, use_reentrant=r)):
+            torch.manual_seed(2)
+            ours.zero_grad()
+            first(call(x)).square().sum().backward()
+            grads.append([p.grad.clone() for p in ours.parameters()])
+        assert_all_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_hooks(name: str) -> None:
+    _, ours = double_pair(name)
+    seen: list[Any] = []
+    ours.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    ours.register_forward_hook(lambda m, args, out: seen.append(first(out)))
+    ours.register_full_backward_hook(lambda m, gi, go: seen.append(gi[0]))
+    x = value(name).requires_grad_()
+    first(ours(x)).sum().backward()
+    assert len(seen) == 2 and seen[1].shape == x.shape
+    assert_close(x.grad, 2 * seen[1])
+
+
+def test_tensor_hooks_on_weights() -> None:
+    _, ours = double_pair("GRU")
+    ours.weight_hh_l0.register_hook(lambda g: g * 0)
+    ours(value("GRU"))[0].sum().backward()
+    assert ours.weight_hh_l0.grad.abs().max() == 0 < ours.weight_ih_l0.grad.abs().max()
+
+
+def test_inference_mode_then_training() -> None:
+    _, ours = double_pair("LSTM")
+    x = value("LSTM")
+    with torch.inference_mode():
+        output, states = ours(x)
+    assert output.is_inference() and not output.requires_grad
+    ours(x, tuple(s.clone() for s in states))[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune", "cached"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_parametrized_weights(name: str, kind: str) -> None:
+    """Optimized, they follow the parameters they are computed from."""
+    theirs, ours = double_pair(name)
+    x = value(name)
+    for module in (theirs, ours):
+        torch.manual_seed(4)
+        if kind == "prune":
+            prune.random_unstructured(module, "weight_hh_l0", 0.5)
+        elif kind == "spectral_norm":
+            parametrizations.spectral_norm(module, "weight_hh_l0").eval()
+        else:
+            parametrizations.weight_norm(module, "weight_hh_l0")
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with parametrize.cached() if kind == "cached" else torch.enable_grad():
+                module(x)[0].square().sum().backward()
+            optimizer.step()
+    assert_all_close(ours(x), theirs(x))
+    assert_all_close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+    if kind in ("weight_norm", "spectral_norm"):
+        assert_all_close(copy.deepcopy(ours)(x), theirs(x))
+        assert_all_close(ours.float()(x.float()), theirs.float()(x.float()), tol=1e-5)
+
+
+# --- Threads and processes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_threads(name: str) -> None:
+    """Several Python threads at once, with and without grad."""
+    _, ours = double_pair(name)
+    xs = [value(name) for _ in range(4)]
+    expected = [first(ours(x)).detach() for x in xs]
+    errors: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            for step in range(30):
+                with torch.set_grad_enabled(step % 2 == 0):
+                    output = first(ours(xs[i]))
+                assert torch.equal(output.detach(), expected[i])
+                if output.requires_grad:
+                    torch.autograd.grad(
+                        output.sum(), ours.weight_hh if is_cell(name) else ours.weight_hh_l0
+                    )
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_data_parallel_replica() -> None:
+    """What nn.DataParallel makes: a shallow copy whose weights are plain tensors."""
+    _, ours = double_pair("LSTM")
+    replica = ours._replicate_for_data_parallel()
+    for name, parameter in ours.named_parameters():
+        setattr(replica, name, parameter * 2)
+    x = value("LSTM")
+    doubled = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in doubled.parameters():
+            parameter.mul_(2)
+    before = ours(x)
+    assert_all_close(replica(x), doubled(x))
+    assert_all_close(ours(x), before, tol=0)
+
+
+DDP = """
+import os, sys, torch, fused_rnn
+import torch.distributed as dist
+rank = int(sys.argv[1])
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", rank=rank, world_size=2)
+torch.manual_seed(0)
+module = fused_rnn.LSTM(3, 4, num_layers=2, dtype=torch.float64)
+x = torch.randn(5, 4, 3, dtype=torch.float64)
+module(x)[0].sum().backward()
+whole = [p.grad.clone() / 2 for p in module.parameters()]
+module.zero_grad()
+parallel = torch.nn.parallel.DistributedDataParallel(module)
+for _ in range(2):
+    module.zero_grad()
+    parallel(x[:, 2 * rank : 2 * rank + 2])[0].sum().backward()
+for a, b in zip((p.grad for p in module.parameters()), whole):
+    assert (a - b).abs().max() <= 1e-10, (a - b).abs().max()
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel() -> None:
+    """Two processes, each with half the batch, average to the gradients of the whole."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("no gloo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = str(Path(fused_rnn.__file__).parents[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(DDP), str(rank), port],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        output, _ = worker.communicate(timeout=120)
+        assert worker.returncode == 0, output
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_jacobian_of_packed_rows(name: str) -> None:
+    theirs, ours = double_pair(name)
+    packed = pack_padded_sequence(value(name), [5, 2])
+
+    def call(module: nn.Module, rows: Tensor) -> Tensor:
+        return module(PackedSequence(rows, packed.batch_sizes))[0].data
+
+    expected = torch.autograd.functional.jacobian(lambda x: call(theirs, x), packed.data)
+    assert_close(jacrev(lambda x: call(ours, x))(packed.data), expected)
