@@ -43,11 +43,12 @@ _TORCH_CELL: dict[str, Any] = {
 
 
 def _wants_torch_operator(x: Tensor) -> bool:
-    if x.is_complex() or x.device.type not in ("cpu", "meta"):
+    if x.is_complex() or not (x.is_cpu or x.is_meta):
         return True
     if torch.compiler.is_dynamo_compiling():
         return False
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return exporting or torch.jit.is_tracing()
 
 
 def _transformed() -> bool:
@@ -56,7 +57,7 @@ def _transformed() -> bool:
 
 
 def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-    """``ops`` or ``reference``: two modules with the same functions ``layer`` and ``cell``."""
+    """``ops`` or ``reference``: two modules with the same function ``layer``."""
     if not _transformed() and ops.supports(cell, [x, *states, *weights]):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
@@ -88,7 +89,7 @@ def _autocast_dtype(
     x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> torch.dtype | None:
     """The dtype autocast asks for, or None: switched off, or double, which it never casts."""
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    if not torch.is_autocast_enabled("cpu") or not x.is_cpu:
         return None
     if any(t.dtype == torch.float64 for t in (x, *states, *weights)):
         return None
@@ -127,6 +128,7 @@ def recurrent(
     bidirectional: bool,
     has_biases: bool,
     dropout: float = 0.0,
+    training: bool = False,
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run L layers of D directions over a whole sequence.
@@ -138,7 +140,7 @@ def recurrent(
         c0: [L*D, B, C], or None for a cell without elementwise states.
         weights: flat, in the order of torch.nn: for each layer and direction weight_ih, weight_hh,
             with ``has_biases`` bias_ih and bias_hh, and weight_hr where h is projected.
-        dropout: probability of zeroing an output of any layer but the last; 0 when not training.
+        dropout: probability of zeroing an output of any layer but the last, while ``training``.
 
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0.
@@ -146,7 +148,7 @@ def recurrent(
     if _wants_torch_operator(x):
         # cuDNN refuses states with strides of their own.
         hx = h0.contiguous() if c0 is None else (h0.contiguous(), c0.contiguous())
-        config = (has_biases, num_layers, dropout, dropout > 0, bool(bidirectional))
+        config = (has_biases, num_layers, dropout, training, bool(bidirectional))
         if batch_sizes is None:
             result = _TORCH_STACK[cell](x, hx, list(weights), *config, False)
         else:
@@ -155,6 +157,8 @@ def recurrent(
 
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if not training:
+        dropout = 0.0
     directions = 2 if bidirectional else 1
     shape = (num_layers, directions, has_biases)
     states = (h0,) if c0 is None else (h0, c0)
@@ -257,12 +261,19 @@ def step(
 def _step(
     cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    w_ih, w_hh, b_ih, b_hh, _ = _named(weights, len(weights) > 2)
+    """A sequence of length 1."""
     engine = _engine(cell, x, states, weights)
-    gx, gh = F.linear(x, w_ih, b_ih), F.linear(states[0], w_hh, b_hh)
-    if gx.numel() == 0:  # nothing for a kernel to do
+    if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
-    return engine.cell(cell, gx, gh, states[0], states[1] if len(states) > 1 else None)
+    h, c = states if len(states) > 1 else (states[0], None)
+    _, h_n, c_n = engine.layer(
+        cell,
+        x.unsqueeze(0),
+        h.unsqueeze(0),
+        None if c is None else c.unsqueeze(0),
+        [_named(weights, len(weights) > 2)],
+    )
+    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
 
 
 def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:

@@ -43,6 +43,11 @@ class _TorchShaped(nn.Module):
             twin._init_flat_weights()  # its own list, of the weights as they are now
         return twin
 
+    def _read(self, name: str) -> Any:
+        """The attribute ``name``; for parameters, the usual case, much faster than getattr."""
+        parameter = self._parameters.get(name)
+        return getattr(self, name) if parameter is None else parameter
+
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor | None]:
         return hx, None
 
@@ -94,12 +99,11 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         Parametrizations, ``functional_call``, and people who assign a plain tensor all change the
         attribute. One that was deleted is taken from where it was last seen, as in torch.nn.
         """
-        name = self._flat_weights_names[index]
-        weight = self._parameters.get(name)  # the usual case, much faster than getattr
-        if weight is not None:
-            return weight
-        last_seen: Any = self._flat_weights[index]
-        return getattr(self, name, last_seen)
+        try:
+            return self._read(self._flat_weights_names[index])
+        except AttributeError:
+            last_seen: Any = self._flat_weights[index]
+            return last_seen
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight_dtype = self._weight(0).dtype
@@ -129,7 +133,8 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             has_biases=self.bias,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=self.dropout,
+            training=self.training,
             batch_sizes=batch_sizes,
         )
         return y, self._join_hidden(h_n, c_n)
@@ -457,7 +462,14 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
             if not batched:
                 h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
         h, c = functional.step(
-            self._cell(), x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+            self._cell(),
+            x,
+            h,
+            c,
+            self._read("weight_ih"),
+            self._read("weight_hh"),
+            self._read("bias_ih"),
+            self._read("bias_hh"),
         )
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)

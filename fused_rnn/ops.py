@@ -1,9 +1,9 @@
 """The native operators: schemas, fakes, autograd, vmap. The only file that names ``torch.ops``.
 
-``layer`` runs one layer (one or two directions) over a sequence, ``cell`` one pointwise step. Each
-has a twin without autograd (``.._infer``, which saves nothing) and a backward that is an operator
-too, with a formula of its own, so that derivatives of every order exist. What the backward needs is
-an input or an output of the forward; nothing hides on ctx.
+``layer`` runs one layer (one or two directions) over a sequence. It has a twin without autograd
+(``layer_infer``, which saves nothing) and a backward that is an operator too, with a formula of its
+own, so that derivatives of every order exist. What the backward needs is an input or an output of
+the forward; nothing hides on ctx.
 
 The CPU kernels are registered by the native library (``csrc/ops/cpu.cpp``) when ``build`` loads it,
 at first use.
@@ -32,7 +32,6 @@ _WEIGHT_SCHEMA = (
     "Tensor? w_ih_r, Tensor? w_hh_r, Tensor? b_ih_r, Tensor? b_hh_r, Tensor? w_hr_r"
 )
 _LAYER_ARGS = f"Tensor x, Tensor h0, Tensor? c0, {_WEIGHT_SCHEMA}, Tensor? batch_sizes"
-_CELL_ARGS = "Tensor gx, Tensor gh, Tensor h, Tensor? c"
 
 # x [T, B, I] or packed rows [R, I] with batch_sizes [T]; h0 [D, B, P]; c0 [D, B, C]; weights as in
 # reference.Weights, the second five for the reversed direction. hs and saved belong to the
@@ -44,11 +43,6 @@ _SCHEMAS = {
     # Bit i of `needs`: gradient i is wanted; the others come back empty.
     "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, "
     f"Tensor hs, Tensor saved, int needs) -> ({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
-    # gx = x W_ih^T + b_ih [B, G*H]; gh = h W_hh^T + b_hh [B, G*H]; h [B, H]; c [B, C]
-    "cell": f"(str cell, {_CELL_ARGS}) -> (Tensor h_new, Tensor c_new, Tensor saved)",
-    "cell_infer": f"(str cell, {_CELL_ARGS}) -> (Tensor h_new, Tensor c_new)",
-    "cell_backward": f"(str cell, Tensor? dh_new, Tensor? dc_new, {_CELL_ARGS}, Tensor saved) "
-    "-> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)",
 }
 
 _library = torch.library.Library("fused_rnn", "DEF")
@@ -94,23 +88,14 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.layer`` on the native kernels."""
     reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
-    tensors = (x, h0, c0, *weights[0], *reverse)
-    if _wants_grad(tensors):
-        y, h_n, c_n, _, _ = _ops.layer.default(cell, *tensors, batch_sizes)
+    arguments = (cell, x, h0, c0, *weights[0], *reverse, batch_sizes)
+    if not _wants_grad(arguments[1:]):
+        y, h_n, c_n = _ops.layer_infer.default(*arguments)
+    elif torch.compiler.is_compiling():
+        y, h_n, c_n, _, _ = _ops.layer.default(*arguments)
     else:
-        y, h_n, c_n = _ops.layer_infer.default(cell, *tensors, batch_sizes)
+        y, h_n, c_n = _EagerLayer.apply(*arguments)
     return y, h_n, None if c0 is None else c_n
-
-
-def cell(
-    cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The contract of ``reference.cell`` on the native kernels."""
-    if _wants_grad((gx, gh, h, c)):
-        h_new, c_new, _ = _ops.cell.default(cell, gx, gh, h, c)
-    else:
-        h_new, c_new = _ops.cell_infer.default(cell, gx, gh, h, c)
-    return h_new, None if c is None else c_new
 
 
 # ---- shapes (fakes) ----
@@ -177,33 +162,6 @@ def _layer_backward_fake(
     )
 
 
-def _cell_infer_fake(
-    cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty((h.shape[0], 0 if c is None else c.shape[1]))
-
-
-def _cell_fake(
-    cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    saved, _ = _facts(cell)
-    buffer = h.new_empty((h.shape[0], saved * h.shape[1]), dtype=_computing(h.dtype))
-    return (*_cell_infer_fake(cell, gx, gh, h, c), buffer)
-
-
-def _cell_backward_fake(
-    cell: str,
-    dh_new: Any,
-    dc_new: Any,
-    gx: Tensor,
-    gh: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    saved: Tensor,
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (gx, gh)) + _cell_infer_fake(cell, gx, gh, h, c)
-
-
 # ---- first derivatives ----
 
 
@@ -216,7 +174,7 @@ def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _layer_grad(
-    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[1:-1]
     if all(g is None for g in (dy, dh_n, dc_n)):
@@ -226,22 +184,23 @@ def _layer_grad(
     return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)), None)
 
 
-def _cell_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, *tensors = inputs
-    ctx.cell = cell
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, output[2])
+class _EagerLayer(torch.autograd.Function):
+    """What ``register_autograd`` makes of the same two functions, at less than half its cost per
+    call; in a step-by-step loop that is most of the time."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _ops.layer.default(*inputs)
+        _layer_setup(ctx, inputs, output)
+        return output[:3]
 
-def _cell_grad(ctx: Any, dh_new: Tensor | None, dc_new: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if dh_new is None and dc_new is None:
-        return (None,) * 5
-    grads = _ops.cell_backward.default(ctx.cell, dh_new, dc_new, *ctx.saved_tensors)
-    return (
-        None,
-        *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:], strict=True)),
-    )
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return _layer_grad(ctx, *grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _layer_grad(ctx, *grads)
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----
@@ -318,22 +277,6 @@ def _layer_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
     return (None, *grads, None, None, None, None)
 
 
-def _cell_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, *tensors, _saved = inputs
-    ctx.cell = cell
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _cell_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
-    dh_new, dc_new, *tensors = ctx.saved_tensors
-    wanted = [t is not None for t in tensors]
-    grads = _vjp_grads(
-        lambda *inputs: reference.cell(ctx.cell, *inputs), tensors, (dh_new, dc_new), wanted, ggs
-    )
-    return (None, *grads, None)
-
-
 # ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its
 # products; this is for what reaches the operators otherwise, such as a vectorised Jacobian over the
 # backward of an ordinary forward. ----
@@ -357,9 +300,6 @@ _FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "layer": _layer_fake,
     "layer_infer": _layer_infer_fake,
     "layer_backward": _layer_backward_fake,
-    "cell": _cell_fake,
-    "cell_infer": _cell_infer_fake,
-    "cell_backward": _cell_backward_fake,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fused_rnn::{_name}", _fake, lib=_library)
@@ -369,8 +309,6 @@ for _name, _fake in _FAKES.items():
 for _name, _grad, _setup in (
     ("layer", _layer_grad, _layer_setup),
     ("layer_backward", _layer_backward_grad, _layer_backward_setup),
-    ("cell", _cell_grad, _cell_setup),
-    ("cell_backward", _cell_backward_grad, _cell_backward_setup),
 ):
     torch.library.register_autograd(
         f"fused_rnn::{_name}", _grad, setup_context=_setup, lib=_library

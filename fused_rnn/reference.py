@@ -84,18 +84,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def cell(
-    cell: str, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """One pointwise step; see ``Cell``."""
-    dtype = h.dtype
-    wide = _wide(dtype)
-    h_new, c_new = CELLS[cell].step(
-        gx.to(wide), gh.to(wide), h.to(wide), None if c is None else c.to(wide)
-    )
-    return h_new.to(dtype), None if c_new is None else c_new.to(dtype)
-
-
 def layer(
     cell: str,
     x: Tensor,
@@ -118,7 +106,12 @@ def layer(
     """
     dtype = x.dtype
     wide = _wide(dtype)
-    sizes = None if batch_sizes is None else batch_sizes.tolist()
+    sizes = None
+    if batch_sizes is not None:
+        sizes = batch_sizes.tolist()
+        if sizes != sorted(sizes, reverse=True) or sizes[0] != h0.shape[1] or sizes[-1] < 1:
+            raise RuntimeError("batch_sizes: expected positive, not increasing, from B on")
+        x = x[: sum(sizes)]  # as torch.nn: rows that belong to no step are left out
     ys, hs, cs = [], [], []
     for d, run in enumerate(weights):
         y, h, c = _direction(

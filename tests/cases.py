@@ -34,7 +34,7 @@ SIZES = [1, 3, 17, 33, 65, 193]
 
 @dataclass(frozen=True)
 class Case:
-    """One module and its input. ``layout`` is padded, unbatched, packed or unsorted (packed, too)."""
+    """One module and its input. ``layout``: padded, unbatched, packed or unsorted (packed too)."""
 
     cell: str = "gru"
     input_size: int = 5

@@ -7,9 +7,21 @@ from collections.abc import Generator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("FUSED_RNN_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 REPEAT = f"FUSED_RNN_TEST_SEED={SEED} repeats the random inputs"
+
+
+# Examples are found anew in every run, like the numbers in them.
+settings.register_profile(
+    "fused_rnn",
+    max_examples=30,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fused_rnn")
 
 
 def pytest_configure(config: pytest.Config) -> None:

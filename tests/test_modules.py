@@ -1,4 +1,4 @@
-"""The contract around the numbers: arguments, parameters, state, errors, what people do to modules."""
+"""The contract around the numbers: arguments, parameters, state, errors, what people do to them."""
 
 from __future__ import annotations
 

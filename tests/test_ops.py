@@ -272,54 +272,6 @@ def test_opcheck_layer(case: Case, seed: int) -> None:
     )
 
 
-def cell_arguments(cell: str, dtype: torch.dtype, B: int = 3, H: int = 5) -> list[Tensor | None]:
-    c = torch.randn(B, H, dtype=dtype) if cell == "lstm" else None
-    gates = GATES[cell] * H
-    return [
-        torch.randn(B, gates, dtype=dtype),
-        torch.randn(B, gates, dtype=dtype),
-        torch.randn(B, H, dtype=dtype),
-        c,
-    ]
-
-
-@pytest.mark.parametrize("cell", GATES)
-def test_opcheck_cell(cell: str, seed: int) -> None:
-    tensors = leaves(cell_arguments(cell, torch.float32), torch.float32)
-    torch.library.opcheck(torch.ops.fused_rnn.cell.default, (cell, *tensors))
-    plain = [None if t is None else t.detach() for t in tensors]
-    torch.library.opcheck(torch.ops.fused_rnn.cell_infer.default, (cell, *plain))
-    h, c, saved = torch.ops.fused_rnn.cell.default(cell, *plain)
-    cotangents = (torch.randn_like(h), torch.randn_like(c) if plain[3] is not None else None)
-    torch.library.opcheck(
-        torch.ops.fused_rnn.cell_backward.default, (cell, *cotangents, *plain, saved)
-    )
-
-
-@pytest.mark.parametrize("cell", GATES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(1, 1), (3, 17), (5, 64), (7, 193), (2, 9000)], ids=str)
-def test_cell_agrees_with_float64(
-    cell: str, dtype: torch.dtype, size: tuple[int, int], seed: int
-) -> None:
-    arguments = cell_arguments(cell, dtype, *size)
-    found = []
-    for fn, kind in ((reference.cell, torch.float64), (ops.cell, dtype), (reference.cell, dtype)):
-        tensors = leaves(arguments, kind)
-        outputs = [o for o in fn(cell, *tensors) if o is not None]
-        torch.autograd.backward(outputs, [torch.ones_like(o).cumsum(-1).sin() for o in outputs])
-        # The reference has no path from h where the cell does not read it: the gradient is None
-        # there, zero here.
-        found.append(
-            outputs
-            + [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors if t is not None]
-        )
-    eps = torch.finfo(dtype).eps
-    for want, ours, plain in zip(*found, strict=True):
-        limit = 2 * (plain.double() - want).abs().max() + 8 * eps * want.abs().max()
-        assert (ours.double() - want).abs().max() <= limit
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -341,21 +293,6 @@ def test_first_and_second_derivatives(case: Case, seed: int) -> None:
         return tuple(o for o in run(ops.layer, case, filled, batch_sizes) if o is not None)
 
     inputs = tuple(t for t in leaves(tensors, torch.float64) if t is not None)
-    assert torch.autograd.gradcheck(fn, inputs)
-    assert torch.autograd.gradgradcheck(fn, inputs)
-
-
-@pytest.mark.parametrize("cell", GATES)
-def test_cell_derivatives(cell: str, seed: int) -> None:
-    inputs = tuple(
-        t for t in leaves(cell_arguments(cell, torch.float64, 2, 3), torch.float64) if t is not None
-    )
-
-    def fn(*values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            o for o in ops.cell(cell, *values, *([None] * (4 - len(values)))) if o is not None
-        )
-
     assert torch.autograd.gradcheck(fn, inputs)
     assert torch.autograd.gradgradcheck(fn, inputs)
 

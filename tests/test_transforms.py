@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CELLS, CLASSES, Case, pair, small
-from helpers import assert_all_close, assert_close, flatten, run
+from helpers import assert_all_close, assert_close, flatten, native, run
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -349,7 +349,7 @@ def test_compile(fresh_dynamo: Any, name: str, train: bool) -> None:
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_compile_dynamic_steps(fresh_dynamo: Any, name: str) -> None:
     """Batch and, with the native kernels, time stay symbolic: no graph for each length."""
-    if fused_rnn.backend_info()["backend"] == "reference":
+    if not native():
         pytest.skip("the reference unrolls time")
     _, ours = double_pair(name)
     graphs = Graphs()
@@ -415,6 +415,18 @@ def test_export_dynamic_batch(fresh_dynamo: Any, name: str) -> None:
     assert_all_close(program.module()(x), ours(x))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_onnx_export_sees_torch_operators(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Exporters know those. torch.onnx.export(dynamo=True) sets this flag around torch.export."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    _, ours = double_pair(name, num_layers=2)
+    program = torch.export.export(nn.Sequential(ours), (value(name),))
+    operator = "rnn_tanh" if name == "RNN" else name.lower()
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count(f"aten.{operator}.input") == 1
+    assert not any("fused_rnn" in target for target in targets)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", CLASSES)
 def test_jit_script(name: str) -> None:
@@ -430,7 +442,7 @@ def test_jit_script(name: str) -> None:
             return y if isinstance(y, Tensor) else y[0]
 
     _, ours = double_pair(name)
-    if not is_cell(name):  # torch.nn's, too, script but cannot be called alone
+    if not is_cell(name):  # like torch.nn's it compiles, but cannot be called alone
         torch.jit.script(ours)
     scripted = torch.jit.script(Wrapper(ours) if not is_cell(name) else ours)
     x = value(name)

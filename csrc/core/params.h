@@ -70,27 +70,12 @@ struct LayerGradParams : LayerParams {
   DirectionGrads dw[2];
 };
 
-// One step of a cell over a batch, pre-activations given: rows of gates are [kX H] and [kH H], all
-// contiguous.
-struct CellParams {
-  Storage storage;
-  int64_t B, H;
-  int threads;
-  const void *gx, *gh, *h, *c;  // [B, kX H], [B, kH H], [B, H], [B, kStates - 1, H]
-  void *h_new, *c_new;          // as h and c
-  void* saved;                  // [B, kSaved, H] in the computing type, or null
-  const void *dh_new, *dc_new;  // backward: null means zero
-  void *dgx, *dgh, *dh, *dc;
-};
-
 // An engine instance: one cell, one computing type, one instruction set.
 struct CpuKernels {
   int gates_x, gates_h, extra_states, saved;
   bool uses_h;
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
-  void (*cell_fwd)(const CellParams&);
-  void (*cell_bwd)(const CellParams&);
 };
 
 // The instance for a cell's name and computing type (0 float, 1 double) on this machine, or null

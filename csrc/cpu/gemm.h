@@ -33,12 +33,12 @@ constexpr int Chains(int rows, int nv) {
   return fits >= wanted ? wanted : (fits >= 2 && wanted >= 2 ? 2 : 1);
 }
 
-// c[m][v] (+)= sum_k a[m * a_m + k * a_k] * w[k][v], m < MR, v < NV. kPackedA: a_m = 1, else a_k =
-// 1.
+// c[m][v] (+)= sum_k a(m, k) * w[k * ldw + v], m < MR, v < NV vectors. a(m, k) is a[k * a_stride + m]
+// if kPackedA, else a[m * a_stride + k].
 template <class V, int MR, int NV, bool kPackedA>
 FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
-                            const typename Lanes<V>::T* w, int64_t K, typename Lanes<V>::T* c,
-                            int64_t ldc, bool accumulate) {
+                            const typename Lanes<V>::T* w, int64_t ldw, int64_t K,
+                            typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   constexpr int N = Lanes<V>::kSize;
   constexpr int kChains = Chains<V>(MR, NV);
   V acc[kChains][MR][NV];
@@ -60,7 +60,7 @@ FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
   const auto step = [&](int64_t k, V(&sum)[MR][NV]) FRNN_INLINE_LAMBDA {
     V row[NV];
     FRNN_UNROLL
-    for (int v = 0; v < NV; v++) row[v] = load<V>(w + k * (NV * N) + v * N);
+    for (int v = 0; v < NV; v++) row[v] = load<V>(w + k * ldw + v * N);
     FRNN_UNROLL
     for (int m = 0; m < MR; m++) {
       const V value = splat<V>(kPackedA ? a[k * a_stride + m] : a[m * a_stride + k]);
@@ -113,14 +113,14 @@ FRNN_INLINE void ForRowBlocks(int64_t M, const F& f) {
   }
 }
 
-// c[M][NV vectors] (+)= a[M][K] w[K][NV vectors]
+// c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], rows of w ldw apart.
 template <class V, int NV>
 void GemmRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
-              int64_t K, typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
+              int64_t ldw, int64_t K, typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   constexpr int kRows = TileRows<V>(NV);
   ForRowBlocks<kRows>(M, [&](int rows, int64_t r) {
     WithConstant<kRows>(rows, [&](auto mr) {
-      GemmTile<V, decltype(mr)::value, NV, false>(a + r * lda, lda, w, K, c + r * ldc, ldc,
+      GemmTile<V, decltype(mr)::value, NV, false>(a + r * lda, lda, w, ldw, K, c + r * ldc, ldc,
                                                   accumulate);
     });
   });
@@ -132,48 +132,9 @@ template <class V>
 void GemmPacked(int rows, const typename Lanes<V>::T* a, const typename Lanes<V>::T* b, int64_t K,
                 typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   WithConstant<kTileRows<V>>(rows, [&](auto mr) {
-    GemmTile<V, decltype(mr)::value, kTileVecs<V>, true>(a, kTileRows<V>, b, K, c, ldc, accumulate);
+    GemmTile<V, decltype(mr)::value, kTileVecs<V>, true>(
+        a, kTileRows<V>, b, kTileVecs<V> * Lanes<V>::kSize, K, c, ldc, accumulate);
   });
-}
-
-// Compiled once for each instruction set and scalar type (cpu/gemm.cpp.in), not again for every
-// cell.
-using OwnVec = Vec<FRNN_SCALAR, kVectorBytes / sizeof(FRNN_SCALAR)>;
-#ifndef FRNN_DEFINE_GEMM
-#define FRNN_DEFINE_GEMM extern
-#endif
-#define FRNN_GEMM_ROWS(NV)                                                                       \
-  FRNN_DEFINE_GEMM template void GemmRows<OwnVec, NV>(int64_t, const FRNN_SCALAR*, int64_t,      \
-                                                      const FRNN_SCALAR*, int64_t, FRNN_SCALAR*, \
-                                                      int64_t, bool);
-FRNN_GEMM_ROWS(1)
-FRNN_GEMM_ROWS(2)
-FRNN_GEMM_ROWS(3)
-FRNN_GEMM_ROWS(4)
-FRNN_DEFINE_GEMM template void GemmPacked<OwnVec>(int, const FRNN_SCALAR*, const FRNN_SCALAR*,
-                                                  int64_t, FRNN_SCALAR*, int64_t, bool);
-#undef FRNN_GEMM_ROWS
-
-// Tiles of at most kTileVecs vectors that cover the vectors [begin, end): f(first vector, vectors
-// as a constant).
-template <class V, class F>
-FRNN_INLINE void ForColumnTiles(int64_t begin, int64_t end, const F& f) {
-  for (int64_t v = begin; v < end; v += kTileVecs<V>) {
-    const int n = int(end - v < kTileVecs<V> ? end - v : kTileVecs<V>);
-    WithConstant<kTileVecs<V>>(n, [&](auto nv) { f(v, nv); });
-  }
-}
-
-// ---- packing ----
-
-// n <= kSize elements of a row in any storage type, the rest zero.
-template <class V>
-FRNN_INLINE V LoadVec(const void* row, Storage s, int64_t i, int n) {
-  using T = typename Lanes<V>::T;
-  if (s == StorageOf<T>::kValue) return load_n<V>(static_cast<const T*>(row) + i, n);
-  T lanes[Lanes<V>::kSize] = {};
-  LoadRow<T>(At(row, s, i), s, lanes, n);
-  return load<V>(lanes);
 }
 
 // One butterfly of a transpose. Lane i of the result comes from a where bit kStride of i is clear,
@@ -208,6 +169,86 @@ FRNN_INLINE void Transpose(V (&v)[Lanes<V>::kSize]) {
     }
     Transpose<V, kStride * 2>(v);
   }
+}
+
+// out[r * ldo + lane] += sum_k a[r * lda + k] * w[(row0 + lane) * K + k], lane < kSize, r < M: rows of w as
+// they lie. For few rows of a, where packing w would cost more than the product itself.
+template <class V>
+void DotRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
+             int64_t row0, int64_t rows, int64_t K, typename Lanes<V>::T* out, int64_t ldo) {
+  constexpr int N = Lanes<V>::kSize;
+  using T = typename Lanes<V>::T;
+  const T* first = w + row0 * K;
+  const int lanes = int(rows - row0 < N ? rows - row0 : N);
+  const int64_t whole = lanes == N ? K / N * N : 0;  // columns done in vectors
+  for (int64_t r = 0; r < M; r++) {
+    const T* x = a + r * lda;
+    V acc[N];
+    FRNN_UNROLL
+    for (int i = 0; i < N; i++) acc[i] = V{};
+    for (int64_t k = 0; k < whole; k += N) {
+      const V value = load<V>(x + k);
+      FRNN_UNROLL
+      for (int i = 0; i < N; i++) acc[i] += load<V>(first + i * K + k) * value;
+    }
+    Transpose(acc);
+    FRNN_UNROLL
+    for (int n = N / 2; n > 0; n /= 2) {
+      FRNN_UNROLL
+      for (int i = 0; i < n; i++) acc[i] += acc[i + n];
+    }
+    T* o = out + r * ldo;
+    store<V>(o, load<V>(o) + acc[0]);
+    for (int i = 0; i < lanes; i++) {
+      T rest = 0;
+#pragma omp simd reduction(+ : rest)
+      for (int64_t k = whole; k < K; k++) rest += first[i * K + k] * x[k];
+      o[i] += rest;
+    }
+  }
+}
+
+// Compiled once for each instruction set and scalar type (cpu/gemm.cpp.in), not again for every
+// cell.
+using OwnVec = Vec<FRNN_SCALAR, kVectorBytes / sizeof(FRNN_SCALAR)>;
+#ifndef FRNN_DEFINE_GEMM
+#define FRNN_DEFINE_GEMM extern
+#endif
+#define FRNN_GEMM_ROWS(NV)                                                                  \
+  FRNN_DEFINE_GEMM template void GemmRows<OwnVec, NV>(int64_t, const FRNN_SCALAR*, int64_t, \
+                                                      const FRNN_SCALAR*, int64_t, int64_t, \
+                                                      FRNN_SCALAR*, int64_t, bool);
+FRNN_GEMM_ROWS(1)
+FRNN_GEMM_ROWS(2)
+FRNN_GEMM_ROWS(3)
+FRNN_GEMM_ROWS(4)
+FRNN_DEFINE_GEMM template void GemmPacked<OwnVec>(int, const FRNN_SCALAR*, const FRNN_SCALAR*,
+                                                  int64_t, FRNN_SCALAR*, int64_t, bool);
+FRNN_DEFINE_GEMM template void DotRows<OwnVec>(int64_t, const FRNN_SCALAR*, int64_t,
+                                               const FRNN_SCALAR*, int64_t, int64_t, int64_t,
+                                               FRNN_SCALAR*, int64_t);
+#undef FRNN_GEMM_ROWS
+
+// Tiles of at most kTileVecs vectors that cover the vectors [begin, end): f(first vector, vectors
+// as a constant).
+template <class V, class F>
+FRNN_INLINE void ForColumnTiles(int64_t begin, int64_t end, const F& f) {
+  for (int64_t v = begin; v < end; v += kTileVecs<V>) {
+    const int n = int(end - v < kTileVecs<V> ? end - v : kTileVecs<V>);
+    WithConstant<kTileVecs<V>>(n, [&](auto nv) { f(v, nv); });
+  }
+}
+
+// ---- packing ----
+
+// n <= kSize elements of a row in any storage type, the rest zero.
+template <class V>
+FRNN_INLINE V LoadVec(const void* row, Storage s, int64_t i, int n) {
+  using T = typename Lanes<V>::T;
+  if (s == StorageOf<T>::kValue) return load_n<V>(static_cast<const T*>(row) + i, n);
+  T lanes[Lanes<V>::kSize] = {};
+  LoadRow<T>(At(row, s, i), s, lanes, n);
+  return load<V>(lanes);
 }
 
 // dst[k * k_stride + lane] = w[(row0 + lane)][k], lane < N: one vector of units, K columns. Rows at

@@ -7,6 +7,7 @@
 //
 // Forward, per chunk of time steps: gates_x = x W_ih^T + b_ih for the thread's own units (no
 // barrier), then per step gates_h = h W_hh^T + b_hh, gate math, one barrier.
+// Few rows in all (a decoding step) are not worth packing weights for: they read W as it lies.
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
 #pragma once
@@ -38,6 +39,9 @@ class Layer {
   static constexpr int64_t kChunkRows = 128;        // rows of gates_x computed ahead
   static constexpr int64_t kGradRows = 256;         // rows of a block of the dW products
   static constexpr int64_t kMacsPerThread = 16384;  // less work per step than this pays no barrier
+  // So few rows in all read weights unpacked. The forward has to transpose them, row by row; the
+  // backward reads them as they are, at a stride that caches do not like twice.
+  static constexpr int64_t kUnpackedRows = 4, kUnpackedGradRows = 12;
   static constexpr Storage kOwn = StorageOf<T>::kValue;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
@@ -50,6 +54,9 @@ class Layer {
     return int(n < Panels(p) ? n : Panels(p));
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
+  static bool Unpacked(const LayerParams& p, int64_t rows) {
+    return p.rows <= rows && p.storage == kOwn;
+  }
 
   // The rows of x, as the engine may read them: rows `stride` apart in the computing type, or to be
   // staged first.
@@ -116,6 +123,24 @@ class Layer {
       if (b) LoadRow<T>(At(b, s, q * H + unit), s, dst + q * kUnits, n);
       for (int64_t i = b ? n : 0; i < kUnits; i++) dst[q * kUnits + i] = 0;
     }
+  }
+
+  // gates [n][gate][unit] of one panel += a w^T, w packed for the panel or (unpacked) whole.
+  template <int kGates>
+  static void Product(const LayerParams& p, bool unpacked, int64_t n, const T* a, int64_t lda,
+                      const void* w, const T* packed, int64_t K, int64_t panel, T* gates) {
+    constexpr int kVecs = kGates * kPanelVecs, kRow = kGates * kUnits;
+    if (!unpacked) {
+      GemmRows<V, kVecs>(n, a, lda, packed, kRow, K, gates, kRow, true);
+      return;
+    }
+    for (int q = 0; q < kGates; q++)
+      for (int j = 0; j < kPanelVecs; j++) {
+        const int64_t unit = panel * kUnits + j * N;
+        if (unit < p.H)
+          DotRows<V>(n, a, lda, static_cast<const T*>(w) + q * p.H * K, unit, p.H, K,
+                     gates + (q * kPanelVecs + j) * N, kRow);
+      }
   }
 
   struct StepRows {
@@ -196,7 +221,7 @@ void Layer<C, V>::CopyState(const LayerParams& p, const void* src, int dir, int6
 template <class C, class V>
 void Layer<C, V>::Forward(const LayerParams& p) {
   const int threads = Threads(p);
-  const bool projected = Projected(p);
+  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedRows);
   const Input input(p);
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
@@ -218,8 +243,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   Scratch scratch;
   scratch.Build([&](Scratch& s) {
     for (int i = 0; i < threads; i++) {
-      own[i].w_ih = s.Take<T>(own_panels * p.I * C::kX * kUnits);
-      own[i].w_hh = s.Take<T>(own_panels * p.Hout * C::kH * kUnits);
+      own[i].w_ih = s.Take<T>(unpacked ? 0 : own_panels * p.I * C::kX * kUnits);
+      own[i].w_hh = s.Take<T>(unpacked ? 0 : own_panels * p.Hout * C::kH * kUnits);
       own[i].b_ih = s.Take<T>(own_panels * C::kX * kUnits);
       own[i].b_hh = s.Take<T>(C::kH * kUnits * own_panels);
       own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
@@ -247,8 +272,11 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       T* hs = p.hs ? static_cast<T*>(p.hs) + dir * (p.B + p.rows) * hs_stride : nullptr;
       for (int64_t i = mine.begin; i < mine.end; i++) {
         const int64_t at = i - mine.begin;
-        PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
-        PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i, my.w_hh + at * p.Hout * C::kH * kUnits);
+        if (!unpacked) {
+          PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
+          PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i,
+                    my.w_hh + at * p.Hout * C::kH * kUnits);
+        }
         PackBias(w.b_ih, p.storage, C::kX, p.H, i, my.b_ih + at * C::kX * kUnits);
         PackBias(w.b_hh, p.storage, C::kH, p.H, i, my.b_hh + at * C::kH * kUnits);
         T* c = my.c + at * p.B * kExtra * kUnits;
@@ -313,8 +341,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           for (int64_t r = 0; r < chunk; r++)
             memcpy(gates + r * C::kX * kUnits, my.b_ih + i * C::kX * kUnits,
                    C::kX * kUnits * sizeof(T));
-          GemmRows<V, kXVecs>(chunk, x, ldx, my.w_ih + i * p.I * C::kX * kUnits, p.I, gates,
-                              C::kX * kUnits, true);
+          Product<C::kX>(p, unpacked, chunk, x, ldx, w.w_ih, my.w_ih + i * p.I * C::kX * kUnits,
+                         p.I, mine.begin + i, gates);
         }
 
         for (int64_t k = 0; k < end - begin; k++, step++) {
@@ -333,8 +361,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             for (int64_t r = 0; r < n; r++)
               memcpy(my.gates_h + r * C::kH * kUnits, my.b_hh + at * C::kH * kUnits,
                      C::kH * kUnits * sizeof(T));
-            GemmRows<V, kHVecs>(n, h, ldh, my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout,
-                                my.gates_h, C::kH * kUnits, true);
+            Product<C::kH>(p, unpacked, n, h, ldh, w.w_hh, my.w_hh + at * p.Hout * C::kH * kUnits,
+                           p.Hout, i, my.gates_h);
             StepRows s;
             s.n = n;
             s.gates_x = my.gates_x + (at * capacity + row - chunk_row) * C::kX * kUnits;
@@ -356,8 +384,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             ForColumnTiles<V>(columns.begin, columns.end, [&](int64_t v, auto nv) {
               constexpr int NV = decltype(nv)::value;
               T* out = h_new + v * N;
-              GemmRows<V, NV>(n, full, ld_full, my.w_hr + (v - columns.begin) * N * p.H, p.H, out,
-                              ldh, false);
+              GemmRows<V, NV>(n, full, ld_full, my.w_hr + (v - columns.begin) * N * p.H, NV * N,
+                              p.H, out, ldh, false);
               for (int64_t r = 0; r < n && p.storage != kOwn; r++)
                 for (int j = 0; j < NV; j++)
                   store<V>(out + r * ldh + j * N,

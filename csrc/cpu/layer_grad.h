@@ -95,6 +95,26 @@ class WeightGrad {
   }
 };
 
+// The right operand of a product: a tile of columns of w, as it lies in memory or packed.
+template <class T>
+struct Columns {
+  const T* w;
+  int64_t stride;
+};
+
+// Columns col .. col + width of w [K, cols]. Unpacked they are read in place, unless they reach past
+// the last column.
+template <class T>
+bool ReadInPlace(bool unpacked, int64_t cols, int64_t col, int64_t width) {
+  return unpacked && col + width <= cols;
+}
+template <class T>
+Columns<T> RightOperand(bool unpacked, const void* w, int64_t cols, int64_t col, int64_t width,
+                        const T* packed) {
+  if (ReadInPlace<T>(unpacked, cols, col, width)) return {static_cast<const T*>(w) + col, cols};
+  return {packed, width};
+}
+
 // dst [n][width of a tile] from one row of memory, zero past n columns.
 template <class T>
 FRNN_INLINE void LoadTileRow(const void* row, Storage s, int64_t n, int64_t width, T* dst) {
@@ -106,7 +126,7 @@ template <class C, class V>
 void Layer<C, V>::Backward(const LayerGradParams& p) {
   static constexpr int kIdentity[1] = {0};
   const int threads = Threads(p);
-  const bool projected = Projected(p);
+  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedGradRows);
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
@@ -170,7 +190,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
         constexpr int NV = decltype(nv)::value;
         T* dst = my.w_hh + (v - first_vec) * N * C::kH * p.H;
-        if (v * N < p.Hout)
+        if (v * N < p.Hout && !ReadInPlace<T>(unpacked, p.Hout, v * N, NV * N))
           PackColumns<T>(w.w_hh, p.storage, C::kH * p.H, p.Hout, v * N, NV * N, dst);
       });
       if (projected)
@@ -227,7 +247,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                               constexpr int NV = decltype(nv)::value;
                               GemmRows<V, NV>(n, dh_seq + row * h_stride, h_stride,
                                               my.w_hr + (v - mine.begin * kPanelVecs) * N * p.Hout,
-                                              p.Hout, dh_full + v * N, full_stride, false);
+                                              NV * N, p.Hout, dh_full + v * N, full_stride, false);
                             });
         }
 
@@ -290,11 +310,12 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
           ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
             constexpr int NV = decltype(nv)::value;
             if (v * N >= p.Hout) return;
-            const T* weights = my.w_hh + (v - first_vec) * N * C::kH * p.H;
+            const auto right = RightOperand<T>(unpacked, w.w_hh, p.Hout, v * N, NV * N,
+                                               my.w_hh + (v - first_vec) * N * C::kH * p.H);
             for (int q = 0; q < C::kH; q++)
               GemmRows<V, NV>(n, d + row * d_stride + C::kDh[q] * gate_stride, d_stride,
-                              weights + q * p.H * NV * N, p.H, dh + v * N, h_stride,
-                              q > 0 || !projected);
+                              right.w + q * p.H * right.stride, right.stride, p.H, dh + v * N,
+                              h_stride, q > 0 || !projected);
           });
       }
       team.Sync();
@@ -319,21 +340,27 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       }
 
       if (p.dx) {
-        // dX = d W_ih, the packed weights shared, rows split over the team.
+        // dX = d W_ih. Rows are split over the team, which shares the packed weights; where there are
+        // few, columns are.
+        const bool by_columns = p.rows <= x_rows;
         const auto my_tiles = team.Split(x_tiles);
         for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
-          PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth,
-                         w_ih + tile * kTileWidth * C::kX * p.H);
-        team.Sync();
-        const auto my_rows = team.Split(p.rows, x_rows);
-        for (int64_t r0 = my_rows.begin; r0 < my_rows.end; r0 += x_rows) {
-          const int64_t n = my_rows.end - r0 < x_rows ? my_rows.end - r0 : x_rows;
-          for (int64_t tile = 0; tile < x_tiles; tile++) {
+          if (!ReadInPlace<T>(unpacked, p.I, tile * kTileWidth, kTileWidth))
+            PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth,
+                           w_ih + tile * kTileWidth * C::kX * p.H);
+        if (!by_columns) team.Sync();
+        const auto rows = by_columns ? Team::Range{0, p.rows} : team.Split(p.rows, x_rows);
+        const auto tiles = by_columns ? my_tiles : Team::Range{0, x_tiles};
+        for (int64_t r0 = rows.begin; r0 < rows.end; r0 += x_rows) {
+          const int64_t n = rows.end - r0 < x_rows ? rows.end - r0 : x_rows;
+          for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
             const int64_t col = tile * kTileWidth,
                           width = p.I - col < kTileWidth ? p.I - col : kTileWidth;
+            const auto right = RightOperand<T>(unpacked, w.w_ih, p.I, col, kTileWidth,
+                                               w_ih + tile * kTileWidth * C::kX * p.H);
             for (int q = 0; q < C::kX; q++)
               GemmRows<V, kTileVecs<V>>(n, d + r0 * d_stride + C::kDx[q] * gate_stride, d_stride,
-                                        w_ih + (tile * C::kX + q) * kTileWidth * p.H, p.H, my.dx,
+                                        right.w + q * p.H * right.stride, right.stride, p.H, my.dx,
                                         kTileWidth, q > 0);
             for (int64_t r = 0; r < n; r++) {
               T* out = my.dx + r * kTileWidth;

@@ -294,94 +294,12 @@ auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n, c
   return ToTuple(grads, std::make_index_sequence<3 + 2 * kWeights>());
 }
 
-// Pointwise step: sizes from h, arguments checked.
-struct Cell {
-  Cell(const std::string& cell, const Tensor& gx, const Tensor& gh, const Tensor& h,
-       const Optional& c)
-      : storage(StorageOf(gx, "gx")), kernels(Kernels(cell, storage)), arguments(gx.scalar_type()) {
-    STD_TORCH_CHECK(h.dim() == 2, "h: expected [B, H], got shape ", Shape(h.sizes()));
-    p.storage = storage;
-    p.B = h.size(0);
-    p.H = h.size(1);
-    p.threads = int(torch::stable::get_num_threads());
-    p.gx = arguments.Take("gx", gx, {p.B, kernels.gates_x * p.H});
-    p.gh = arguments.Take("gh", gh, {p.B, kernels.gates_h * p.H});
-    p.h = arguments.Take("h", h, {p.B, p.H});
-    STD_TORCH_CHECK(c.has_value() == (kernels.extra_states > 0),
-                    "c: ", c.has_value() ? "this cell has no c" : "this cell needs c");
-    p.c = arguments.Take("c", c, {p.B, kernels.extra_states * p.H});
-  }
-  ScalarType computing() const {
-    return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
-  }
-
-  Storage storage;
-  const CpuKernels& kernels;
-  Arguments arguments;
-  frnn::CellParams p{};
-};
-
-std::tuple<Tensor, Tensor, Tensor> CellTrain(std::string name, const Tensor& gx, const Tensor& gh,
-                                             const Tensor& h, const Optional& c) {
-  Cell cell(name, gx, gh, h, c);
-  auto& p = cell.p;
-  Tensor h_new = New(gx, {p.B, p.H}, gx.scalar_type());
-  Tensor c_new = New(gx, {p.B, cell.kernels.extra_states * p.H}, gx.scalar_type());
-  Tensor saved = New(gx, {p.B, cell.kernels.saved * p.H}, cell.computing());
-  p.h_new = h_new.mutable_data_ptr();
-  p.c_new = c_new.mutable_data_ptr();
-  p.saved = saved.mutable_data_ptr();
-  cell.kernels.cell_fwd(p);
-  return {h_new, c_new, saved};
-}
-
-std::tuple<Tensor, Tensor> CellInfer(std::string name, const Tensor& gx, const Tensor& gh,
-                                     const Tensor& h, const Optional& c) {
-  Cell cell(name, gx, gh, h, c);
-  auto& p = cell.p;
-  Tensor h_new = New(gx, {p.B, p.H}, gx.scalar_type());
-  Tensor c_new = New(gx, {p.B, cell.kernels.extra_states * p.H}, gx.scalar_type());
-  p.h_new = h_new.mutable_data_ptr();
-  p.c_new = c_new.mutable_data_ptr();
-  cell.kernels.cell_fwd(p);
-  return {h_new, c_new};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> CellBackward(std::string name, const Optional& dh_new,
-                                                        const Optional& dc_new, const Tensor& gx,
-                                                        const Tensor& gh, const Tensor& h,
-                                                        const Optional& c, const Tensor& saved) {
-  Cell cell(name, gx, gh, h, c);
-  auto& p = cell.p;
-  CheckShape("saved", saved, {p.B, cell.kernels.saved * p.H});
-  STD_TORCH_CHECK(saved.scalar_type() == cell.computing() && saved.is_contiguous(),
-                  "saved: not what the forward returned");
-  p.saved = saved.data_ptr();
-  p.dh_new = cell.arguments.Take("dh_new", dh_new, {p.B, p.H});
-  p.dc_new = cell.kernels.extra_states
-                 ? cell.arguments.Take("dc_new", dc_new, {p.B, cell.kernels.extra_states * p.H})
-                 : nullptr;
-  Tensor dgx = New(gx, {p.B, cell.kernels.gates_x * p.H}, gx.scalar_type());
-  Tensor dgh = New(gx, {p.B, cell.kernels.gates_h * p.H}, gx.scalar_type());
-  Tensor dh = New(gx, {p.B, p.H}, gx.scalar_type());
-  Tensor dc = New(gx, {p.B, cell.kernels.extra_states * p.H}, gx.scalar_type());
-  p.dgx = dgx.mutable_data_ptr();
-  p.dgh = dgh.mutable_data_ptr();
-  p.dh = dh.mutable_data_ptr();
-  p.dc = dc.mutable_data_ptr();
-  cell.kernels.cell_bwd(p);
-  return {dgx, dgh, dh, dc};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
   m.impl("layer", TORCH_BOX(&LayerTrain));
   m.impl("layer_infer", TORCH_BOX(&LayerInfer));
   m.impl("layer_backward", TORCH_BOX(&LayerBackward));
-  m.impl("cell", TORCH_BOX(&CellTrain));
-  m.impl("cell_infer", TORCH_BOX(&CellInfer));
-  m.impl("cell_backward", TORCH_BOX(&CellBackward));
 }
 
 // Facts for the fakes (fused_rnn/ops.py), without a detour through the dispatcher.
