@@ -174,24 +174,43 @@ def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _layer_grad(
-    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any
+    ctx: Any,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    *_: Any,
+    backward: Callable[..., tuple[Tensor, ...]] = _ops.layer_backward.default,
 ) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[1:-1]
     if all(g is None for g in (dy, dh_n, dc_n)):
         return (None,) * (len(needed) + 2)
     needs = sum(1 << i for i, need in enumerate(needed) if need)
-    grads = _ops.layer_backward.default(ctx.cell, dy, dh_n, dc_n, *ctx.saved_tensors, needs)
+    grads = backward(ctx.cell, dy, dh_n, dc_n, *ctx.saved_tensors, needs)
     return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)), None)
 
 
+def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator without its autograd. The guard must cover no more than the call: reading
+    ``ctx.saved_tensors`` may run a checkpointed forward again."""
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+_plain_layer = _below_autograd(_ops.layer.default)
+_plain_layer_backward = _below_autograd(_ops.layer_backward.default)
+
+
 class _EagerLayer(torch.autograd.Function):
-    """What ``register_autograd`` makes of the same two functions, at less than half its cost per
-    call; in a step-by-step loop that is most of the time."""
+    """What ``register_autograd`` makes of the same functions, at less than half its cost per call;
+    in a loop over single steps that is most of the time."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _ops.layer.default(*inputs)
+        output = _plain_layer(*inputs)
         _layer_setup(ctx, inputs, output)
         return output[:3]
 
@@ -199,8 +218,7 @@ class _EagerLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             return _layer_grad(ctx, *grads)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _layer_grad(ctx, *grads)
+        return _layer_grad(ctx, *grads, backward=_plain_layer_backward)
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----

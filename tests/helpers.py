@@ -119,7 +119,7 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
     roundings are granted beside: those of storing (h at every step, what gradients pass through),
     and those of computing in float32. There, activations and factors like 1 - tanh^2 are exact to
     some ulps of 1, however small the gradient that they multiply, and a sum of n ``terms`` is off
-    by about sqrt(n) roundings (Higham & Mary 2019) or fewer, as its order of summation will have it.
+    by about sqrt(n) roundings (Higham & Mary 2019), or fewer with a better order of summation.
     """
     assert ours.keys() == theirs.keys()
     for name, reference in exact.items():

@@ -1,0 +1,88 @@
+"""The least time a case can take on a machine, from its FLOPs, its bytes and measured limits.
+
+Counted are the products with W_ih, W_hh and W_hr (gate math is free) at the best rate that anyone
+reached, and, where it takes longer, reading the recurrent weights once per step from the level of
+memory that holds each core's share of them. The rest can overlap with these, so it is left out: a
+floor is a bound, not a forecast. Keeping a part of the weights in a nearer level can beat it a bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from .cases import BYTES, GATES, Case
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a forward: all, and those of one row's recurrent product in one layer-direction."""
+
+    flops: float
+    projection: list[float]  # FLOPs of one row, per layer
+    recurrent: float  # FLOPs of one row
+
+
+def work(case: Case) -> Work:
+    gates, rows = GATES[case.cell], case.rows
+    recurrent = 2.0 * (gates * case.H * case.width + case.H * case.proj)
+    widths = [case.I] + [case.directions * case.width] * (case.layers - 1)
+    projection = [2.0 * gates * case.H * width for width in widths]
+    flops = rows * case.directions * (case.layers * recurrent + sum(projection))
+    return Work(flops, projection, recurrent)
+
+
+def flops(case: Case) -> float:
+    """Of the whole pass: a backward makes each product's two derivatives."""
+    return work(case).flops * (3 if case.phase == "training" else 1)
+
+
+def gemm_rate(limits: dict[str, Any], dtype: str) -> float:
+    """FLOP/s: the best of all ways of multiplying that were measured for the dtype."""
+    rates = limits.get("gemm", {}).get(dtype) or {}
+    return max((rate for rate in rates.values() if rate), default=0.0) * 1e9
+
+
+def bandwidth(limits: dict[str, Any], share: float) -> tuple[float, str]:
+    """Bytes/s of all threads together, and the level, for a share of so many bytes per thread."""
+    levels = limits.get("bandwidth") or []  # from the nearest to the farthest
+    for level in levels:
+        if share <= level["capacity"]:
+            return level["gb_per_s"] * 1e9, level["name"]
+    return (levels[-1]["gb_per_s"] * 1e9, levels[-1]["name"]) if levels else (0.0, "memory")
+
+
+@dataclass(frozen=True)
+class Floor:
+    seconds: float
+    bound: str  # "compute", or the level of memory that takes most of the time
+
+
+def floor(case: Case, limits: dict[str, Any]) -> Floor | None:
+    """None when the limits were not measured."""
+    rate = gemm_rate(limits, case.dtype)
+    if not rate:
+        return None
+    todo = work(case)
+    spent: Counter[str] = Counter()
+
+    def spend(flops: float, weights: float, times: int = 1) -> None:
+        """The longer of computing and of reading the weights once, so many times."""
+        speed, level = bandwidth(limits, weights / max(1, limits.get("threads", 1)))
+        computing, reading = flops / rate, weights / speed if speed else 0.0
+        bound = "compute" if computing >= reading else level
+        spent[bound] += times * max(computing, reading)
+
+    size = BYTES[case.dtype]
+    training = case.phase == "training"
+    lengths = case.lengths()
+    running = Counter(sum(length > t for length in lengths) for t in range(case.T))
+    for projection in todo.projection * case.directions:
+        spend(case.rows * projection, projection / 2 * size)
+        for batch, steps in running.items():  # the chain of a backward goes the same way back
+            recurrent = todo.recurrent
+            spend(batch * recurrent, recurrent / 2 * size, steps * (2 if training else 1))
+        if training:  # dX, and dW of both weights
+            spend(case.rows * (2 * projection + todo.recurrent), 0)
+    return Floor(sum(spent.values()), max(spent, key=lambda level: spent[level]))

@@ -1,0 +1,114 @@
+"""What peers share that are modules of the shape of torch.nn's: how a pass calls them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cases import Case
+from ..problem import Problem, outputs
+from . import Peer, Prepared
+
+
+class ModulePeer(Peer):
+    """Takes the passes from ``passes``; a subclass gives the module."""
+
+    @abstractmethod
+    def module(self, problem: Problem) -> Callable[..., Any]:
+        """A callable ``(x, state=None) -> (y, state)`` with the problem's weights."""
+
+    def gradients(self, module: Any) -> dict[str, Tensor]:
+        """Of the parameters, after a backward, under torch.nn's names."""
+        return {f"d {name}": p.grad for name, p in module.named_parameters()}
+
+    def prepare(self, problem: Problem) -> Prepared:
+        module = self.module(problem)
+        return _PASSES[problem.case.phase](problem, module, lambda: self.gradients(module))
+
+
+def copy_weights(target: nn.Module, problem: Problem) -> nn.Module:
+    """For drop-ins: the same state_dict, dtype, device and mode."""
+    target.to(problem.case.device, problem.dtype).load_state_dict(problem.module.state_dict())
+    return target.train(problem.module.training)
+
+
+def _input(problem: Problem, *, leaf: bool = False) -> tuple[Tensor, Any]:
+    """The tensor to derive by, and the input made of it: packed outside the clock."""
+    x = problem.padded.requires_grad_(leaf)
+    if not problem.case.ragged:
+        return x, x
+    packed = problem.pack(x.detach())
+    data = packed.data.requires_grad_(leaf)
+    return data, packed._replace(data=data)
+
+
+def _inference(problem: Problem, module: Any, _gradients: Any) -> Prepared:
+    _, x = _input(problem)
+
+    @torch.no_grad()
+    def call() -> Any:
+        return module(x)
+
+    return Prepared(call, lambda: outputs(*call()))
+
+
+def _forward(problem: Problem, module: Any, _gradients: Any) -> Prepared:
+    _, x = _input(problem, leaf=True)
+    return Prepared(lambda: module(x), lambda: outputs(*module(x)))
+
+
+def _training(problem: Problem, module: Any, gradients: Callable[[], dict[str, Tensor]]) -> Any:
+    leaf, x = _input(problem, leaf=True)
+    cotangent = problem.cotangent
+    if problem.case.ragged:
+        cotangent = problem.pack(cotangent).data
+    parameters = list(module.parameters())
+
+    def call() -> Any:
+        leaf.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        y, state = module(x)
+        flat = y.data if problem.case.ragged else y
+        flat.backward(cotangent)
+        return y, state
+
+    def results() -> dict[str, Tensor]:
+        found = outputs(*call())
+        return found | {"d x": leaf.grad} | gradients()
+
+    return Prepared(call, results)
+
+
+def _decode(problem: Problem, module: Any, _gradients: Any) -> Prepared:
+    x, state = problem.padded, problem.state
+
+    @torch.no_grad()
+    def call() -> Any:
+        nonlocal state
+        y, state = module(x, state)
+        return y, state
+
+    def results() -> dict[str, Tensor]:
+        nonlocal state
+        state = problem.state
+        call()
+        return outputs(*call())  # of the second step: the state was carried
+
+    return Prepared(call, results)
+
+
+_PASSES = {
+    "inference": _inference,
+    "forward": _forward,
+    "training": _training,
+    "decode": _decode,
+}
+
+
+def no_ragged(case: Case) -> str | None:
+    return "takes no packed sequences" if case.ragged else None

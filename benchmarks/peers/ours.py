@@ -1,0 +1,36 @@
+"""fused_rnn's own layers, as a user has them: the module, with autograd and dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..problem import Problem, module_arguments
+from .modules import ModulePeer, copy_weights
+
+
+class Ours(ModulePeer):
+    name, title = "ours", "ours"
+    devices = ("cpu", "cuda")
+
+    def absent(self) -> str | None:
+        # Builds the library if need be: that is no part of anybody's first call.
+        import fused_rnn
+
+        info = fused_rnn.backend_info()
+        return None if info["backend"] == "native" else f"native kernels off: {info['reason']}"
+
+    def versions(self) -> dict[str, str]:
+        import fused_rnn
+
+        return {"fused_rnn": fused_rnn.__version__}
+
+    def module(self, problem: Problem) -> Any:
+        import fused_rnn
+
+        classes = {"lstm": fused_rnn.LSTM, "gru": fused_rnn.GRU}
+        layer: Any = classes.get(problem.case.cell, fused_rnn.RNN)
+        return copy_weights(layer(**module_arguments(problem.case)), problem)
+
+
+def peer() -> Ours:
+    return Ours()

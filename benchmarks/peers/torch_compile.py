@@ -1,0 +1,31 @@
+"""``torch.compile`` of the loop over time written in plain torch: what one gets without kernels.
+
+The loop is unrolled into one graph, so compiling takes seconds per ten steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..cases import Case
+from ..problem import Problem
+from .modules import no_ragged
+from .reference import Reference
+
+
+class Compiled(Reference):
+    name, title = "torch_compile", "compile"
+
+    def refuses(self, case: Case) -> str | None:
+        return no_ragged(case)
+
+    def module(self, problem: Problem) -> Any:
+        loop = super().module(problem)
+        loop.compile(dynamic=False)
+        return loop
+
+
+def peer() -> Compiled:
+    return Compiled()

@@ -1,0 +1,108 @@
+"""The work of one case, the same for everybody: weights, input, cotangent, and who is right.
+
+torch.nn's module holds the weights, drawn from one seed; a peer takes them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from .cases import Case
+
+SEED = 2026
+SAMPLED_ROWS = 256
+
+# A result is refused when it is off by more than this part of the largest entry. Kernels sum in
+# other orders and round in other places; a wrong gate, weight or step is off by far more.
+TOLERANCE = {"float64": 1e-9, "float32": 3e-4, "float16": 3e-2, "bfloat16": 1e-1}
+
+MODULES: dict[str, Callable[..., nn.RNNBase]] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn": nn.RNN,
+    "rnn_relu": nn.RNN,
+}
+
+
+def module_arguments(case: Case) -> dict[str, Any]:
+    """What torch.nn's constructor, and that of every drop-in, is given."""
+    arguments: dict[str, Any] = {
+        "input_size": case.I,
+        "hidden_size": case.H,
+        "num_layers": case.layers,
+        "bidirectional": case.bidirectional,
+        "bias": case.bias,
+    }
+    if case.proj:
+        arguments["proj_size"] = case.proj
+    if case.cell.startswith("rnn"):
+        arguments["nonlinearity"] = "relu" if case.cell == "rnn_relu" else "tanh"
+    return arguments
+
+
+class Problem:
+    """A case in tensors, in its dtype and on its device."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.dtype = getattr(torch, case.dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            self.module = MODULES[case.cell](**module_arguments(case))
+            padded = torch.randn(case.T, case.B, case.I)
+            cotangent = torch.randn(case.T, case.B, case.directions * case.width)
+            states = case.layers * case.directions
+            h = torch.randn(states, case.B, case.width) * 0.1
+            c = torch.randn(states, case.B, case.H) * 0.1
+        self.module.to(case.device, self.dtype).train(case.phase in ("forward", "training"))
+        self.lengths = torch.tensor(case.lengths())
+        self.padded = self._to(padded)  # [T, B, I]
+        self.cotangent = self._to(cotangent)  # [T, B, D*P], of y
+        self.h, self.c = self._to(h), self._to(c) if case.cell == "lstm" else None  # for decode
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.case.device, self.dtype)
+
+    @property
+    def state(self) -> Any:
+        """As torch.nn takes it."""
+        return self.h if self.c is None else (self.h, self.c)
+
+    def pack(self, padded: Tensor) -> PackedSequence:
+        return pack_padded_sequence(padded, self.lengths, enforce_sorted=False)
+
+
+def outputs(y: Any, state: Any) -> dict[str, Tensor]:
+    """Results by name, from what a module of torch.nn returns."""
+    states = state if isinstance(state, tuple) else (state,)
+    y = y.data if isinstance(y, PackedSequence) else y
+    return {"y": y, **dict(zip(("h_n", "c_n"), states, strict=False))}
+
+
+def sample(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """At most SAMPLED_ROWS rows of each, evenly spread: enough to see a mistake, small to keep."""
+    kept = {}
+    for name, tensor in results.items():
+        rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        picked = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).long()
+        kept[name] = rows[picked.to(rows.device)].to("cpu", torch.float64)
+    return kept
+
+
+def mismatch(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: str) -> str | None:
+    """What is wrong with sampled results, in words, or None."""
+    if "y" not in found:
+        return "returned no y"
+    for name, tensor in found.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            return f"{name} has sizes {tuple(tensor.shape)} instead of {tuple(wanted.shape)}"
+        error = (tensor - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        if not error <= TOLERANCE[dtype]:  # NaN is refused too
+            return f"{name} is off by {error:.2g} of its largest entry"
+    return None

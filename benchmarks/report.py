@@ -1,0 +1,229 @@
+"""Results as Markdown: every row, the worst ones once more, and what could not be measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from . import peers
+from .results import (
+
+    OURS,
+    Results,
+    Row,
+    barrier,
+    best_peer,
+    case_of,
+    geometric_mean,
+    of_limit,
+    ratio,
+    seconds,
+    timed,
+)
+
+WORST = 8
+
+
+def render(results: Results, *, details: bool = False) -> str:
+    rows = list(results.rows.values())
+    if not rows:
+        return "no rows"
+    parts = [_provenance(results), _legend(), _table(_head(rows), _body(rows, rows))]
+    if summary := _summary(rows):
+        parts += ["**Geometric means of the ratios**", summary]
+    worst = [row for row in rows if best_peer(row)]
+    worst.sort(key=lambda row: best_peer(row)[1].median)  # type: ignore[index]
+    if len(worst) > WORST:
+        parts += ["**Worst rows**", _table(_head(rows), _body(worst[:WORST], rows))]
+    behind = sum(best_peer(row)[1].median < 1 for row in worst)  # type: ignore[index]
+    if worst:
+        parts.append(f"Slower than the best peer in {behind} of {len(worst)} rows.")
+    if details:
+        parts += ["**Memory, first calls, regimes**", _details(rows)]
+    if notes := _notes(rows):
+        parts += ["**Not measured**", "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(parts)
+
+
+def _legend() -> str:
+    return (
+        "Milliseconds, median over the rounds; ± is half the interquartile range. In brackets, how "
+        "many times longer than ours (above 1: ours is faster), formed in each round and then "
+        "summed up. *limit*: the floor of the machine as a part of our time, and what sets it. "
+        "*barrier*: between two cores, in µs, beside the figures."
+    )
+
+
+def _provenance(results: Results) -> str:
+    machine = results.machine
+    run = results.runs[-1] if results.runs else {}
+    versions = ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())
+    changed = " with changes" if run.get("changed") else ""
+    lines = [
+        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads of "
+        f"{machine['cores']} cores; {versions}; commit {run.get('commit') or '?'}{changed}, "
+        f"{run.get('date', '')[:16]}"
+    ]
+    if limits := run.get("limits"):
+        rates = [
+            f"{dtype} " + ", ".join(f"{way} {rate:.0f}" for way, rate in found.items() if rate)
+            for dtype, found in limits["gemm"].items()
+        ]
+        read = [f"{level['name']} {level['gb_per_s']:.0f}" for level in limits["bandwidth"]]
+        lines.append(f"Limits: GFLOP/s {'; '.join(rates)}. GB/s read {', '.join(read) or '?'}.")
+        if limits.get("pulse"):
+            lines[-1] += " Fork {:.2f} µs, barrier {:.2f} µs at the start.".format(*limits["pulse"])
+    return "\n".join(lines)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def _contenders(rows: Iterable[Row]) -> list[str]:
+    """All that have a figure somewhere, ours left out, in the order of the peers' list."""
+    found = {name for row in rows for name in timed(row)} - {OURS}
+    return [n for n in peers.NAMES if n in found] + sorted(found - set(peers.NAMES))
+
+
+def title(name: str) -> str:
+    return peers.load(name).title
+
+
+def _head(rows: list[Row]) -> list[str]:
+    names = [title(name) for name in _contenders(rows)]
+    return ["cell", "shape", "pass", "ours", *names, "best peer", "limit", "barrier"]
+
+
+def _body(rows: Iterable[Row], all_rows: list[Row]) -> list[list[str]]:
+    names = _contenders(all_rows)
+    one_dtype = len({row["case"]["dtype"] for row in all_rows}) == 1
+    body = []
+    for row in rows:
+        case = case_of(row)
+        ours = seconds(row, OURS)
+        best = best_peer(row)
+        share = of_limit(row)
+        pulse = barrier(row)
+        # A machine that changed its state within the row: look at the ratios, not at the times.
+        flipped = "!" if pulse and pulse.high > 1.5 * pulse.low else ""
+        body.append(
+            [
+                case.cell,
+                case.shape,
+                case.phase + ("" if one_dtype else f" {case.dtype}"),
+                f"{ms(ours.median)} ±{ours.relative:.0%}" if ours else _why_not(row, OURS),
+                *(_cell(row, name) for name in names),
+                f"{best[1].median:.2f} {title(best[0])}" if best else "",
+                f"{share:.0%} {row['floor']['bound']}" if share else "",
+                f"{pulse.median:.2f}{flipped}" if pulse else "",
+            ]
+        )
+    return body
+
+
+def _cell(row: Row, name: str) -> str:
+    spent, compared = seconds(row, name), ratio(row, name)
+    if spent is None:
+        return _why_not(row, name)
+    return ms(spent.median) + (f" ({compared.median:.2f})" if compared else "")
+
+
+def _why_not(row: Row, name: str) -> str:
+    record = row["peers"].get(name, {})
+    if record.get("wrong"):
+        return "WRONG"
+    return next((word for word in ("failed", "skipped") if word in record), "-")
+
+
+def ms(seconds: float) -> str:
+    """Three digits."""
+    value = seconds * 1e3
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
+    return f"{value:.{digits}f}" if value >= 0.0995 else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Markdown that is also readable as it is."""
+    lines = [head, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def joined(line: Sequence[str]) -> str:
+        cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([joined(head), rule, *map(joined, body)])
+
+
+# --- what stands below ---------------------------------------------------------------------------
+
+
+def _summary(rows: list[Row]) -> str:
+    """By pass and cell: against each contender, and against the best of each row."""
+    names = _contenders(rows)
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if best_peer(row):
+            case = case_of(row)
+            kind = f"{case.phase} {case.dtype}" + (" ragged" if case.ragged else "")
+            groups[kind, case.cell].append(row)
+            groups[kind, "all"].append(row)
+    body = []
+    for (kind, cell), members in sorted(groups.items()):
+        best = [found[1].median for row in members if (found := best_peer(row))]
+        means = []
+        for name in names:
+            found = [r.median for row in members if (r := ratio(row, name))]
+            part = "" if len(found) == len(members) else f" of {len(found)}"
+            means.append(f"{geometric_mean(found):.2f}{part}" if found else "-")
+        body.append(
+            [kind, cell, str(len(members)), *means, f"{geometric_mean(best):.2f}", f"{min(best):.2f}"]
+        )
+    head = ["pass", "cell", "rows", *map(title, names), "best peer", "worst row"]
+    return _table(head, body) if body else ""
+
+
+def _details(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        for name in timed(row):
+            record = row["peers"][name]
+            body.append(
+                [
+                    case_of(row).cell,
+                    case_of(row).shape,
+                    case_of(row).phase,
+                    title(name),
+                    ms(record["prepare_s"]),
+                    ms(record["first_s"]),
+                    ms(record["call_s"]),
+                    _mb(record.get("peak_bytes")),
+                    _mb(record.get("saved_bytes")),
+                    record.get("regime") or "",
+                ]
+            )
+    head = ["cell", "shape", "pass", "who", "prepare ms", "first call ms", "later ms"]
+    return _table([*head, "peak MB", "saved MB", "regime"], body)
+
+
+def _mb(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.2f}"
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    """Reasons, each with the rows it kept a contender from."""
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        for name, record in row["peers"].items():
+            for kind in ("missing", "refused", "skipped", "failed"):
+                if kind in record:
+                    case = case_of(row)
+                    reasons[name, record[kind]].append(f"{case.cell} {case.shape} {case.phase}")
+    notes = []
+    for (name, reason), where in reasons.items():
+        shown = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        place = "everywhere" if len(where) == len(rows) else shown
+        notes.append(f"{title(name)}: {reason} ({place})")
+    return notes
+
+
