@@ -10,7 +10,7 @@ struct GRU {
   static constexpr int kX = 3, kH = 3, kStates = 1, kSaved = 4, kD = 4;
   static constexpr int kDx[kX] = {0, 1, 2},
                        kDh[kH] = {0, 1, 3};  // d[3]: gradient of h_2 = W_hn h + b_hn
-  static constexpr bool kUsesH = true;
+  static constexpr bool kUsesH = true, kUsesNewH = false;
 
   template <class V>
   FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>& s,
@@ -20,7 +20,7 @@ struct GRU {
     saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = h[2];
   }
   template <class V>
-  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s,
+  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s, V,
                                const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
                                Pack<V, kStates>& ds) {
     using T = typename Lanes<V>::T;

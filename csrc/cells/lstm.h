@@ -11,7 +11,7 @@ namespace frnn {
 struct LSTM {
   static constexpr int kX = 4, kH = 4, kStates = 2, kSaved = 4, kD = 4;
   static constexpr int kDx[kX] = {0, 1, 2, 3}, kDh[kH] = {0, 1, 2, 3};
-  static constexpr bool kUsesH = false;
+  static constexpr bool kUsesH = false, kUsesNewH = false;
 
   template <class V>
   FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>& s,
@@ -24,7 +24,7 @@ struct LSTM {
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
   }
   template <class V>
-  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s,
+  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s, V,
                                const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
                                Pack<V, kStates>& ds) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];

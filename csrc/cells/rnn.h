@@ -6,20 +6,20 @@ namespace frnn {
 
 template <class F>
 struct Rnn {
-  static constexpr int kX = 1, kH = 1, kStates = 1, kSaved = 1, kD = 1;
+  static constexpr int kX = 1, kH = 1, kStates = 1, kSaved = 0, kD = 1;
   static constexpr int kDx[kX] = {0}, kDh[kH] = {0};
-  static constexpr bool kUsesH = false;
+  static constexpr bool kUsesH = false, kUsesNewH = true;
 
   template <class V>
   FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>&,
-                              Pack<V, kStates>& s_new, Pack<V, kSaved>& saved) {
-    s_new[0] = saved[0] = F::f(V(x[0] + h[0]));
+                              Pack<V, kStates>& s_new, Pack<V, kSaved>&) {
+    s_new[0] = F::f(V(x[0] + h[0]));
   }
   template <class V>
-  FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>&,
+  FRNN_HD static void backward(const Pack<V, kSaved>&, const Pack<V, kStates>&, V h_new,
                                const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
                                Pack<V, kStates>& ds) {
-    d[0] = ds_new[0] * F::df(saved[0]);
+    d[0] = ds_new[0] * F::df(h_new);
     ds[0] = V{};
   }
 };

@@ -3,15 +3,16 @@
 //
 //   kX, kH    number of input-side and hidden-side pre-activations (gates): x_q = x W_ih^T + b_ih, h_q = h W_hh^T + b_hh
 //   kStates   elementwise states; state 0 is h, the one that goes through W_hh
-//   kSaved    values the forward keeps for the backward
+//   kSaved    values the forward keeps for the backward, beside the states
 //   kD        distinct gate gradients; the gradient of x_q is d[kDx[q]], that of h_q is d[kDh[q]]
-//   kUsesH    whether the math reads h_{t-1} elementwise (then a projection, which changes its width, is refused)
+//   kUsesH    whether the math reads h_{t-1} elementwise
+//   kUsesNewH whether the backward reads h_t. Either refuses a projection, which changes the width of h.
 //
-//   forward (x[kX], h[kH], s[kStates])                  -> s_new[kStates], saved[kSaved]
-//   backward(saved[kSaved], s[kStates], ds_new[kStates]) -> d[kD], ds[kStates]
+//   forward (x[kX], h[kH], s[kStates])                           -> s_new[kStates], saved[kSaved]
+//   backward(saved[kSaved], s[kStates], h_t, ds_new[kStates])    -> d[kD], ds[kStates]
 //
 // ds holds the elementwise paths to the previous states; the path of h through W_hh is added by the
-// engine.
+// engine. h_t is as it was stored, rounded to a 16-bit type if need be.
 #pragma once
 #include "core/math.h"
 
@@ -19,7 +20,7 @@ namespace frnn {
 
 template <class V, int K>
 struct Pack {
-  V v[K];
+  V v[K > 0 ? K : 1];
   FRNN_HD V& operator[](int i) { return v[i]; }
   FRNN_HD const V& operator[](int i) const { return v[i]; }
 };
@@ -33,8 +34,8 @@ constexpr bool AllBelow(const int (&index)[N]) {
 
 template <class C>
 constexpr bool CheckCell() {
-  static_assert(C::kX >= 1 && C::kH >= 1 && C::kStates >= 1 && C::kSaved >= 1,
-                "a cell has gates, states and saved values");
+  static_assert(C::kX >= 1 && C::kH >= 1 && C::kStates >= 1 && C::kSaved >= 0,
+                "a cell has gates and states");
   static_assert(sizeof(C::kDx) / sizeof(int) == C::kX && sizeof(C::kDh) / sizeof(int) == C::kH,
                 "one gradient per gate");
   static_assert(AllBelow<C::kX, C::kD>(C::kDx) && AllBelow<C::kH, C::kD>(C::kDh),

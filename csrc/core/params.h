@@ -73,7 +73,7 @@ struct LayerGradParams : LayerParams {
 // An engine instance: one cell, one computing type, one instruction set.
 struct CpuKernels {
   int gates_x, gates_h, extra_states, saved;
-  bool uses_h;
+  bool uses_h;  // elementwise, so that h can not be projected
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
 };

@@ -5,8 +5,8 @@
 // [k][gate][unit]: a tile of a product holds all gates of its units, and the gate math runs on it
 // while it is in the first-level cache.
 //
-// Forward, per chunk of time steps: gates_x = x W_ih^T + b_ih for the thread's own units (no
-// barrier), then per step gates_h = h W_hh^T + b_hh, gate math, one barrier.
+// Forward, per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no
+// barrier), then per step gates_h = h W_hh^T, gate math, one barrier.
 // Few rows in all (a decoding step) are not worth packing weights for: they read W as it lies.
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
@@ -37,7 +37,6 @@ class Layer {
       C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
   static constexpr int kTileWidth = kTileVecs<V> * N;
   static constexpr int64_t kChunkRows = 128;        // rows of gates_x computed ahead
-  static constexpr int64_t kGradRows = 256;         // rows of a block of the dW products
   static constexpr int64_t kMacsPerThread = 16384;  // less work per step than this pays no barrier
   // So few rows in all read weights unpacked. The forward has to transpose them, row by row; the
   // backward reads them as they are, at a stride that caches do not like twice.
@@ -125,28 +124,31 @@ class Layer {
     }
   }
 
-  // gates [n][gate][unit] of one panel += a w^T, w packed for the panel or (unpacked) whole.
+  // gates [n][gate][unit] of one panel = a w^T, w packed for the panel or (unpacked) whole.
   template <int kGates>
   static void Product(const LayerParams& p, bool unpacked, int64_t n, const T* a, int64_t lda,
                       const void* w, const T* packed, int64_t K, int64_t panel, T* gates) {
     constexpr int kVecs = kGates * kPanelVecs, kRow = kGates * kUnits;
     if (!unpacked) {
-      GemmRows<V, kVecs>(n, a, lda, packed, kRow, K, gates, kRow, true);
+      GemmRows<V, kVecs>(n, a, lda, packed, kRow, K, gates, kRow, false);
       return;
     }
     for (int q = 0; q < kGates; q++)
       for (int j = 0; j < kPanelVecs; j++) {
         const int64_t unit = panel * kUnits + j * N;
+        T* out = gates + (q * kPanelVecs + j) * N;
         if (unit < p.H)
-          DotRows<V>(n, a, lda, static_cast<const T*>(w) + q * p.H * K, unit, p.H, K,
-                     gates + (q * kPanelVecs + j) * N, kRow);
+          DotRows<V>(n, a, lda, static_cast<const T*>(w) + q * p.H * K, unit, p.H, K, out, kRow);
+        else
+          for (int64_t r = 0; r < n; r++) store<V>(out + r * kRow, V{});
       }
   }
 
   struct StepRows {
-    int64_t n;         // rows of the step
-    const T* gates_x;  // [n, kX, units]
-    const T* gates_h;  // [n, kH, units]
+    const T* gates_x;  // [n, kX, units], without bias
+    const T* gates_h;  // [n, kH, units], without bias
+    const T* b_ih;     // [kX, units]
+    const T* b_hh;     // [kH, units]
     const T* h;        // h_{t-1} of the panel, rows h_stride apart
     T* h_new;          // rows h_stride apart (h_full, rows full_stride apart, with a projection)
     int64_t h_stride, h_new_stride;
@@ -157,15 +159,15 @@ class Layer {
     int64_t units;  // valid units from the panel's first one on
     Storage round;  // h is rounded to this
   };
-  static void GateMath(const StepRows& s);
+  static void GateMath(const StepRows& s, int64_t first, int rows);
   static void CopyState(const LayerParams& p, const void* src, int dir, int64_t first, int64_t last,
                         T* dst, int64_t stride);
 };
 
-// The pointwise part of a step for one panel.
+// The pointwise part of a step, for one panel and the rows from `first` on.
 template <class C, class V>
-void Layer<C, V>::GateMath(const StepRows& s) {
-  for (int64_t m = 0; m < s.n; m++) {
+void Layer<C, V>::GateMath(const StepRows& s, int64_t first, int rows) {
+  for (int64_t m = first; m < first + rows; m++) {
     FRNN_UNROLL
     for (int j = 0; j < kPanelVecs; j++) {
       Pack<V, C::kX> x;
@@ -174,10 +176,12 @@ void Layer<C, V>::GateMath(const StepRows& s) {
       Pack<V, C::kSaved> saved;
       FRNN_UNROLL
       for (int q = 0; q < C::kX; q++)
-        x[q] = load<V>(s.gates_x + (m * kXVecs + q * kPanelVecs + j) * N);
+        x[q] = load<V>(s.gates_x + (m * kXVecs + q * kPanelVecs + j) * N) +
+               load<V>(s.b_ih + (q * kPanelVecs + j) * N);
       FRNN_UNROLL
       for (int q = 0; q < C::kH; q++)
-        h[q] = load<V>(s.gates_h + (m * kHVecs + q * kPanelVecs + j) * N);
+        h[q] = load<V>(s.gates_h + ((m - first) * kHVecs + q * kPanelVecs + j) * N) +
+               load<V>(s.b_hh + (q * kPanelVecs + j) * N);
       state[0] = C::kUsesH ? load<V>(s.h + m * s.h_stride + j * N) : V{};
       T* c = s.c + m * kExtra * kUnits + j * N;
       FRNN_UNROLL
@@ -249,7 +253,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].b_hh = s.Take<T>(C::kH * kUnits * own_panels);
       own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
       own[i].gates_x = s.Take<T>(own_panels * capacity * C::kX * kUnits);
-      own[i].gates_h = s.Take<T>(p.B * C::kH * kUnits);
+      own[i].gates_h = s.Take<T>(TileRows<V>(kHVecs) * C::kH * kUnits);
       own[i].c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       own[i].x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
     }
@@ -338,9 +342,6 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         }
         for (int64_t i = 0; i < mine.end - mine.begin; i++) {
           T* gates = my.gates_x + i * capacity * C::kX * kUnits;
-          for (int64_t r = 0; r < chunk; r++)
-            memcpy(gates + r * C::kX * kUnits, my.b_ih + i * C::kX * kUnits,
-                   C::kX * kUnits * sizeof(T));
           Product<C::kX>(p, unpacked, chunk, x, ldx, w.w_ih, my.w_ih + i * p.I * C::kX * kUnits,
                          p.I, mine.begin + i, gates);
         }
@@ -358,26 +359,27 @@ void Layer<C, V>::Forward(const LayerParams& p) {
 
           for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t at = i - mine.begin, unit = i * kUnits;
-            for (int64_t r = 0; r < n; r++)
-              memcpy(my.gates_h + r * C::kH * kUnits, my.b_hh + at * C::kH * kUnits,
-                     C::kH * kUnits * sizeof(T));
-            Product<C::kH>(p, unpacked, n, h, ldh, w.w_hh, my.w_hh + at * p.Hout * C::kH * kUnits,
-                           p.Hout, i, my.gates_h);
             StepRows s;
-            s.n = n;
             s.gates_x = my.gates_x + (at * capacity + row - chunk_row) * C::kX * kUnits;
             s.gates_h = my.gates_h;
+            s.b_ih = my.b_ih + at * C::kX * kUnits;
+            s.b_hh = my.b_hh + at * C::kH * kUnits;
             s.h = h + unit;
             s.h_stride = ldh;
             s.h_new = projected ? full + unit : h_new + unit;
             s.h_new_stride = projected ? ld_full : ldh;
             s.c = my.c + at * p.B * kExtra * kUnits;
-            s.tape = p.saved ? Tape(p, dir, t, i) : nullptr;
+            s.tape = p.hs && kTape > 0 ? Tape(p, dir, t, i) : nullptr;
             s.y = direct_y ? y + unit : nullptr;
             s.y_stride = p.dirs * p.Hout;
             s.units = p.H - unit;
             s.round = projected ? kOwn : p.storage;
-            GateMath(s);
+            // Block by block, so that what the gate math stores drains while the next product runs.
+            ForRowBlocks<TileRows<V>(kHVecs)>(n, [&](int rows, int64_t r) {
+              Product<C::kH>(p, unpacked, rows, h + r * ldh, ldh, w.w_hh,
+                             my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, i, my.gates_h);
+              GateMath(s, r, rows);
+            });
           }
           if (projected) {
             team.Sync();

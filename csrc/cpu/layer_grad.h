@@ -4,14 +4,16 @@
 
 FRNN_BEGIN
 
-// dw[gates * H, cols] = sum over rows r of d[r]^T b[r]: blocks of rows are packed on both sides and
-// summed in order. The team shares the packed right side; each thread owns rows of dw.
+// dw[gates * H, cols] = sum over rows r of d[r]^T b[r], in blocks of rows. The team packs the right side
+// of a block together; each thread owns rows of dw and packs its left side group by group. Within a
+// group the sum runs in steps that keep a right tile in the first-level cache, and dw in the second.
 template <class V>
 class WeightGrad {
  public:
   using T = typename Lanes<V>::T;
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kWidth = kTileVecs<V> * N, kRows = kTileRows<V>;
+  static constexpr int64_t kBlock = 512, kDepth = 128, kGroup = 16 * kRows;
 
   int64_t gates, H;   // rows of dw: gate q, unit u, at q * H + u
   const int* column;  // gate q's gradients start at column[q] * gate_stride of d
@@ -19,24 +21,24 @@ class WeightGrad {
   const T* d;  // [rows, ..], d_stride apart
   int64_t d_stride;
   int64_t rows, cols;
-  int64_t block;       // rows of a block
   T *pack_a, *pack_b;  // this thread's; the team's
   T* sum;              // [gates * H, cols] in the computing type where dw is stored in 16 bits
   void* dw;
   Storage storage;
 
-  static int64_t PackASize(int64_t own_rows, int64_t block) {
-    return RoundUp(own_rows, kRows) * block;
+  static int64_t Block(int64_t rows) { return rows < kBlock ? rows : kBlock; }
+  static int64_t PackASize(int64_t rows) { return kGroup / kRows * kPackedRow * Block(rows); }
+  static int64_t PackBSize(int64_t rows, int64_t cols) {
+    return RoundUp(cols, kWidth) * Block(rows);
   }
-  static int64_t PackBSize(int64_t cols, int64_t block) { return RoundUp(cols, kWidth) * block; }
 
-  // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col +
-  // width, into dst [n][kWidth].
+  // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width,
+  // into dst [n][kWidth].
   template <class F>
   void Run(Team& team, const F& load) const {
     const bool own = storage == StorageOf<T>::kValue;
     T* c = own ? static_cast<T*>(dw) : sum;
-    const int64_t tiles = (cols + kWidth - 1) / kWidth;
+    const int64_t block = Block(rows), tiles = (cols + kWidth - 1) / kWidth;
     const auto my_tiles = team.Split(tiles);
     const auto my_rows = team.Split(gates * H, kRows);
     for (int64_t r0 = 0; r0 < rows; r0 += block) {
@@ -45,26 +47,18 @@ class WeightGrad {
         const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
         load(r0, n, col, width, pack_b + tile * kWidth * block);
       }
-      PackLeft(my_rows, r0, n);
       team.Sync();
-      for (int64_t tile = 0; tile < tiles; tile++)
-        for (int64_t m = my_rows.begin; m < my_rows.end; m += kRows) {
-          const int mr = int(my_rows.end - m < kRows ? my_rows.end - m : kRows);
-          const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
-          const T* a = pack_a + (m - my_rows.begin) * block;
-          const T* b = pack_b + tile * kWidth * block;
-          if (width == kWidth) {
-            GemmPacked<V>(mr, a, b, n, c + m * cols + col, cols, r0 > 0);
-          } else {
-            T edge[kRows * kWidth];
-            GemmPacked<V>(mr, a, b, n, edge, kWidth, false);
-            for (int i = 0; i < mr; i++)
-              for (int64_t j = 0; j < width; j++) {
-                T& out = c[(m + i) * cols + col + j];
-                out = r0 > 0 ? out + edge[i * kWidth + j] : edge[i * kWidth + j];
-              }
-          }
-        }
+      for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += kGroup) {
+        const int64_t m1 = my_rows.end - m0 < kGroup ? my_rows.end : m0 + kGroup;
+        PackLeft(m0, m1, r0, n);
+        for (int64_t tile = 0; tile < tiles; tile++)
+          for (int64_t k = 0; k < n; k += kDepth)
+            for (int64_t m = m0; m < m1; m += kRows)
+              Tile(c, m, int(m1 - m < kRows ? m1 - m : kRows), tile,
+                   pack_a + ((m - m0) / kRows * block + k) * kPackedRow,
+                   pack_b + (tile * block + k) * kWidth, n - k < kDepth ? n - k : kDepth,
+                   r0 + k > 0);
+      }
       team.Sync();
     }
     if (!own)
@@ -73,26 +67,41 @@ class WeightGrad {
   }
 
  private:
-  // pack_a: [block of kRows gate rows][row][kRows]
-  void PackLeft(const Team::Range& range, int64_t r0, int64_t n) const {
-    for (int64_t m = range.begin; m < range.end; m += kRows) {
-      const int64_t count = range.end - m < kRows ? range.end - m : kRows;
-      T* dst = pack_a + (m - range.begin) * block;
-      int64_t at[kRows];
-      for (int i = 0; i < kRows; i++) {
-        const int64_t row = m + (i < count ? i : 0);
-        at[i] = column[row / H] * gate_stride + row % H;
+  void Tile(T* c, int64_t m, int count, int64_t tile, const T* a, const T* b, int64_t depth,
+            bool accumulate) const {
+    const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+    T* out = c + m * cols + col;
+    if (width == kWidth) {
+      GemmPacked<V>(count, a, b, depth, out, cols, accumulate);
+      return;
+    }
+    T edge[kRows * kWidth];
+    GemmPacked<V>(count, a, b, depth, edge, kWidth, false);
+    for (int i = 0; i < count; i++)
+      for (int64_t j = 0; j < width; j++) {
+        T& value = out[i * cols + j];
+        value = accumulate ? value + edge[i * kWidth + j] : edge[i * kWidth + j];
       }
+  }
+
+  // pack_a: [block of kRows gate rows][row][kPackedRow]
+  void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n) const {
+    for (int64_t m = m0; m < m1; m += kRows) {
+      const int64_t count = m1 - m < kRows ? m1 - m : kRows;
+      T* dst = pack_a + (m - m0) / kRows * kPackedRow * Block(rows);
       const T* src = d + r0 * d_stride;
-      if (at[0] + kRows - 1 == at[kRows - 1] && count == kRows) {
+      const int64_t first = Column(m);
+      if (m / H == (m + count - 1) / H) {  // columns of one gate are adjacent, and rows of d padded
         for (int64_t r = 0; r < n; r++)
-          memcpy(dst + r * kRows, src + r * d_stride + at[0], kRows * sizeof(T));
+          memcpy(dst + r * kPackedRow, src + r * d_stride + first, kPackedRow * sizeof(T));
       } else {
-        for (int64_t r = 0; r < n; r++)
-          for (int i = 0; i < kRows; i++) dst[r * kRows + i] = src[r * d_stride + at[i]];
+        for (int i = 0; i < count; i++)
+          for (int64_t r = 0; r < n; r++)
+            dst[r * kPackedRow + i] = src[r * d_stride + Column(m + i)];
       }
     }
   }
+  int64_t Column(int64_t row) const { return column[row / H] * gate_stride + row % H; }
 };
 
 // The right operand of a product: a tile of columns of w, as it lies in memory or packed.
@@ -134,7 +143,6 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                 hs_stride = HsStride(p.H, p.Hout);
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
   const int64_t x_tiles = (p.I + kTileWidth - 1) / kTileWidth;
-  const int64_t block = p.rows < kGradRows ? p.rows : kGradRows;
   const int64_t x_rows =
       p.rows < 768 ? 48 : 96;  // rows of dX at a time, whole blocks of them to a thread
   const bool narrow = p.storage != kOwn;
@@ -158,15 +166,14 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       own[i].dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
       own[i].db = s.Take<T>(own_panels * C::kD * kUnits);
       own[i].dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
-      own[i].pack_a = s.Take<T>(
-          WeightGrad<V>::PackASize((grad_rows + threads - 1) / threads + kTileRows<V>, block));
+      own[i].pack_a = s.Take<T>(WeightGrad<V>::PackASize(p.rows));
     }
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
     dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
     w_ih = s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0);
-    pack_b = s.Take<T>(WeightGrad<V>::PackBSize(widest, block));
+    pack_b = s.Take<T>(WeightGrad<V>::PackBSize(p.rows, widest));
     sum = s.Take<T>(narrow ? grad_rows * widest : 0);
     dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
   });
@@ -288,7 +295,9 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                 dstate_new[1 + e] = load<V>(dc + e * kUnits);
               }
 
-              C::backward(saved, state, dstate_new, grad, dstate);
+              const V h_new =
+                  C::kUsesNewH ? load<V>(hs + (p.B + row + b) * hs_stride + unit + j * N) : V{};
+              C::backward(saved, state, h_new, dstate_new, grad, dstate);
 
               T* d_b = d + (row + b) * d_stride + unit + j * N;
               FRNN_UNROLL
@@ -383,7 +392,6 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       grad.d = d;
       grad.d_stride = d_stride;
       grad.rows = p.rows;
-      grad.block = block;
       grad.pack_a = my.pack_a;
       grad.pack_b = pack_b;
       grad.sum = sum;
