@@ -63,3 +63,15 @@ format: setup
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find fused_rnn tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# make bench BENCH="--suite headline --json out/mine.json"; see benchmarks/README.md
+BENCH ?= --suite quick
+BENCH_STAMP := $(VENV)/.bench
+
+.PHONY: bench
+$(BENCH_STAMP): $(SETUP_STAMP)
+	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks run $(BENCH)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | table | plot | compare | peers | suites``; see README.md here."""
+"""``python -m benchmarks run | table | plot | compare | readme | peers | suites``, see README.md"""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("new", type=Path)
     p.add_argument("--tolerance", type=float, default=0.05, help="loss that is still no regression")
 
+    commands.add_parser("readme", help="write the picture in README.md anew from results/*.json")
     commands.add_parser("peers", help="say who can be measured here, and why others cannot")
     commands.add_parser("suites", help="list the suites")
     return top
@@ -74,7 +75,8 @@ def run(a: argparse.Namespace) -> int:
     else:
         own = tuple(suite.get("peers", peers.NAMES))
         items = [cases.Item(item.case, item.peers or own) for item in items]
-    names = a.peers or [n for n in peers.NAMES if a.device in peers.load(n).devices]
+    wanted = {name for item in items for name in item.peers or ()}
+    names = a.peers or [n for n in peers.NAMES if n in wanted and a.device in peers.load(n).devices]
     path = a.json or Path("out/benchmarks") / f"{Path(a.suite).stem}-{a.device}.json"
     if a.fresh:
         path.unlink(missing_ok=True)
@@ -89,7 +91,7 @@ def run(a: argparse.Namespace) -> int:
     with tqdm(total=len(items), unit="row", dynamic_ncols=True) as bar:
 
         def progress(text: str, done: int) -> None:
-            bar.set_postfix_str(text)
+            bar.set_postfix_str(text, refresh=sys.stderr.isatty())  # a log wants rows only
             bar.update(done)
 
         runner.run(items, names, results, settings, progress)
@@ -113,9 +115,14 @@ def main(arguments: list[str] | None = None) -> int:
                 print(path)
         elif a.command == "compare":
             return compare.main(Results.read(a.old), Results.read(a.new), a.tolerance)
+        elif a.command == "readme":
+            here = Path(__file__).parent
+            print(f"{report.write_picture(here / 'README.md', here / 'results')} files of results")
         elif a.command == "suites":
             for name in cases.suite_names():
-                print(f"{name:14} {len(cases.load_suite(name)):4}  {cases.read_suite(name)['about']}")
+                print(
+                    f"{name:14} {len(cases.load_suite(name)):4}  {cases.read_suite(name)['about']}"
+                )
         else:
             for name in peers.NAMES:
                 peer = peers.load(name)

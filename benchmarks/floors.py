@@ -8,7 +8,7 @@ floor is a bound, not a forecast. Keeping a part of the weights in a nearer leve
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,9 @@ def bandwidth(limits: dict[str, Any], share: float) -> tuple[float, str]:
     """Bytes/s of all threads together, and the level, for a share of so many bytes per thread."""
     levels = limits.get("bandwidth") or []  # from the nearest to the farthest
     for level in levels:
-        if share <= level["capacity"]:
+        if level["capacity"] is None or share <= level["capacity"]:
             return level["gb_per_s"] * 1e9, level["name"]
-    return (levels[-1]["gb_per_s"] * 1e9, levels[-1]["name"]) if levels else (0.0, "memory")
+    return 0.0, "memory"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def floor(case: Case, limits: dict[str, Any]) -> Floor | None:
     if not rate:
         return None
     todo = work(case)
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
 
     def spend(flops: float, weights: float, times: int = 1) -> None:
         """The longer of computing and of reading the weights once, so many times."""

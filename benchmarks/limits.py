@@ -104,9 +104,9 @@ def caches() -> dict[str, int]:
 def bandwidth(tool: Probe, threads: int) -> list[dict[str, Any]]:
     """GB/s of all threads reading their own parts, from the nearest level to the farthest.
 
-    ``capacity`` is the largest part per thread that counts as lying there.
+    ``capacity`` is the largest part per thread that counts as lying there, None for any.
     """
-    levels = []
+    levels: list[dict[str, Any]] = []
     sizes = caches()
     for name in ("L1", "L2", "L3"):
         if name not in sizes:
@@ -115,12 +115,12 @@ def bandwidth(tool: Probe, threads: int) -> list[dict[str, Any]]:
         # L3 is shared with others, and huge on some machines: a few times L2 is surely beyond L2.
         size = min(capacity // 2, 8 * sizes["L2"]) if name == "L3" else capacity // 2
         if rate := tool.read(size):
-            levels.append({"name": name, "capacity": capacity * 0.9, "bytes": size, "gb_per_s": rate})
+            levels.append(
+                {"name": name, "capacity": capacity * 0.9, "bytes": size, "gb_per_s": rate}
+            )
     size = min(max(2 * sizes.get("L3", 0), 256 << 20), _free_memory() // 4) // threads
     if rate := tool.read(size):
-        levels.append(
-            {"name": "DRAM", "capacity": float("inf"), "bytes": size, "gb_per_s": rate}
-        )
+        levels.append({"name": "DRAM", "capacity": None, "bytes": size, "gb_per_s": rate})
     return levels
 
 
@@ -167,10 +167,25 @@ def gemm_rates(dtype: str, device: str) -> dict[str, float | None]:
 
     with torch.no_grad():
         measure("mm", mm)
+        if device == "cuda" and dtype == "float32":  # what cuDNN's layers use by default
+            with _tf32():
+                measure("mm tf32", mm)
         if device == "cpu":
             measure("oneDNN", onednn)
         rates["ours"] = _our_rate(kind, device)
     return rates
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    import torch
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _our_rate(kind: Any, device: str) -> float | None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 # Of the many flags, those that decide which kernels a library takes.
 _TELLING = ("avx", "fma", "f16c", "amx", "sve", "asimd", "neon", "bf16", "i8mm", "vnni")
 
+_STEERING = ("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "FUSED_RNN_BACKEND")
+
 
 def machine(threads: int, device: str) -> dict[str, Any]:
     """Facts that do not change from run to run; results of two machines are never mixed."""
@@ -28,7 +31,9 @@ def machine(threads: int, device: str) -> dict[str, Any]:
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "vendor": info.get("vendor_id", ""),
         "flags": sorted(flag for flag in flags if any(name in flag for name in _TELLING)),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "caches": limits.caches(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
@@ -54,7 +59,7 @@ def run_facts() -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "FUSED_RNN_B"))
+            if name.startswith(_STEERING) and name != "OMP_NUM_THREADS"  # we set that one
         },
     }
 
@@ -73,6 +78,23 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def busy(seconds: float = 0.1) -> float | None:
+    """The part of all processors' time that somebody else takes while we sleep; None if unknown."""
+
+    def ticks() -> tuple[int, int]:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        numbers = [int(field) for field in fields]  # user, nice, system, idle, waiting, ...
+        return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
+
+    try:
+        used, total = ticks()
+        time.sleep(seconds)
+        used_after, total_after = ticks()
+    except (OSError, ValueError):
+        return None
+    return (used_after - used) / max(1, total_after - total)
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -4,6 +4,7 @@
 //   read BYTES       streaming reads of BYTES by each thread from its own buffer, in GB/s of all
 // Compiled by limits.py with -O3 -march=native -fopenmp -DTHREADS=n.
 #include <omp.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +25,7 @@ static Flag flags[THREADS];
 
 static void pulse(void) {
   double fork = 1, barrier = 1;
-  for (int repeat = 0; repeat < 9; repeat++) {
+  for (int repeat = 0; repeat < 5; repeat++) {
     enum { kRounds = 200 };
     double start = now();
     for (int i = 0; i < kRounds; i++) {
@@ -43,9 +44,8 @@ static void pulse(void) {
       for (int i = 1; i <= kRounds; i++) {
         atomic_store_explicit(&flags[me].turn, i, memory_order_release);
         for (int t = 0; t < THREADS; t++)
-          // Bounded: on a busy machine the other thread may not be running at all.
-          for (int spin = 0; spin < 1000000; spin++)
-            if (atomic_load_explicit(&flags[t].turn, memory_order_acquire) >= i) break;
+          for (int spin = 0; atomic_load_explicit(&flags[t].turn, memory_order_acquire) < i;)
+            if (++spin > 5000) sched_yield();  // on a busy machine the other may not be running
       }
       if (me == 0) spent = now() - begin;
     }
@@ -59,33 +59,31 @@ static void pulse(void) {
 #define BYTES_PER_VECTOR 64
 #define CHAINS 16  // enough in flight to hide the latency, few enough for 32 registers
 
-#define FMA(NAME, TYPE)                                                                      \
-  typedef TYPE NAME##_v __attribute__((vector_size(BYTES_PER_VECTOR)));                      \
-  static double NAME(void) {                                                                 \
-    const long kSteps = 2000000;                                                             \
-    const double flops = 2.0 * CHAINS * (BYTES_PER_VECTOR / sizeof(TYPE)) * kSteps * THREADS; \
-    double best = 0;                                                                         \
-    volatile TYPE sink = 0;                                                                  \
-    for (int repeat = 0; repeat < 5; repeat++) {                                             \
-      const double start = now();                                                            \
-      _Pragma("omp parallel num_threads(THREADS)") {                                         \
-        NAME##_v sum[CHAINS];                                                                \
-        const TYPE near_one = (TYPE)0.999 + sink;                                            \
-        const NAME##_v a = near_one - (NAME##_v){0}, b = a;                                  \
-        for (int c = 0; c < CHAINS; c++) sum[c] = a;                                         \
-        for (long i = 0; i < kSteps; i++) {                                                  \
-          _Pragma("GCC unroll 16") for (int c = 0; c < CHAINS; c++) {                        \
-            sum[c] = sum[c] * a + b;                                                         \
-          }                                                                                  \
-        }                                                                                    \
-        TYPE total = 0;                                                                      \
-        for (int c = 0; c < CHAINS; c++) total += sum[c][0];                                 \
-        if (total == 12345) sink = total; /* never: the loop must not be dropped */          \
-      }                                                                                      \
-      const double rate = flops / (now() - start);                                           \
-      if (rate > best) best = rate;                                                          \
-    }                                                                                        \
-    return best;                                                                             \
+#define FMA(NAME, TYPE)                                                                          \
+  typedef TYPE NAME##_v __attribute__((vector_size(BYTES_PER_VECTOR)));                          \
+  static double NAME(void) {                                                                     \
+    const long kSteps = 2000000;                                                                 \
+    const double flops = 2.0 * CHAINS * (BYTES_PER_VECTOR / sizeof(TYPE)) * kSteps * THREADS;    \
+    double best = 0;                                                                             \
+    volatile TYPE sink = 0;                                                                      \
+    for (int repeat = 0; repeat < 5; repeat++) {                                                 \
+      const double start = now();                                                                \
+      _Pragma("omp parallel num_threads(THREADS)") {                                             \
+        NAME##_v sum[CHAINS];                                                                    \
+        const TYPE near_one = (TYPE)0.999 + sink;                                                \
+        const NAME##_v a = near_one - (NAME##_v){0}, b = a;                                      \
+        for (int c = 0; c < CHAINS; c++) sum[c] = a;                                             \
+        for (long i = 0; i < kSteps; i++) {                                                      \
+          _Pragma("GCC unroll 16") for (int c = 0; c < CHAINS; c++) { sum[c] = sum[c] * a + b; } \
+        }                                                                                        \
+        TYPE total = 0;                                                                          \
+        for (int c = 0; c < CHAINS; c++) total += sum[c][0];                                     \
+        if (total == 12345) sink = total; /* never: the loop must not be dropped */              \
+      }                                                                                          \
+      const double rate = flops / (now() - start);                                               \
+      if (rate > best) best = rate;                                                              \
+    }                                                                                            \
+    return best;                                                                                 \
   }
 FMA(fma32, float)
 FMA(fma64, double)
@@ -140,11 +138,16 @@ int main(void) {
   char line[80];
   while (fgets(line, sizeof line, stdin)) {
     size_t bytes;
-    if (!strcmp(line, "pulse\n")) pulse();
-    else if (!strcmp(line, "fma32\n")) printf("%.2f\n", fma32() / 1e9);
-    else if (!strcmp(line, "fma64\n")) printf("%.2f\n", fma64() / 1e9);
-    else if (sscanf(line, "read %zu", &bytes) == 1) printf("%.2f\n", read_rate(bytes) / 1e9);
-    else printf("?\n");
+    if (!strcmp(line, "pulse\n"))
+      pulse();
+    else if (!strcmp(line, "fma32\n"))
+      printf("%.2f\n", fma32() / 1e9);
+    else if (!strcmp(line, "fma64\n"))
+      printf("%.2f\n", fma64() / 1e9);
+    else if (sscanf(line, "read %zu", &bytes) == 1)
+      printf("%.2f\n", read_rate(bytes) / 1e9);
+    else
+      printf("?\n");
     fflush(stdout);
   }
   return 0;

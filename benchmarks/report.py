@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from . import peers
 from .results import (
-
     OURS,
     Results,
     Row,
@@ -40,9 +40,48 @@ def render(results: Results, *, details: bool = False) -> str:
         parts.append(f"Slower than the best peer in {behind} of {len(worst)} rows.")
     if details:
         parts += ["**Memory, first calls, regimes**", _details(rows)]
-    if notes := _notes(rows):
+    if notes := _notes(results):
         parts += ["**Not measured**", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts)
+
+
+_BEGIN, _END = "<!-- results -->\n", "<!-- end of results -->"
+
+
+def write_picture(readme: Path, folder: Path) -> int:
+    """Put every file of results in the folder between README's marks. Returns their number."""
+    text = readme.read_text()
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    if not after:
+        raise ValueError(f"{readme} has no place marked for results")
+    files = sorted(folder.glob("*.json"))
+    parts = [_section(Results.read(path), readme.parent) for path in files]
+    readme.write_text(before + _BEGIN + "\n".join(parts) + _END + after)
+    return len(files)
+
+
+def _section(results: Results, base: Path) -> str:
+    """The summary in sight, every row one click away, pictures where they were drawn."""
+    stem = results.path.stem
+    rows = list(results.rows.values())
+    behind = [row for row in rows if (best := best_peer(row)) and best[1].median < 1]
+    compared = sum(best_peer(row) is not None for row in rows)
+    pictures = sorted(results.path.parent.glob(f"{stem}-*.png"))
+    links = [f"![{p.stem}]({p.relative_to(base).as_posix()})" for p in pictures]
+    return "\n\n".join(
+        [
+            f"### {stem}",
+            _provenance(results),
+            _summary(rows),
+            f"Slower than the best peer in {len(behind)} of {compared} rows"
+            + (":" if behind else "."),
+            *([_table(_head(rows), _body(behind, rows))] if behind else []),
+            f"<details><summary>All {len(rows)} rows</summary>\n\n{render(results)}\n\n</details>",
+            *links,
+            "",
+        ]
+    )
 
 
 def _legend() -> str:
@@ -50,7 +89,8 @@ def _legend() -> str:
         "Milliseconds, median over the rounds; ± is half the interquartile range. In brackets, how "
         "many times longer than ours (above 1: ours is faster), formed in each round and then "
         "summed up. *limit*: the floor of the machine as a part of our time, and what sets it. "
-        "*barrier*: between two cores, in µs, beside the figures."
+        "*barrier*: between two cores, in µs, beside the figures (! if it changed; BUSY if other "
+        "programs used the processors)."
     )
 
 
@@ -64,6 +104,9 @@ def _provenance(results: Results) -> str:
         f"{machine['cores']} cores; {versions}; commit {run.get('commit') or '?'}{changed}, "
         f"{run.get('date', '')[:16]}"
     ]
+    if len(results.runs) > 1:
+        commits = dict.fromkeys(run["commit"] or "?" for run in results.runs)
+        lines.append(f"Rows of {len(results.runs)} runs, commits {', '.join(commits)}.")
     if limits := run.get("limits"):
         rates = [
             f"{dtype} " + ", ".join(f"{way} {rate:.0f}" for way, rate in found.items() if rate)
@@ -80,8 +123,13 @@ def _provenance(results: Results) -> str:
 
 
 def _contenders(rows: Iterable[Row]) -> list[str]:
-    """All that have a figure somewhere, ours left out, in the order of the peers' list."""
-    found = {name for row in rows for name in timed(row)} - {OURS}
+    """All that ran or could have, ours left out, in the order of the peers' list."""
+    found = {
+        name
+        for row in rows
+        for name, record in row["peers"].items()
+        if not record.keys() & {"missing", "refused"} or record.get("wrong")
+    } - {OURS}
     return [n for n in peers.NAMES if n in found] + sorted(found - set(peers.NAMES))
 
 
@@ -115,10 +163,16 @@ def _body(rows: Iterable[Row], all_rows: list[Row]) -> list[list[str]]:
                 *(_cell(row, name) for name in names),
                 f"{best[1].median:.2f} {title(best[0])}" if best else "",
                 f"{share:.0%} {row['floor']['bound']}" if share else "",
-                f"{pulse.median:.2f}{flipped}" if pulse else "",
+                (f"{pulse.median:.2f}{flipped}" if pulse else "") + _busy(row),
             ]
         )
     return body
+
+
+def _busy(row: Row) -> str:
+    """A machine that others use makes figures that mean little."""
+    share = row.get("busy") or 0
+    return f" BUSY {share:.0%}" if share > 0.15 else ""
 
 
 def _cell(row: Row, name: str) -> str:
@@ -170,14 +224,23 @@ def _summary(rows: list[Row]) -> str:
             groups[kind, "all"].append(row)
     body = []
     for (kind, cell), members in sorted(groups.items()):
+        if cell == "all" and sum(k == kind for k, _ in groups) == 2:
+            continue  # one cell is no more than itself
         best = [found[1].median for row in members if (found := best_peer(row))]
         means = []
         for name in names:
-            found = [r.median for row in members if (r := ratio(row, name))]
-            part = "" if len(found) == len(members) else f" of {len(found)}"
-            means.append(f"{geometric_mean(found):.2f}{part}" if found else "-")
+            medians = [r.median for row in members if (r := ratio(row, name))]
+            part = "" if len(medians) == len(members) else f" of {len(medians)}"
+            means.append(f"{geometric_mean(medians):.2f}{part}" if medians else "-")
         body.append(
-            [kind, cell, str(len(members)), *means, f"{geometric_mean(best):.2f}", f"{min(best):.2f}"]
+            [
+                kind,
+                cell,
+                str(len(members)),
+                *means,
+                f"{geometric_mean(best):.2f}",
+                f"{min(best):.2f}",
+            ]
         )
     head = ["pass", "cell", "rows", *map(title, names), "best peer", "worst row"]
     return _table(head, body) if body else ""
@@ -210,20 +273,32 @@ def _mb(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.2f}"
 
 
-def _notes(rows: list[Row]) -> list[str]:
+def _notes(results: Results) -> list[str]:
     """Reasons, each with the rows it kept a contender from."""
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    rows = list(results.rows.values())
+    reasons: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
+        case = case_of(row)
         for name, record in row["peers"].items():
             for kind in ("missing", "refused", "skipped", "failed"):
                 if kind in record:
-                    case = case_of(row)
-                    reasons[name, record[kind]].append(f"{case.cell} {case.shape} {case.phase}")
+                    where = f"{case.cell} {case.shape} {case.phase}"
+                    reasons[record[kind]][where].append(title(name))
     notes = []
-    for (name, reason), where in reasons.items():
-        shown = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
-        place = "everywhere" if len(where) == len(rows) else shown
-        notes.append(f"{title(name)}: {reason} ({place})")
+    for reason, places in reasons.items():
+        together: dict[str, list[str]] = defaultdict(list)  # places by who is concerned there
+        for where, who in places.items():
+            together[", ".join(who)].append(where)
+        for who_all, wheres in together.items():
+            more = f" and {len(wheres) - 3} more" if len(wheres) > 3 else ""
+            shown = "everywhere" if len(wheres) == len(rows) else ", ".join(wheres[:3]) + more
+            notes.append(f"{who_all}: {reason} ({shown})")
+    fewer = []
+    for row in rows:
+        rounds = max((len(row["peers"][name]["rounds"]) for name in timed(row)), default=0)
+        if 0 < rounds < results.run_of(row)["settings"].get("rounds", 0):
+            case = case_of(row)
+            fewer.append(f"{case.cell} {case.shape} {case.phase} ({rounds})")
+    if fewer:
+        notes.append(f"fewer rounds than asked, to stay within the limit: {', '.join(fewer)}")
     return notes
-
-

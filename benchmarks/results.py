@@ -26,7 +26,9 @@ Row = dict[str, Any]
 class Results:
     """Rows by key, in order; ``save`` writes them in a way that a kill cannot spoil."""
 
-    def __init__(self, path: Path, machine: dict[str, Any], rows: Iterable[Row] = (), runs: Any = ()):
+    def __init__(
+        self, path: Path, machine: dict[str, Any], rows: Iterable[Row] = (), runs: Any = ()
+    ):
         self.path, self.machine, self.runs = path, machine, list(runs)
         self.rows = {row["key"]: row for row in rows}
 
@@ -61,14 +63,19 @@ class Results:
         temporary.write_text(text)
         temporary.replace(self.path)
 
-    def has(self, key: str, peers: Iterable[str], run: dict[str, Any]) -> bool:
-        """Whether a row needs no measuring: same sources, same versions, same contenders."""
+    def has(self, key: str, peers: Iterable[str], run: dict[str, Any], limit_s: float) -> bool:
+        """Whether a row needs no measuring: same sources, same versions, same contenders.
+
+        One that a time limit cut is tried again under a longer limit.
+        """
         row = self.rows.get(key)
         if row is None:
             return False
         then = self.runs[row["run"]]
         same = all(then[name] == run[name] for name in ("source", "versions", "environment"))
-        return same and set(peers) <= row["peers"].keys()
+        cut = any("skipped" in peer for peer in row["peers"].values())
+        longer = limit_s > then["settings"]["limit_s"]
+        return same and set(peers) <= row["peers"].keys() and not (cut and longer)
 
     def run_of(self, row: Row) -> dict[str, Any]:
         return self.runs[row["run"]]
@@ -152,5 +159,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def barrier(row: Row) -> Spread | None:
     """Microseconds, over all turns of the row."""
-    values = [pulse[1] for peer in row["peers"].values() for pulse in peer.get("pulse", []) if pulse]
+    values = [
+        pulse[1] for peer in row["peers"].values() for pulse in peer.get("pulse", []) if pulse
+    ]
     return Spread.of(values) if values else None

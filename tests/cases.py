@@ -92,8 +92,10 @@ class Case:
 
     def lengths(self) -> list[int]:
         """Lengths of the sequences of a packed input; the longest is ``time``, ties are likely."""
-        rest = torch.randint(1, self.time + 1, (self.batch - 1,)).tolist()
-        lengths = sorted([self.time, *rest], reverse=True)
+        lengths = [self.time, *torch.randint(1, self.time + 1, (self.batch - 1,)).tolist()]
+        if self.batch > 1:  # not all equal, which torch.nn's LSTM treats as padded
+            lengths[-1] = max(1, self.time - 1)
+        lengths.sort(reverse=True)
         if self.layout == "unsorted":
             lengths = [lengths[i] for i in torch.randperm(self.batch).tolist()]
         return lengths

@@ -25,7 +25,8 @@ class OneHead(nn.Module):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
-        native, case = problem.module, problem.case
+        native: Any = problem.module
+        case = problem.case
         self.case = case
         w, r, b = native.weight_ih_l0, native.weight_hh_l0, native.bias_ih_l0 + native.bias_hh_l0
         gates = r.detach().view(-1, case.H, case.H)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cases import Case
 from ..problem import Problem
@@ -38,8 +38,8 @@ class Haste(ModulePeer):
 
         case = problem.case
         layer = haste_pytorch.LSTM if case.cell == "lstm" else haste_pytorch.GRU
-        native = problem.module
-        own: nn.Module = layer(case.I, case.H).to(problem.dtype)
+        native: Any = problem.module
+        own: Any = layer(case.I, case.H).to(problem.dtype)
         own.from_native_weights(
             native.weight_ih_l0, native.weight_hh_l0, native.bias_ih_l0, native.bias_hh_l0
         )

@@ -21,7 +21,7 @@ class ModulePeer(Peer):
     def module(self, problem: Problem) -> Callable[..., Any]:
         """A callable ``(x, state=None) -> (y, state)`` with the problem's weights."""
 
-    def gradients(self, module: Any) -> dict[str, Tensor]:
+    def gradients(self, module: Any) -> dict[str, Any]:
         """Of the parameters, after a backward, under torch.nn's names."""
         return {f"d {name}": p.grad for name, p in module.named_parameters()}
 
@@ -31,8 +31,8 @@ class ModulePeer(Peer):
 
 
 def copy_weights(target: nn.Module, problem: Problem) -> nn.Module:
-    """For drop-ins: the same state_dict, dtype, device and mode."""
-    target.to(problem.case.device, problem.dtype).load_state_dict(problem.module.state_dict())
+    """For drop-ins: the same state_dict, in the same memory, and the same mode."""
+    target.load_state_dict(problem.module.state_dict(), assign=True)
     return target.train(problem.module.training)
 
 
@@ -77,8 +77,8 @@ def _training(problem: Problem, module: Any, gradients: Callable[[], dict[str, T
         flat.backward(cotangent)
         return y, state
 
-    def results() -> dict[str, Tensor]:
-        found = outputs(*call())
+    def results() -> dict[str, Any]:
+        found: dict[str, Any] = outputs(*call())
         return found | {"d x": leaf.grad} | gradients()
 
     return Prepared(call, results)

@@ -44,8 +44,10 @@ def arrays(problem: Problem) -> dict[str, np.ndarray]:
 
 
 def output_shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    y = (case.T, case.B, 2 * case.H) if case.bidirectional else (case.T, 1, case.B, case.H)
-    states = (case.layers * case.directions, case.B, case.H)
+    y: tuple[int, ...] = (
+        (case.T, case.B, 2 * case.H) if case.bidirectional else (case.T, 1, case.B, case.H)
+    )
+    states: tuple[int, ...] = (case.layers * case.directions, case.B, case.H)
     return {"y": y, "h_n": states} | ({"c_n": states} if case.cell == "lstm" else {})
 
 
@@ -128,17 +130,17 @@ def build(problem: Problem) -> bytes:
             parts = [f"{s}_n{layer}" for layer in range(case.layers)]
             nodes.append(helper.make_node("Concat", parts, [f"{s}_n"], axis=0))
 
-    inputs = [
+    given = [
         helper.make_tensor_value_info(
             name, TensorProto.INT32 if name == "lengths" else kind, list(array.shape)
         )
         for name, array in feed.items()
     ]
-    results = [
+    wanted = [
         helper.make_tensor_value_info(name, kind, list(shape))
         for name, shape in output_shapes(case).items()
     ]
-    graph = helper.make_graph(nodes, "layers", inputs, results, constants)
+    graph = helper.make_graph(nodes, "layers", given, wanted, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
     return model.SerializeToString()

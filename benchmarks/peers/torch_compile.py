@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..cases import Case
 from ..problem import Problem
 from .modules import no_ragged

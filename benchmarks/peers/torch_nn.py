@@ -33,7 +33,7 @@ def cpu_regime(case: Case) -> str:
 
 
 def cudnn_regime(case: Case) -> str:
-    """The algorithm ATen asks cuDNN for, by the rules of its get_algo (torch 2.13, sm_80 and up)."""
+    """The algorithm ATen asks cuDNN for, by its get_algo's rules (torch 2.13, sm_80 and up)."""
     tf32 = ", tf32" if case.dtype == "float32" and torch.backends.cudnn.allow_tf32 else ""
     if case.proj or case.ragged or case.dtype == "float64":
         return "cuDNN standard" + tf32

@@ -137,7 +137,7 @@ void GemmPacked(int rows, const typename Lanes<V>::T* a, const typename Lanes<V>
                 typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   WithConstant<kTileRows<V>>(rows, [&](auto mr) {
     GemmTile<V, decltype(mr)::value, kTileVecs<V>, true>(
-        a, kTileRows<V>, b, kTileVecs<V> * Lanes<V>::kSize, K, c, ldc, accumulate);
+        a, kPackedRow, b, kTileVecs<V> * Lanes<V>::kSize, K, c, ldc, accumulate);
   });
 }
 

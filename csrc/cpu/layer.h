@@ -12,8 +12,8 @@
 // Then dX, dW and db of the whole sequence as large products.
 #pragma once
 #include "core/cell.h"
+#include "core/scratch.h"
 #include "cpu/gemm.h"
-#include "cpu/scratch.h"
 #include "cpu/threads.h"
 
 FRNN_BEGIN

@@ -1,4 +1,4 @@
-#include "cpu/scratch.h"
+#include "core/scratch.h"
 
 #include <sys/mman.h>
 
@@ -36,8 +36,11 @@ void* AcquireScratch(size_t bytes, size_t* capacity) {
   if (lock.owns_lock()) {
     auto& free = pool().free;
     size_t best = free.size();
+    // Not one that is far too large: it may be wanted a moment later.
+    const size_t largest = 4 * (bytes > kHuge ? bytes : kHuge);
     for (size_t i = 0; i < free.size(); i++)
-      if (free[i].bytes >= bytes && (best == free.size() || free[i].bytes < free[best].bytes))
+      if (free[i].bytes >= bytes && free[i].bytes <= largest &&
+          (best == free.size() || free[i].bytes < free[best].bytes))
         best = i;
     if (best < free.size()) {
       const Block block = free[best];

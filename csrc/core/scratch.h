@@ -8,6 +8,7 @@ namespace frnn {
 
 void* AcquireScratch(size_t bytes, size_t* capacity);
 void ReleaseScratch(void* block, size_t capacity);
+constexpr long kPooledBytes = 1 << 20;  // tensors from here on are worth a block of their own
 
 // Carves aligned pieces out of one block. First pass (base null) only counts.
 class Scratch {

@@ -1,0 +1,328 @@
+"""The harness itself: it refuses who is wrong, goes on where it stopped, and hides nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cases, compare, floors, machine, peers, report, results, runner
+from benchmarks.__main__ import main
+from benchmarks.cases import Case, Item, load_suite
+from benchmarks.peers import Prepared, torch_nn
+from benchmarks.problem import Problem, mismatch, sample
+
+# --- peers for the tests, loaded in their processes as "tests.test_benchmarks:name" --------------
+
+
+class Wrong(torch_nn.TorchNN):
+    """Right but for one step, and that only a little."""
+
+    def prepare(self, problem: Problem) -> Prepared:
+        right = super().prepare(problem)
+
+        def results() -> dict[str, torch.Tensor]:
+            found = right.results()
+            y = found["y"].detach().clone()
+            y[2] *= 1.01
+            return found | {"y": y}
+
+        return Prepared(right.call, results)
+
+
+class Broken(torch_nn.TorchNN):
+    def prepare(self, problem: Problem) -> Prepared:
+        raise RuntimeError("out of order")
+
+
+class Sleeper(torch_nn.TorchNN):
+    def refuses(self, case: Case) -> str | None:
+        time.sleep(60)
+        return None
+
+
+HERE = "tests.test_benchmarks"
+TINY = Case("gru", 2, 5, 8)
+SETTINGS = runner.Settings(threads=1, rounds=2, limit_s=60, warm_s=0, sample_s=0.001, memory=False)
+LIMITS = {
+    "threads": 1,
+    "gemm": {"float32": {"mm": 100.0}},
+    "bandwidth": [
+        {"name": "L2", "capacity": 1e6, "bytes": 5e5, "gb_per_s": 100.0},
+        {"name": "DRAM", "capacity": None, "bytes": 5e8, "gb_per_s": 10.0},
+    ],
+    "pulse": [1.0, 0.2],
+}
+
+
+@pytest.fixture
+def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine takes seconds, and has nothing to do with the rest."""
+    monkeypatch.setattr(runner, "measure_limits", lambda *_: copy.deepcopy(LIMITS))
+
+
+def made(path: Path) -> results.Results:
+    return results.Results.open(path, machine.machine(1, "cpu"))
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def test_who_is_wrong_or_broken_is_named_and_not_timed(tmp_path: Path, no_limits: None) -> None:
+    names = ["ours", "torch_nn", f"{HERE}:Wrong", f"{HERE}:Broken"]
+    found = made(tmp_path / "r.json")
+    runner.run([Item(TINY)], names, found, SETTINGS)
+    (row,) = found.rows.values()
+    assert len(row["peers"]["torch_nn"]["rounds"]) == SETTINGS.rounds
+    assert "ours" in row["peers"]
+    wrong, broken = (row["peers"][f"{HERE}:{name}"] for name in ("Wrong", "Broken"))
+    assert "y is off by" in wrong["refused"] and "rounds" not in wrong
+    assert "out of order" in broken["failed"] and "rounds" not in broken
+    text = report.render(found)
+    assert "wrong results" in text and "out of order" in text
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, no_limits: None) -> None:
+    path = tmp_path / "r.json"
+    items = [Item(replace(TINY, T=T)) for T in (3, 4, 5)]
+
+    def stop_after_one(text: str, done: int) -> None:
+        if done and made(path).rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(items, ["torch_nn"], made(path), SETTINGS, stop_after_one)
+    first = made(path)
+    assert len(first.rows) == 1
+
+    runner.run(items, ["torch_nn"], made(path), SETTINGS)
+    second = made(path)
+    assert len(second.rows) == 3
+    (key,) = first.rows
+    assert second.rows[key]["peers"] == first.rows[key]["peers"]  # not measured again
+
+    # Other sources than those measured, or a contender more: the rows are measured again.
+    facts = machine.run_facts()
+    assert second.has(key, ["torch_nn"], facts, 60)
+    assert not second.has(key, ["torch_nn", "reference"], facts, 60)
+    assert not second.has(key, ["torch_nn"], facts | {"source": "other"}, 60)
+
+
+def test_results_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    results.Results(path, {"cpu": "another"}).save()
+    with pytest.raises(ValueError, match="another machine"):
+        made(path)
+
+
+def test_who_is_late_is_left_behind() -> None:
+    contender = runner.Contender(f"{HERE}:Sleeper", threads=1)
+    try:
+        contender.ask("about", "cpu", timeout=60)
+        with pytest.raises(runner.Late, match="no answer within"):
+            contender.ask("load", TINY, Path("nowhere"), timeout=0.2)
+    finally:
+        contender.close(grace_s=0)
+
+
+def test_a_row_past_the_limit_says_so(tmp_path: Path, no_limits: None) -> None:
+    huge = Case("lstm", 128, 1500, 4096)
+    found = made(tmp_path / "r.json")
+    runner.run([Item(huge)], ["torch_nn"], found, SETTINGS)
+    (row,) = found.rows.values()
+    assert "at the least" in row["peers"]["torch_nn"]["skipped"]
+    assert "skipped" in report.render(found)
+
+
+def test_the_command_line(tmp_path: Path, no_limits: None, capsys: Any) -> None:
+    suite = tmp_path / "mine.json"
+    suite.write_text(
+        json.dumps({"about": "mine", "groups": [{"cell": ["gru", "lstm"], "BTH": [[2, 5, 8]]}]})
+    )
+    out = tmp_path / "out.json"
+    run = ["run", "--suite", str(suite), "--cells", "gru", "--peers", "torch_nn", "--no-memory"]
+    assert main([*run, "--threads", "1", "--rounds", "1", "--json", str(out)]) == 0
+    assert "| gru  | B2 T5 H8 | inference |" in capsys.readouterr().out
+    assert main(["table", str(out), "--details"]) == 0
+    assert "first call" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["run", "--suite", "no such suite"])
+
+
+# --- peers ---------------------------------------------------------------------------------------
+
+SHAPES = (
+    {},
+    {"layers": 2, "bidirectional": True},
+    {"shortest": 0.25},
+    {"bias": False, "layers": 3},
+    {"phase": "decode", "B": 1, "T": 1, "layers": 2},
+    {"phase": "training", "shortest": 0.25, "bidirectional": True},
+)
+
+
+@pytest.mark.parametrize("name", ["reference", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_peers_do_equal_work(name: str, cell: str) -> None:
+    peer = peers.load(name)
+    if missing := peer.missing("cpu"):
+        pytest.skip(missing)
+    for shape in SHAPES:
+        case = Case(**{"cell": cell, "B": 3, "T": 7, "H": 17, "I": 9, **shape})
+        if peer.refuses(case):
+            continue
+        expected = sample(torch_nn.peer().prepare(Problem(case)).results())
+        found = sample(peer.prepare(Problem(case)).results())
+        assert mismatch(found, expected, case.dtype) is None, case.label
+
+
+def test_mismatch_sees_nan_and_sizes() -> None:
+    right = {"y": torch.ones(4, 3, dtype=torch.float64)}
+    assert mismatch(right, right, "float32") is None
+    assert "off by" in (mismatch({"y": right["y"] * torch.nan}, right, "float32") or "")
+    assert "sizes" in (mismatch({"y": right["y"][:2]}, right, "float32") or "")
+    assert "no y" in (mismatch({}, right, "float32") or "")
+
+
+# --- suites and floors ---------------------------------------------------------------------------
+
+
+def test_every_suite_can_be_read() -> None:
+    asked = "quick deepbench-train deepbench-infer fastrnns flashrnn char-rnn decode ragged deep"
+    assert {*asked.split(), "odd", "scaling", "headline"} <= set(cases.suite_names())
+    for name in cases.suite_names():
+        items = load_suite(name)
+        assert items and cases.read_suite(name)["about"]
+        assert len({item.case.label for item in items}) == len(items), (
+            "labels must tell cases apart"
+        )
+        assert all(item.case.B == item.case.T == 1 for item in items if item.case.phase == "decode")
+    assert len(load_suite("deepbench-train")) == 53
+    assert len(load_suite("headline")) == 21
+
+
+def test_suites_are_narrowed_and_checked(tmp_path: Path) -> None:
+    only = load_suite("headline", cells=["gru"], dtypes=["bfloat16"], match="H64 ")
+    assert [item.case for item in only] == [Case("gru", 1, 100, 64, dtype="bfloat16")]
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({"about": "", "groups": [{"cell": "gru", "hidden": 3}]}))
+    with pytest.raises(ValueError, match="hidden"):
+        load_suite(str(path))
+
+
+def test_floors() -> None:
+    large = Case("lstm", 64, 50, 512)
+    flops = 2 * 4 * 512 * (512 + 512) * 64 * 50
+    assert floors.flops(large) == flops
+    bound = floors.floor(large, LIMITS)
+    assert bound and bound.bound == "compute" and bound.seconds == pytest.approx(flops / 100e9)
+    trained = floors.floor(replace(large, phase="training"), LIMITS)
+    assert trained and trained.seconds == pytest.approx(3 * bound.seconds)
+
+    # One stream: 1024 x 256 floats a step, too many for this machine's L2, after W x.
+    single = floors.floor(Case("lstm", 1, 100, 256), LIMITS)
+    read = 4 * 4 * 256 * 256 / 10e9
+    assert single and single.bound == "DRAM"
+    assert single.seconds == pytest.approx(100 * read + max(read, 2 * 4 * 256 * 256 * 100 / 100e9))
+
+    ragged = floors.floor(replace(large, shortest=0.25), LIMITS)
+    assert ragged and ragged.seconds < bound.seconds
+    assert floors.floor(large, {"gemm": {}}) is None
+
+
+# --- statistics, tables, comparisons -------------------------------------------------------------
+
+
+def invented(path: Path, ours: dict[int, list[float]], theirs: list[float]) -> results.Results:
+    """Rows of several T, each with rounds of ours, and of torch.nn and ONNX Runtime."""
+    found = results.Results(path, {"cpu": "invented", "threads": 1, "cores": 1})
+    found.runs.append(machine.run_facts() | {"limits": LIMITS, "settings": {"limit_s": 1}})
+    for T, rounds in ours.items():
+        case = replace(TINY, T=T)
+        record = {"prepare_s": 0.0, "first_s": 0.0, "call_s": 0.0, "pulse": [[1.0, 0.2]]}
+        found.rows[case.label] = {
+            "key": case.label,
+            "case": case.to_json(),
+            "run": 0,
+            "floor": {"s": 1e-3, "bound": "compute"},
+            "peers": {
+                "ours": record | {"rounds": rounds},
+                "torch_nn": record | {"rounds": [2 * t for t in theirs]},
+                "onnxruntime": record | {"rounds": theirs},
+            },
+        }
+    return found
+
+
+def test_ratios_are_formed_inside_a_round(tmp_path: Path) -> None:
+    found = invented(tmp_path / "r.json", {5: [1.0, 3.0, 1.0]}, [2.0, 6.0, 2.0])
+    (row,) = found.rows.values()
+    ratio = results.ratio(row, "onnxruntime")
+    assert ratio and (ratio.low, ratio.median, ratio.high) == (2, 2, 2)  # states cancel out
+    assert results.best_peer(row) == ("onnxruntime", ratio)
+    assert results.of_limit(row) == pytest.approx(1e-3)
+
+
+def test_the_table_shows_every_row_and_the_worst_ones_again(tmp_path: Path) -> None:
+    ours = {T: [1.0 + T / 100] * 3 for T in range(1, 21)}
+    text = report.render(invented(tmp_path / "r.json", ours, [1.1] * 3))
+    everything, worst = text.split("**Worst rows**")
+    assert all(f" B2 T{T} H8 " in everything for T in ours)
+    assert " B2 T20 H8 " in worst and " B2 T1 H8 " not in worst
+    assert "Slower than the best peer in 10 of 20 rows." in worst
+
+
+def test_compare_finds_a_planted_regression(tmp_path: Path, capsys: Any) -> None:
+    steady = [1.0, 1.02, 1.01]
+    old = invented(tmp_path / "old.json", {3: steady, 4: steady, 5: steady}, [2.0, 2.04, 2.02])
+    new = copy.deepcopy(old)
+    for row in new.rows.values():  # the whole machine is slower today: that is no regression
+        for peer in row["peers"].values():
+            peer["rounds"] = [1.5 * t for t in peer["rounds"]]
+    assert compare.main(old, new, 0.05) == 0
+    assert "Regressions" not in capsys.readouterr().out
+
+    planted = new.rows[replace(TINY, T=4).label]["peers"]["ours"]
+    planted["rounds"] = [1.3 * t for t in planted["rounds"]]
+    assert compare.main(old, new, 0.05) == 1
+    said = capsys.readouterr().out
+    assert "Regressions" in said and "T4" in said and "T3" not in said
+
+    del new.rows[replace(TINY, T=3).label]
+    assert compare.main(old, new, 0.05) == 1
+    assert "not in the new file" in capsys.readouterr().out
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    found = invented(tmp_path / "r.json", {5: [1.0, 1.1], 6: [1.0, 1.2]}, [2.0, 2.0])
+    found.save()
+    again = results.Results.read(tmp_path / "r.json")
+    assert again.rows == found.rows and again.machine == found.machine
+
+
+def test_the_picture_in_readme_is_made_of_results(tmp_path: Path) -> None:
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    shutil.copy(Path(report.__file__).with_name("README.md"), readme)
+    invented(folder / "one.json", {3: [1.0] * 3, 4: [1.2] * 3}, [1.1] * 3).save()
+    for _ in range(2):  # the second time replaces the first
+        assert report.write_picture(readme, folder) == 1
+    text = readme.read_text()
+    assert text.count("### one") == 1 and "## How to read a table" in text
+    assert "Slower than the best peer in 1 of 2 rows:" in text
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    found = invented(tmp_path / "r.json", {T: [T / 10] * 3 for T in (2, 4, 8)}, [1.0] * 3)
+    written = plots.draw(found, tmp_path)
+    assert [path.stem for path in written] == ["r-ratios", "r-scaling", "r-roofline"]
+    assert all(path.stat().st_size > 10_000 for path in written)
