@@ -71,7 +71,7 @@ FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
     }
   };
   int64_t k = 0;
-  // Unrolled twice: the loop's own instructions compete with the multiply-adds for ports (5 %).
+  // Unrolled: the loop's own instructions compete with the multiply-adds for ports (5 %).
 #pragma GCC unroll 2
   for (; k + kChains <= K; k += kChains) {
     FRNN_UNROLL

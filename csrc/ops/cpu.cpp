@@ -193,28 +193,27 @@ Tensor New(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType 
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
-// Memory of the engine's own pool, for what only the backward will see: tens of megabytes that come and
-// go at every training step. From the allocator they are fresh pages each time, and faulting them in
-// took a fifth of a GRU's step.
-Tensor NewPooled(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  const std::vector<int64_t> sizes(shape);
+// Large tensors come from the engine's own pool: tens of megabytes that come and go at every training
+// step would be fresh pages from the allocator, and faulting them in took a fifth of a GRU's step.
+Tensor NewPooled(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t count = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = count;
-    count *= sizes[i] > 0 ? sizes[i] : 1;
+    count *= sizes[i];
   }
-  const int64_t bytes = count * (dtype == ScalarType::Double ? 8 : 4);
-  if (torch_from_blob == nullptr || bytes < frnn::kPooledBytes) return New(like, shape, dtype);
+  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const int64_t bytes = count * (dtype == ScalarType::Double ? 8 : (half ? 2 : 4));
+  if (torch_from_blob == nullptr || bytes < frnn::kPooledBytes)
+    return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
   size_t capacity = 0;
   void* data = frnn::AcquireScratch(bytes, &capacity);
-  const int32_t type =
-      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
       data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, type,
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* block, void* capacity) { frnn::ReleaseScratch(block, size_t(capacity)); },
+      [](void* block, void* context) { frnn::ReleaseScratch(block, size_t(context)); },
       reinterpret_cast<void*>(capacity)));
   return Tensor(handle);
 }
@@ -224,8 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> Forward(Layer& layer, const Tensor& x, bool s
                                            Tensor* saved) {
   auto& p = layer.p;
   const ScalarType dtype = x.scalar_type();
-  Tensor y = p.ragged ? New(x, {p.rows, p.dirs * p.Hout}, dtype)
-                      : New(x, {p.T, p.B, p.dirs * p.Hout}, dtype);
+  Tensor y = p.ragged ? NewPooled(x, {p.rows, p.dirs * p.Hout}, dtype)
+                      : NewPooled(x, {p.T, p.B, p.dirs * p.Hout}, dtype);
   Tensor h_n = New(x, {p.dirs, p.B, p.Hout}, dtype);
   Tensor c_n = New(x, {p.dirs, p.B, layer.kernels.extra_states * p.H}, dtype);
   if (save) {
@@ -307,9 +306,13 @@ auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n, c
     const std::array<int64_t, 1> none = {0};
     if (!wanted)
       grads.push_back(torch::stable::new_empty(x, {none.data(), 1}));
+    else if (zero)
+      grads.push_back(torch::stable::new_zeros(*like, like->sizes()));
+    else if (grads
+                 .empty())  // dx goes on to the layer before and is gone; gradients of weights stay
+      grads.push_back(NewPooled(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type()));
     else
-      grads.push_back(zero ? torch::stable::new_zeros(*like, like->sizes())
-                           : torch::stable::new_empty(*like, like->sizes()));
+      grads.push_back(torch::stable::new_empty(*like, like->sizes()));
     return wanted ? grads.back().mutable_data_ptr() : nullptr;
   };
   const bool nothing = p.rows == 0;
