@@ -243,6 +243,33 @@ def test_same_for_any_number_of_threads(cell: str, shape: tuple[int, int, int], 
         assert all(torch.equal(other[name], want) for other in found[1:]), name
 
 
+LIMITED = """
+import torch
+from fused_rnn import ops
+from tests import test_ops as t
+torch.set_num_threads(4)
+case = t.Case("lstm", T=6, B=9, I=33, H=193, D=2, dtype=torch.float64)
+t.check(case, threads=4, seed=1)
+"""
+
+
+@pytest.mark.parametrize(
+    "setting", ["OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true"]
+)
+def test_fewer_threads_than_asked_for(setting: str, seed: int) -> None:
+    """OpenMP may give less than torch.get_num_threads() promises."""
+    name, value = setting.split("=")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED],
+        env={**os.environ, name: value},
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 OPCHECK = [
     Case("gru", dtype=torch.float32),
     Case("lstm", D=2, P=2, dtype=torch.float32),

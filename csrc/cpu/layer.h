@@ -50,7 +50,7 @@ class Layer {
     int64_t n = p.B * C::kH * p.H * p.Hout / kMacsPerThread;
     n = n < 1 ? 1 : n;
     n = n < p.threads ? n : p.threads;
-    return int(n < Panels(p) ? n : Panels(p));
+    return TeamSize(int(n < Panels(p) ? n : Panels(p)));
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   static bool Unpacked(const LayerParams& p, int64_t rows) {
@@ -262,7 +262,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
   });
 
-  RunTeam(threads, [&](Team& team) {
+  const bool done = RunTeam(threads, [&](Team& team) {
     const Own& my = own[team.id];
     const auto mine = team.Split(panels);        // panels
     const auto columns = team.Split(hout_vecs);  // vectors of the projection's output
@@ -420,6 +420,11 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         }
     }
   });
+  if (!done) {
+    LayerParams alone = p;
+    alone.threads = 1;
+    Forward(alone);
+  }
 }
 
 FRNN_END

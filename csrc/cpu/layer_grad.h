@@ -178,7 +178,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
   });
 
-  RunTeam(threads, [&](Team& team) {
+  const bool done = RunTeam(threads, [&](Team& team) {
     const Own& my = own[team.id];
     const auto mine = team.Split(panels);
     const auto columns = team.Split(hout_vecs);
@@ -437,6 +437,11 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       team.Sync();
     }
   });
+  if (!done) {
+    LayerGradParams alone = p;
+    alone.threads = 1;
+    Backward(alone);
+  }
 }
 
 FRNN_END

@@ -67,23 +67,33 @@ FRNN_NOINLINE void RunBody(const F& body, Team& team) {
   body(team);
 }
 
-// Runs body(team) on n threads; on the calling thread alone where that is enough, or inside another
-// parallel region.
+// How many of the wanted threads a call may plan for.
+inline int TeamSize(int wanted) {
+  if (wanted <= 1 || omp_in_parallel()) return 1;
+  return wanted < kMaxThreads ? wanted : kMaxThreads;
+}
+
+// Runs body(team) on exactly n threads, or not at all: false where OpenMP has fewer to give (a thread
+// limit, dynamic adjustment), since a body has divided its memory by n.
 template <class F>
-void RunTeam(int n, const F& body) {
-  if (n > kMaxThreads) n = kMaxThreads;
-  if (n <= 1 || omp_in_parallel()) {
+bool RunTeam(int n, const F& body) {
+  if (n == 1) {
     Team team(0, 1, nullptr);
     RunBody(body, team);
-    return;
+    return true;
   }
-  static_assert(sizeof(Flag) == 128, "one flag per pair of cache lines");
   Flag flags[kMaxThreads];
+  bool complete = true;
 #pragma omp parallel num_threads(n)
   {
-    Team team(omp_get_thread_num(), omp_get_num_threads(), flags);
-    RunBody(body, team);
+    if (omp_get_num_threads() == n) {
+      Team team(omp_get_thread_num(), n, flags);
+      RunBody(body, team);
+    } else if (omp_get_thread_num() == 0) {
+      complete = false;
+    }
   }
+  return complete;
 }
 
 FRNN_END
