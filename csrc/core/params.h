@@ -37,8 +37,8 @@ struct LayerParams {
   int threads;                 // at most this many
   const int64_t* batch_sizes;  // [T], decreasing
   const int64_t* offsets;      // [T + 1]
-  const void*
-      x;  // x_t[b] = x + t * x_t_stride + b * x_b_stride (ragged: row r = x + r * x_b_stride)
+  // x_t[b] = x + t * x_t_stride + b * x_b_stride; ragged: row r = x + r * x_b_stride
+  const void* x;
   int64_t x_t_stride, x_b_stride;
   const void* h0;  // [dirs, B, Hout]
   const void* c0;  // [dirs, B, kStates - 1, H] or null

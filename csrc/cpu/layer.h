@@ -250,7 +250,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].w_ih = s.Take<T>(unpacked ? 0 : own_panels * p.I * C::kX * kUnits);
       own[i].w_hh = s.Take<T>(unpacked ? 0 : own_panels * p.Hout * C::kH * kUnits);
       own[i].b_ih = s.Take<T>(own_panels * C::kX * kUnits);
-      own[i].b_hh = s.Take<T>(C::kH * kUnits * own_panels);
+      own[i].b_hh = s.Take<T>(own_panels * C::kH * kUnits);
       own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
       own[i].gates_x = s.Take<T>(own_panels * capacity * C::kX * kUnits);
       own[i].gates_h = s.Take<T>(TileRows<V>(kHVecs) * C::kH * kUnits);

@@ -188,14 +188,13 @@ struct Layer {
   }
 };
 
-Tensor New(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  const std::vector<int64_t> sizes(shape);
+Tensor New(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
 // Large tensors come from the engine's own pool: tens of megabytes that come and go at every training
 // step would be fresh pages from the allocator, and faulting them in took a fifth of a GRU's step.
-Tensor NewPooled(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+Tensor NewPooled(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t count = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
@@ -204,8 +203,7 @@ Tensor NewPooled(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtyp
   }
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   const int64_t bytes = count * (dtype == ScalarType::Double ? 8 : (half ? 2 : 4));
-  if (torch_from_blob == nullptr || bytes < frnn::kPooledBytes)
-    return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+  if (torch_from_blob == nullptr || bytes < frnn::kPooledBytes) return New(like, sizes, dtype);
   size_t capacity = 0;
   void* data = frnn::AcquireScratch(bytes, &capacity);
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -344,12 +342,10 @@ extern "C" {
 __attribute__((visibility("default"))) const char* frnn_cpu_capability() {
   return frnn::CpuCapability();
 }
-// 0: saved values per unit, 1: extra states, 2: gates of x, 3: gates of h; -1 for an unknown cell.
+// 0: saved values per unit, 1: extra states; -1 for an unknown cell.
 __attribute__((visibility("default"))) int frnn_cell_fact(const char* cell, int fact) {
   const CpuKernels* k = frnn::FindCpuKernels(cell, 0);
-  if (!k) return -1;
-  const int facts[] = {k->saved, k->extra_states, k->gates_x, k->gates_h};
-  return fact < 0 || fact > 3 ? -1 : facts[fact];
+  return k == nullptr ? -1 : (fact == 0 ? k->saved : k->extra_states);
 }
 // Row strides of the saved tensors: 0: units padded, 1: a row of hs.
 __attribute__((visibility("default"))) int64_t frnn_saved_stride(int64_t H, int64_t Hout,
