@@ -12,6 +12,7 @@ from helpers import (
     assert_all_close,
     assert_no_worse,
     flatten,
+    leave_kink,
     leaves,
     map_tensors,
     restored_rng,
@@ -55,6 +56,8 @@ def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     """Our error against the exact result for these very numbers is at most twice torch.nn's."""
     theirs, ours = case.modules(dtype)
     x, hx = case.inputs(dtype)
+    if case.cell == "rnn_relu":
+        x, hx = leave_kink((theirs, ours), x, hx)
     exact = copy.deepcopy(theirs).double()
     in_double = run(exact, *map_tensors((x, hx), lambda t: t.double()), dtype)
     terms = max(4 * case.hidden_size, case.input_size, case.batch * case.time)  # of the longest sum
@@ -75,6 +78,8 @@ def test_cells(cell: str, with_hx: bool, bias: bool, unbatched: bool, dtype: tor
         x = torch.randn(*lead, inputs, dtype=dtype)
         h, c = torch.randn(2, *lead, hidden, dtype=dtype)
         hx = None if not with_hx else (h, c) if cell == "lstm" else h
+        if cell == "rnn_relu" and dtype != torch.float64:
+            x, hx = leave_kink((theirs, ours), x, hx)
         expected = run(theirs, x, hx)
         actual = run(ours, x, hx)
         if dtype == torch.float64:
