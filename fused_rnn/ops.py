@@ -37,12 +37,13 @@ _LAYER_ARGS = f"Tensor x, Tensor h0, Tensor? c0, {_WEIGHT_SCHEMA}, Tensor? batch
 # reference.Weights, the second five for the reversed direction. hs and saved belong to the
 # backward; their layout is the engine's own.
 _SCHEMAS = {
-    "layer": f"(str cell, {_LAYER_ARGS}) -> "
+    "layer": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor hs, Tensor saved)",
-    "layer_infer": f"(str cell, {_LAYER_ARGS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
+    "layer_infer": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
+    "(Tensor y, Tensor h_n, Tensor c_n)",
     # Bit i of `needs`: gradient i is wanted; the others come back empty.
     "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, "
-    f"Tensor hs, Tensor saved, int needs) -> ({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
+    f"Tensor hs, Tensor saved, int needs, bool allow_tf32=False) -> ({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
 }
 
 _library = torch.library.Library("fused_rnn", "DEF")
@@ -88,14 +89,24 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.layer`` on the native kernels."""
     reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
-    arguments = (cell, x, h0, c0, *weights[0], *reverse, batch_sizes)
-    if not _wants_grad(arguments[1:]):
+    arguments = (cell, x, h0, c0, *weights[0], *reverse, batch_sizes, _allow_tf32(x))
+    if not _wants_grad(arguments[1:-2]):
         y, h_n, c_n = _ops.layer_infer.default(*arguments)
     elif torch.compiler.is_compiling():
         y, h_n, c_n, _, _ = _ops.layer.default(*arguments)
     else:
         y, h_n, c_n = _EagerLayer.apply(*arguments)
     return y, h_n, None if c0 is None else c_n
+
+
+@torch.compiler.assume_constant_result
+def _rnn_allows_tf32() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+def _allow_tf32(x: Tensor) -> bool:
+    """Whether float32 products may be rounded to TF32: the setting that torch.nn obeys there."""
+    return x.is_cuda and x.dtype == torch.float32 and _rnn_allows_tf32()
 
 
 # ---- shapes (fakes) ----
@@ -113,12 +124,13 @@ def _facts(cell: str) -> tuple[int, int]:
 
 
 @lru_cache
-def _saved_strides(hidden: int, width: int) -> tuple[int, int]:
-    """(padded units, row of hs)."""
-    stride = build.library().frnn_saved_stride
-    stride.restype = ctypes.c_int64
-    stride.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
-    return stride(hidden, width, 0), stride(hidden, width, 1)
+def _saved_facts(hidden: int, width: int) -> tuple[int, int, int]:
+    """(padded units, row of hs, blocks of B rows that hs has before its own)."""
+    fact = build.library().frnn_saved_fact
+    fact.restype = ctypes.c_int64
+    fact.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
+    units, row, lead = (fact(hidden, width, i) for i in range(3))
+    return units, row, lead
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
@@ -139,14 +151,14 @@ def _layer_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     saved, extra = _facts(cell)
     directions, batch, width = h0.shape
-    w_hr = rest[_WEIGHT_NAMES.index("w_hr")]
+    w_hr, batch_sizes = rest[_WEIGHT_NAMES.index("w_hr")], rest[_N_WEIGHTS]
     hidden = width if w_hr is None else w_hr.shape[1]
-    rows = x.shape[0] if rest[-1] is not None else x.shape[0] * batch
-    units, hs_row = _saved_strides(int(hidden), int(width))
+    rows = x.shape[0] if batch_sizes is not None else x.shape[0] * batch
+    units, hs_row, lead = _saved_facts(int(hidden), int(width))
     dtype = _computing(x.dtype)
     return (
         *_layer_infer_fake(cell, x, h0, c0),
-        x.new_empty((directions, batch + rows, hs_row), dtype=dtype),
+        x.new_empty((directions, lead * batch + rows, hs_row), dtype=dtype),
         x.new_empty((directions, rows, saved + extra, units), dtype=dtype),
     )
 
@@ -154,7 +166,7 @@ def _layer_fake(
 def _layer_backward_fake(
     cell: str, dy: Any, dh_n: Any, dc_n: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *tensors, _batch_sizes, _hs, _saved, needs = rest
+    tensors, needs = rest[: 3 + _N_WEIGHTS], rest[6 + _N_WEIGHTS]
     x = tensors[0]
     return tuple(
         x.new_empty(0) if t is None or not needs >> i & 1 else t.new_empty(t.shape)
@@ -166,8 +178,7 @@ def _layer_backward_fake(
 
 
 def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, *tensors = inputs
-    ctx.cell = cell
+    ctx.cell, *tensors, ctx.allow_tf32 = inputs
     ctx.set_materialize_grads(False)  # an unused h_n costs no zeros
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(*tensors, *output[3:])
@@ -181,12 +192,12 @@ def _layer_grad(
     *_: Any,
     backward: Callable[..., tuple[Tensor, ...]] = _ops.layer_backward.default,
 ) -> tuple[Any, ...]:
-    needed = ctx.needs_input_grad[1:-1]
+    needed = ctx.needs_input_grad[1 : 4 + _N_WEIGHTS]
     if all(g is None for g in (dy, dh_n, dc_n)):
-        return (None,) * (len(needed) + 2)
+        return (None,) * (len(needed) + 3)
     needs = sum(1 << i for i, need in enumerate(needed) if need)
-    grads = backward(ctx.cell, dy, dh_n, dc_n, *ctx.saved_tensors, needs)
-    return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)), None)
+    grads = backward(ctx.cell, dy, dh_n, dc_n, *ctx.saved_tensors, needs, ctx.allow_tf32)
+    return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None)
 
 
 def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -274,7 +285,7 @@ def _vjp_grads(
 
 
 def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, *tensors, _hs, _saved, needs = inputs
+    cell, *tensors, _hs, _saved, needs, _allow_tf32 = inputs
     ctx.cell, ctx.needs = cell, needs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
@@ -292,7 +303,7 @@ def _layer_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
 
     wanted = [bool(ctx.needs >> i & 1) for i in range(len(tensors))]
     grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, ggs)
-    return (None, *grads, None, None, None, None)
+    return (None, *grads, None, None, None, None, None)
 
 
 # ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its

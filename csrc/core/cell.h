@@ -15,6 +15,7 @@
 // engine. h_t is as it was stored, rounded to a 16-bit type if need be.
 #pragma once
 #include "core/math.h"
+#include "core/params.h"
 
 namespace frnn {
 
@@ -41,6 +42,11 @@ constexpr bool CheckCell() {
   static_assert(AllBelow<C::kX, C::kD>(C::kDx) && AllBelow<C::kH, C::kD>(C::kDh),
                 "gradient indices lie below kD");
   return true;
+}
+
+template <class C>
+constexpr CellFacts FactsOf() {
+  return {C::kX, C::kH, C::kStates - 1, C::kSaved, C::kUsesH || C::kUsesNewH};
 }
 
 }  // namespace frnn

@@ -24,6 +24,15 @@ FRNN_HD V clamp(V x, typename Lanes<V>::T lo, typename Lanes<V>::T hi) {
   return x > splat<V>(hi) ? splat<V>(hi) : x;
 }
 
+// c[0] + c[1] u + ... by Horner's rule.
+template <class V, class T, int N>
+FRNN_HD V horner(V u, const T (&c)[N]) {
+  V p = splat<V>(c[N - 1]);
+  FRNN_UNROLL
+  for (int i = N - 2; i >= 0; i--) p = p * u + c[i];
+  return p;
+}
+
 // Constants of exp by element type: range in which the result is a normal number, the rounding
 // constant 1.5 * 2^mantissa, ln 2 in two parts, and P of exp(r) = 1 + r + r^2 P(r) on |r| <=
 // ln(2)/2.
@@ -34,8 +43,12 @@ struct ExpConstants<float> {
   static constexpr float kLo = -87.336544f, kHi = 88.722839f, kRound = 12582912.0f;
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kP[] = {0.499999934256f, 0.166665203368f, 0.04166839212f,
-                                 0.00836875088853f, 0.00138144755195f};
+  template <class V>
+  FRNN_HD static V P(V r) {
+    constexpr float kP[] = {0.499999934256f, 0.166665203368f, 0.04166839212f, 0.00836875088853f,
+                            0.00138144755195f};
+    return horner(r, kP);
+  }
 };
 template <>
 struct ExpConstants<double> {
@@ -44,21 +57,16 @@ struct ExpConstants<double> {
   static constexpr double kLog2e = 1.4426950408889634074, kLn2Hi = 0.693147180369123816490,
                           kLn2Lo = 1.90821492927058770002e-10;
   static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kP[] = {
-      0.50000000000000000441,     0.1666666666666668349,    0.04166666666666609176,
-      0.0083333333333169803769,   0.0013888888889116431275, 0.00019841269896519699497,
-      0.000024801586925622791954, 2.7557234723813174451e-6, 2.7557582338831296606e-7,
-      2.5112085745614438384e-8,   2.0826570383926599069e-9};
+  template <class V>
+  FRNN_HD static V P(V r) {
+    constexpr double kP[] = {
+        0.50000000000000000441,     0.1666666666666668349,    0.04166666666666609176,
+        0.0083333333333169803769,   0.0013888888889116431275, 0.00019841269896519699497,
+        0.000024801586925622791954, 2.7557234723813174451e-6, 2.7557582338831296606e-7,
+        2.5112085745614438384e-8,   2.0826570383926599069e-9};
+    return horner(r, kP);
+  }
 };
-
-// c[0] + c[1] u + ... by Horner's rule.
-template <class V, class T, int N>
-FRNN_HD V horner(V u, const T (&c)[N]) {
-  V p = splat<V>(c[N - 1]);
-  FRNN_UNROLL
-  for (int i = N - 2; i >= 0; i--) p = p * u + c[i];
-  return p;
-}
 
 // e^x for kLo <= x <= kHi.
 template <class V>
@@ -70,10 +78,10 @@ FRNN_HD V exp_in_range(V x) {
   const V n = shifted - K::kRound;
   V r = x - n * K::kLn2Hi;
   r = r - n * K::kLn2Lo;
-  const V p = (r * r) * horner(r, K::kP) + r + T(1);
+  const V p = (r * r) * K::P(r) + r + T(1);
   // 2^n as 2^(n-1) * 2, since n reaches kBias + 1.
   const I exponent =
-      bit_cast<I>(shifted) - bit_cast<typename Lanes<V>::Int>(K::kRound) + (K::kBias - 1);
+      bit_cast<I>(shifted) - bit_cast<typename Lanes<V>::Int>(T(K::kRound)) + (K::kBias - 1);
   return p * bit_cast<V>(I(exponent << K::kMantissa)) * T(2);
 }
 

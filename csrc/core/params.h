@@ -70,10 +70,14 @@ struct LayerGradParams : LayerParams {
   DirectionGrads dw[2];
 };
 
-// An engine instance: one cell, one computing type, one instruction set.
-struct CpuKernels {
+// What a binding must know of a cell.
+struct CellFacts {
   int gates_x, gates_h, extra_states, saved;
   bool uses_h;  // elementwise, so that h can not be projected
+};
+
+// An engine instance: one cell, one computing type, one instruction set.
+struct CpuKernels : CellFacts {
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
 };

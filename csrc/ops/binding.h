@@ -1,0 +1,359 @@
+// The operators whose schemas are in fused_rnn/ops.py, for any device: checks, output tensors,
+// parameter structs. A device is a struct that finds kernels, makes large tensors and runs a layer
+// (cpu.cpp, cuda.cpp). Written against libtorch's stable ABI, so one binary serves torch 2.10 and
+// newer.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/params.h"
+
+namespace frnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr int kWeights = 5;  // w_ih, w_hh, b_ih, b_hh, w_hr
+
+inline Storage StorageOf(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+  }
+}
+
+inline std::string Shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string s = "(";
+  for (size_t i = 0; i < sizes.size(); i++) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + ")";
+}
+
+template <class Sizes>
+bool SameShape(const Tensor& t, const Sizes& expected) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
+}
+
+inline void CheckShape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+  STD_TORCH_CHECK(SameShape(t, expected), name, ": expected shape ",
+                  Shape({expected.begin(), expected.size()}), ", got ", Shape(t.sizes()));
+}
+
+inline Tensor Contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+// Rows may lie anywhere, elements of a row must be adjacent.
+inline Tensor RowContiguous(const Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor New(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+}
+
+// What a device is:
+//   struct Device {
+//     using Kernels = ...;                       // derives from CellFacts
+//     static constexpr const char* kName;        // "CPU"
+//     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
+//     static int32_t Index(const Tensor&);       // of its device, among those of this kind
+//     static bool Owns(const Tensor&, int32_t index);
+//     static const Kernels* Find(const char* cell, Storage);    // null: unknown
+//     static int64_t HsStride(int64_t H, int64_t Hout), SavedUnits(int64_t H);
+//     static Tensor NewLarge(const Tensor& like, sizes, dtype);
+//     static Tensor Input(const Tensor& rows, bool ragged);     // as the engine can read it
+//     static void Forward(const Kernels&, const LayerParams&, const Tensor& x, bool allow_tf32);
+//     static void Backward(const Kernels&, const LayerGradParams&, const Tensor& x, bool allow_tf32);
+//   };
+
+// A tensor argument as the engines read it, kept alive for the call.
+template <class Device>
+class Arguments {
+ public:
+  explicit Arguments(const Tensor& x) : dtype_(x.scalar_type()), index_(Device::Index(x)) {}
+  const void* Take(const char* name, const Optional& t, std::initializer_list<int64_t> shape) {
+    if (!t.has_value()) return nullptr;
+    CheckType(name, *t);
+    CheckShape(name, *t, shape);
+    kept_.push_back(Contiguous(*t));
+    return kept_.back().const_data_ptr();
+  }
+  Tensor Rows(const char* name, const Tensor& t) {
+    CheckType(name, t);
+    kept_.push_back(RowContiguous(t));
+    return kept_.back();
+  }
+  Tensor Input(const Tensor& x, bool ragged) {
+    kept_.push_back(Device::Input(Rows("x", x), ragged));
+    return kept_.back();
+  }
+
+ private:
+  void CheckType(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(Device::Owns(t, index_), name, ": expected a ", Device::kName,
+                    " tensor, on the device of x");
+    STD_TORCH_CHECK(t.scalar_type() == dtype_, name, ": expected the dtype of x, got another one");
+  }
+  ScalarType dtype_;
+  int32_t index_;
+  std::vector<Tensor> kept_;
+};
+
+// One call of a layer: arguments checked, and laid out for an engine.
+template <class Device>
+struct Call {
+  Call(const std::string& cell, const Tensor& x, const Tensor& h0, const Optional& c0,
+       const std::array<Optional, 2 * kWeights>& weights, const Optional& batch_sizes)
+      : storage(StorageOf(x, "x")), kernels(Find(cell, storage)), arguments(x) {
+    p.storage = storage;
+    p.ragged = batch_sizes.has_value();
+    STD_TORCH_CHECK(x.dim() == (p.ragged ? 2 : 3), "x: expected ",
+                    p.ragged ? "[rows, I]" : "[T, B, I]", ", got shape ", Shape(x.sizes()));
+    STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [directions, B, Hout], got shape ",
+                    Shape(h0.sizes()));
+    p.dirs = int(h0.size(0));
+    p.B = h0.size(1);
+    p.Hout = h0.size(2);
+    STD_TORCH_CHECK(p.dirs == 1 || p.dirs == 2, "h0: expected 1 or 2 directions, got ", p.dirs);
+    STD_TORCH_CHECK(weights[0].has_value() && weights[1].has_value(),
+                    "weights: w_ih and w_hh are required");
+    p.H = weights[1]->size(0) / kernels.gates_h;
+    p.I = x.size(-1);
+    Steps(x, batch_sizes);
+    p.threads = int(torch::stable::get_num_threads());
+
+    const Tensor rows = arguments.Input(x, p.ragged);
+    p.x = rows.const_data_ptr();
+    p.x_t_stride = p.ragged ? 0 : rows.stride(0);
+    p.x_b_stride = rows.stride(p.ragged ? 0 : 1);
+    p.h0 = arguments.Take("h0", h0, {p.dirs, p.B, p.Hout});
+    STD_TORCH_CHECK(c0.has_value() == (kernels.extra_states > 0),
+                    "c0: ", c0.has_value() ? "this cell has no c" : "this cell needs c");
+    p.c0 = arguments.Take("c0", c0, {p.dirs, p.B, kernels.extra_states * p.H});
+    STD_TORCH_CHECK(weights[4].has_value() == (p.H != p.Hout),
+                    "w_hr: needed exactly when the width of h0 is not H");
+    STD_TORCH_CHECK(!weights[4].has_value() || !kernels.uses_h,
+                    "w_hr: this cell reads h elementwise and takes no projection");
+    for (int d = 0; d < p.dirs; d++) {
+      const Optional* w = &weights[d * kWeights];
+      for (int i = 0; i < kWeights; i++)
+        STD_TORCH_CHECK(w[i].has_value() == weights[i].has_value(),
+                        "weights: both directions need the same ones");
+      p.w[d].w_ih = arguments.Take("w_ih", w[0], {kernels.gates_x * p.H, p.I});
+      p.w[d].w_hh = arguments.Take("w_hh", w[1], {kernels.gates_h * p.H, p.Hout});
+      p.w[d].b_ih = arguments.Take("b_ih", w[2], {kernels.gates_x * p.H});
+      p.w[d].b_hh = arguments.Take("b_hh", w[3], {kernels.gates_h * p.H});
+      p.w[d].w_hr = arguments.Take("w_hr", w[4], {p.Hout, p.H});
+    }
+  }
+
+  ScalarType computing() const {
+    return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
+  }
+  // hs: [dirs, rows, ..] and saved: [dirs, rows, kSaved + kExtra, ..], see LayerParams.
+  std::vector<int64_t> HsShape() const {
+    return {p.dirs, Device::kSavedLead * p.B + p.rows, Device::HsStride(p.H, p.Hout)};
+  }
+  std::vector<int64_t> SavedShape() const {
+    return {p.dirs, p.rows, kernels.saved + kernels.extra_states, Device::SavedUnits(p.H)};
+  }
+
+  Storage storage;
+  const typename Device::Kernels& kernels;
+  Arguments<Device> arguments;
+  LayerGradParams p{};
+  std::vector<int64_t> sizes, offsets;
+
+ private:
+  static const typename Device::Kernels& Find(const std::string& cell, Storage storage) {
+    const auto* kernels = Device::Find(cell.c_str(), storage);
+    STD_TORCH_CHECK(kernels != nullptr, "cell: unknown cell '", cell, "'");
+    return *kernels;
+  }
+
+  void Steps(const Tensor& x, const Optional& batch_sizes) {
+    if (p.ragged) {
+      STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                          batch_sizes->scalar_type() == ScalarType::Long,
+                      "batch_sizes: expected a 1-D int64 CPU tensor");
+      const Tensor contiguous = Contiguous(*batch_sizes);
+      const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
+      sizes.assign(data, data + contiguous.numel());
+      p.T = int64_t(sizes.size());
+    } else {
+      p.T = x.size(0);
+      STD_TORCH_CHECK(x.size(1) == p.B, "h0: expected batch ", x.size(1), ", got ", p.B);
+      sizes.assign(p.T, p.B);
+    }
+    STD_TORCH_CHECK(p.T > 0, "Expected sequence length to be larger than 0 in RNN");
+    offsets.assign(1, 0);
+    for (int64_t t = 0; t < p.T; t++) {
+      STD_TORCH_CHECK(sizes[t] <= (t == 0 ? p.B : sizes[t - 1]) && (sizes[t] > 0 || !p.ragged),
+                      "batch_sizes: expected positive, not increasing, at most B = ", p.B);
+      offsets.push_back(offsets.back() + sizes[t]);
+    }
+    STD_TORCH_CHECK(!p.ragged || sizes[0] == p.B, "h0: expected batch ", sizes[0], ", got ", p.B);
+    p.rows = offsets.back();
+    // Data past the last step is ignored, as in torch.nn.
+    STD_TORCH_CHECK(!p.ragged || x.size(0) >= p.rows, "x: expected at least ", p.rows,
+                    " rows, got ", x.size(0));
+    p.batch_sizes = sizes.data();
+    p.offsets = offsets.data();
+  }
+};
+
+// clang-format off
+#define FRNN_WEIGHT_ARGUMENTS \
+  const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, const Optional& w_hr, \
+  const Optional& w_ih_r, const Optional& w_hh_r, const Optional& b_ih_r, const Optional& b_hh_r, const Optional& w_hr_r
+#define FRNN_WEIGHT_LIST {w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r}
+// clang-format on
+
+template <size_t... I>
+auto ToTuple(const std::vector<Tensor>& v, std::index_sequence<I...>) {
+  return std::make_tuple(v[I]...);
+}
+
+template <class Device>
+struct Operators {
+  // Runs the forward; with hs and saved they hold what the backward needs.
+  static std::tuple<Tensor, Tensor, Tensor> Forward(Call<Device>& call, const Tensor& x,
+                                                    bool allow_tf32, Tensor* hs, Tensor* saved) {
+    auto& p = call.p;
+    const ScalarType dtype = x.scalar_type();
+    Tensor y = p.ragged ? Device::NewLarge(x, {p.rows, p.dirs * p.Hout}, dtype)
+                        : Device::NewLarge(x, {p.T, p.B, p.dirs * p.Hout}, dtype);
+    Tensor h_n = New(x, {p.dirs, p.B, p.Hout}, dtype);
+    Tensor c_n = New(x, {p.dirs, p.B, call.kernels.extra_states * p.H}, dtype);
+    if (hs != nullptr) {
+      *hs = Device::NewLarge(x, call.HsShape(), call.computing());
+      *saved = Device::NewLarge(x, call.SavedShape(), call.computing());
+      p.hs = hs->mutable_data_ptr();
+      p.saved = saved->mutable_data_ptr();
+    }
+    p.y = y.mutable_data_ptr();
+    p.h_n = h_n.mutable_data_ptr();
+    p.c_n = c_n.mutable_data_ptr();
+    if (p.rows > 0) Device::Forward(call.kernels, p, x, allow_tf32);
+    return {y, h_n, c_n};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> Layer(
+      std::string cell, const Tensor& x, const Tensor& h0, const Optional& c0,
+      FRNN_WEIGHT_ARGUMENTS, const Optional& batch_sizes, bool allow_tf32) {
+    Call<Device> call(cell, x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
+    Tensor hs, saved;
+    auto [y, h_n, c_n] = Forward(call, x, allow_tf32, &hs, &saved);
+    return {y, h_n, c_n, hs, saved};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> LayerInfer(std::string cell, const Tensor& x,
+                                                       const Tensor& h0, const Optional& c0,
+                                                       FRNN_WEIGHT_ARGUMENTS,
+                                                       const Optional& batch_sizes,
+                                                       bool allow_tf32) {
+    Call<Device> call(cell, x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
+    return Forward(call, x, allow_tf32, nullptr, nullptr);
+  }
+
+  // Bit i of `needs` asks for output i; the others are empty.
+  static auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n,
+                            const Optional& dc_n, const Tensor& x, const Tensor& h0,
+                            const Optional& c0, FRNN_WEIGHT_ARGUMENTS, const Optional& batch_sizes,
+                            const Tensor& hs, const Tensor& saved, int64_t needs, bool allow_tf32) {
+    const std::array<Optional, 2 * kWeights> weights = FRNN_WEIGHT_LIST;
+    Call<Device> call(cell, x, h0, c0, weights, batch_sizes);
+    auto& p = call.p;
+    const auto take_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& s) {
+      STD_TORCH_CHECK(SameShape(t, s) && t.scalar_type() == call.computing() && t.is_contiguous() &&
+                          Device::Owns(t, Device::Index(x)),
+                      name, ": not what the forward returned");
+      return t.data_ptr();
+    };
+    p.hs = take_saved("hs", hs, call.HsShape());
+    p.saved = take_saved("saved", saved, call.SavedShape());
+    if (dy.has_value()) {
+      if (p.ragged)
+        CheckShape("dy", *dy, {p.rows, p.dirs * p.Hout});
+      else
+        CheckShape("dy", *dy, {p.T, p.B, p.dirs * p.Hout});
+      const Tensor rows = call.arguments.Rows("dy", *dy);
+      p.dy = rows.const_data_ptr();
+      p.dy_t_stride = p.ragged ? 0 : rows.stride(0);
+      p.dy_b_stride = rows.stride(p.ragged ? 0 : 1);
+    }
+    p.dh_n = call.arguments.Take("dh_n", dh_n, {p.dirs, p.B, p.Hout});
+    p.dc_n = call.kernels.extra_states
+                 ? call.arguments.Take("dc_n", dc_n, {p.dirs, p.B, call.kernels.extra_states * p.H})
+                 : nullptr;
+
+    std::vector<Tensor> grads;
+    const auto add = [&](const Optional& like, bool zero) -> void* {
+      const bool wanted = like.has_value() && (needs >> grads.size() & 1);
+      const std::array<int64_t, 1> none = {0};
+      if (!wanted)
+        grads.push_back(torch::stable::new_empty(x, {none.data(), 1}));
+      else if (zero)
+        grads.push_back(torch::stable::new_zeros(*like, like->sizes()));
+      else if (grads.empty())  // dx goes on to the layer before and is gone; those of weights stay
+        grads.push_back(Device::NewLarge(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type()));
+      else
+        grads.push_back(torch::stable::new_empty(*like, like->sizes()));
+      return wanted ? grads.back().mutable_data_ptr() : nullptr;
+    };
+    const bool nothing = p.rows == 0;
+    p.dx = add(x, nothing || (p.ragged && x.size(0) > p.rows));
+    p.dh0 = add(h0, nothing);
+    p.dc0 = add(c0, nothing);
+    for (int d = 0; d < 2; d++) {
+      const Optional* w = &weights[d * kWeights];
+      p.dw[d].w_ih = add(w[0], nothing);
+      p.dw[d].w_hh = add(w[1], nothing);
+      p.dw[d].b_ih = add(w[2], nothing);
+      p.dw[d].b_hh = add(w[3], nothing);
+      p.dw[d].w_hr = add(w[4], nothing);
+    }
+    if (!nothing) Device::Backward(call.kernels, p, x, allow_tf32);
+    return ToTuple(grads, std::make_index_sequence<3 + 2 * kWeights>());
+  }
+};
+
+}  // namespace frnn
+
+// Registers the three operators for one dispatch key, and exports the facts that the fakes of
+// fused_rnn/ops.py need, without a detour through the dispatcher.
+//   frnn_cell_fact(cell, i): 0: saved values per unit, 1: extra states; -1 for an unknown cell
+//   frnn_saved_fact(H, Hout, i): 0: units padded, 1: a row of hs, 2: leading blocks of B rows in hs
+#define FRNN_REGISTER(Device, KEY)                                                         \
+  STABLE_TORCH_LIBRARY_IMPL(fused_rnn, KEY, m) {                                           \
+    m.impl("layer", TORCH_BOX(&frnn::Operators<Device>::Layer));                           \
+    m.impl("layer_infer", TORCH_BOX(&frnn::Operators<Device>::LayerInfer));                \
+    m.impl("layer_backward", TORCH_BOX(&frnn::Operators<Device>::LayerBackward));          \
+  }                                                                                        \
+  extern "C" __attribute__((visibility("default"))) int frnn_cell_fact(const char* cell,   \
+                                                                       int fact) {         \
+    const auto* kernels = Device::Find(cell, frnn::Storage::kFloat);                       \
+    return kernels == nullptr ? -1 : (fact == 0 ? kernels->saved : kernels->extra_states); \
+  }                                                                                        \
+  extern "C" __attribute__((visibility("default"))) int64_t frnn_saved_fact(               \
+      int64_t H, int64_t Hout, int fact) {                                                 \
+    if (fact == 2) return Device::kSavedLead;                                              \
+    return fact == 0 ? Device::SavedUnits(H) : Device::HsStride(H, Hout);                  \
+  }
