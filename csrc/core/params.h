@@ -2,6 +2,7 @@
 // torch, no CUDA runtime.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 namespace frnn {
 
@@ -29,12 +30,13 @@ struct DirectionWeights {
 };
 
 // One layer over one sequence. Rows are the valid (t, b) pairs, time-major: row offsets[t] + b, b <
-// batch_sizes[t].
+// batch_sizes[t]. No padding between members: engines compare calls byte by byte.
 struct LayerParams {
   Storage storage;
+  int dirs;     // 1 or 2; direction 1 runs backwards in time
+  int threads;  // at most this many
+  int ragged;   // 0 or 1
   int64_t T, B, I, H, Hout, rows;
-  int dirs;                    // 1 or 2; direction 1 runs backwards in time
-  int threads;                 // at most this many
   const int64_t* batch_sizes;  // [T], decreasing
   const int64_t* offsets;      // [T + 1]
   // x_t[b] = x + t * x_t_stride + b * x_b_stride; ragged: row r = x + r * x_b_stride
@@ -46,10 +48,10 @@ struct LayerParams {
   void* y;    // [rows, dirs * Hout]
   void* h_n;  // [dirs, B, Hout]
   void* c_n;  // [dirs, B, kStates - 1, H] or null
-  // For the backward, in the computing type; null when nothing is to be saved.
+  // For the backward; null when nothing is to be saved. Their contents are the engine's own; shapes
+  // on the CPU (in the computing type):
   void* hs;     // [dirs, B + rows, hs_stride]: h0, then h_t; with w_hr also h_full behind h
-  void* saved;  // [dirs, rows, kSaved + kStates - 1, Padded(H)], in the engine's own order
-  bool ragged;
+  void* saved;  // [dirs, rows, kSaved + kStates - 1, Padded(H)]
 };
 constexpr int64_t HsStride(int64_t H, int64_t Hout) {
   return RowStride(Hout) + (H == Hout ? 0 : RowStride(H));
@@ -69,6 +71,7 @@ struct LayerGradParams : LayerParams {
   void* dc0;         // [dirs, B, kStates - 1, H], written when kStates > 1
   DirectionGrads dw[2];
 };
+static_assert(std::has_unique_object_representations_v<LayerGradParams>);
 
 // What a binding must know of a cell.
 struct CellFacts {
@@ -81,6 +84,44 @@ struct CpuKernels : CellFacts {
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
 };
+
+// A card, as far as plans depend on it.
+struct CudaDevice {
+  int multiprocessors;
+  int64_t l2_bytes;
+};
+
+CudaDevice FactsOfDevice(int index);
+
+// A CUDA stream and the cuBLAS handle that works in it.
+struct CudaQueue {
+  void* stream;
+  void* blas;
+};
+
+// What a binding lends to an engine for one call on a card.
+struct CudaCall {
+  CudaDevice device;
+  bool allow_tf32;   // round float32 operands of products to TF32
+  void* workspace;   // of the size that the engine asked for
+  void* streams[2];  // the caller's own, and one more
+  void* capture;     // a stream to capture graphs in, which the default stream does not allow
+  void* binding;
+  void* (*blas)(void* binding, void* stream);  // the cuBLAS handle, set to work in this stream
+
+  CudaQueue Queue(int i) const { return {streams[i], blas(binding, streams[i])}; }
+};
+
+// An engine instance: one cell, one type in memory.
+struct CudaKernels : CellFacts {
+  int64_t (*fwd_workspace)(const LayerParams&, const CudaDevice&);
+  int64_t (*bwd_workspace)(const LayerGradParams&, const CudaDevice&);
+  void (*layer_fwd)(const LayerParams&, const CudaCall&);
+  void (*layer_bwd)(const LayerGradParams&, const CudaCall&);
+};
+
+// The instance for a cell's name and storage, or null for an unknown name.
+const CudaKernels* FindCudaKernels(const char* cell, Storage storage);
 
 // The instance for a cell's name and computing type (0 float, 1 double) on this machine, or null
 // for an unknown name.

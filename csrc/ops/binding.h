@@ -73,6 +73,7 @@ inline Tensor New(const Tensor& like, const std::vector<int64_t>& sizes, ScalarT
 //     using Kernels = ...;                       // derives from CellFacts
 //     static constexpr const char* kName;        // "CPU"
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
+//     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown
@@ -100,6 +101,7 @@ class Arguments {
     kept_.push_back(RowContiguous(t));
     return kept_.back();
   }
+  ScalarType dtype() const { return dtype_; }
   Tensor Input(const Tensor& x, bool ragged) {
     kept_.push_back(Device::Input(Rows("x", x), ragged));
     return kept_.back();
@@ -171,6 +173,7 @@ struct Call {
   std::vector<int64_t> HsShape() const {
     return {p.dirs, Device::kSavedLead * p.B + p.rows, Device::HsStride(p.H, p.Hout)};
   }
+  ScalarType HsType() const { return Device::kHsInStorageType ? arguments.dtype() : computing(); }
   std::vector<int64_t> SavedShape() const {
     return {p.dirs, p.rows, kernels.saved + kernels.extra_states, Device::SavedUnits(p.H)};
   }
@@ -243,7 +246,7 @@ struct Operators {
     Tensor h_n = New(x, {p.dirs, p.B, p.Hout}, dtype);
     Tensor c_n = New(x, {p.dirs, p.B, call.kernels.extra_states * p.H}, dtype);
     if (hs != nullptr) {
-      *hs = Device::NewLarge(x, call.HsShape(), call.computing());
+      *hs = Device::NewLarge(x, call.HsShape(), call.HsType());
       *saved = Device::NewLarge(x, call.SavedShape(), call.computing());
       p.hs = hs->mutable_data_ptr();
       p.saved = saved->mutable_data_ptr();
@@ -281,14 +284,15 @@ struct Operators {
     const std::array<Optional, 2 * kWeights> weights = FRNN_WEIGHT_LIST;
     Call<Device> call(cell, x, h0, c0, weights, batch_sizes);
     auto& p = call.p;
-    const auto take_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& s) {
-      STD_TORCH_CHECK(SameShape(t, s) && t.scalar_type() == call.computing() && t.is_contiguous() &&
+    const auto take_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& s,
+                                ScalarType dtype) {
+      STD_TORCH_CHECK(SameShape(t, s) && t.scalar_type() == dtype && t.is_contiguous() &&
                           Device::Owns(t, Device::Index(x)),
                       name, ": not what the forward returned");
       return t.data_ptr();
     };
-    p.hs = take_saved("hs", hs, call.HsShape());
-    p.saved = take_saved("saved", saved, call.SavedShape());
+    p.hs = take_saved("hs", hs, call.HsShape(), call.HsType());
+    p.saved = take_saved("saved", saved, call.SavedShape(), call.computing());
     if (dy.has_value()) {
       if (p.ragged)
         CheckShape("dy", *dy, {p.rows, p.dirs * p.Hout});
@@ -340,7 +344,8 @@ struct Operators {
 // Registers the three operators for one dispatch key, and exports the facts that the fakes of
 // fused_rnn/ops.py need, without a detour through the dispatcher.
 //   frnn_cell_fact(cell, i): 0: saved values per unit, 1: extra states; -1 for an unknown cell
-//   frnn_saved_fact(H, Hout, i): 0: units padded, 1: a row of hs, 2: leading blocks of B rows in hs
+//   frnn_saved_fact(H, Hout, i): 0: units padded, 1: a row of hs, 2: leading blocks of B rows in hs,
+//                                3: whether hs has the dtype of x
 #define FRNN_REGISTER(Device, KEY)                                                         \
   STABLE_TORCH_LIBRARY_IMPL(fused_rnn, KEY, m) {                                           \
     m.impl("layer", TORCH_BOX(&frnn::Operators<Device>::Layer));                           \
@@ -355,5 +360,6 @@ struct Operators {
   extern "C" __attribute__((visibility("default"))) int64_t frnn_saved_fact(               \
       int64_t H, int64_t Hout, int fact) {                                                 \
     if (fact == 2) return Device::kSavedLead;                                              \
+    if (fact == 3) return Device::kHsInStorageType;                                        \
     return fact == 0 ? Device::SavedUnits(H) : Device::HsStride(H, Hout);                  \
   }

@@ -16,6 +16,7 @@ struct Cpu {
   using Kernels = CpuKernels;
   static constexpr const char* kName = "CPU";
   static constexpr int kSavedLead = 1;
+  static constexpr bool kHsInStorageType = false;
 
   static int32_t Index(const Tensor&) { return 0; }
   static bool Owns(const Tensor& t, int32_t) { return t.is_cpu(); }

@@ -1,0 +1,62 @@
+// An instance of the engine: a cell and a type in memory, with the plan and the graph around it.
+#pragma once
+#include <cstdlib>
+
+#include "cuda/steps.cuh"
+
+namespace frnn {
+namespace cuda {
+
+template <class C, class T>
+struct Engine {
+  static_assert(CheckCell<C>());
+
+  static Plan PlanOf(const LayerParams& p, const CudaDevice& device, bool training) {
+    const Problem problem{C::kX,  C::kH,          p.H,     p.B, p.T, kStorage<T>,
+                          p.dirs, bool(p.ragged), training};
+    return MakePlan(device, problem, std::getenv("FUSED_RNN_VARIANT"));
+  }
+
+  // Two calls with equal keys do the same work on the same memory. Batch sizes are compared by value.
+  static std::string Key(LayerGradParams p, const CudaCall& call, const void* which) {
+    std::string key(reinterpret_cast<const char*>(p.batch_sizes), p.T * sizeof(int64_t));
+    p.batch_sizes = p.offsets = nullptr;
+    const void* rest[] = {which, call.workspace, call.streams[0],
+                          reinterpret_cast<void*>(uintptr_t(call.allow_tf32))};
+    key.append(reinterpret_cast<const char*>(&p), sizeof(p));
+    key.append(reinterpret_cast<const char*>(rest), sizeof(rest));
+    return key;
+  }
+
+  template <class P, class Work>
+  static void Run(const P& p, const CudaCall& call, bool training, const Work& work) {
+    const Plan plan = PlanOf(p, call.device, training);
+    if (plan.variant == Variant::kSteps) return work(p, plan, call);
+    LayerGradParams all{};
+    static_cast<P&>(all) = p;
+    RunAsGraph(call, Key(all, call, reinterpret_cast<const void*>(work)),
+               [&](const CudaCall& c) { work(p, plan, c); });
+  }
+
+  static int64_t ForwardWorkspace(const LayerParams& p, const CudaDevice& device) {
+    return Steps<C, T>::ForwardWorkspace(p, PlanOf(p, device, p.hs != nullptr));
+  }
+  static int64_t BackwardWorkspace(const LayerGradParams& p, const CudaDevice& device) {
+    return Steps<C, T>::BackwardWorkspace(p, PlanOf(p, device, true));
+  }
+  static void Forward(const LayerParams& p, const CudaCall& call) {
+    Run(p, call, p.hs != nullptr, &Steps<C, T>::Forward);
+  }
+  static void Backward(const LayerGradParams& p, const CudaCall& call) {
+    Run(p, call, true, &Steps<C, T>::Backward);
+  }
+
+  static constexpr CudaKernels Kernels() {
+    CudaKernels kernels{FactsOf<C>(), &ForwardWorkspace, &BackwardWorkspace, &Forward, &Backward};
+    kernels.saved = Steps<C, T>::kCell;
+    return kernels;
+  }
+};
+
+}  // namespace cuda
+}  // namespace frnn

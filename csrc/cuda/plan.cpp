@@ -1,0 +1,64 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace frnn {
+namespace cuda {
+namespace {
+
+// From so many launches on, a graph that is replayed is worth its capture: a launch from the host
+// costs 2 to 3 us, a node of a graph about 1.3 us.
+constexpr int64_t kGraphLaunches = 8;
+// Rows of an input product that fill a card; more rows at once make it no faster.
+constexpr int64_t kFullRows = 4096;
+// Tiles of 128 x 128 of the product of a step, per multiprocessor, from which a direction alone
+// fills the card.
+constexpr int64_t kTile = 128;
+
+int64_t WideSize(Storage s) { return s == Storage::kDouble ? 8 : 4; }
+
+// Units by rows of a block of at most 256 threads. Small blocks where large ones would leave
+// multiprocessors without work; units first, as memory is coalesced along them.
+void Tile(const CudaDevice& device, const Problem& problem, Plan* plan) {
+  int64_t threads = 256;
+  while (threads > 64 && problem.H * problem.B / threads < device.multiprocessors) threads /= 2;
+  const int64_t warp = 32;
+  plan->threads_x = int(std::min(threads, RoundUp(std::max<int64_t>(problem.H, 1), warp)));
+  plan->threads_y = int(std::max<int64_t>(1, threads / plan->threads_x));
+}
+
+}  // namespace
+
+Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force) {
+  Plan plan;
+  Tile(device, problem, &plan);
+
+  const int64_t tiles =
+      ((problem.B + kTile - 1) / kTile) * ((problem.gates_h * problem.H + kTile - 1) / kTile);
+  plan.streams = problem.dirs == 2 && tiles < device.multiprocessors ? 2 : 1;
+
+  // Gates of a chunk should come back from the second-level cache, and are held by every stream.
+  const int64_t row_bytes = problem.gates_x * problem.H * WideSize(problem.storage) * plan.streams;
+  const int64_t cached_rows = device.l2_bytes / 2 / std::max<int64_t>(1, row_bytes);
+  const int64_t rows = std::max(kFullRows, cached_rows);
+  plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(1, problem.B), 1, problem.T);
+
+  const int64_t launches = 2 * problem.T * problem.dirs;
+  plan.variant = launches >= kGraphLaunches ? Variant::kGraph : Variant::kSteps;
+  if (force != nullptr && *force != '\0') {
+    if (!std::strcmp(force, "steps"))
+      plan.variant = Variant::kSteps;
+    else if (!std::strcmp(force, "graph"))
+      plan.variant = Variant::kGraph;
+    else
+      throw std::invalid_argument(std::string("FUSED_RNN_VARIANT is '") + force +
+                                  "': use steps or graph");
+  }
+  return plan;
+}
+
+}  // namespace cuda
+}  // namespace frnn

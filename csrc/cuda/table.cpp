@@ -1,0 +1,20 @@
+// The instances by name.
+#include <cstring>
+
+#include "core/params.h"
+
+namespace frnn {
+
+#define CELL(name, type, header) extern const CudaKernels k_cuda_##name[4];
+#include "cells/registry.def"
+#undef CELL
+
+const CudaKernels* FindCudaKernels(const char* cell, Storage storage) {
+#define CELL(name, type, header) \
+  if (!std::strcmp(cell, #name)) return &k_cuda_##name[int(storage)];
+#include "cells/registry.def"
+#undef CELL
+  return nullptr;
+}
+
+}  // namespace frnn
