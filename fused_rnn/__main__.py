@@ -1,10 +1,13 @@
-"""``python -m fused_rnn doctor | build | clean``: looks after the native library."""
+"""``python -m fused_rnn doctor | build | clean``: looks after the native libraries."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
+
+import torch
 
 from . import build
 
@@ -41,13 +44,12 @@ def show(value: object) -> str:
 
 
 def load() -> None:
-    """Load or build the library; a failure is left for build.info() to tell."""
+    """Load or build the libraries of this machine; a failure is left for build.info() to tell."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        try:
-            build.backend()
-        except RuntimeError:
-            return
+        for target in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            with contextlib.suppress(RuntimeError):
+                build.backend(target)
 
 
 def main() -> int:
@@ -55,7 +57,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("doctor", help="say what is used and why, and how to mend it")
     command.add_argument("--build", action="store_true", help="load or build the library first")
-    commands.add_parser("build", help="build the library into the cache now")
+    commands.add_parser("build", help="build what this machine needs into the cache now")
     commands.add_parser("clean", help="delete the libraries in the cache")
     arguments = parser.parse_args()
     try:

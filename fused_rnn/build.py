@@ -1,6 +1,6 @@
-"""Builds and loads the native library.
+"""Builds and loads the native libraries: one for the CPU, and one for CUDA devices.
 
-The library is looked for in this order, at the first use and never at import:
+A library is looked for in this order, at its first use and never at import:
 
 1. beside the package, compiled ahead of time by setup.py from the very sources that are here now;
 2. in the cache folder, compiled by an earlier process;
@@ -18,6 +18,7 @@ FUSED_RNN_MAX_JOBS      compilers at once; default one per core, with 2 GB of me
 FUSED_RNN_LOCK_TIMEOUT  seconds to wait for another process that builds; default 600
 FUSED_RNN_VERBOSE       1 shows the compiler's commands and output
 CXX                     the compiler; default c++, g++ or clang++
+CUDA_HOME               the CUDA toolkit, whose nvcc is used; default that of the nvcc on PATH
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ PACKAGE = Path(__file__).resolve().parent
 # In an installed wheel the sources lie inside the package, in a checkout beside it.
 CSRC = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 
-LIBRARY = "fused_rnn_native"  # stem of the library and of its record in the cache
-AHEAD_OF_TIME = "_native"  # the same, beside the package
+TARGETS = ("cpu", "cuda")  # folders of csrc, and types of devices
+# Stems of the libraries and of their records in the cache.
+LIBRARY = {"cpu": "fused_rnn_native", "cuda": "fused_rnn_cuda"}
+AHEAD_OF_TIME = "_native"  # the CPU's, beside the package
 
-SOURCE_SUFFIXES = {".h", ".cpp", ".def", ".in"}
+SOURCE_SUFFIXES = {".h", ".cuh", ".cpp", ".def", ".in"}
 SCALARS = ("float", "double")
 
 # No -march=native: caches are shared between machines. No -ffast-math: it breaks inf and NaN.
@@ -71,6 +74,12 @@ X86_TIERS = {"generic": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS + AVX2_FL
 LINK_FLAGS = ["-shared", "-fopenmp"]
 if sys.platform.startswith("linux"):
     LINK_FLAGS += ["-Wl,--as-needed", "-Wl,-z,defs"]  # a missing symbol fails here, not at load
+# Relaxed constexpr: kernels call std::numeric_limits and the like.
+NVCC_FLAGS = (
+    "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -lineinfo"
+).split()
+# The CUDA runtime and cuBLAS are the copies that torch loads: they are found through its libraries.
+CUDA_LINK_FLAGS = ["-shared"]
 
 LOCK_NOTICE = 10.0  # seconds of silent waiting before a message
 # What clean() may delete: folders of libraries, and what builds leave beside them.
@@ -117,6 +126,17 @@ class Compiler(NamedTuple):
         return f"{shlex.join(self.command)}: {self.version.partition(chr(10))[0]}"
 
 
+class Toolkit(NamedTuple):
+    """The CUDA compiler, and the devices it compiles for."""
+
+    nvcc: str
+    version: str  # such as "13.0"
+    architectures: tuple[str, ...]  # such as "90a"
+
+    def __str__(self) -> str:
+        return f"{self.nvcc}: release {self.version}"
+
+
 def machine() -> str:
     return platform.machine().lower().replace("amd64", "x86_64")
 
@@ -126,9 +146,16 @@ def tiers() -> dict[str, list[str]]:
     return X86_TIERS if machine() == "x86_64" else {"generic": []}
 
 
-def source_files() -> list[Path]:
-    """Everything under csrc that a build may read, in a fixed order."""
-    return sorted(p for p in CSRC.rglob("*") if p.suffix in SOURCE_SUFFIXES and p.is_file())
+def source_files(target: str | None = None) -> list[Path]:
+    """Everything under csrc that a build (of this target) may read, in a fixed order."""
+    others = {other for other in TARGETS if target and other != target}
+    return sorted(
+        path
+        for path in CSRC.rglob("*")
+        if path.suffix in SOURCE_SUFFIXES
+        and path.is_file()
+        and not others & {path.parent.name, path.stem}
+    )
 
 
 def cells() -> list[Cell]:
@@ -163,6 +190,51 @@ def find_compiler() -> Compiler:
     raise BuildError(f"{missing} was not found", remedy)
 
 
+def find_toolkit() -> Toolkit:
+    """The nvcc that fits torch, for the visible devices. Raises BuildError."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise BuildError("this torch was built without CUDA", "install a CUDA build of torch")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if nvcc is None and not home and os.access("/usr/local/cuda/bin/nvcc", os.X_OK):
+        nvcc = "/usr/local/cuda/bin/nvcc"
+    wanted = torch.version.cuda
+    remedy = f"install the CUDA toolkit {wanted}, or set CUDA_HOME to the folder of one"
+    if nvcc is None:
+        raise BuildError(f"nvcc was not found{f' in {home}' if home else ''}", remedy)
+    try:
+        command = [nvcc, "--version"]
+        text = subprocess.run(
+            command, env=_tool_env(), capture_output=True, check=True, text=True, timeout=60
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"nvcc does not run: {error}", remedy) from error
+    found = re.search(r"release (\d+\.\d+)", text)
+    version = found[1] if found else "of an unknown version"
+    # Within a major version the runtime of one serves what another compiled.
+    if version.partition(".")[0] != wanted.partition(".")[0]:
+        raise BuildError(f"{nvcc} is CUDA {version}, but torch was built for {wanted}", remedy)
+    return Toolkit(nvcc, version, _architectures())
+
+
+def _architectures() -> tuple[str, ...]:
+    """Compute capabilities of the visible devices, such as "80" or "90a". Raises BuildError."""
+    import torch
+
+    try:
+        count = torch.cuda.device_count()
+        found = {torch.cuda.get_device_capability(i) for i in range(count)}
+    except RuntimeError as error:
+        raise BuildError(
+            f"CUDA does not start: {error}", "see torch.cuda.is_available()"
+        ) from error
+    if not found:
+        raise BuildError("there is no CUDA device", "see torch.cuda.is_available()")
+    return tuple(f"{major}{minor}{'a' * (major >= 9)}" for major, minor in sorted(found))
+
+
 def find_ninja() -> str:
     """Ninja of the Python package, beside the interpreter, or on PATH. Raises BuildError."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
@@ -187,30 +259,39 @@ def max_jobs() -> int:
     return max(1, int(_number("FUSED_RNN_MAX_JOBS", jobs)))
 
 
-def source_hash() -> str:
+def source_hash(target: str = "cpu") -> str:
     """Hash of all that decides what the library does: sources, flags, platform. 12 hex digits."""
     facts = [BASE_FLAGS, tiers(), TORCH_TARGET, LINK_FLAGS, SCALARS, sys.platform, machine()]
+    if target == "cuda":
+        facts += [NVCC_FLAGS, CUDA_LINK_FLAGS]
     digest = hashlib.sha256(repr(facts).encode())
-    for path in source_files():
+    for path in source_files(target):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(CSRC).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
 
 
-def cache_key(compiler: Compiler) -> str:
-    """Name of the library's folder in the cache: new inputs, new folder; none is built twice."""
+def cache_key(compiler: Compiler, toolkit: Toolkit | None = None) -> str:
+    """Name of the library's folder in the cache: new inputs, new folder; none is built twice.
+
+    With a toolkit it is that of the CUDA library.
+    """
     import torch
 
     tools = [torch.__version__, torch.version.git_version, compiler]
+    if toolkit:
+        tools.append(toolkit)
     tools_hash = hashlib.sha256(repr(tools).encode()).hexdigest()[:12]
-    return f"{VERSION}-{source_hash()}-{tools_hash}"
+    return f"{VERSION}-{source_hash('cuda' if toolkit else 'cpu')}-{tools_hash}"
 
 
 # --- Compiling ------------------------------------------------------------------------------------
 
 
-def compile_library(out_dir: Path, name: str = LIBRARY) -> Path:
+def compile_library(out_dir: Path, name: str | None = None, toolkit: Toolkit | None = None) -> Path:
     """Compile csrc into ``out_dir/<name>.so``, the facts into ``<name>.json``; return the former.
+
+    With a toolkit it is the CUDA library.
 
     All the work is done in a temporary folder beside out_dir and the library is moved in last, so
     that a killed build leaves none. Raises BuildError, and keeps the compiler's output in
@@ -219,6 +300,8 @@ def compile_library(out_dir: Path, name: str = LIBRARY) -> Path:
     import torch
 
     compiler, ninja = find_compiler(), find_ninja()
+    target = "cuda" if toolkit else "cpu"
+    name = name or LIBRARY[target]
     start = time.monotonic()
     out_dir = out_dir.absolute()  # ninja runs elsewhere
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -227,18 +310,19 @@ def compile_library(out_dir: Path, name: str = LIBRARY) -> Path:
         prefix=f"{out_dir.name}.build-", dir=out_dir.parent, ignore_cleanup_errors=True
     ) as folder:
         work = Path(folder)
-        _write_ninja_file(work, compiler)
-        _say(f"compiling the kernels ({', '.join(tiers())}) into {out_dir}")
+        _write_ninja_file(work, compiler, toolkit)
+        kinds = [f"sm_{a}" for a in toolkit.architectures] if toolkit else list(tiers())
+        _say(f"compiling the {target.upper()} kernels ({', '.join(kinds)}) into {out_dir}")
         _run_ninja(ninja, work, log)
         seconds = round(time.monotonic() - start, 1)
         record = {
             "version": VERSION,
-            "source_hash": source_hash(),
+            "source_hash": source_hash(target),
             "torch": torch.__version__,
             "compiler": str(compiler),
             "machine": machine(),
-            "flags": BASE_FLAGS,
-            "tiers": list(tiers()),
+            "flags": BASE_FLAGS + (NVCC_FLAGS if toolkit else []),
+            "tiers": kinds,
             "cells": [cell.name for cell in cells()],
             "seconds": seconds,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -253,24 +337,37 @@ def compile_library(out_dir: Path, name: str = LIBRARY) -> Path:
     return library
 
 
-def _write_ninja_file(work: Path, compiler: Compiler) -> None:
+def _write_ninja_file(work: Path, compiler: Compiler, toolkit: Toolkit | None = None) -> None:
     """Generate the instances of the templates and work/build.ninja, which makes library.so."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
+    target = "cuda" if toolkit else "cpu"
     ours = [*BASE_FLAGS, f"-I{CSRC}"]
-    with_torch = [*ours, TORCH_TARGET]
+    with_torch = [*ours, TORCH_TARGET, *(["-DUSE_CUDA"] if toolkit else [])]
     for folder in include_paths():
         with_torch += ["-isystem", str(folder)]
 
-    units = [(path, ours) for path in sorted((CSRC / "cpu").glob("*.cpp"))]
-    units += [(path, with_torch) for path in sorted((CSRC / "ops").glob("*.cpp"))]
-    units += [(path, [*ours, *flags]) for path, flags in _write_instances(work)]
+    units = [(CSRC / "ops" / f"{target}.cpp", with_torch)]
+    if toolkit:  # nvcc knows where its headers are
+        units += [(path, []) for path in sorted((CSRC / "cuda").glob("*.cpp"))]
+        units += [(path, []) for path in _write_cuda_instances(work)]
+    else:
+        units += [(path, ours) for path in sorted((CSRC / "cpu").glob("*.cpp"))]
+        units += [(path, [*ours, *flags]) for path, flags in _write_instances(work)]
 
+    nvcc = (
+        [toolkit.nvcc, *NVCC_FLAGS, f"-I{CSRC}", "-ccbin", compiler.command[0]] if toolkit else []
+    )
+    for arch in toolkit.architectures if toolkit else ():
+        nvcc.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
     lines = [
         f"cxx = {_ninja_words(compiler.command)}",
         "rule compile",
         "  command = $cxx $flags -c $in -o $out",
+        "  description = $out",
+        "rule compile_cuda",
+        f"  command = {_ninja_words(nvcc)} -c $in -o $out",
         "  description = $out",
         "rule link",
         "  command = $cxx $in $flags -o $out",
@@ -279,11 +376,15 @@ def _write_ninja_file(work: Path, compiler: Compiler) -> None:
     objects = []
     for number, (path, flags) in enumerate(units):
         objects.append(f"{number}_{path.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {_ninja_path(path)}")
+        rule = "compile" if flags else "compile_cuda"
+        lines.append(f"build {objects[-1]}: {rule} {_ninja_path(path)}")
         lines.append(f"  flags = {_ninja_words(flags)}")
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if toolkit:
+        libraries += ["-ltorch_cuda", "-lc10_cuda"]
     lines.append(f"build library.so: link {' '.join(objects)}")
-    lines.append(f"  flags = {_ninja_words([*LINK_FLAGS, *libraries])}\n")
+    link_flags = CUDA_LINK_FLAGS if toolkit else LINK_FLAGS
+    lines.append(f"  flags = {_ninja_words([*link_flags, *libraries])}\n")
     (work / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -307,6 +408,18 @@ def _write_instances(work: Path) -> Iterator[tuple[Path, list[str]]]:
         if not path.exists():
             path.write_text(text, encoding="utf-8")
             yield path, flags
+
+
+def _write_cuda_instances(work: Path) -> Iterator[Path]:
+    """One file for each cell, with all types."""
+    text = (CSRC / "cuda" / "instance.cu.in").read_text(encoding="utf-8")
+    for cell in cells():
+        path = work / f"cuda_{cell.name}.cu"
+        instance = text
+        for key, value in cell._asdict().items():
+            instance = instance.replace(f"@{key.upper()}@", value)
+        path.write_text(instance, encoding="utf-8")
+        yield path
 
 
 def _ninja_words(words: Sequence[str]) -> str:
@@ -462,21 +575,22 @@ def _locked(path: Path, timeout: float) -> Iterator[None]:
         os.close(handle)
 
 
-def _build_in_cache() -> tuple[Path, str]:
+def _build_in_cache(target: str) -> tuple[Path, str]:
     """Path of the library and its origin: of several processes one builds and the others wait."""
     if os.name != "posix":
         raise BuildError(f"there are no native kernels for {platform.system()} yet", "use Linux")
+    toolkit = find_toolkit() if target == "cuda" else None
     cache = _writable_cache()
-    target = cache / cache_key(find_compiler())
+    folder = cache / cache_key(find_compiler(), toolkit)
     timeout = _number("FUSED_RNN_LOCK_TIMEOUT", 600)
-    with _locked(cache / f"{target.name}.lock", timeout):
-        library = target / f"{LIBRARY}.so"
+    with _locked(cache / f"{folder.name}.lock", timeout):
+        library = folder / f"{LIBRARY[target]}.so"
         if library.is_file():
             return library, "cache"
         # We hold the lock, so these belong to processes that were killed.
-        for left_over in cache.glob(f"{target.name}.build-*"):
+        for left_over in cache.glob(f"{folder.name}.build-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        return compile_library(target), "built now"
+        return compile_library(folder, toolkit=toolkit), "built now"
 
 
 def clean() -> list[Path]:
@@ -512,27 +626,33 @@ class State(NamedTuple):
     fatal: bool = False  # native was asked for: raise the failure, do not warn
 
 
-_state: State | None = None
+_states: dict[str, State] = {}  # by target, from the first use on
 _first_use = threading.Lock()
 
 
-def backend() -> str:
-    """``"native"`` or ``"reference"``; the first call loads the library, and builds it if need be.
+def backend(target: str = "cpu") -> str:
+    """``"native"`` or ``"reference"``: what does the work on devices of this type.
 
-    Raises ValueError for an unknown FUSED_RNN_BACKEND, RuntimeError if that asks for native and
-    there is none.
+    The first call loads the library, and builds it if need be. Raises ValueError for an unknown
+    FUSED_RNN_BACKEND, RuntimeError if that asks for native and there is none.
     """
-    state = _state or _decide()
+    state = _states.get(target) or _decide(target)
     if state.fatal:
-        raise RuntimeError(f"fused_rnn has no native library: {state.failure}")
+        raise RuntimeError(f"fused_rnn has no {_kind(target)} library: {state.failure}")
     return state.backend
 
 
-def library() -> ctypes.CDLL:
-    """The loaded native library, for facts that need no tensor. Raises RuntimeError without it."""
-    if backend() != "native" or _state is None:
-        raise RuntimeError("fused_rnn runs on its reference path: there is no native library")
-    return ctypes.CDLL(str(_state.library))
+def _kind(target: str) -> str:
+    return "CUDA" if target == "cuda" else "native"
+
+
+def library(target: str = "cpu") -> ctypes.CDLL:
+    """The loaded library, for facts that need no tensor. Raises RuntimeError without it."""
+    if backend(target) != "native":
+        raise RuntimeError(
+            f"fused_rnn runs on its reference path: there is no {_kind(target)} library"
+        )
+    return ctypes.CDLL(str(_states[target].library))
 
 
 def requested_backend() -> str:
@@ -543,44 +663,45 @@ def requested_backend() -> str:
     return value
 
 
-def _decide() -> State:
-    global _state
+def _decide(target: str) -> State:
     requested = requested_backend()
     with _first_use:
-        if _state is not None:  # by another thread
-            return _state
-        if requested == "reference":
-            _state = State("reference", "FUSED_RNN_BACKEND asks for it")
-            return _state
-        try:
-            _state = _load()
-            return _state
-        except BuildError as error:
-            failure = error
-        except OSError as error:  # a full disk, a file system without locks
-            remedy = "set FUSED_RNN_CACHE_DIR to a folder on a local disk"
-            failure = BuildError(f"the library cannot be built: {error}", remedy)
-        fatal = requested == "native"
-        _state = State("reference", "there is no native library", failure=failure, fatal=fatal)
-        if not fatal:
-            warnings.warn(
-                f"fused_rnn has no native library: {failure}\n"
-                "  Its slower reference path is used. For more: python -m fused_rnn doctor. "
-                "To silence this: FUSED_RNN_BACKEND=reference",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        return _state
+        if target not in _states:  # another thread may have been first
+            _states[target] = _state_of(target, requested)
+        return _states[target]
 
 
-def _load() -> State:
+def _state_of(target: str, requested: str) -> State:
+    if requested == "reference":
+        return State("reference", "FUSED_RNN_BACKEND asks for it")
+    try:
+        return _load(target)
+    except BuildError as error:
+        failure = error
+    except OSError as error:  # a full disk, a file system without locks
+        remedy = "set FUSED_RNN_CACHE_DIR to a folder on a local disk"
+        failure = BuildError(f"the library cannot be built: {error}", remedy)
+    fatal = requested == "native"
+    if not fatal:
+        warnings.warn(
+            f"fused_rnn has no {_kind(target)} library: {failure}\n"
+            "  Its slower reference path is used. For more: python -m fused_rnn doctor. "
+            "To silence this: FUSED_RNN_BACKEND=reference",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    kind = _kind(target)
+    return State("reference", f"there is no {kind} library", failure=failure, fatal=fatal)
+
+
+def _load(target: str) -> State:
     """Find or build the library and load it. Raises BuildError, OSError."""
     import torch
 
     start = time.monotonic()
-    library, origin, reason = find_library()
+    library, origin, reason = find_library(target)
     if library is None:
-        library, origin = _build_in_cache()
+        library, origin = _build_in_cache(target)
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -591,25 +712,25 @@ def _load() -> State:
     return State("native", reason, library, origin, time.monotonic() - start)
 
 
-def find_library() -> tuple[Path | None, str, str]:
+def find_library(target: str = "cpu") -> tuple[Path | None, str, str]:
     """Path, origin and why that one, without building. The path is None if there is none."""
     import torch
 
     reason = "nothing compiled yet fits these sources, torch and compiler"
-    sources = source_hash()
+    sources = source_hash(target)
     library = PACKAGE / f"{AHEAD_OF_TIME}.so"
-    if library.is_file():
+    if target == "cpu" and library.is_file():
         if read_record(library).get("source_hash") == sources:
             return library, "ahead of time", "compiled with the package"
         reason = f"{library} was compiled from other sources and is not used"
 
     key = None
     with contextlib.suppress(BuildError):
-        key = cache_key(find_compiler())
+        key = cache_key(find_compiler(), find_toolkit() if target == "cuda" else None)
     for cache in _cache_dirs():
         # Without a compiler here, what any other one made of the same sources will do.
         for folder in [cache / key] if key else sorted(cache.glob(f"{VERSION}-{sources}-*")):
-            library = folder / f"{LIBRARY}.so"
+            library = folder / f"{LIBRARY[target]}.so"
             # Unlike Path.is_file this is False, not an error, in a folder that cannot be read.
             if os.path.isfile(library) and (
                 key or read_record(library).get("torch") == torch.__version__
@@ -627,6 +748,18 @@ def read_record(library: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def _cuda_fact() -> str:
+    """One line on the CUDA library."""
+    if state := _states.get("cuda"):
+        return str(state.failure or f"{state.library or state.backend} ({state.reason})")
+    try:
+        toolkit = find_toolkit()
+        library, _, reason = find_library("cuda")
+        return f"{library or reason} ({toolkit})"
+    except BuildError as error:
+        return f"no: {error.reason}"
+
+
 def info() -> dict[str, Any]:
     """What ``python -m fused_rnn doctor`` prints. Builds and loads nothing.
 
@@ -635,7 +768,7 @@ def info() -> dict[str, Any]:
     """
     import torch
 
-    state = _state
+    state = _states.get("cpu")
     if state is None:
         library, origin, reason = find_library()
     else:
@@ -661,6 +794,7 @@ def info() -> dict[str, Any]:
         "cache": cache_dir(),
         "compiler": None,
         "ninja": None,
+        "cuda": _cuda_fact(),
         "problem": None,
         "remedy": None,
     }

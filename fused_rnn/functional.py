@@ -6,7 +6,7 @@ Three engines can do the work, and this file is where one of them is chosen:
 ``ops``            the native kernels: everything they support
 ``reference``      plain torch: ``torch.func`` transforms, forward mode, no compiler, all unusual
 torch's operators  ``torch.jit.trace`` and ONNX export (which want one known node), complex numbers,
-                   and devices that have kernels of their own
+                   and devices that neither of the others knows
 =================  ==============================================================================
 
 All of them give the results of torch.nn. Tensors are time-first here; layout is the modules' work.
@@ -43,7 +43,7 @@ _TORCH_CELL: dict[str, Any] = {
 
 
 def _wants_torch_operator(x: Tensor) -> bool:
-    if x.is_complex() or not (x.is_cpu or x.is_meta):
+    if x.is_complex() or x.device.type not in ("cpu", "cuda", "meta"):
         return True
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -89,11 +89,12 @@ def _autocast_dtype(
     x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> torch.dtype | None:
     """The dtype autocast asks for, or None: switched off, or double, which it never casts."""
-    if not torch.is_autocast_enabled("cpu") or not x.is_cpu:
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
     if any(t.dtype == torch.float64 for t in (x, *states, *weights)):
         return None
-    return torch.get_autocast_dtype("cpu")
+    return torch.get_autocast_dtype(device)
 
 
 def _autocast_results(
@@ -103,8 +104,10 @@ def _autocast_results(
 
     Products come out in ``low``; a state that is mixed in elementwise promotes the result to its
     own dtype, and a projection is one more product. ``fused``: torch.nn hands a padded LSTM without
-    projection to oneDNN, which stays in ``low``.
+    projection to oneDNN, which stays in ``low``. On CUDA everything is cast first.
     """
+    if h.is_cuda:
+        return low, low
     if c is None:
         h_dtype = torch.promote_types(low, h.dtype) if CELLS[cell].mixes_h else low
         return h_dtype, h_dtype
@@ -172,7 +175,7 @@ def recurrent(
         cell, low, h0, c0, projected=projected, fused=batch_sizes is None
     )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         y, h_n, c_n = _stack(
             cell,
             x.to(wide),
@@ -251,7 +254,7 @@ def step(
     if low is None:
         return _step(cell, x, states, weights)
     h_dtype, c_dtype = _autocast_results(cell, low, h, c, projected=False, fused=False)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         h_new, c_new = _step(
             cell, x.to(h_dtype), [s.to(h_dtype) for s in states], [w.to(h_dtype) for w in weights]
         )

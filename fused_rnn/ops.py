@@ -5,8 +5,8 @@
 own, so that derivatives of every order exist. What the backward needs is an input or an output of
 the forward; nothing hides on ctx.
 
-The CPU kernels are registered by the native library (``csrc/ops/cpu.cpp``) when ``build`` loads it,
-at first use.
+The kernels are registered by the native libraries (``csrc/ops/cpu.cpp``, ``cuda.cpp``) when
+``build`` loads them, each at its first use.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _SCHEMAS = {
     "(Tensor y, Tensor h_n, Tensor c_n)",
     # Bit i of `needs`: gradient i is wanted; the others come back empty.
     "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, "
-    f"Tensor hs, Tensor saved, int needs, bool allow_tf32=False) -> ({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
+    "Tensor hs, Tensor saved, int needs, bool allow_tf32=False) -> "
+    f"({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
 }
 
 _library = torch.library.Library("fused_rnn", "DEF")
@@ -60,19 +61,26 @@ _backend = torch.compiler.assume_constant_result(build.backend)
 
 
 def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the native kernels take these tensors: one floating dtype, dense, CPU or meta.
+    """Whether native kernels take these tensors: one floating dtype, dense, CPU, CUDA or meta.
 
-    The first call builds or loads the library.
+    The first call for a type of device builds or loads its library.
     """
     dtype, device = None, None
     for t in tensors:
         if t is None:
             continue
         if dtype is None:
-            dtype, device = t.dtype, t.device.type
-        if t.dtype != dtype or t.device.type != device or t.layout != torch.strided:
+            dtype, device = t.dtype, t.device
+        if t.dtype != dtype or t.device != device or t.layout != torch.strided:
             return False
-    return dtype in _DTYPES and device in ("cpu", "meta") and _backend() == "native"
+    if dtype not in _DTYPES or device is None or device.type not in ("cpu", "cuda", "meta"):
+        return False
+    return _backend(_target(device)) == "native"
+
+
+def _target(device: torch.device) -> str:
+    """The library for a device: of build.TARGETS. Tensors without data have the CPU's shapes."""
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -101,7 +109,7 @@ def layer(
 
 @torch.compiler.assume_constant_result
 def _rnn_allows_tf32() -> bool:
-    return torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _allow_tf32(x: Tensor) -> bool:
@@ -113,9 +121,9 @@ def _allow_tf32(x: Tensor) -> bool:
 
 
 @lru_cache
-def _facts(cell: str) -> tuple[int, int]:
+def _facts(target: str, cell: str) -> tuple[int, int]:
     """(saved values per unit, extra states) of a cell."""
-    library = build.library()
+    library = build.library(target)
     name = cell.encode()
     saved, extra = (library.frnn_cell_fact(name, i) for i in range(2))
     if saved < 0:
@@ -124,13 +132,13 @@ def _facts(cell: str) -> tuple[int, int]:
 
 
 @lru_cache
-def _saved_facts(hidden: int, width: int) -> tuple[int, int, int]:
-    """(padded units, row of hs, blocks of B rows that hs has before its own)."""
-    fact = build.library().frnn_saved_fact
+def _saved_facts(target: str, hidden: int, width: int) -> tuple[int, int, int, bool]:
+    """Units padded, a row of hs, blocks of B rows that it has before its own, dtype as of x?"""
+    fact = build.library(target).frnn_saved_fact
     fact.restype = ctypes.c_int64
     fact.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
-    units, row, lead = (fact(hidden, width, i) for i in range(3))
-    return units, row, lead
+    units, row, lead, as_x = (fact(hidden, width, i) for i in range(4))
+    return units, row, lead, bool(as_x)
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
@@ -149,16 +157,17 @@ def _layer_infer_fake(
 def _layer_fake(
     cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    saved, extra = _facts(cell)
+    target = _target(x.device)
+    saved, extra = _facts(target, cell)
     directions, batch, width = h0.shape
     w_hr, batch_sizes = rest[_WEIGHT_NAMES.index("w_hr")], rest[_N_WEIGHTS]
     hidden = width if w_hr is None else w_hr.shape[1]
     rows = x.shape[0] if batch_sizes is not None else x.shape[0] * batch
-    units, hs_row, lead = _saved_facts(int(hidden), int(width))
+    units, hs_row, lead, as_x = _saved_facts(target, int(hidden), int(width))
     dtype = _computing(x.dtype)
     return (
         *_layer_infer_fake(cell, x, h0, c0),
-        x.new_empty((directions, lead * batch + rows, hs_row), dtype=dtype),
+        x.new_empty((directions, lead * batch + rows, hs_row), dtype=x.dtype if as_x else dtype),
         x.new_empty((directions, rows, saved + extra, units), dtype=dtype),
     )
 

@@ -6,7 +6,6 @@
 #include "ops/binding.h"
 
 #ifndef FUSED_RNN_EMULATE
-#define USE_CUDA  // declares the CUDA part of the shim
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
