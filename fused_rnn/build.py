@@ -18,6 +18,8 @@ FUSED_RNN_MAX_JOBS      compilers at once; default one per core, with 2 GB of me
 FUSED_RNN_LOCK_TIMEOUT  seconds to wait for another process that builds; default 600
 FUSED_RNN_VERBOSE       1 shows the compiler's commands and output
 CXX                     the compiler; default c++, g++ or clang++
+FUSED_RNN_CUDA_ARCH     compute capabilities to compile for, such as "80 90a"; default those of the
+                        devices here
 CUDA_HOME               the CUDA toolkit, whose nvcc is used; default that of the nvcc on PATH
 """
 
@@ -197,9 +199,10 @@ def find_toolkit() -> Toolkit:
     if torch.version.cuda is None:
         raise BuildError("this torch was built without CUDA", "install a CUDA build of torch")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
-    if nvcc is None and not home and os.access("/usr/local/cuda/bin/nvcc", os.X_OK):
-        nvcc = "/usr/local/cuda/bin/nvcc"
+    nvcc = None if home else shutil.which("nvcc")
+    usual = Path(home or "/usr/local/cuda") / "bin" / "nvcc"
+    if nvcc is None and os.access(usual, os.X_OK):
+        nvcc = str(usual)
     wanted = torch.version.cuda
     remedy = f"install the CUDA toolkit {wanted}, or set CUDA_HOME to the folder of one"
     if nvcc is None:
@@ -220,9 +223,14 @@ def find_toolkit() -> Toolkit:
 
 
 def _architectures() -> tuple[str, ...]:
-    """Compute capabilities of the visible devices, such as "80" or "90a". Raises BuildError."""
+    """Compute capabilities to compile for, such as "80" or "90a". Raises BuildError.
+
+    Those of the visible devices; FUSED_RNN_CUDA_ARCH names others.
+    """
     import torch
 
+    if own := os.environ.get("FUSED_RNN_CUDA_ARCH", "").split():
+        return tuple(own)
     try:
         count = torch.cuda.device_count()
         found = {torch.cuda.get_device_capability(i) for i in range(count)}
@@ -666,9 +674,18 @@ def requested_backend() -> str:
 def _decide(target: str) -> State:
     requested = requested_backend()
     with _first_use:
-        if target not in _states:  # another thread may have been first
-            _states[target] = _state_of(target, requested)
-        return _states[target]
+        if target in _states:  # another thread was first
+            return _states[target]
+        state = _states[target] = _state_of(target, requested)
+    if state.failure and not state.fatal:
+        warnings.warn(
+            f"fused_rnn has no {_kind(target)} library: {state.failure}\n"
+            "  Its slower reference path is used. For more: python -m fused_rnn doctor. "
+            "To silence this: FUSED_RNN_BACKEND=reference",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return state
 
 
 def _state_of(target: str, requested: str) -> State:
@@ -681,17 +698,8 @@ def _state_of(target: str, requested: str) -> State:
     except OSError as error:  # a full disk, a file system without locks
         remedy = "set FUSED_RNN_CACHE_DIR to a folder on a local disk"
         failure = BuildError(f"the library cannot be built: {error}", remedy)
-    fatal = requested == "native"
-    if not fatal:
-        warnings.warn(
-            f"fused_rnn has no {_kind(target)} library: {failure}\n"
-            "  Its slower reference path is used. For more: python -m fused_rnn doctor. "
-            "To silence this: FUSED_RNN_BACKEND=reference",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    kind = _kind(target)
-    return State("reference", f"there is no {kind} library", failure=failure, fatal=fatal)
+    reason = f"there is no {_kind(target)} library"
+    return State("reference", reason, failure=failure, fatal=requested == "native")
 
 
 def _load(target: str) -> State:

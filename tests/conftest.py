@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 
+import emulated
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,10 +27,14 @@ settings.load_profile("fused_rnn")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    if emulated.WANTED:
+        emulated.use()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     backend = os.environ.get("FUSED_RNN_BACKEND") or "auto"
+    if emulated.WANTED:
+        backend = "the CUDA engine, emulated"
     return f"fused_rnn: backend {backend}, torch {torch.__version__}, {REPEAT}"
 
 

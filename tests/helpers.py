@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import emulated
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -53,10 +55,7 @@ def run(
     cotangents = [torch.randn(o.shape, dtype=torch.float64, generator=generator) for o in outputs]
     torch.autograd.backward(
         outputs,
-        [
-            g.to(cotangent_dtype or o.dtype).to(o.dtype)
-            for g, o in zip(cotangents, outputs, strict=True)
-        ],
+        [g.to(cotangent_dtype or o.dtype).to(o) for g, o in zip(cotangents, outputs, strict=True)],
     )
     result = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     for kind, tensors in (("input", flatten(x)), ("hx", flatten(hx))):
@@ -152,6 +151,9 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
         bound = 2 * error(theirs[name], reference) + floor
         found = error(ours[name], reference)
         assert found <= bound, f"{name}: off by {found:.3g} of {size:.3g}, allowed {bound:.3g}"
+
+
+cpu_engine_only = pytest.mark.skipif(emulated.WANTED, reason="about the CPU's engine")
 
 
 def native() -> bool:

@@ -30,7 +30,7 @@ SOURCES = {
     ),
     "cpu/gemm.cpp.in": "@SCALAR@ gemm_@TIER@_@SCALAR@() { return 3; }\n",
     "cpu/table.cpp": "double probe_one_generic_double();\ndouble table() { return 2; }\n",
-    "ops/register.cpp": "#include <torch/headeronly/version.h>\nint bound = TORCH_VERSION_MAJOR;\n",
+    "ops/cpu.cpp": "#include <torch/headeronly/version.h>\nint bound = TORCH_VERSION_MAJOR;\n",
 }
 # Loads build.py by itself, on the sources and cache given, as setup.py and the tests here do.
 LOADER = f"""
@@ -96,7 +96,7 @@ def test_builds_once_and_finds_it_again(build, home, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build.backend() == "native"
-    assert capsys.readouterr().err.count("compiling the kernels") == 1
+    assert capsys.readouterr().err.count("compiling the CPU kernels") == 1
     facts = build.info()
     assert facts["origin"] == "built now" and facts["library"].parent.parent == home / "cache"
     left = sorted(path.name for path in (home / "cache").iterdir())
@@ -124,12 +124,12 @@ def test_units_and_flags(build, home):
     instances |= {
         f"gemm_{tier}_{scalar}.o" for tier, scalar in kinds
     }  # names no cell: once for all
-    assert set(flags) == {*instances, "table.o", "register.o", "link"}
+    assert set(flags) == {*instances, "table.o", "cpu.o", "link"}
     for name, text in flags.items():
         assert (" -m" in text) == ("avx" in name) and ("-mavx512f" in text) == ("avx512" in name)
     for name in {*instances, "table.o"}:
         assert "torch" not in flags[name] and "TORCH" not in flags[name]
-    assert "-DTORCH_TARGET_VERSION=0x020A000000000000" in flags["register.o"]
+    assert "-DTORCH_TARGET_VERSION=0x020A000000000000" in flags["cpu.o"]
     for text in flags.values():
         assert "native" not in text and "fast-math" not in text
     text = (home / "instance_generic_one_double.cpp").read_text()
@@ -258,7 +258,9 @@ def test_unknown_backend(build, monkeypatch):
 def test_first_use_from_many_threads(build):
     builds, results = [], []
     compile_library = build.compile_library
-    build.compile_library = lambda *args: builds.append(args) or compile_library(*args)
+    build.compile_library = lambda *args, **kwargs: (
+        builds.append(args) or compile_library(*args, **kwargs)
+    )
     threads = [threading.Thread(target=lambda: results.append(build.backend())) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -453,7 +455,7 @@ def release(process):
 
 
 def test_processes_at_once_build_once(home):
-    (home / "csrc" / "ops" / "register.cpp").write_text(
+    (home / "csrc" / "ops" / "cpu.cpp").write_text(
         "#include <torch/csrc/stable/library.h>\n"
         "#include <torch/csrc/stable/tensor.h>\n"
         "using torch::stable::Tensor;\n"
@@ -473,7 +475,7 @@ def test_processes_at_once_build_once(home):
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert sorted(out for out, _ in results) == ["native built now\n", "native cache\n"]
-    assert "".join(err for _, err in results).count("compiling the kernels") == 1
+    assert "".join(err for _, err in results).count("compiling the CPU kernels") == 1
 
 
 def test_killed_build_leaves_nothing_in_the_way(home, monkeypatch):
@@ -505,6 +507,70 @@ def test_killed_build_leaves_nothing_in_the_way(home, monkeypatch):
         assert not list((home / "cache").glob("*.build-*"))
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # its ninja, which outlived it
+
+
+# --- The CUDA library -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(build, home, monkeypatch):
+    """A torch for CUDA 13.0 and a toolkit whose nvcc says what version it is."""
+
+    def toolkit(version):
+        nvcc = home / "toolkit" / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True, exist_ok=True)
+        nvcc.write_text(
+            f"#!/bin/sh\necho Cuda compilation tools, release {version}, V{version}.88\n"
+        )
+        nvcc.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(home / "toolkit"))
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("FUSED_RNN_CUDA_ARCH", "80 90a")
+    return toolkit
+
+
+def test_finds_the_toolkit(build, cuda, home, monkeypatch):
+    cuda("13.2")  # another minor version will do
+    toolkit = build.find_toolkit()
+    assert toolkit.nvcc == str(home / "toolkit" / "bin" / "nvcc")
+    assert (toolkit.version, toolkit.architectures) == ("13.2", ("80", "90a"))
+    compiler = build.find_compiler()
+    keys = {build.cache_key(compiler, toolkit), build.cache_key(compiler)}
+    cuda("13.1")
+    keys.add(build.cache_key(compiler, build.find_toolkit()))
+    monkeypatch.setenv("FUSED_RNN_CUDA_ARCH", "80")
+    keys.add(build.cache_key(compiler, build.find_toolkit()))
+    assert len(keys) == 4
+
+
+def test_a_toolkit_that_does_not_fit(build, cuda):
+    cuda("12.8")
+    with pytest.raises(
+        build.BuildError, match="is CUDA 12.8, but torch was built for 13.0"
+    ) as error:
+        build.find_toolkit()
+    assert "CUDA toolkit 13.0" in error.value.remedy and "CUDA_HOME" in error.value.remedy
+    with pytest.warns(RuntimeWarning, match="no CUDA library: .*but torch was built for 13.0"):
+        assert build.backend("cuda") == "reference"
+    assert build.backend("cpu") == "native", "the CPU's library is another one"
+
+
+def test_no_toolkit(build, cuda, home, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(home / "nowhere"))
+    with pytest.raises(build.BuildError, match="nvcc was not found in .*nowhere"):
+        build.find_toolkit()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(build.BuildError, match="this torch was built without CUDA"):
+        build.find_toolkit()
+
+
+def test_no_device(build, cuda, monkeypatch):
+    cuda("13.0")
+    monkeypatch.delenv("FUSED_RNN_CUDA_ARCH")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(build.BuildError, match="there is no CUDA device"):
+        build.find_toolkit()
 
 
 # --- The commands ---------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from fused_rnn import build, ops, reference
 
+cpu_engine_only = pytest.mark.skipif(
+    "FUSED_RNN_TEST_ENGINE" in os.environ, reason="about the CPU's engine"
+)
 pytestmark = pytest.mark.skipif(build.backend() != "native", reason="tests of the native library")
 
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
@@ -188,6 +191,7 @@ def test_agrees_with_float64_at_length(index: int, seed: int) -> None:
     test_agrees_with_float64(1000 + index, seed)
 
 
+@cpu_engine_only
 @pytest.mark.parametrize("capability", ["generic", "avx2"])
 def test_lesser_instruction_sets(capability: str, seed: int) -> None:
     """The same checks on the code for machines that have less, chosen when it is loaded."""
@@ -252,6 +256,7 @@ t.check(case, threads=4, seed=1)
 """
 
 
+@cpu_engine_only
 @pytest.mark.parametrize(
     "setting", ["OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true"]
 )

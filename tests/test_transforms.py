@@ -19,6 +19,7 @@ from cases import CELLS, CLASSES, Case, pair, small
 from helpers import (
     assert_all_close,
     assert_close,
+    cpu_engine_only,
     error,
     flatten,
     half_ulp,
@@ -597,6 +598,7 @@ def test_parametrized_weights(name: str, kind: str) -> None:
 # --- Threads and processes -----------------------------------------------------------------------
 
 
+@cpu_engine_only  # the emulation runs one launch at a time
 @pytest.mark.parametrize("name", CLASSES)
 def test_threads(name: str) -> None:
     """Several Python threads at once, with and without grad."""

@@ -1,7 +1,7 @@
 // The operators on CUDA devices. With FUSED_RNN_EMULATE they run the same engine on CPU tensors, for
 // tests on machines without a card.
+#include <cstring>
 #include <map>
-#include <mutex>
 
 #include "ops/binding.h"
 
@@ -21,7 +21,15 @@ struct Streams {
     call->blas = [](void*, void*) -> void* { return nullptr; };
   }
 };
+
+// NaN in every type: what is read before it is written shows.
+Tensor Fresh(Tensor t) {
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0xFF, t.numel() * t.element_size());
+  return t;
+}
 #else
+Tensor Fresh(Tensor t) { return t; }
+
 // The streams of a call, and torch's cuBLAS handle and workspace for each of them.
 class Streams {
  public:
@@ -83,7 +91,7 @@ struct Cuda {
   static int64_t HsStride(int64_t H, int64_t Hout) { return Hout + (H == Hout ? 0 : H); }
   static int64_t SavedUnits(int64_t H) { return H; }
   static Tensor NewLarge(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-    return New(like, sizes, dtype);
+    return Fresh(New(like, sizes, dtype));
   }
   // Products want rows of x evenly spaced, and not within each other.
   static Tensor Input(const Tensor& x, bool ragged) {
@@ -112,7 +120,7 @@ struct Cuda {
     CudaCall call{};
     call.device = FactsOfDevice(Index(x));
     call.allow_tf32 = allow_tf32;
-    const Tensor workspace = New(x, {size(p, call.device)}, ScalarType::Byte);
+    const Tensor workspace = Fresh(New(x, {size(p, call.device)}, ScalarType::Byte));
     call.workspace = workspace.mutable_data_ptr();
     streams.Lend(&call);
     engine(p, call);

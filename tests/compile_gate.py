@@ -1,0 +1,114 @@
+"""Compiles every CUDA kernel for sm_80 and sm_90a and holds it to a budget. Needs nvcc, no card.
+
+    python tests/compile_gate.py [ARCHITECTURE ...]
+
+A kernel that spills registers, has a stack, or takes more registers than the table allows is an
+error: on a card it would be slow without being wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Registers per thread, in single and double precision. With 64, 1024 threads live on a
+# multiprocessor of 65 536 registers, enough to hide the latency of memory.
+REGISTERS = {
+    "GateForward": (64, 104),
+    "GateBackward": (64, 104),
+    "Convert": (32, 32),
+    "Publish": (32, 32),
+    "SumGradients": (32, 32),
+    "ColumnSumParts": (40, 40),
+    "ColumnSum": (32, 32),
+}
+
+
+def load_builder():
+    """fused_rnn/build.py by its path: torch need not be installed."""
+    path = ROOT / "fused_rnn" / "build.py"
+    spec = importlib.util.spec_from_file_location("fused_rnn_build", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def demangle(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def compile_kernels(nvcc: str, flags: list[str], source: Path, arch: str) -> str:
+    """What ptxas says about the kernels of one source."""
+    command = [nvcc, *flags, f"-arch={arch}", "-Xptxas", "-v", "-cubin"]
+    command += ["-o", str(source.with_suffix(f".{arch}.cubin")), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
+    """Registers by kernel, and what is wrong."""
+    pattern = (
+        r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads\s+.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, report, re.DOTALL)
+    registers, errors = {}, []
+    for name, (_, *numbers) in zip(demangle([f[0] for f in found]), found, strict=True):
+        stack, stores, loads, used = map(int, numbers)
+        short = re.sub(r"^void |frnn::cuda::|frnn::", "", name).partition("(")[0]
+        kind = short.partition("<")[0]
+        if kind not in REGISTERS:
+            errors.append(f"{arch} {short}: not in the table of kernels")
+            continue
+        allowed = REGISTERS[kind]["double" in short]
+        registers[short] = used
+        if stack or stores or loads:
+            errors.append(f"{arch} {short}: {stack} bytes of stack, spills {stores} + {loads}")
+        if used > allowed:
+            errors.append(f"{arch} {short}: {used} registers, {allowed} allowed")
+    return registers, errors
+
+
+def main() -> None:
+    architectures = sys.argv[1:] or ["sm_80", "sm_90a"]
+    build = load_builder()
+    nvcc = shutil.which("nvcc") or sys.exit("nvcc was not found")
+    flags = [*build.NVCC_FLAGS, f"-I{build.CSRC}"]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            (arch, pool.submit(compile_kernels, nvcc, flags, source, arch))
+            for source in build._write_cuda_instances(Path(folder))
+            for arch in architectures
+        ]
+        errors, most, kernels = [], {}, 0
+        for arch, job in jobs:
+            registers, wrong = check(job.result(), arch)
+            errors += wrong
+            kernels += len(registers)
+            for name, used in registers.items():
+                kind = name.partition("<")[0]
+                most[kind, arch] = max(most.get((kind, arch), 0), used)
+    for (kind, arch), used in sorted(most.items()):
+        print(f"{arch:7} {kind:16} at most {used:3} registers")
+    missing = REGISTERS.keys() - {kind for kind, _ in most}
+    errors += [f"{kind}: was not compiled" for kind in sorted(missing)]
+    print(f"{kernels} kernels in {time.monotonic() - start:.0f} s, {len(errors)} over the budget")
+    if errors:
+        sys.exit("\n".join(errors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+// Reads problems from stdin, a line each, and prints their plans; see tests/test_cuda_plan.py.
+//   multiprocessors l2_bytes gates_x gates_h H B T storage dirs ragged training force|-
+#include <iostream>
+#include <stdexcept>
+
+#include "cuda/plan.h"
+
+int main() {
+  frnn::CudaDevice device;
+  frnn::cuda::Problem p;
+  int storage, ragged, training;
+  std::string force;
+  while (std::cin >> device.multiprocessors >> device.l2_bytes >> p.gates_x >> p.gates_h >> p.H >>
+         p.B >> p.T >> storage >> p.dirs >> ragged >> training >> force) {
+    p.storage = frnn::Storage(storage);
+    p.ragged = ragged, p.training = training;
+    try {
+      const auto plan = frnn::cuda::MakePlan(device, p, force == "-" ? nullptr : force.c_str());
+      std::cout << int(plan.variant) << ' ' << plan.threads_x << ' ' << plan.threads_y << ' '
+                << plan.streams << ' ' << plan.chunk_steps << '\n';
+    } catch (const std::invalid_argument& error) {
+      std::cout << "invalid: " << error.what() << '\n';
+    }
+  }
+}
