@@ -19,7 +19,9 @@
 namespace frnn {
 namespace cuda {
 
-#ifndef FUSED_RNN_EMULATE
+#ifdef FUSED_RNN_EMULATE
+using namespace ::fused_rnn::cuda;
+#else
 inline void Check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(status));
