@@ -8,11 +8,14 @@
 // Forward, per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no
 // barrier), then per step gates_h = h W_hh^T, gate math, one barrier.
 // Few rows in all (a decoding step) are not worth packing weights for: they read W as it lies.
+// Where the processor has a tile unit, steps of many rows take their products from cpu/amx.h. It
+// refuses operands with elements out of its range, which then go through the vectors as elsewhere.
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
 #pragma once
 #include "core/cell.h"
 #include "core/scratch.h"
+#include "cpu/amx.h"
 #include "cpu/gemm.h"
 #include "cpu/threads.h"
 
@@ -41,6 +44,12 @@ class Layer {
   // So few rows in all read weights unpacked. The forward has to transpose them, row by row; the
   // backward reads them as they are, at a stride that caches do not like twice.
   static constexpr int64_t kUnpackedRows = 4, kUnpackedGradRows = 12;
+  // Fewer rows per step, or in all, are not worth the splitting of weights into parts.
+  static constexpr bool kTiles = amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
+  static constexpr int64_t kTiledBatch = 16, kTiledRows = 256;
+  static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
+  static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
+  static constexpr int64_t kTiledBlock = 64;   // rows of gates_h that wait for the gate math
   static constexpr Storage kOwn = StorageOf<T>::kValue;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
@@ -51,6 +60,11 @@ class Layer {
     n = n < 1 ? 1 : n;
     n = n < p.threads ? n : p.threads;
     return TeamSize(int(n < Panels(p) ? n : Panels(p)));
+  }
+  static bool Tiled(const LayerParams& p) {
+    if constexpr (kTiles)
+      return p.B >= kTiledBatch && p.rows >= kTiledRows && p.storage == kOwn && amx::Available();
+    return false;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   static bool Unpacked(const LayerParams& p, int64_t rows) {
@@ -115,6 +129,22 @@ class Layer {
         PackTransposed<V>(At(w, s, q * H * K), s, unit, H, K, dst + (q * kPanelVecs + j) * N,
                           gates * kUnits);
       }
+  }
+  // The same as right operands of tiles.
+  static bool PackGateTiles(const void* w, int gates, int64_t H, int64_t K, int64_t panel,
+                            amx::Part* dst) {
+    bool fits = true;
+    if constexpr (kTiles) {
+      const int64_t depth = amx::DepthBlocks(K);
+      for (int q = 0; q < gates; q++)
+        for (int j = 0; j < kPanelVecs; j++) {
+          const int64_t unit = panel * kUnits + j * N, n = H - unit < N ? H - unit : N;
+          fits &=
+              amx::PackRight(static_cast<const T*>(w) + (q * H + unit) * K, K, amx::Order::kAlong,
+                             n, K, dst + (q * kPanelVecs + j) * amx::BlockSize(depth), depth);
+        }
+    }
+    return fits;
   }
   static void PackBias(const void* b, Storage s, int gates, int64_t H, int64_t panel, T* dst) {
     for (int q = 0; q < gates; q++) {
@@ -225,11 +255,12 @@ void Layer<C, V>::CopyState(const LayerParams& p, const void* src, int dir, int6
 template <class C, class V>
 void Layer<C, V>::Forward(const LayerParams& p) {
   const int threads = Threads(p);
-  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedRows);
+  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedRows), tiled = Tiled(p);
   const Input input(p);
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
-  const int64_t capacity = p.rows < kChunkRows ? p.rows : (p.B > kChunkRows ? p.B : kChunkRows);
+  const int64_t chunk_rows = tiled ? kTiledChunk : kChunkRows;
+  const int64_t capacity = p.rows < chunk_rows ? p.rows : (p.B > chunk_rows ? p.B : chunk_rows);
   const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout),
                 full_stride = RowStride(p.H);
   // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of
@@ -238,10 +269,18 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   const int64_t hs_stride = HsStride(p.H, p.Hout);
   const bool direct_y = p.storage == kOwn && !projected;
 
+  const int64_t x_depth = amx::DepthBlocks(p.I), h_depth = amx::DepthBlocks(p.Hout);
+
   struct Own {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
+    amx::Part *w_ih_tiles, *w_hh_tiles, *x_tiles;
   };
   Own own[kMaxThreads];
+  amx::Part* h_tiles[2] = {nullptr, nullptr};  // of h before a step, by the parity of the step
+  // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
+  // not (counted on over both directions).
+  std::atomic<bool> fit{tiled};
+  std::atomic<int64_t> misfit_h[2] = {{-1}, {-1}};
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
   Scratch scratch;
@@ -253,10 +292,16 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].b_hh = s.Take<T>(own_panels * C::kH * kUnits);
       own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
       own[i].gates_x = s.Take<T>(own_panels * capacity * C::kX * kUnits);
-      own[i].gates_h = s.Take<T>(TileRows<V>(kHVecs) * C::kH * kUnits);
+      own[i].gates_h = s.Take<T>((tiled ? kTiledBlock : TileRows<V>(kHVecs)) * C::kH * kUnits);
       own[i].c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       own[i].x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
+      const int64_t vectors = tiled ? own_panels * N : 0;
+      own[i].w_ih_tiles = s.Take<amx::Part>(amx::Size(vectors * kXVecs, x_depth));
+      own[i].w_hh_tiles = s.Take<amx::Part>(amx::Size(vectors * kHVecs, h_depth));
+      own[i].x_tiles = s.Take<amx::Part>(tiled ? amx::Size(kTiledInput, x_depth) : 0);
     }
+    for (amx::Part*& tiles : h_tiles)
+      tiles = s.Take<amx::Part>(tiled ? amx::Size(p.B, h_depth) : 0);
     if (!in_place)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
@@ -270,17 +315,38 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                                     : mine.begin * kUnits;  // columns of h that this thread writes
     const int64_t last = projected ? columns.end * N : mine.end * kUnits;
     const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
+    const amx::Session session(tiled);
+    // h of n rows as the tiles of a step: the columns of this thread.
+    const auto share_h = [&](const T* h, int64_t ldh, int64_t n, int dir, int64_t step) {
+      bool fits = true;
+      if constexpr (kTiles)
+        fits =
+            amx::PackLeft(h, ldh, n, first, team.id + 1 == team.size ? h_depth * amx::kDepth : last,
+                          p.Hout, h_tiles[step & 1], h_depth);
+      if (!fits) misfit_h[step & 1].store(dir * p.T + step, std::memory_order_relaxed);
+      return fits;
+    };
 
     for (int dir = 0; dir < p.dirs; dir++) {
       const DirectionWeights& w = p.w[dir];
-      T* hs = p.hs ? static_cast<T*>(p.hs) + dir * (p.B + p.rows) * hs_stride : nullptr;
-      for (int64_t i = mine.begin; i < mine.end; i++) {
-        const int64_t at = i - mine.begin;
-        if (!unpacked) {
+      bool packed = unpacked;  // w_ih and w_hh, for vectors
+      const auto pack = [&] {
+        for (int64_t i = mine.begin; i < mine.end && !packed; i++) {
+          const int64_t at = i - mine.begin;
           PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
           PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i,
                     my.w_hh + at * p.Hout * C::kH * kUnits);
         }
+        packed = true;
+      };
+      T* hs = p.hs ? static_cast<T*>(p.hs) + dir * (p.B + p.rows) * hs_stride : nullptr;
+      for (int64_t i = mine.begin; i < mine.end; i++) {
+        const int64_t at = i - mine.begin;
+        if (tiled && !(PackGateTiles(w.w_ih, C::kX, p.H, p.I, i,
+                                     my.w_ih_tiles + at * kXVecs * amx::BlockSize(x_depth)) &
+                       PackGateTiles(w.w_hh, C::kH, p.H, p.Hout, i,
+                                     my.w_hh_tiles + at * kHVecs * amx::BlockSize(h_depth))))
+          fit.store(false, std::memory_order_relaxed);
         PackBias(w.b_ih, p.storage, C::kX, p.H, i, my.b_ih + at * C::kX * kUnits);
         PackBias(w.b_hh, p.storage, C::kH, p.H, i, my.b_hh + at * C::kH * kUnits);
         T* c = my.c + at * p.B * kExtra * kUnits;
@@ -316,7 +382,13 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       }
       if (!in_place)
         for (T* buffer : h_buffer) CopyState(p, p.h0, dir, first, last_padded, buffer, h_stride);
+      const T* h_first = hs ? hs : h_buffer[0];
+      // In both: with the reversed direction of a ragged batch, rows join later.
+      for (int64_t i = 0; i < 2 && tiled; i++)
+        if (!share_h(h_first, hs ? hs_stride : h_stride, p.B, dir, i)) fit.store(false);
       team.Sync();
+      const bool tiles = fit.load(std::memory_order_relaxed);
+      if (!tiles) pack();
 
       int64_t step = 0;
       for (int64_t begin = 0, end = 0; step < p.T;) {
@@ -340,10 +412,23 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           x = my.x;
           ldx = x_stride;
         }
-        for (int64_t i = 0; i < mine.end - mine.begin; i++) {
-          T* gates = my.gates_x + i * capacity * C::kX * kUnits;
-          Product<C::kX>(p, unpacked, chunk, x, ldx, w.w_ih, my.w_ih + i * p.I * C::kX * kUnits,
-                         p.I, mine.begin + i, gates);
+        const int64_t block = tiles ? kTiledInput : chunk;
+        for (int64_t r = 0; r < chunk; r += block) {
+          const int64_t n = chunk - r < block ? chunk - r : block;
+          bool x_tiles = false;
+          if constexpr (kTiles)
+            x_tiles = tiles && amx::PackLeft(x + r * ldx, ldx, n, 0, x_depth * amx::kDepth, p.I,
+                                             my.x_tiles, x_depth);
+          if (!x_tiles) pack();
+          for (int64_t i = 0; i < mine.end - mine.begin; i++) {
+            T* gates = my.gates_x + (i * capacity + r) * C::kX * kUnits;
+            if (!x_tiles)
+              Product<C::kX>(p, unpacked, n, x + r * ldx, ldx, w.w_ih,
+                             my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i, gates);
+            else if constexpr (kTiles)
+              amx::Multiply(my.x_tiles, n, my.w_ih_tiles + i * kXVecs * amx::BlockSize(x_depth),
+                            kXVecs * N, x_depth, gates, kXVecs * N, false);
+          }
         }
 
         for (int64_t k = 0; k < end - begin; k++, step++) {
@@ -356,6 +441,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
               !projected ? nullptr : (hs ? hs + (p.B + row) * hs_stride + h_stride : full_buffer);
           const int64_t ld_full = hs ? hs_stride : full_stride;
           T* y = static_cast<T*>(At(p.y, p.storage, row * p.dirs * p.Hout + dir * p.Hout));
+          const bool step_tiles =
+              tiles && misfit_h[step & 1].load(std::memory_order_relaxed) != dir * p.T + step;
+          if (!step_tiles) pack();
 
           for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t at = i - mine.begin, unit = i * kUnits;
@@ -374,6 +462,17 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             s.y_stride = p.dirs * p.Hout;
             s.units = p.H - unit;
             s.round = projected ? kOwn : p.storage;
+            if constexpr (kTiles)
+              if (step_tiles) {
+                for (int64_t r = 0; r < n; r += kTiledBlock) {
+                  const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
+                  amx::Multiply(h_tiles[step & 1] + amx::Size(r, h_depth), rows,
+                                my.w_hh_tiles + at * kHVecs * amx::BlockSize(h_depth), kHVecs * N,
+                                h_depth, my.gates_h, kHVecs * N, false);
+                  GateMath(s, r, int(rows));
+                }
+                continue;
+              }
             // Block by block, so that what the gate math stores drains while the next product runs.
             ForRowBlocks<TileRows<V>(kHVecs)>(n, [&](int rows, int64_t r) {
               Product<C::kH>(p, unpacked, rows, h + r * ldh, ldh, w.w_hh,
@@ -394,6 +493,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                            RoundToStorage(load<V>(out + r * ldh + j * N), p.storage));
             });
           }
+          if (tiles && step + 1 < p.T) share_h(h_new, ldh, n, dir, step + 1);
           if (valid > 0) {
             const int64_t done =
                 dir == 0 ? (t + 1 < p.T ? p.batch_sizes[t + 1] : 0) : (t == 0 ? 0 : n);

@@ -14,6 +14,7 @@ class WeightGrad {
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kWidth = kTileVecs<V> * N, kRows = kTileRows<V>;
   static constexpr int64_t kBlock = 512, kDepth = 128, kGroup = 16 * kRows;
+  static constexpr int64_t kTileGroup = 12;  // blocks of rows of dw
 
   int64_t gates, H;   // rows of dw: gate q, unit u, at q * H + u
   const int* column;  // gate q's gradients start at column[q] * gate_stride of d
@@ -22,7 +23,13 @@ class WeightGrad {
   int64_t d_stride;
   int64_t rows, cols;
   T *pack_a, *pack_b;  // this thread's; the team's
-  T* sum;              // [gates * H, cols] in the computing type where dw is stored in 16 bits
+  // With tiles: the same as parts, and the last block whose right side is out of range, as the
+  // number of its first row (counted on over all products).
+  bool tiled;
+  amx::Part *tiles_a, *tiles_b;
+  std::atomic<int64_t>* misfit;
+  int64_t number;
+  T* sum;  // [gates * H, cols] in the computing type where dw is stored in 16 bits
   void* dw;
   Storage storage;
 
@@ -30,6 +37,12 @@ class WeightGrad {
   static int64_t PackASize(int64_t rows) { return kGroup / kRows * kPackedRow * Block(rows); }
   static int64_t PackBSize(int64_t rows, int64_t cols) {
     return RoundUp(cols, kWidth) * Block(rows);
+  }
+  static int64_t TilesASize(int64_t rows) {
+    return amx::Size(kTileGroup * amx::kRows, amx::DepthBlocks(Block(rows)));
+  }
+  static int64_t TilesBSize(int64_t rows, int64_t cols) {
+    return amx::Size(RoundUp(cols, kWidth), amx::DepthBlocks(Block(rows)));
   }
 
   // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width,
@@ -40,14 +53,15 @@ class WeightGrad {
     T* c = own ? static_cast<T*>(dw) : sum;
     const int64_t block = Block(rows), tiles = (cols + kWidth - 1) / kWidth;
     const auto my_tiles = team.Split(tiles);
-    const auto my_rows = team.Split(gates * H, kRows);
     for (int64_t r0 = 0; r0 < rows; r0 += block) {
       const int64_t n = rows - r0 < block ? rows - r0 : block;
+      if (tiled && RunTiles(team, load, r0, n, c)) continue;
       for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
         const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
         load(r0, n, col, width, pack_b + tile * kWidth * block);
       }
       team.Sync();
+      const auto my_rows = team.Split(gates * H, kRows);
       for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += kGroup) {
         const int64_t m1 = my_rows.end - m0 < kGroup ? my_rows.end : m0 + kGroup;
         PackLeft(m0, m1, r0, n);
@@ -61,12 +75,49 @@ class WeightGrad {
       }
       team.Sync();
     }
+    const auto my_rows = team.Split(gates * H);
     if (!own)
       for (int64_t m = my_rows.begin; m < my_rows.end; m++)
         StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
   }
 
  private:
+  // The block of rows r0 .. r0 + n on tiles. False, for the whole team, if its right side is out of
+  // range; the left one is known to be in it.
+  template <class F>
+  bool RunTiles(Team& team, const F& load, int64_t r0, int64_t n, T* c) const {
+    if constexpr (amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
+      const int64_t tiles = (cols + kWidth - 1) / kWidth, depth = amx::DepthBlocks(n);
+      const auto my_tiles = team.Split(tiles);
+      const int64_t block_number = number + r0;
+      T* staged = pack_b + team.id * kWidth * Block(rows);
+      for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
+        const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+        load(r0, n, col, width, staged);
+        if (!amx::PackRight(staged, kWidth, amx::Order::kAcross, kWidth, n,
+                            tiles_b + amx::Size(col, depth), depth))
+          misfit->store(block_number, std::memory_order_relaxed);
+      }
+      team.Sync();
+      const bool fits = misfit->load(std::memory_order_relaxed) != block_number;
+      const int64_t gate_blocks = amx::Blocks(H);
+      const auto mine = team.Split(gates * gate_blocks);
+      for (int64_t m = mine.begin, count; fits && m < mine.end; m += count) {
+        const int64_t gate = m / gate_blocks, unit = m % gate_blocks * amx::kRows;
+        count = mine.end - m < kTileGroup ? mine.end - m : kTileGroup;
+        count = count < gate_blocks - m % gate_blocks ? count : gate_blocks - m % gate_blocks;
+        const int64_t units = H - unit < count * amx::kRows ? H - unit : count * amx::kRows;
+        amx::PackLeftAcross(d + r0 * d_stride + column[gate] * gate_stride + unit, d_stride, units,
+                            n, tiles_a, depth);
+        amx::Multiply(tiles_a, units, tiles_b, cols, depth, c + (gate * H + unit) * cols, cols,
+                      r0 > 0);
+      }
+      team.Sync();
+      return fits;
+    }
+    return false;
+  }
+
   void Tile(T* c, int64_t m, int count, int64_t tile, const T* a, const T* b, int64_t depth,
             bool accumulate) const {
     const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
@@ -131,11 +182,20 @@ FRNN_INLINE void LoadTileRow(const void* row, Storage s, int64_t n, int64_t widt
   for (int64_t i = n; i < width; i++) dst[i] = 0;
 }
 
+// Whether magnitudes, as bits, are at most those of `limit`; inf and NaN are not.
+template <class I>
+FRNN_INLINE bool Below(const I& magnitudes, float limit) {
+  bool below = true;
+  for (size_t i = 0; i < sizeof(I) / sizeof(int32_t); i++)
+    below &= magnitudes[i] <= bit_cast<int32_t>(limit);
+  return below;
+}
+
 template <class C, class V>
 void Layer<C, V>::Backward(const LayerGradParams& p) {
   static constexpr int kIdentity[1] = {0};
   const int threads = Threads(p);
-  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedGradRows);
+  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedGradRows), tiled = Tiled(p);
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
@@ -143,20 +203,30 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                 hs_stride = HsStride(p.H, p.Hout);
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
   const int64_t x_tiles = (p.I + kTileWidth - 1) / kTileWidth;
-  const int64_t x_rows =
-      p.rows < 768 ? 48 : 96;  // rows of dX at a time, whole blocks of them to a thread
+  // Rows of dX at a time, whole blocks of them to a thread.
+  const int64_t x_rows = (p.rows < 768 ? 48 : 96) * (tiled ? 2 : 1);
   const bool narrow = p.storage != kOwn;
   const int max_gates = C::kX > C::kH ? C::kX : C::kH;
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
   const int64_t grad_rows = max_gates * p.H;
   const bool stage_dy = p.dy != nullptr && narrow;
+  // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
+  // summed one by one, so that an operand stays in the second-level cache.
+  const int64_t gate_depth = amx::DepthBlocks(p.H), h_depth = C::kH * gate_depth,
+                gate_tiles = amx::Size(x_tiles * kTileWidth, gate_depth);
 
   struct Own {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *pack_a;
+    amx::Part *w_hh_tiles, *d_tiles, *tiles_a;
   };
   Own own[kMaxThreads];
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
     *pack_b = nullptr, *sum = nullptr, *dx_sum = nullptr;
+  // d of a step, by its parity; W_ih; the right side of dW.
+  amx::Part *d_tiles[2] = {nullptr, nullptr}, *w_ih_tiles = nullptr, *tiles_b = nullptr;
+  // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
+  std::atomic<bool> fit_w_hh{tiled}, fit_w_ih{tiled}, fit_d{tiled};
+  std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block{-1};
   Scratch scratch;
   scratch.Build([&](Scratch& s) {
     for (int i = 0; i < threads; i++) {
@@ -167,7 +237,14 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       own[i].db = s.Take<T>(own_panels * C::kD * kUnits);
       own[i].dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
       own[i].pack_a = s.Take<T>(WeightGrad<V>::PackASize(p.rows));
+      own[i].w_hh_tiles = s.Take<amx::Part>(tiled ? amx::Size(own_columns, h_depth) : 0);
+      own[i].d_tiles = s.Take<amx::Part>(tiled && p.dx ? amx::Size(x_rows, gate_depth) : 0);
+      own[i].tiles_a = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesASize(p.rows) : 0);
     }
+    for (amx::Part*& tiles : d_tiles)
+      tiles = s.Take<amx::Part>(tiled ? amx::Size(p.B, h_depth) : 0);
+    w_ih_tiles = s.Take<amx::Part>(tiled && p.dx ? C::kX * gate_tiles : 0);
+    tiles_b = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, widest) : 0);
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
@@ -187,6 +264,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                   last_vec = projected ? columns.end : mine.end * kPanelVecs;
     const int64_t first = first_vec * N, last = last_vec * N;
     const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
+    const amx::Session session(tiled);
 
     for (int dir = 0; dir < p.dirs; dir++) {
       const DirectionWeights& w = p.w[dir];
@@ -194,12 +272,23 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       const T* hs = static_cast<const T*>(p.hs) + dir * (p.B + p.rows) * hs_stride;
 
       // W_hh as the right operand of dh = d W_hh: per gate [H][own columns].
-      ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
-        constexpr int NV = decltype(nv)::value;
-        T* dst = my.w_hh + (v - first_vec) * N * C::kH * p.H;
-        if (v * N < p.Hout && !ReadInPlace<T>(unpacked, p.Hout, v * N, NV * N))
-          PackColumns<T>(w.w_hh, p.storage, C::kH * p.H, p.Hout, v * N, NV * N, dst);
-      });
+      bool packed = false;
+      const auto pack = [&] {
+        if (packed) return;
+        ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
+          constexpr int NV = decltype(nv)::value;
+          T* dst = my.w_hh + (v - first_vec) * N * C::kH * p.H;
+          if (v * N < p.Hout && !ReadInPlace<T>(unpacked, p.Hout, v * N, NV * N))
+            PackColumns<T>(w.w_hh, p.storage, C::kH * p.H, p.Hout, v * N, NV * N, dst);
+        });
+        packed = true;
+      };
+      if constexpr (kTiles)
+        for (int q = 0; q < C::kH && tiled && valid > 0; q++)
+          if (!amx::PackRight(static_cast<const T*>(w.w_hh) + q * p.H * p.Hout + first, p.Hout,
+                              amx::Order::kAcross, valid, p.H,
+                              my.w_hh_tiles + q * amx::BlockSize(gate_depth), h_depth))
+            fit_w_hh.store(false, std::memory_order_relaxed);
       if (projected)
         ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
           constexpr int NV = decltype(nv)::value;
@@ -258,6 +347,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                             });
         }
 
+        typename Lanes<V>::I largest{};  // of |d|, as bits
         for (int64_t i = mine.begin; i < mine.end; i++) {
           const int64_t unit = i * kUnits;
           const T* tape = Tape(p, dir, t, i);
@@ -304,6 +394,10 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
               for (int q = 0; q < C::kD; q++) {
                 store<V>(d_b + q * gate_stride, grad[q]);
                 bias[q] += grad[q];
+                if constexpr (kTiles) {
+                  const auto magnitude = bit_cast<typename Lanes<V>::I>(grad[q]) & 0x7fffffff;
+                  largest = magnitude > largest ? magnitude : largest;
+                }
               }
               if (!projected) store<V>(dh_b, dstate[0]);
               FRNN_UNROLL
@@ -314,8 +408,31 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
               store<V>(db + q * kUnits + j * N, load<V>(db + q * kUnits + j * N) + bias[q]);
           }
         }
+        const bool go_on = step + 1 < p.T || p.dh0;
+        // d of the own units as tiles, for the whole team.
+        const int64_t step_number = dir * p.T + step;
+        if constexpr (kTiles)
+          if (tiled) {
+            const int64_t end =
+                team.id + 1 == team.size ? gate_depth * amx::kDepth : mine.end * kUnits;
+            for (int q = 0; q < C::kH; q++)
+              amx::PackLeft(d + row * d_stride + C::kDh[q] * gate_stride, d_stride, n,
+                            mine.begin * kUnits, end, p.H,
+                            d_tiles[step & 1] + q * amx::BlockSize(gate_depth), h_depth);
+            if (!Below(largest, amx::kLargest)) {
+              misfit_d[step & 1].store(step_number, std::memory_order_relaxed);
+              fit_d.store(false, std::memory_order_relaxed);
+            }
+          }
         team.Sync();
-        if (step + 1 < p.T || p.dh0)
+        const bool step_tiles = tiled && fit_w_hh.load(std::memory_order_relaxed) &&
+                                misfit_d[step & 1].load(std::memory_order_relaxed) != step_number;
+        if constexpr (kTiles)
+          if (step_tiles && go_on && valid > 0)
+            amx::Multiply(d_tiles[step & 1], n, my.w_hh_tiles, valid, h_depth, dh + first, h_stride,
+                          !projected);
+        if (!step_tiles) pack();
+        if (go_on && !step_tiles)
           ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
             constexpr int NV = decltype(nv)::value;
             if (v * N >= p.Hout) return;
@@ -353,15 +470,44 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         // few, columns are.
         const bool by_columns = p.rows <= x_rows;
         const auto my_tiles = team.Split(x_tiles);
-        for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
+        bool tiles_fit = tiled && fit_d.load(std::memory_order_relaxed);
+        if constexpr (kTiles)
+          if (tiles_fit) {
+            for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
+              for (int q = 0; q < C::kX; q++) {
+                const int64_t col = tile * kTileWidth;
+                const T* from = static_cast<const T*>(w.w_ih) + q * p.H * p.I + col;
+                if (!amx::PackRight(from, p.I, amx::Order::kAcross,
+                                    p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
+                                    w_ih_tiles + q * gate_tiles + amx::Size(col, gate_depth),
+                                    gate_depth))
+                  fit_w_ih.store(false, std::memory_order_relaxed);
+              }
+            team.Sync();
+            tiles_fit = fit_w_ih.load(std::memory_order_relaxed);
+          }
+        for (int64_t tile = my_tiles.begin; tile < my_tiles.end && !tiles_fit; tile++)
           if (!ReadInPlace<T>(unpacked, p.I, tile * kTileWidth, kTileWidth))
             PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth,
                            w_ih + tile * kTileWidth * C::kX * p.H);
-        if (!by_columns) team.Sync();
+        if (!by_columns && !tiles_fit) team.Sync();
         const auto rows = by_columns ? Team::Range{0, p.rows} : team.Split(p.rows, x_rows);
         const auto tiles = by_columns ? my_tiles : Team::Range{0, x_tiles};
         for (int64_t r0 = rows.begin; r0 < rows.end; r0 += x_rows) {
           const int64_t n = rows.end - r0 < x_rows ? rows.end - r0 : x_rows;
+          if constexpr (kTiles)
+            if (tiles_fit) {
+              const int64_t col = tiles.begin * kTileWidth, end = tiles.end * kTileWidth;
+              for (int q = 0; q < C::kX && col < end; q++) {
+                amx::PackLeft(d + r0 * d_stride + C::kDx[q] * gate_stride, d_stride, n, 0,
+                              gate_depth * amx::kDepth, p.H, my.d_tiles, gate_depth);
+                amx::Multiply(my.d_tiles, n,
+                              w_ih_tiles + q * gate_tiles + amx::Size(col, gate_depth),
+                              (p.I < end ? p.I : end) - col, gate_depth,
+                              static_cast<T*>(p.dx) + r0 * p.I + col, p.I, q > 0 || dir == 1);
+              }
+              continue;
+            }
           for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
             const int64_t col = tile * kTileWidth,
                           width = p.I - col < kTileWidth ? p.I - col : kTileWidth;
@@ -396,6 +542,11 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       grad.pack_b = pack_b;
       grad.sum = sum;
       grad.storage = p.storage;
+      grad.tiled = tiled && fit_d.load(std::memory_order_relaxed);
+      grad.tiles_a = my.tiles_a;
+      grad.tiles_b = tiles_b;
+      grad.misfit = &misfit_block;
+      grad.number = 3 * dir * p.rows;
       if (dw.w_ih) {
         grad.gates = C::kX;
         grad.column = C::kDx;
@@ -408,6 +559,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                            kTileWidth, dst + r * kTileWidth);
         });
       }
+      grad.number += p.rows;
       if (dw.w_hh) {
         grad.gates = C::kH;
         grad.column = C::kDh;
@@ -421,6 +573,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         });
       }
       if (dw.w_hr) {
+        grad.tiled = false;  // dh_seq was not looked at
         grad.gates = 1;
         grad.H = p.Hout;
         grad.column = kIdentity;

@@ -1,0 +1,124 @@
+"""Batches that are large enough for the tile unit (csrc/cpu/amx.h), where the processor has one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import CELLS, pair
+from helpers import assert_no_worse, leave_kink, map_tensors, run
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+LAYERS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
+KWARGS = {"rnn_relu": {"nonlinearity": "relu"}}
+
+
+def layers(cell: str, inputs: int, hidden: int, **kwargs):
+    options = KWARGS.get(cell, {}) | kwargs
+    return pair(LAYERS[cell], inputs, hidden, dtype=torch.float32, **options)
+
+
+# Whole tiles and ragged edges, chunks of rows and less than one, one gate that ends inside a tile.
+SHAPES = [(5, 64, 64, 64), (9, 33, 50, 100), (40, 17, 130, 31), (3, 200, 33, 65)]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_accuracy(cell: str, shape: tuple[int, int, int, int], bidirectional: bool) -> None:
+    """No worse than torch.nn against float64: the bound of test_parity.test_low_precision."""
+    T, B, I, H = shape  # noqa: E741
+    theirs, ours = layers(cell, I, H, bidirectional=bidirectional)
+    x = torch.randn(T, B, I)
+    if cell == "rnn_relu":
+        x, _ = leave_kink((theirs, ours), x, None)
+    exact = run(copy.deepcopy(theirs).double(), x.double(), None, torch.float32)
+    assert_no_worse(run(ours, x, None), run(theirs, x, None), exact, terms=max(4 * H, I, B * T))
+
+
+def test_projection_and_packed_rows() -> None:
+    theirs, ours = layers("lstm", 48, 96, proj_size=40, bidirectional=True)
+    lengths = torch.randint(1, 30, (40,))
+    x = pack_padded_sequence(torch.randn(30, 40, 48), lengths, enforce_sorted=False)
+    exact = run(copy.deepcopy(theirs).double(), map_tensors(x, Tensor.double), None, torch.float32)
+    assert_no_worse(run(ours, x, None), run(theirs, x, None), exact, terms=40 * 30)
+
+
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        finite = want.isfinite()
+        scale = max(1.0, want[finite].abs().max().item()) if finite.any() else 1.0
+        torch.testing.assert_close(
+            actual[name], want, rtol=1e-4, atol=1e-5 * scale, equal_nan=True, msg=name
+        )
+
+
+WHERE = ["x", "h0", "weight_ih_l0", "weight_hh_l0", "dy"]
+LARGE, HUGE = [float("nan"), 1e30, 1e8], [float("inf"), float("-inf"), 3e38]
+# An infinite dy is left out: what is inf and what NaN depends on how a derivative is factored.
+OUTSIDE = [(w, v) for w in WHERE for v in (LARGE if w == "dy" else LARGE + HUGE)]
+
+
+@pytest.mark.parametrize("where, value", OUTSIDE)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_values_outside_the_range(cell: str, where: str, value: float) -> None:
+    """One element that tiles cannot hold: in its step or everywhere, vectors do the work."""
+    T, B, I, H = 12, 32, 40, 48  # noqa: E741
+    found = []
+    for module in layers(cell, I, H):
+        torch.manual_seed(1)
+        x, h0 = torch.randn(T, B, I), torch.randn(1, B, H)
+        dy = torch.randn(T, B, H)
+        target = {"x": x[7, 3], "h0": h0[0, 5], "dy": dy[6, 9]}.get(where)
+        if target is None:
+            target = getattr(module, where).data[11]
+        target[2] = value
+        x.requires_grad_()
+        y, _ = module(x, (h0, torch.zeros_like(h0)) if cell == "lstm" else h0)
+        y.backward(dy)
+        grads = {n: p.grad for n, p in module.named_parameters()}
+        found.append({"y": y.detach(), "dx": x.grad} | grads)
+    same(found[1], found[0])
+
+
+def test_growing_state() -> None:
+    """A relu layer whose h leaves the range on the way. No summand is negative: no cancellation."""
+    found = []
+    for module in layers("rnn_relu", 32, 64, bias=False):
+        with torch.no_grad():
+            module.weight_ih_l0.abs_()
+            module.weight_hh_l0.copy_(4 * torch.eye(64))
+        torch.manual_seed(1)
+        found.append(module(torch.rand(40, 32, 32))[0].detach())
+    assert found[0].max() > 2**40
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-30, 1e-38])
+def test_small_gradients(scale: float) -> None:
+    """Gradients keep their precision until they near the smallest normal number, 1.2e-38."""
+    theirs, ours = layers("gru", 32, 48)
+    x = torch.randn(10, 32, 32)
+    grads = []
+    for module in (theirs, ours):
+        module(x)[0].mul(scale).sum().backward()
+        grads.append({n: p.grad / scale for n, p in module.named_parameters()})
+    for name, want in grads[0].items():
+        tol = max(1e-5, 1e-36 / scale) * want.abs().max().item()
+        torch.testing.assert_close(grads[1][name], want, rtol=0, atol=tol, msg=name)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells_with_many_rows(cell: str) -> None:
+    name, kwargs = CELLS[cell]
+    theirs, ours = pair(name, 70, 90, dtype=torch.float32, **kwargs)
+    x, h = torch.randn(300, 70), torch.randn(300, 90)
+    if cell == "rnn_relu":
+        x, h = leave_kink((theirs, ours), x, h)
+    hx = (h, torch.randn(300, 90)) if cell == "lstm" else h
+    double = map_tensors((x, hx), Tensor.double)
+    exact = run(copy.deepcopy(theirs).double(), *double, cotangent_dtype=torch.float32)
+    assert_no_worse(run(ours, x, hx), run(theirs, x, hx), exact, terms=300)
