@@ -46,11 +46,12 @@ def test_core_and_cells_stand_alone(folder: str, allowed: tuple[str, ...]) -> No
             assert not own or name.startswith(allowed), f"{path.name} includes {name}"
 
 
-def test_engine_knows_no_cell_and_no_torch() -> None:
-    for path in sources("csrc/cpu", ".h", ".cpp"):
+@pytest.mark.parametrize("engine, other", [("cpu", "cuda/"), ("cuda", "cpu/")])
+def test_engine_knows_no_cell_and_no_torch(engine: str, other: str) -> None:
+    for path in sources(f"csrc/{engine}", ".h", ".cuh", ".cpp"):
         for name in includes(path):
             assert (
-                not name.startswith(("torch", "ATen", "c10", "cells/", "ops/", "cuda"))
+                not name.startswith(("torch", "ATen", "c10", "cells/", "ops/", other))
                 or name == "cells/registry.def"
             ), f"{path.name} includes {name}"
         words = set(re.findall(r"\w+", path.read_text().lower()))
@@ -58,7 +59,7 @@ def test_engine_knows_no_cell_and_no_torch() -> None:
 
 
 def test_binding_sees_no_kernel() -> None:
-    for path in sources("csrc/ops", ".cpp"):
+    for path in sources("csrc/ops", ".h", ".cpp"):
         own = {
             name
             for name in includes(path)

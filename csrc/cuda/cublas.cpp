@@ -18,7 +18,8 @@ namespace frnn {
 namespace cuda {
 namespace {
 
-constexpr int kDefaultMath = 0;                  // CUBLAS_DEFAULT_MATH
+// CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: partial sums stay float.
+constexpr int kMath = 16;
 constexpr int kNoTranspose = 0, kTranspose = 1;  // CUBLAS_OP_N, CUBLAS_OP_T
 constexpr int kFloat32 = 68, kFastTf32 = 77,
               kFloat64 = 70;       // CUBLAS_COMPUTE_32F, .._FAST_TF32, _64F
@@ -52,7 +53,7 @@ void Multiply(const CudaQueue& queue, const Product& p, bool allow_tf32) {
   const int compute =
       wide ? kFloat64 : (p.operands == Storage::kFloat && allow_tf32 ? kFastTf32 : kFloat32);
   // torch's handle comes with the mode of torch.matmul, which would round float32 behind our back.
-  Check(cublasSetMathMode(queue.blas, kDefaultMath), "cublasSetMathMode");
+  Check(cublasSetMathMode(queue.blas, kMath), "cublasSetMathMode");
   // cuBLAS is column-major, where a row-major matrix reads as its transpose: C^T = op(B)^T op(A)^T.
   Check(cublasGemmEx_64(queue.blas, p.transpose_b ? kTranspose : kNoTranspose,
                         p.transpose_a ? kTranspose : kNoTranspose, p.n, p.m, p.k,

@@ -1,0 +1,19 @@
+"""Builds the CUDA library against this CUDA build of torch and resolves every symbol of it.
+
+Needs nvcc but no card: FUSED_RNN_CUDA_ARCH must name what to compile for. ``make cuda-link``.
+"""
+
+import ctypes
+import os
+import sys
+
+import fused_rnn.ops  # noqa: F401  defines the operators that the library implements
+from fused_rnn import build
+
+state = build._state_of("cuda", "native")
+if state.failure:
+    sys.exit(str(state.failure))
+library = ctypes.CDLL(str(state.library), mode=os.RTLD_NOW)
+for cell in build.cells():
+    assert library.frnn_cell_fact(cell.name.encode(), 0) >= 0, f"{cell.name} is not in the library"
+print(f"{state.library}: {state.origin}, all symbols are there")
