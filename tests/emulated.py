@@ -1,8 +1,9 @@
 """The CUDA engine without a card: csrc/cuda, unchanged, compiled for the host on top of tests/cpp.
 
-The library has the same operators as on a card, for CPU tensors; only the matrix products, streams
-and graphs are stand-ins (tests/cpp/host.cpp). With FUSED_RNN_TEST_ENGINE=emulated the tests run on
-it in place of the CPU's library.
+The library has the same operators as on a card, for CPU tensors; only matrix products, streams and
+graphs are stand-ins (tests/cpp/host.cpp). With FUSED_RNN_TEST_ENGINE=emulated the tests run on it
+in place of the CPU's library; with emulated-asan on one whose accesses to memory are checked, in a
+process that preloads the sanitizer (see test_cuda_engine.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch.utils.cpp_extension import include_paths
 from fused_rnn import build
 
 ROOT = Path(__file__).resolve().parents[1]
-WANTED = os.environ.get("FUSED_RNN_TEST_ENGINE") == "emulated"
+ENGINE = os.environ.get("FUSED_RNN_TEST_ENGINE", "")
+WANTED = ENGINE.startswith("emulated")
 STAND_INS = ["host.cpp", "emulate.cpp"]  # of tests/cpp
 REPLACED = ["cublas.cpp", "graph.cpp", "device.cpp"]  # of csrc/cuda, by the former
 
@@ -26,6 +28,10 @@ REPLACED = ["cublas.cpp", "graph.cpp", "device.cpp"]  # of csrc/cuda, by the for
 def compile_library() -> Path:
     """The library, from ``build/`` if it was made of the same sources before."""
     flags = [*build.BASE_FLAGS, "-DFUSED_RNN_EMULATE", f"-I{ROOT / 'tests/cpp'}", f"-I{build.CSRC}"]
+    link_flags = build.LINK_FLAGS
+    if ENGINE.endswith("-asan"):
+        flags += ["-O1", "-g1", "-fsanitize=address", "-Wno-maybe-uninitialized"]
+        link_flags = ["-shared", "-fopenmp", "-fsanitize=address"]
     sources = [*build.source_files("cuda"), *sorted((ROOT / "tests/cpp").glob("*.[ch]*"))]
     digest = hashlib.sha256(repr([flags, torch.__version__, build.find_compiler()]).encode())
     for path in sources:
@@ -56,7 +62,7 @@ def compile_library() -> Path:
         lines.append(f"build {number}.o: compile {build._ninja_path(path)}")
         lines.append(f"  flags = {build._ninja_words(own)}")
     lines.append(f"build made.so: link {' '.join(f'{n}.o' for n in range(len(units)))}")
-    lines.append(f"  flags = {build._ninja_words([*build.LINK_FLAGS, *libraries])}\n")
+    lines.append(f"  flags = {build._ninja_words([*link_flags, *libraries])}\n")
     (folder / "build.ninja").write_text("\n".join(lines))
     command = [build.find_ninja(), "-C", str(folder), "-j", str(build.max_jobs())]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -7,9 +7,11 @@ compile_gate.py, and on a card by test_cuda.py.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import emulated
@@ -111,6 +113,32 @@ def test_variant_can_be_forced(plan):
     steps, graph, bad = plan([(*problem, "steps"), (*problem, "graph"), (*problem, "fast")])
     assert (steps[0], graph[0]) == (STEPS, GRAPH) and steps[1:] == graph[1:]
     assert bad == "invalid: FUSED_RNN_VARIANT is 'fast': use steps or graph"
+
+
+def test_stays_in_bounds() -> None:
+    """No kernel and no product of the engine reads or writes past a tensor or its workspace."""
+    compiler = build.find_compiler().command
+    preload = subprocess.run(
+        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(preload).is_file():
+        pytest.skip("this compiler has no address sanitizer")
+    env = {
+        **os.environ,
+        "FUSED_RNN_TEST_ENGINE": "emulated-asan",
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
+    done = subprocess.run(
+        [*command, "-k", "agrees_with_float64 or edges"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 def test_more_than_2_31_elements(tmp_path):
