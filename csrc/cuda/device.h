@@ -19,9 +19,7 @@
 namespace frnn {
 namespace cuda {
 
-#ifdef FUSED_RNN_EMULATE
-using namespace ::fused_rnn::cuda;
-#else
+#ifndef FUSED_RNN_EMULATE
 inline void Check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(status));

@@ -1,0 +1,166 @@
+"""The emulation of CUDA device code on the CPU (tests/cpp/emulate.h), checked against itself.
+
+tests/cpp/test_emulation.cpp holds small kernels and their mutants: a barrier, a poll or a wait that
+is taken out must be found. It is built three times: plain, with the address and undefined behaviour
+sanitizers, and with the race check, which is the thread sanitizer told of CUDA's threads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fused_rnn import build
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "tests" / "cpp"
+CASES = [
+    "cluster",
+    "conversions",
+    "coordinates",
+    "copies",
+    "flag",
+    "grid",
+    "mailbox",
+    "matrices",
+    "named",
+    "reduction",
+    "reports",
+    "scatter",
+    "warp",
+    "words",
+]
+# What the other cases check is not order, or, as "reports", not done by the race check.
+RACES = [
+    "cluster",
+    "copies",
+    "flag",
+    "grid",
+    "mailbox",
+    "named",
+    "reduction",
+    "scatter",
+    "warp",
+    "words",
+]
+
+try:
+    COMPILER = list(build.find_compiler().command)
+except build.BuildError as error:
+    pytest.skip(f"{error}", allow_module_level=True)
+
+
+def compile_with(target: Path, *arguments: str) -> Path:
+    command = [*COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{FOLDER}"]
+    done = subprocess.run(
+        [*command, *arguments, "-o", str(target)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def works(folder: Path, flag: str) -> bool:
+    """Whether programs built with the flag compile, link and run here."""
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text("int main() {}\n")
+    for command in ([*COMPILER, flag, str(source), "-o", str(program)], [str(program)]):
+        if subprocess.run(command, capture_output=True, timeout=60).returncode:
+            return False
+    return True
+
+
+def run(program: Path, *cases: str) -> str:
+    done = subprocess.run([program, *cases], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Path:
+    """-rdynamic: reports name kernels by their symbols."""
+    sources = [str(FOLDER / "test_emulation.cpp"), str(FOLDER / "emulate.cpp")]
+    return compile_with(folder / "plain", "-O1", "-rdynamic", *sources)
+
+
+@pytest.fixture(scope="module")
+def sanitized(folder: Path) -> Path:
+    # A store through null is a case of "reports", and goes on to the fault that it expects.
+    flag = "-fsanitize=address,undefined"
+    if not works(folder, flag):
+        pytest.skip(f"{COMPILER[0]} has no working {flag}")
+    options = [flag, "-fno-sanitize=null", "-fno-sanitize-recover=undefined", "-g1", "-rdynamic"]
+    sources = [str(FOLDER / "test_emulation.cpp"), str(FOLDER / "emulate.cpp")]
+    return compile_with(folder / "sanitized", "-O0", *options, *sources)
+
+
+@pytest.fixture(scope="module")
+def races(folder: Path) -> Path:
+    """The kernels are instrumented, the machine under them is not."""
+    flag = "-fsanitize=thread"
+    if not works(folder, flag):
+        pytest.skip(f"{COMPILER[0]} has no working {flag}")
+    machine = compile_with(
+        folder / "machine.o",
+        *("-c", "-O2", "-DFUSED_RNN_EMULATE_RACES", str(FOLDER / "emulate.cpp")),
+    )
+    options = [flag, "-DRACES", "-O0", "-g1", "-rdynamic"]
+    return compile_with(
+        folder / "races", *options, str(FOLDER / "test_emulation.cpp"), str(machine)
+    )
+
+
+def test_all_cases_are_run(plain: Path) -> None:
+    assert run(plain).split() == CASES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_emulation(plain: Path, case: str) -> None:
+    assert run(plain, case)
+
+
+def test_under_sanitizers(sanitized: Path) -> None:
+    assert run(sanitized, *CASES)
+
+
+@pytest.mark.parametrize("case", RACES)
+def test_race_check(races: Path, case: str) -> None:
+    assert run(races, case)
+
+
+def test_shared_keyword_is_refused(folder: Path) -> None:
+    """A function's static in place of a shared variable would be one for all CTAs."""
+    source = folder / "shared.cpp"
+    source.write_text(
+        '#include "emulate.h"\n'
+        "__global__ void k(float* p) {\n  __shared__ float box[32];\n  *p = box[0];\n}\n"
+    )
+    done = subprocess.run(
+        [*COMPILER, "-std=c++17", f"-I{FOLDER}", "-fsyntax-only", str(source)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0 and "declare shared memory by FRNN_SHARED" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_primitives_compile(folder: Path, arch: str) -> None:
+    """Every primitive of csrc/cuda/primitives.h is valid PTX. No card is needed."""
+    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run(
+        [*command, "-o", os.devnull, str(FOLDER / "primitives.cu")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
