@@ -15,9 +15,12 @@ LAYERS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
 KWARGS = {"rnn_relu": {"nonlinearity": "relu"}}
 
 
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
 def layers(cell: str, inputs: int, hidden: int, **kwargs):
-    options = KWARGS.get(cell, {}) | kwargs
-    return pair(LAYERS[cell], inputs, hidden, dtype=torch.float32, **options)
+    options = {"dtype": torch.float32} | KWARGS.get(cell, {}) | kwargs
+    return pair(LAYERS[cell], inputs, hidden, **options)
 
 
 # Whole tiles and ragged edges, chunks of rows and less than one, one gate that ends inside a tile.
@@ -26,24 +29,38 @@ SHAPES = [(5, 64, 64, 64), (9, 33, 50, 100), (40, 17, 130, 31), (3, 200, 33, 65)
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "two"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("cell", LAYERS)
-def test_accuracy(cell: str, shape: tuple[int, int, int, int], bidirectional: bool) -> None:
+def test_accuracy(
+    cell: str, dtype: torch.dtype, shape: tuple[int, int, int, int], bidirectional: bool
+) -> None:
     """No worse than torch.nn against float64: the bound of test_parity.test_low_precision."""
     T, B, I, H = shape  # noqa: E741
-    theirs, ours = layers(cell, I, H, bidirectional=bidirectional)
-    x = torch.randn(T, B, I)
+    theirs, ours = layers(cell, I, H, bidirectional=bidirectional, dtype=dtype)
+    x = torch.randn(T, B, I, dtype=dtype)
     if cell == "rnn_relu":
         x, _ = leave_kink((theirs, ours), x, None)
-    exact = run(copy.deepcopy(theirs).double(), x.double(), None, torch.float32)
+    exact = run(copy.deepcopy(theirs).double(), x.double(), None, dtype)
     assert_no_worse(run(ours, x, None), run(theirs, x, None), exact, terms=max(4 * H, I, B * T))
 
 
-def test_projection_and_packed_rows() -> None:
-    theirs, ours = layers("lstm", 48, 96, proj_size=40, bidirectional=True)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_projection_and_packed_rows(dtype: torch.dtype) -> None:
+    theirs, ours = layers("lstm", 48, 96, proj_size=40, bidirectional=True, dtype=dtype)
     lengths = torch.randint(1, 30, (40,))
-    x = pack_padded_sequence(torch.randn(30, 40, 48), lengths, enforce_sorted=False)
-    exact = run(copy.deepcopy(theirs).double(), map_tensors(x, Tensor.double), None, torch.float32)
+    rows = torch.randn(30, 40, 48, dtype=dtype)
+    x = pack_padded_sequence(rows, lengths, enforce_sorted=False)
+    exact = run(copy.deepcopy(theirs).double(), map_tensors(x, Tensor.double), None, dtype)
     assert_no_worse(run(ours, x, None), run(theirs, x, None), exact, terms=40 * 30)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_rows_apart(dtype: torch.dtype) -> None:
+    """batch_first: the rows of a step lie T rows apart, and those of a chunk at no one stride."""
+    theirs, ours = layers("gru", 48, 64, batch_first=True, dtype=dtype)
+    x = torch.randn(32, 20, 48, dtype=dtype)
+    exact = run(copy.deepcopy(theirs).double(), x.double(), None, dtype)
+    assert_no_worse(run(ours, x, None), run(theirs, x, None), exact, terms=640)
 
 
 def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -122,3 +139,24 @@ def test_cells_with_many_rows(cell: str) -> None:
     double = map_tensors((x, hx), Tensor.double)
     exact = run(copy.deepcopy(theirs).double(), *double, cotangent_dtype=torch.float32)
     assert_no_worse(run(ours, x, hx), run(theirs, x, hx), exact, terms=300)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("shape", [(9, 33, 50, 100), (1, 13, 64, 80), (3, 2, 40, 600)], ids=str)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_same_for_any_number_of_threads(
+    cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """On tiles, for few rows in all (weights as they lie), and for few rows of a wide layer."""
+    T, B, I, H = shape  # noqa: E741
+    _, module = layers(cell, I, H, dtype=dtype)
+    x = torch.randn(T, B, I, dtype=dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(module, x, None))
+    finally:
+        torch.set_num_threads(before)
+    for name, want in found[0].items():
+        assert all(torch.equal(other[name], want) for other in found[1:]), name

@@ -63,7 +63,17 @@ FRNN_AMX_INLINE __m512 Widen(__m256i parts) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(parts), 16));
 }
 
-// The kParts of 32 floats, each with those of `low` in its lower half.
+// 16 elements of a storage type as floats, zero where the mask is not set.
+template <Storage kStorage>
+FRNN_AMX_INLINE __m512 LoadFloats(const void* p, int64_t i, __mmask16 mask) {
+  if constexpr (kStorage == Storage::kFloat)
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + i);
+  return kStorage == Storage::kHalf ? _mm512_cvtph_ps(half) : Widen(half);
+}
+
+// The parts of 32 floats, each with those of `low` in its lower half.
+template <int kParts>
 FRNN_AMX_INLINE void Split(__m512 low, __m512 high, __m512i (&parts)[kParts]) {
 #pragma GCC unroll 3
   for (int i = 0; i < kParts; i++) {
@@ -120,11 +130,11 @@ FRNN_AMX_INLINE void Transpose16(__m512i (&v)[16]) {
   for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
-// The kParts tiles of one block of rows and depth. Pairs of adjacent k are 32 bits: a left tile is
-// [row][pair], a right one [pair][column].
-template <Order kOrder, bool kLeft>
-FRNN_AMX_INLINE void PackTile(const float* a, int64_t lda, int64_t rows, int64_t K, Part* out,
-                              __m512i& largest) {
+// The tiles of one block of rows and depth; `a` is its first element. Pairs of adjacent k are 32 bits:
+// a left tile is [row][pair], a right one [pair][column].
+template <Storage kStorage, int kParts, Order kOrder, bool kLeft>
+FRNN_AMX_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_t rows, int64_t K,
+                              Part* out, __m512i& largest) {
   constexpr bool kAlong = kOrder == Order::kAlong;
   // Takes the 16 lanes of two vectors in turn.
   const __m512i interleave =
@@ -137,12 +147,12 @@ FRNN_AMX_INLINE void PackTile(const float* a, int64_t lda, int64_t rows, int64_t
     __m512 low = _mm512_setzero_ps(), high = low;
     if constexpr (kAlong) {
       if (i < rows) {
-        low = _mm512_maskz_loadu_ps(low_mask, a + i * lda);
-        high = _mm512_maskz_loadu_ps(high_mask, a + i * lda + 16);
+        low = LoadFloats<kStorage>(a, first + i * lda, low_mask);
+        high = LoadFloats<kStorage>(a, first + i * lda + 16, high_mask);
       }
     } else {
-      if (2 * i < K) low = _mm512_maskz_loadu_ps(low_mask, a + 2 * i * lda);
-      if (2 * i + 1 < K) high = _mm512_maskz_loadu_ps(high_mask, a + (2 * i + 1) * lda);
+      if (2 * i < K) low = LoadFloats<kStorage>(a, first + 2 * i * lda, low_mask);
+      if (2 * i + 1 < K) high = LoadFloats<kStorage>(a, first + (2 * i + 1) * lda, high_mask);
     }
     TrackLargest(largest, low);
     TrackLargest(largest, high);
@@ -159,19 +169,41 @@ FRNN_AMX_INLINE void PackTile(const float* a, int64_t lda, int64_t rows, int64_t
   }
 }
 
-template <Order kOrder, bool kLeft>
-FRNN_AMX bool PackBlocks(const float* a, int64_t lda, int64_t rows, int64_t K, Part* out,
-                         int64_t depth_blocks) {
-  constexpr int64_t kRowStep = kRows, kDepthStep = kDepth;
+template <Storage kStorage, int kParts, Order kOrder, bool kLeft>
+FRNN_AMX bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
   __m512i largest = _mm512_setzero_si512();
   for (int64_t i = 0; i == 0 || i < Blocks(rows); i++)
     for (int64_t k = 0; k < DepthBlocks(K); k++) {
-      const int64_t along = k * kDepthStep, across = i * kRowStep;
-      PackTile<kOrder, kLeft>(
-          kOrder == Order::kAlong ? a + across * lda + along : a + along * lda + across, lda,
+      const int64_t along = k * kDepth, across = i * kRows;
+      PackTile<kStorage, kParts, kOrder, kLeft>(
+          a, kOrder == Order::kAlong ? across * lda + along : along * lda + across, lda,
           rows - across < kRows ? rows - across : kRows, K - along < kDepth ? K - along : kDepth,
-          out + i * BlockSize(depth_blocks) + k * kParts * kTile, largest);
+          out.tiles + i * out.BlockSize() + k * kParts * kTile, largest);
     }
+  return Fits(largest);
+}
+
+template <Storage kStorage, int kParts>
+FRNN_AMX bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
+                         int64_t K, const Operand& out) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t k = k0 / kDepth; k * kDepth < k1; k++) {
+    const int64_t begin = k * kDepth;
+    const uint32_t stored = Mask(k0 - begin, k1 - begin), mask = stored & Mask(0, K - begin);
+    const __mmask16 low_mask = __mmask16(mask), high_mask = __mmask16(mask >> 16);
+    for (int64_t r = 0; r < rows; r++) {
+      const __m512 low = LoadFloats<kStorage>(a, r * lda + begin, low_mask);
+      const __m512 high = LoadFloats<kStorage>(a, r * lda + begin + 16, high_mask);
+      TrackLargest(largest, low);
+      TrackLargest(largest, high);
+      __m512i parts[kParts];
+      Split(low, high, parts);
+      Part* line =
+          out.tiles + r / kRows * out.BlockSize() + k * kParts * kTile + r % kRows * kDepth;
+#pragma GCC unroll 3
+      for (int i = 0; i < kParts; i++) _mm512_mask_storeu_epi16(line + i * kTile, stored, parts[i]);
+    }
+  }
   return Fits(largest);
 }
 
@@ -211,34 +243,60 @@ FRNN_AMX_INLINE void StoreSums(float (*sums)[kRows * kRows]) {
   MemoryFence();
 }
 
-// sums[2 i + j] = left block i times right block j; blocks lie `step` apart.
-FRNN_AMX void Square(const Part* a, const Part* b, int64_t step, int64_t depth_blocks,
-                     float (*sums)[kRows * kRows]) {
+// The products of parts (left, right), the small ones first. Each shares a part with the one before.
+struct Pair {
+  int left, right;
+};
+template <int kLeftParts, int kRightParts>
+struct Pairs;
+template <>
+struct Pairs<3, 3> {
+  static constexpr int kSmall = 5;
+  static constexpr Pair kPairs[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}};
+};
+template <>
+struct Pairs<2, 2> {
+  static constexpr int kSmall = 2;
+  static constexpr Pair kPairs[] = {{1, 0}, {0, 1}};
+};
+template <>
+struct Pairs<2, 1> {
+  static constexpr int kSmall = 1;
+  static constexpr Pair kPairs[] = {{1, 0}};
+};
+template <>
+struct Pairs<1, 1> {
+  static constexpr int kSmall = 0;
+  static constexpr Pair kPairs[] = {{0, 0}};  // not used
+};
+
+// sums[2 i + j] = left block i times right block j.
+template <int kLeftParts, int kRightParts>
+FRNN_AMX void Square(const Operand& a, const Operand& b, float (*sums)[kRows * kRows]) {
+  using P = Pairs<kLeftParts, kRightParts>;
+  const int64_t a_step = a.BlockSize(), b_step = b.BlockSize();
   MemoryFence();
   ZeroSums();
-  for (int64_t k = 0; k < depth_blocks; k++) {
-    const Part *left = a + k * kParts * kTile, *right = b + k * kParts * kTile;
-    LoadLeft(left + 2 * kTile, step);
-    LoadRight(right, step);
-    MultiplySquare();
-    LoadLeft(left + kTile, step);
-    MultiplySquare();
-    LoadRight(right + kTile, step);
-    MultiplySquare();
-    LoadLeft(left, step);
-    MultiplySquare();
-    LoadRight(right + 2 * kTile, step);
-    MultiplySquare();
+  for (int64_t k = 0; k < a.depth_blocks && P::kSmall > 0; k++) {
+    const Part *left = a.tiles + k * kLeftParts * kTile, *right = b.tiles + k * kRightParts * kTile;
+#pragma GCC unroll 5
+    for (int i = 0; i < P::kSmall; i++) {
+      if (i == 0 || P::kPairs[i].left != P::kPairs[i - 1].left)
+        LoadLeft(left + P::kPairs[i].left * kTile, a_step);
+      if (i == 0 || P::kPairs[i].right != P::kPairs[i - 1].right)
+        LoadRight(right + P::kPairs[i].right * kTile, b_step);
+      MultiplySquare();
+    }
   }
-  for (int64_t k = 0; k < depth_blocks; k++) {
-    LoadLeft(a + k * kParts * kTile, step);
-    LoadRight(b + k * kParts * kTile, step);
+  for (int64_t k = 0; k < a.depth_blocks; k++) {
+    LoadLeft(a.tiles + k * kLeftParts * kTile, a_step);
+    LoadRight(b.tiles + k * kRightParts * kTile, b_step);
     MultiplySquare();
   }
   StoreSums(sums);
 }
 
-// Up to four tiles of one side times one of the other: `many` tiles lie `step` apart.
+// Up to four tiles of one side times one of the other: the `many` lie `step` apart.
 template <int kCount, bool kManyLeft>
 FRNN_AMX_INLINE void MultiplyStrip(const Part* many, int64_t step, const Part* one) {
   _tile_loadd(7, one, kBytesPerRow);
@@ -258,38 +316,27 @@ FRNN_AMX_INLINE void MultiplyStrip(const Part* many, int64_t step, const Part* o
 #undef FRNN_STRIP
 }
 
-template <int kCount, bool kManyLeft>
-FRNN_AMX void Strip(const Part* many, const Part* one, int64_t step, int64_t depth_blocks,
-                    float (*sums)[kRows * kRows]) {
+// sums[i] = the product of block i of the one side with the first block of the other.
+template <int kLeftParts, int kRightParts, int kCount, bool kManyLeft>
+FRNN_AMX void Strip(const Operand& a, const Operand& b, float (*sums)[kRows * kRows]) {
+  using P = Pairs<kLeftParts, kRightParts>;
+  const int64_t step = kManyLeft ? a.BlockSize() : b.BlockSize();
+  const Part *left = a.tiles, *right = b.tiles;
   MemoryFence();
   ZeroSums();
-  // The order of the sum in Square, (left part, right part).
-  static constexpr int kSmall[5][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}};
-  for (int64_t k = 0; k < depth_blocks; k++) {
-    const Part *m = many + k * kParts * kTile, *o = one + k * kParts * kTile;
+  for (int64_t k = 0; k < a.depth_blocks && P::kSmall > 0; k++) {
 #pragma GCC unroll 5
-    for (int i = 0; i < 5; i++)
-      MultiplyStrip<kCount, kManyLeft>(m + kSmall[i][kManyLeft ? 0 : 1] * kTile, step,
-                                       o + kSmall[i][kManyLeft ? 1 : 0] * kTile);
+    for (int i = 0; i < P::kSmall; i++) {
+      const Part* l = left + (k * kLeftParts + P::kPairs[i].left) * kTile;
+      const Part* r = right + (k * kRightParts + P::kPairs[i].right) * kTile;
+      MultiplyStrip<kCount, kManyLeft>(kManyLeft ? l : r, step, kManyLeft ? r : l);
+    }
   }
-  for (int64_t k = 0; k < depth_blocks; k++)
-    MultiplyStrip<kCount, kManyLeft>(many + k * kParts * kTile, step, one + k * kParts * kTile);
+  for (int64_t k = 0; k < a.depth_blocks; k++) {
+    const Part *l = left + k * kLeftParts * kTile, *r = right + k * kRightParts * kTile;
+    MultiplyStrip<kCount, kManyLeft>(kManyLeft ? l : r, step, kManyLeft ? r : l);
+  }
   StoreSums(sums);
-}
-
-template <bool kManyLeft>
-FRNN_AMX void StripOf(int64_t count, const Part* many, const Part* one, int64_t step,
-                      int64_t depth_blocks, float (*sums)[kRows * kRows]) {
-  switch (count) {
-    case 1:
-      return Strip<1, kManyLeft>(many, one, step, depth_blocks, sums);
-    case 2:
-      return Strip<2, kManyLeft>(many, one, step, depth_blocks, sums);
-    case 3:
-      return Strip<3, kManyLeft>(many, one, step, depth_blocks, sums);
-    default:
-      return Strip<4, kManyLeft>(many, one, step, depth_blocks, sums);
-  }
 }
 
 // c[rows][columns] (+)= sum, at most one tile.
@@ -317,69 +364,97 @@ Session::~Session() {
   if (on_) ReleaseTiles();
 }
 
-FRNN_AMX bool PackLeft(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1, int64_t K,
-                       Part* out, int64_t depth_blocks) {
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t k = k0 / kDepth; k * kDepth < k1; k++) {
-    const int64_t begin = k * kDepth;
-    const uint32_t stored = Mask(k0 - begin, k1 - begin), mask = stored & Mask(0, K - begin);
-    const __mmask16 low_mask = __mmask16(mask), high_mask = __mmask16(mask >> 16);
-    for (int64_t r = 0; r < rows; r++) {
-      const float* p = a + r * lda + begin;
-      const __m512 low = _mm512_maskz_loadu_ps(low_mask, p);
-      const __m512 high = _mm512_maskz_loadu_ps(high_mask, p + 16);
-      TrackLargest(largest, low);
-      TrackLargest(largest, high);
-      __m512i parts[kParts];
-      Split(low, high, parts);
-      Part* line =
-          out + r / kRows * BlockSize(depth_blocks) + k * kParts * kTile + r % kRows * kDepth;
-#pragma GCC unroll 3
-      for (int i = 0; i < kParts; i++) _mm512_mask_storeu_epi16(line + i * kTile, stored, parts[i]);
-    }
+bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
+              int64_t K, const Operand& out) {
+  switch (out.parts) {
+    case 1:
+      return s == Storage::kFloat ? PackRowsOf<Storage::kFloat, 1>(a, lda, rows, k0, k1, K, out)
+                                  : PackRowsOf<Storage::kBFloat16, 1>(a, lda, rows, k0, k1, K, out);
+    case 2:
+      return s == Storage::kFloat ? PackRowsOf<Storage::kFloat, 2>(a, lda, rows, k0, k1, K, out)
+                                  : PackRowsOf<Storage::kHalf, 2>(a, lda, rows, k0, k1, K, out);
+    default:
+      return PackRowsOf<Storage::kFloat, 3>(a, lda, rows, k0, k1, K, out);
   }
-  return Fits(largest);
 }
 
-bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, Part* out,
-                    int64_t depth_blocks) {
-  return PackBlocks<Order::kAcross, true>(a, lda, rows, K, out, depth_blocks);
+bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
+  return out.parts == 2
+             ? PackBlocks<Storage::kFloat, 2, Order::kAcross, true>(a, lda, rows, K, out)
+             : PackBlocks<Storage::kFloat, 3, Order::kAcross, true>(a, lda, rows, K, out);
 }
 
-bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_t K, Part* out,
-               int64_t depth_blocks) {
+namespace {
+template <Storage kStorage, int kParts>
+bool PackRightOf(const void* b, int64_t ldb, Order order, int64_t columns, int64_t K,
+                 const Operand& out) {
   return order == Order::kAlong
-             ? PackBlocks<Order::kAlong, false>(b, ldb, columns, K, out, depth_blocks)
-             : PackBlocks<Order::kAcross, false>(b, ldb, columns, K, out, depth_blocks);
+             ? PackBlocks<kStorage, kParts, Order::kAlong, false>(b, ldb, columns, K, out)
+             : PackBlocks<kStorage, kParts, Order::kAcross, false>(b, ldb, columns, K, out);
+}
+}  // namespace
+
+bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
+               const Operand& out) {
+  switch (out.parts) {
+    case 1:
+      return s == Storage::kFloat
+                 ? PackRightOf<Storage::kFloat, 1>(b, ldb, order, columns, K, out)
+                 : PackRightOf<Storage::kBFloat16, 1>(b, ldb, order, columns, K, out);
+    case 2:
+      return s == Storage::kFloat ? PackRightOf<Storage::kFloat, 2>(b, ldb, order, columns, K, out)
+                                  : PackRightOf<Storage::kHalf, 2>(b, ldb, order, columns, K, out);
+    default:
+      return PackRightOf<Storage::kFloat, 3>(b, ldb, order, columns, K, out);
+  }
 }
 
-FRNN_AMX void Multiply(const Part* a, int64_t M, const Part* b, int64_t N, int64_t depth_blocks,
-                       float* c, int64_t ldc, bool accumulate) {
-  const int64_t step = BlockSize(depth_blocks), rows = Blocks(M), columns = Blocks(N);
+namespace {
+template <int kLeftParts, int kRightParts>
+FRNN_AMX void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c,
+                            int64_t ldc, bool accumulate) {
+  const int64_t rows = Blocks(M), columns = Blocks(N);
   alignas(64) float sums[4][kRows * kRows];
   // The right operand is the larger one: walk it once.
   for (int64_t j = 0; j < columns; j += 2) {
     const bool pair = j + 1 < columns;
-    for (int64_t i = 0; i < rows;) {
-      const int64_t left = rows - i;
-      int64_t done_rows, done_columns = 1;
-      if (pair && left >= 2) {
-        Square(a + i * step, b + j * step, step, depth_blocks, sums);
-        done_rows = done_columns = 2;
-      } else if (pair) {
-        StripOf<false>(2, b + j * step, a + i * step, step, depth_blocks, sums);
-        done_rows = 1;
-        done_columns = 2;
-      } else {
-        done_rows = left < 4 ? left : 4;
-        StripOf<true>(done_rows, a + i * step, b + j * step, step, depth_blocks, sums);
-      }
-      for (int64_t u = 0; u < done_rows; u++)
-        for (int64_t v = 0; v < done_columns; v++)
-          Deliver(sums[u * done_columns + v], M - (i + u) * kRows, N - (j + v) * kRows,
+    const Operand right = b.Row(j * kRows);
+    for (int64_t i = 0, done; i < rows; i += done) {
+      const Operand left = a.Row(i * kRows);
+      done = pair ? (rows - i < 2 ? 1 : 2) : (rows - i < 4 ? rows - i : 4);
+      if (pair && done == 2)
+        Square<kLeftParts, kRightParts>(left, right, sums);
+      else if (pair)
+        Strip<kLeftParts, kRightParts, 2, false>(left, right, sums);
+      else if (done == 1)
+        Strip<kLeftParts, kRightParts, 1, true>(left, right, sums);
+      else if (done == 2)
+        Strip<kLeftParts, kRightParts, 2, true>(left, right, sums);
+      else if (done == 3)
+        Strip<kLeftParts, kRightParts, 3, true>(left, right, sums);
+      else
+        Strip<kLeftParts, kRightParts, 4, true>(left, right, sums);
+      const int across = pair ? 2 : 1;
+      for (int64_t u = 0; u < done; u++)
+        for (int v = 0; v < across; v++)
+          Deliver(sums[u * across + v], M - (i + u) * kRows, N - (j + v) * kRows,
                   c + (i + u) * kRows * ldc + (j + v) * kRows, ldc, accumulate);
-      i += done_rows;
     }
+  }
+}
+}  // namespace
+
+void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
+              bool accumulate) {
+  switch (a.parts * 4 + b.parts) {
+    case 3 * 4 + 3:
+      return MultiplyParts<3, 3>(a, M, b, N, c, ldc, accumulate);
+    case 2 * 4 + 2:
+      return MultiplyParts<2, 2>(a, M, b, N, c, ldc, accumulate);
+    case 2 * 4 + 1:
+      return MultiplyParts<2, 1>(a, M, b, N, c, ldc, accumulate);
+    default:
+      return MultiplyParts<1, 1>(a, M, b, N, c, ldc, accumulate);
   }
 }
 

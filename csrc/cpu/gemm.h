@@ -175,40 +175,75 @@ FRNN_INLINE void Transpose(V (&v)[Lanes<V>::kSize]) {
   }
 }
 
+// v[0][i] = the sum of the lanes of v[i]; the others are lost.
+template <class V, int kStride = 1>
+FRNN_INLINE void SumLanes(V (&v)[Lanes<V>::kSize]) {
+  constexpr int N = Lanes<V>::kSize;
+  using Sequence = std::make_integer_sequence<int, N>;
+  if constexpr (kStride < N) {
+    FRNN_UNROLL
+    for (int i = 0; i < N; i += 2 * kStride)
+      v[i] = Exchange<V, kStride, false>(v[i], v[i + kStride], Sequence()) +
+             Exchange<V, kStride, true>(v[i], v[i + kStride], Sequence());
+    SumLanes<V, kStride * 2>(v);
+  }
+}
+
+// out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < kRows, i < kSize, k < `whole`, a
+// multiple of kSize. Each sum is formed in the same order for any kRows.
+template <class V, int kRows>
+FRNN_INLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
+                          int64_t K, int64_t whole, typename Lanes<V>::T* out, int64_t ldo) {
+  constexpr int N = Lanes<V>::kSize, kAtOnce = N / kRows;
+  for (int first = 0; first < N; first += kAtOnce) {
+    const auto* w_first = w + first * K;
+    V acc[N];
+    FRNN_UNROLL
+    for (int i = 0; i < N; i++) acc[i] = V{};
+    for (int64_t k = 0; k < whole; k += N) {
+      V x[kRows];
+      FRNN_UNROLL
+      for (int r = 0; r < kRows; r++) x[r] = load<V>(a + r * lda + k);
+      FRNN_UNROLL
+      for (int i = 0; i < kAtOnce; i++) {
+        const V value = load<V>(w_first + i * K + k);
+        FRNN_UNROLL
+        for (int r = 0; r < kRows; r++) acc[r * kAtOnce + i] += value * x[r];
+      }
+    }
+    SumLanes(acc);
+    typename Lanes<V>::T sums[N];
+    store<V>(sums, acc[0]);
+    FRNN_UNROLL
+    for (int r = 0; r < kRows; r++)
+      memcpy(out + r * ldo + first, sums + r * kAtOnce, kAtOnce * sizeof(sums[0]));
+  }
+}
+
 // out[r * ldo + lane] = sum_k a[r * lda + k] * w[(row0 + lane) * K + k], lane < kSize, r < M: rows of w as
 // they lie. For few rows of a, where packing w would cost more than the product itself.
 template <class V>
 void DotRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
              int64_t row0, int64_t rows, int64_t K, typename Lanes<V>::T* out, int64_t ldo) {
-  constexpr int N = Lanes<V>::kSize;
+  constexpr int N = Lanes<V>::kSize, kBlock = N >= 8 ? 4 : 1;
   using T = typename Lanes<V>::T;
   const T* first = w + row0 * K;
   const int lanes = int(rows - row0 < N ? rows - row0 : N);
   const int64_t whole = lanes == N ? K / N * N : 0;  // columns done in vectors
-  for (int64_t r = 0; r < M; r++) {
-    const T* x = a + r * lda;
-    V acc[N];
-    FRNN_UNROLL
-    for (int i = 0; i < N; i++) acc[i] = V{};
-    for (int64_t k = 0; k < whole; k += N) {
-      const V value = load<V>(x + k);
-      FRNN_UNROLL
-      for (int i = 0; i < N; i++) acc[i] += load<V>(first + i * K + k) * value;
-    }
-    Transpose(acc);
-    FRNN_UNROLL
-    for (int n = N / 2; n > 0; n /= 2) {
-      FRNN_UNROLL
-      for (int i = 0; i < n; i++) acc[i] += acc[i + n];
-    }
-    T* o = out + r * ldo;
-    store<V>(o, acc[0]);
-    for (int i = 0; i < lanes; i++) {
-      T rest = 0;
+  for (int64_t r = 0; r < M;) {
+    const int count = M - r < kBlock ? 1 : kBlock;
+    if (count == kBlock)
+      DotBlock<V, kBlock>(a + r * lda, lda, first, K, whole, out + r * ldo, ldo);
+    else
+      DotBlock<V, 1>(a + r * lda, lda, first, K, whole, out + r * ldo, ldo);
+    for (int j = 0; j < count && whole < K; j++, r++)
+      for (int i = 0; i < lanes; i++) {
+        T rest = 0;
 #pragma omp simd reduction(+ : rest)
-      for (int64_t k = whole; k < K; k++) rest += first[i * K + k] * x[k];
-      o[i] += rest;
-    }
+        for (int64_t k = whole; k < K; k++) rest += first[i * K + k] * a[r * lda + k];
+        out[r * ldo + i] += rest;
+      }
+    if (whole == K) r += count;
   }
 }
 

@@ -43,10 +43,13 @@ class Layer {
   static constexpr int64_t kMacsPerThread = 16384;  // less work per step than this pays no barrier
   // So few rows in all read weights unpacked. The forward has to transpose them, row by row; the
   // backward reads them as they are, at a stride that caches do not like twice.
-  static constexpr int64_t kUnpackedRows = 4, kUnpackedGradRows = 12;
+  static constexpr int64_t kUnpackedRows = 16, kUnpackedGradRows = 12;
+  // One or two rows per step stream W_hh. Beyond the second-level cache it streams about as fast as it
+  // lies, and a short sequence does not repay its packing.
+  static constexpr int64_t kStreamedBatch = 2, kStreamedSteps = 32, kStreamedBytes = 4 << 20;
   // Fewer rows per step, or in all, are not worth the splitting of weights into parts.
   static constexpr bool kTiles = amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
-  static constexpr int64_t kTiledBatch = 16, kTiledRows = 256;
+  static constexpr int64_t kTiledBatch = 24, kTiledRows = 256;
   static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
   static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
   static constexpr int64_t kTiledBlock = 64;   // rows of gates_h that wait for the gate math
@@ -62,21 +65,23 @@ class Layer {
     return TeamSize(int(n < Panels(p) ? n : Panels(p)));
   }
   static bool Tiled(const LayerParams& p) {
-    if constexpr (kTiles)
-      return p.B >= kTiledBatch && p.rows >= kTiledRows && p.storage == kOwn && amx::Available();
+    if constexpr (kTiles) return p.B >= kTiledBatch && p.rows >= kTiledRows && amx::Available();
     return false;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   static bool Unpacked(const LayerParams& p, int64_t rows) {
     return p.rows <= rows && p.storage == kOwn;
   }
+  static bool Streamed(const LayerParams& p) {
+    return p.B <= kStreamedBatch && p.T <= kStreamedSteps && p.storage == kOwn &&
+           C::kH * p.H * p.Hout * int64_t(sizeof(T)) > kStreamedBytes;
+  }
 
-  // The rows of x, as the engine may read them: rows `stride` apart in the computing type, or to be
-  // staged first.
+  // The rows of x, as the engine may read them: `stride` apart and in the computing type (direct), or
+  // to be staged first. Tiles are packed from any type.
   struct Input {
     explicit Input(const LayerParams& p) {
-      const bool one_stride =
-          p.ragged || p.B == 1 || p.T == 1 || p.x_t_stride == p.B * p.x_b_stride;
+      one_stride = p.ragged || p.B == 1 || p.T == 1 || p.x_t_stride == p.B * p.x_b_stride;
       stride = !p.ragged && p.B == 1 ? p.x_t_stride : p.x_b_stride;
       direct = one_stride && p.storage == kOwn;
     }
@@ -85,7 +90,7 @@ class Layer {
                 p.ragged ? (p.offsets[t] + b) * p.x_b_stride : t * p.x_t_stride + b * p.x_b_stride);
     }
     int64_t stride;
-    bool direct;
+    bool one_stride, direct;
   };
 
   // Walks the rows r = offsets[t] + b in order.
@@ -131,19 +136,16 @@ class Layer {
       }
   }
   // The same as right operands of tiles.
-  static bool PackGateTiles(const void* w, int gates, int64_t H, int64_t K, int64_t panel,
-                            amx::Part* dst) {
+  static bool PackGateTiles(const void* w, Storage s, int gates, int64_t H, int64_t K,
+                            int64_t panel, const amx::Operand& out) {
     bool fits = true;
-    if constexpr (kTiles) {
-      const int64_t depth = amx::DepthBlocks(K);
+    if constexpr (kTiles)
       for (int q = 0; q < gates; q++)
         for (int j = 0; j < kPanelVecs; j++) {
           const int64_t unit = panel * kUnits + j * N, n = H - unit < N ? H - unit : N;
-          fits &=
-              amx::PackRight(static_cast<const T*>(w) + (q * H + unit) * K, K, amx::Order::kAlong,
-                             n, K, dst + (q * kPanelVecs + j) * amx::BlockSize(depth), depth);
+          fits &= amx::PackRight(At(w, s, (q * H + unit) * K), s, K, amx::Order::kAlong, n, K,
+                                 out.Row((q * kPanelVecs + j) * N));
         }
-    }
     return fits;
   }
   static void PackBias(const void* b, Storage s, int gates, int64_t H, int64_t panel, T* dst) {
@@ -255,7 +257,8 @@ void Layer<C, V>::CopyState(const LayerParams& p, const void* src, int dir, int6
 template <class C, class V>
 void Layer<C, V>::Forward(const LayerParams& p) {
   const int threads = Threads(p);
-  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedRows), tiled = Tiled(p);
+  const bool projected = Projected(p), tiled = Tiled(p);
+  const bool unpacked = Unpacked(p, kUnpackedRows) || Streamed(p);
   const Input input(p);
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
@@ -273,21 +276,28 @@ void Layer<C, V>::Forward(const LayerParams& p) {
 
   struct Own {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
-    amx::Part *w_ih_tiles, *w_hh_tiles, *x_tiles;
+    amx::Operand w_ih_tiles, w_hh_tiles, x_tiles;
   };
-  Own own[kMaxThreads];
-  amx::Part* h_tiles[2] = {nullptr, nullptr};  // of h before a step, by the parity of the step
+  Own own[kMaxThreads] = {};
+  amx::Operand h_tiles[2] = {};  // of h before a step, by the parity of the step
   // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
   // not (counted on over both directions).
   std::atomic<bool> fit{tiled};
   std::atomic<int64_t> misfit_h[2] = {{-1}, {-1}};
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
-  Scratch scratch;
+  const auto take_weights = [&](Scratch& s, Own& to) {
+    to.w_ih = s.Take<T>(unpacked ? 0 : own_panels * p.I * C::kX * kUnits);
+    to.w_hh = s.Take<T>(unpacked ? 0 : own_panels * p.Hout * C::kH * kUnits);
+  };
+  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t depth) {
+    const int parts = amx::PartsOf(p.storage);
+    return amx::Operand{s.Take<amx::Part>(tiled ? amx::Size(rows, depth, parts) : 0), depth, parts};
+  };
+  Scratch scratch, spare[kMaxThreads];  // spare: the weights as vectors, where tiles do not fit
   scratch.Build([&](Scratch& s) {
     for (int i = 0; i < threads; i++) {
-      own[i].w_ih = s.Take<T>(unpacked ? 0 : own_panels * p.I * C::kX * kUnits);
-      own[i].w_hh = s.Take<T>(unpacked ? 0 : own_panels * p.Hout * C::kH * kUnits);
+      if (!tiled) take_weights(s, own[i]);
       own[i].b_ih = s.Take<T>(own_panels * C::kX * kUnits);
       own[i].b_hh = s.Take<T>(own_panels * C::kH * kUnits);
       own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
@@ -295,20 +305,18 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].gates_h = s.Take<T>((tiled ? kTiledBlock : TileRows<V>(kHVecs)) * C::kH * kUnits);
       own[i].c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       own[i].x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
-      const int64_t vectors = tiled ? own_panels * N : 0;
-      own[i].w_ih_tiles = s.Take<amx::Part>(amx::Size(vectors * kXVecs, x_depth));
-      own[i].w_hh_tiles = s.Take<amx::Part>(amx::Size(vectors * kHVecs, h_depth));
-      own[i].x_tiles = s.Take<amx::Part>(tiled ? amx::Size(kTiledInput, x_depth) : 0);
+      own[i].w_ih_tiles = take_tiles(s, own_panels * kXVecs * N, x_depth);
+      own[i].w_hh_tiles = take_tiles(s, own_panels * kHVecs * N, h_depth);
+      own[i].x_tiles = take_tiles(s, kTiledInput, x_depth);
     }
-    for (amx::Part*& tiles : h_tiles)
-      tiles = s.Take<amx::Part>(tiled ? amx::Size(p.B, h_depth) : 0);
+    for (amx::Operand& tiles : h_tiles) tiles = take_tiles(s, p.B, h_depth);
     if (!in_place)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
   });
 
   const bool done = RunTeam(threads, [&](Team& team) {
-    const Own& my = own[team.id];
+    Own& my = own[team.id];
     const auto mine = team.Split(panels);        // panels
     const auto columns = team.Split(hout_vecs);  // vectors of the projection's output
     const int64_t first = projected ? columns.begin * N
@@ -320,9 +328,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     const auto share_h = [&](const T* h, int64_t ldh, int64_t n, int dir, int64_t step) {
       bool fits = true;
       if constexpr (kTiles)
-        fits =
-            amx::PackLeft(h, ldh, n, first, team.id + 1 == team.size ? h_depth * amx::kDepth : last,
-                          p.Hout, h_tiles[step & 1], h_depth);
+        fits = amx::PackRows(h, kOwn, ldh, n, first,
+                             team.id + 1 == team.size ? h_depth * amx::kDepth : last, p.Hout,
+                             h_tiles[step & 1]);
       if (!fits) misfit_h[step & 1].store(dir * p.T + step, std::memory_order_relaxed);
       return fits;
     };
@@ -331,7 +339,10 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       const DirectionWeights& w = p.w[dir];
       bool packed = unpacked;  // w_ih and w_hh, for vectors
       const auto pack = [&] {
-        for (int64_t i = mine.begin; i < mine.end && !packed; i++) {
+        if (packed) return;
+        if (tiled && my.w_ih == nullptr)
+          spare[team.id].Build([&](Scratch& s) { take_weights(s, my); });
+        for (int64_t i = mine.begin; i < mine.end; i++) {
           const int64_t at = i - mine.begin;
           PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
           PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i,
@@ -342,10 +353,10 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       T* hs = p.hs ? static_cast<T*>(p.hs) + dir * (p.B + p.rows) * hs_stride : nullptr;
       for (int64_t i = mine.begin; i < mine.end; i++) {
         const int64_t at = i - mine.begin;
-        if (tiled && !(PackGateTiles(w.w_ih, C::kX, p.H, p.I, i,
-                                     my.w_ih_tiles + at * kXVecs * amx::BlockSize(x_depth)) &
-                       PackGateTiles(w.w_hh, C::kH, p.H, p.Hout, i,
-                                     my.w_hh_tiles + at * kHVecs * amx::BlockSize(h_depth))))
+        if (tiled && !(PackGateTiles(w.w_ih, p.storage, C::kX, p.H, p.I, i,
+                                     my.w_ih_tiles.Row(at * kXVecs * N)) &
+                       PackGateTiles(w.w_hh, p.storage, C::kH, p.H, p.Hout, i,
+                                     my.w_hh_tiles.Row(at * kHVecs * N))))
           fit.store(false, std::memory_order_relaxed);
         PackBias(w.b_ih, p.storage, C::kX, p.H, i, my.b_ih + at * C::kX * kUnits);
         PackBias(w.b_hh, p.storage, C::kH, p.H, i, my.b_hh + at * C::kH * kUnits);
@@ -403,31 +414,35 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           while (begin > 0 && p.offsets[end] - p.offsets[begin - 1] <= capacity) begin--;
         }
         const int64_t chunk_row = p.offsets[begin], chunk = p.offsets[end] - chunk_row;
-        const T* x = static_cast<const T*>(Input::Row(p, begin, 0));
+        const void* x = Input::Row(p, begin, 0);
+        Storage x_storage = p.storage;
         int64_t ldx = input.stride;
-        if (!input.direct) {
+        const auto stage = [&] {
           RowCursor cursor(p, chunk_row);
           for (int64_t r = 0; r < chunk; r++, cursor.Next())
             LoadRow<T>(Input::Row(p, cursor.t, cursor.b), p.storage, my.x + r * x_stride, p.I);
           x = my.x;
+          x_storage = kOwn;
           ldx = x_stride;
-        }
+        };
+        if (!input.direct && !(tiles && input.one_stride)) stage();
         const int64_t block = tiles ? kTiledInput : chunk;
         for (int64_t r = 0; r < chunk; r += block) {
           const int64_t n = chunk - r < block ? chunk - r : block;
           bool x_tiles = false;
           if constexpr (kTiles)
-            x_tiles = tiles && amx::PackLeft(x + r * ldx, ldx, n, 0, x_depth * amx::kDepth, p.I,
-                                             my.x_tiles, x_depth);
+            x_tiles = tiles && amx::PackRows(At(x, x_storage, r * ldx), x_storage, ldx, n, 0,
+                                             x_depth * amx::kDepth, p.I, my.x_tiles);
           if (!x_tiles) pack();
+          if (!x_tiles && x_storage != kOwn) stage();
           for (int64_t i = 0; i < mine.end - mine.begin; i++) {
             T* gates = my.gates_x + (i * capacity + r) * C::kX * kUnits;
             if (!x_tiles)
-              Product<C::kX>(p, unpacked, n, x + r * ldx, ldx, w.w_ih,
+              Product<C::kX>(p, unpacked, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih,
                              my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i, gates);
             else if constexpr (kTiles)
-              amx::Multiply(my.x_tiles, n, my.w_ih_tiles + i * kXVecs * amx::BlockSize(x_depth),
-                            kXVecs * N, x_depth, gates, kXVecs * N, false);
+              amx::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(i * kXVecs * N), kXVecs * N, gates,
+                            kXVecs * N, false);
           }
         }
 
@@ -466,9 +481,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
               if (step_tiles) {
                 for (int64_t r = 0; r < n; r += kTiledBlock) {
                   const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
-                  amx::Multiply(h_tiles[step & 1] + amx::Size(r, h_depth), rows,
-                                my.w_hh_tiles + at * kHVecs * amx::BlockSize(h_depth), kHVecs * N,
-                                h_depth, my.gates_h, kHVecs * N, false);
+                  amx::Multiply(h_tiles[step & 1].Row(r), rows, my.w_hh_tiles.Row(at * kHVecs * N),
+                                kHVecs * N, my.gates_h, kHVecs * N, false);
                   GateMath(s, r, int(rows));
                 }
                 continue;

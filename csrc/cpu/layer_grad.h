@@ -23,8 +23,8 @@ class WeightGrad {
   int64_t d_stride;
   int64_t rows, cols;
   T *pack_a, *pack_b;  // this thread's; the team's
-  // With tiles: the same as parts, and the last block whose right side is out of range, as the
-  // number of its first row (counted on over all products).
+  // With tiles: the same, and the last block whose right side is out of range, as the number of its
+  // first row (counted on over all products).
   bool tiled;
   amx::Part *tiles_a, *tiles_b;
   std::atomic<int64_t>* misfit;
@@ -39,10 +39,10 @@ class WeightGrad {
     return RoundUp(cols, kWidth) * Block(rows);
   }
   static int64_t TilesASize(int64_t rows) {
-    return amx::Size(kTileGroup * amx::kRows, amx::DepthBlocks(Block(rows)));
+    return amx::Size(kTileGroup * amx::kRows, amx::DepthBlocks(Block(rows)), 3);
   }
   static int64_t TilesBSize(int64_t rows, int64_t cols) {
-    return amx::Size(RoundUp(cols, kWidth), amx::DepthBlocks(Block(rows)));
+    return amx::Size(RoundUp(cols, kWidth), amx::DepthBlocks(Block(rows)), 3);
   }
 
   // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width,
@@ -89,13 +89,15 @@ class WeightGrad {
     if constexpr (amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
       const int64_t tiles = (cols + kWidth - 1) / kWidth, depth = amx::DepthBlocks(n);
       const auto my_tiles = team.Split(tiles);
+      const amx::Operand left{tiles_a, depth, amx::PartsBeside(storage)};
+      const amx::Operand right{tiles_b, depth, amx::PartsOf(storage)};
       const int64_t block_number = number + r0;
-      T* staged = pack_b + team.id * kWidth * Block(rows);
+      T* staged = pack_b + my_tiles.begin * kWidth * Block(rows);
       for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
         const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
         load(r0, n, col, width, staged);
-        if (!amx::PackRight(staged, kWidth, amx::Order::kAcross, kWidth, n,
-                            tiles_b + amx::Size(col, depth), depth))
+        if (!amx::PackRight(staged, StorageOf<T>::kValue, kWidth, amx::Order::kAcross, kWidth, n,
+                            right.Row(col)))
           misfit->store(block_number, std::memory_order_relaxed);
       }
       team.Sync();
@@ -108,9 +110,8 @@ class WeightGrad {
         count = count < gate_blocks - m % gate_blocks ? count : gate_blocks - m % gate_blocks;
         const int64_t units = H - unit < count * amx::kRows ? H - unit : count * amx::kRows;
         amx::PackLeftAcross(d + r0 * d_stride + column[gate] * gate_stride + unit, d_stride, units,
-                            n, tiles_a, depth);
-        amx::Multiply(tiles_a, units, tiles_b, cols, depth, c + (gate * H + unit) * cols, cols,
-                      r0 > 0);
+                            n, left);
+        amx::Multiply(left, units, right, cols, c + (gate * H + unit) * cols, cols, r0 > 0);
       }
       team.Sync();
       return fits;
@@ -212,51 +213,61 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   const bool stage_dy = p.dy != nullptr && narrow;
   // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
   // summed one by one, so that an operand stays in the second-level cache.
-  const int64_t gate_depth = amx::DepthBlocks(p.H), h_depth = C::kH * gate_depth,
-                gate_tiles = amx::Size(x_tiles * kTileWidth, gate_depth);
+  const int64_t gate_depth = amx::DepthBlocks(p.H), h_depth = C::kH * gate_depth;
+  const int parts = amx::PartsOf(p.storage), d_parts = amx::PartsBeside(p.storage);
 
   struct Own {
-    T *w_hh, *w_hr, *dc, *dy, *db, *dx, *pack_a;
-    amx::Part *w_hh_tiles, *d_tiles, *tiles_a;
+    T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
+    amx::Operand w_hh_tiles, d_tiles;
+    amx::Part* tiles_a;
   };
-  Own own[kMaxThreads];
+  Own own[kMaxThreads] = {};
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
     *pack_b = nullptr, *sum = nullptr, *dx_sum = nullptr;
-  // d of a step, by its parity; W_ih; the right side of dW.
-  amx::Part *d_tiles[2] = {nullptr, nullptr}, *w_ih_tiles = nullptr, *tiles_b = nullptr;
+  // d of a step, by its parity; W_ih by gates; the right side of dW.
+  amx::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {};
+  amx::Part* tiles_b = nullptr;
   // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
   std::atomic<bool> fit_w_hh{tiled}, fit_w_ih{tiled}, fit_d{tiled};
   std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block{-1};
-  Scratch scratch;
+  const auto take_w_hh = [&](Scratch& s) { return s.Take<T>(C::kH * p.H * own_columns); };
+  const auto take_w_ih = [&](Scratch& s) {
+    return s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0);
+  };
+  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t depth, int parts) {
+    return amx::Operand{s.Take<amx::Part>(tiled ? amx::Size(rows, depth, parts) : 0), depth, parts};
+  };
+  Scratch scratch, spare[kMaxThreads], spare_w_ih;  // spare: for vectors where tiles do not fit
   scratch.Build([&](Scratch& s) {
     for (int i = 0; i < threads; i++) {
-      own[i].w_hh = s.Take<T>(C::kH * p.H * own_columns);
+      if (!tiled) own[i].w_hh = take_w_hh(s);
       own[i].w_hr = s.Take<T>(projected ? p.Hout * own_panels * kUnits : 0);
       own[i].dc = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       own[i].dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
       own[i].db = s.Take<T>(own_panels * C::kD * kUnits);
       own[i].dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
       own[i].pack_a = s.Take<T>(WeightGrad<V>::PackASize(p.rows));
-      own[i].w_hh_tiles = s.Take<amx::Part>(tiled ? amx::Size(own_columns, h_depth) : 0);
-      own[i].d_tiles = s.Take<amx::Part>(tiled && p.dx ? amx::Size(x_rows, gate_depth) : 0);
+      own[i].w_hh_tiles = take_tiles(s, own_columns, h_depth, parts);
+      own[i].d_tiles = take_tiles(s, p.dx ? x_rows : 0, gate_depth, d_parts);
+      own[i].dx_rows = s.Take<T>(tiled && narrow && p.dx ? x_rows * p.I : 0);
       own[i].tiles_a = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesASize(p.rows) : 0);
     }
-    for (amx::Part*& tiles : d_tiles)
-      tiles = s.Take<amx::Part>(tiled ? amx::Size(p.B, h_depth) : 0);
-    w_ih_tiles = s.Take<amx::Part>(tiled && p.dx ? C::kX * gate_tiles : 0);
+    for (amx::Operand& tiles : d_tiles) tiles = take_tiles(s, p.B, h_depth, d_parts);
+    for (amx::Operand& tiles : w_ih_tiles)
+      tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, gate_depth, parts);
     tiles_b = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, widest) : 0);
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
     dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
-    w_ih = s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0);
+    if (!tiled) w_ih = take_w_ih(s);
     pack_b = s.Take<T>(WeightGrad<V>::PackBSize(p.rows, widest));
     sum = s.Take<T>(narrow ? grad_rows * widest : 0);
     dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
   });
 
   const bool done = RunTeam(threads, [&](Team& team) {
-    const Own& my = own[team.id];
+    Own& my = own[team.id];
     const auto mine = team.Split(panels);
     const auto columns = team.Split(hout_vecs);
     // Columns of dh that this thread sums, in vectors and in units.
@@ -275,6 +286,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       bool packed = false;
       const auto pack = [&] {
         if (packed) return;
+        if (tiled && my.w_hh == nullptr)
+          spare[team.id].Build([&](Scratch& s) { my.w_hh = take_w_hh(s); });
         ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
           constexpr int NV = decltype(nv)::value;
           T* dst = my.w_hh + (v - first_vec) * N * C::kH * p.H;
@@ -285,9 +298,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       };
       if constexpr (kTiles)
         for (int q = 0; q < C::kH && tiled && valid > 0; q++)
-          if (!amx::PackRight(static_cast<const T*>(w.w_hh) + q * p.H * p.Hout + first, p.Hout,
-                              amx::Order::kAcross, valid, p.H,
-                              my.w_hh_tiles + q * amx::BlockSize(gate_depth), h_depth))
+          if (!amx::PackRight(At(w.w_hh, p.storage, q * p.H * p.Hout + first), p.storage, p.Hout,
+                              amx::Order::kAcross, valid, p.H, my.w_hh_tiles.Depth(q * gate_depth)))
             fit_w_hh.store(false, std::memory_order_relaxed);
       if (projected)
         ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
@@ -416,9 +428,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
             const int64_t end =
                 team.id + 1 == team.size ? gate_depth * amx::kDepth : mine.end * kUnits;
             for (int q = 0; q < C::kH; q++)
-              amx::PackLeft(d + row * d_stride + C::kDh[q] * gate_stride, d_stride, n,
-                            mine.begin * kUnits, end, p.H,
-                            d_tiles[step & 1] + q * amx::BlockSize(gate_depth), h_depth);
+              amx::PackRows(d + row * d_stride + C::kDh[q] * gate_stride, kOwn, d_stride, n,
+                            mine.begin * kUnits, end, p.H, d_tiles[step & 1].Depth(q * gate_depth));
             if (!Below(largest, amx::kLargest)) {
               misfit_d[step & 1].store(step_number, std::memory_order_relaxed);
               fit_d.store(false, std::memory_order_relaxed);
@@ -429,7 +440,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                                 misfit_d[step & 1].load(std::memory_order_relaxed) != step_number;
         if constexpr (kTiles)
           if (step_tiles && go_on && valid > 0)
-            amx::Multiply(d_tiles[step & 1], n, my.w_hh_tiles, valid, h_depth, dh + first, h_stride,
+            amx::Multiply(d_tiles[step & 1], n, my.w_hh_tiles, valid, dh + first, h_stride,
                           !projected);
         if (!step_tiles) pack();
         if (go_on && !step_tiles)
@@ -476,16 +487,20 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
             for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
               for (int q = 0; q < C::kX; q++) {
                 const int64_t col = tile * kTileWidth;
-                const T* from = static_cast<const T*>(w.w_ih) + q * p.H * p.I + col;
-                if (!amx::PackRight(from, p.I, amx::Order::kAcross,
+                if (!amx::PackRight(At(w.w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
+                                    amx::Order::kAcross,
                                     p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
-                                    w_ih_tiles + q * gate_tiles + amx::Size(col, gate_depth),
-                                    gate_depth))
+                                    w_ih_tiles[q].Row(col)))
                   fit_w_ih.store(false, std::memory_order_relaxed);
               }
             team.Sync();
             tiles_fit = fit_w_ih.load(std::memory_order_relaxed);
           }
+        if (tiled && !tiles_fit) {
+          if (team.id == 0 && w_ih == nullptr)
+            spare_w_ih.Build([&](Scratch& s) { w_ih = take_w_ih(s); });
+          team.Sync();
+        }
         for (int64_t tile = my_tiles.begin; tile < my_tiles.end && !tiles_fit; tile++)
           if (!ReadInPlace<T>(unpacked, p.I, tile * kTileWidth, kTileWidth))
             PackColumns<T>(w.w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth, kTileWidth,
@@ -498,13 +513,21 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
           if constexpr (kTiles)
             if (tiles_fit) {
               const int64_t col = tiles.begin * kTileWidth, end = tiles.end * kTileWidth;
-              for (int q = 0; q < C::kX && col < end; q++) {
-                amx::PackLeft(d + r0 * d_stride + C::kDx[q] * gate_stride, d_stride, n, 0,
-                              gate_depth * amx::kDepth, p.H, my.d_tiles, gate_depth);
-                amx::Multiply(my.d_tiles, n,
-                              w_ih_tiles + q * gate_tiles + amx::Size(col, gate_depth),
-                              (p.I < end ? p.I : end) - col, gate_depth,
-                              static_cast<T*>(p.dx) + r0 * p.I + col, p.I, q > 0 || dir == 1);
+              const int64_t width = (p.I < end ? p.I : end) - col;
+              T* out = narrow ? my.dx_rows : static_cast<T*>(p.dx) + r0 * p.I;
+              for (int q = 0; q < C::kX && width > 0; q++) {
+                amx::PackRows(d + r0 * d_stride + C::kDx[q] * gate_stride, kOwn, d_stride, n, 0,
+                              gate_depth * amx::kDepth, p.H, my.d_tiles);
+                amx::Multiply(my.d_tiles, n, w_ih_tiles[q].Row(col), width, out + col, p.I,
+                              q > 0 || (dir == 1 && !narrow));
+              }
+              for (int64_t r = 0; r < n && narrow && width > 0; r++) {
+                T *row = out + r * p.I + col, *total = dx_sum + (r0 + r) * p.I + col;
+                for (int64_t i = 0; i < width && dir == 1; i++) row[i] += total[i];
+                if (dir + 1 < p.dirs)
+                  memcpy(total, row, width * sizeof(T));
+                else
+                  StoreRow<T>(At(p.dx, p.storage, (r0 + r) * p.I + col), p.storage, row, width);
               }
               continue;
             }

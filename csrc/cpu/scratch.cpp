@@ -11,7 +11,7 @@ namespace frnn {
 namespace {
 
 constexpr size_t kHuge = size_t(2) << 20;
-constexpr size_t kKept = size_t(256) << 20;  // bytes kept at most while no call runs
+constexpr size_t kKept = size_t(512) << 20;  // bytes kept at most while no call runs
 
 struct Block {
   void* address;
