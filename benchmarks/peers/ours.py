@@ -27,6 +27,8 @@ class Ours(ModulePeer):
     def module(self, problem: Problem) -> Any:
         import fused_rnn
 
+        if fused_rnn.build.backend(problem.case.device) != "native":
+            raise RuntimeError(f"no native kernels on {problem.case.device}")
         classes = {"lstm": fused_rnn.LSTM, "gru": fused_rnn.GRU}
         layer: Any = classes.get(problem.case.cell, fused_rnn.RNN)
         return copy_weights(layer(**module_arguments(problem.case)), problem)
