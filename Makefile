@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean
+# make demo | examples | test | lint | format | clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -6,18 +6,21 @@
 #   make TORCH_INSTALL="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #                                 the CPU build of torch, much smaller than the default one
 #   make demo DEMO="--cell lstm"  arguments of examples/char_lm.py
+#   make examples EXAMPLES=video  one of the programs in examples/README.md; default: all
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INSTALL ?= torch==2.13.0
 DEMO ?=
+EXAMPLES ?= overview language_model hidden_units seq2seq captioning video gradient_flow \
+  compare_cells
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo examples test cuda-link lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -42,12 +45,29 @@ setup: $(SETUP_STAMP)
 demo: setup
 	$(BIN)/python examples/char_lm.py $(DEMO)
 
+# About half an hour for all on two cores; pictures and figures are in out/NAME/.
+examples: setup
+	set -e; for name in $(EXAMPLES); do \
+	  echo "== $$name"; $(BIN)/python examples/$$name.py; done
+
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
-# which the second run takes as machines without a compiler do.
+# which the second run takes as machines without a compiler do. The third runs the CUDA engine on the
+# CPU (tests/emulated.py), on the tests of results.
 test: setup
 	$(BIN)/python -m fused_rnn build
 	$(BIN)/python -m pytest -q
 	FUSED_RNN_BACKEND=reference $(BIN)/python -m pytest -q
+	FUSED_RNN_TEST_ENGINE=emulated $(BIN)/python -m pytest -q \
+	  tests/test_ops.py tests/test_parity.py tests/test_ragged.py tests/test_transforms.py
+
+# On demand: the whole CUDA library, compiled and linked against a CUDA build of torch (4 GB, into
+# $(CUDA_VENV)) and loaded with every symbol resolved. Needs nvcc, no card.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
+cuda-link:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet $(CUDA_TORCH) ninja numpy
+	PYTHONPATH=. FUSED_RNN_CUDA_ARCH="80 90a" $(CUDA_VENV)/bin/python tests/cuda_link.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,31 +15,25 @@ import argparse
 import copy
 import json
 import math
-import random
 import statistics
-import sysconfig
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from common import BITS, GREY, detach, picture, smooth
+from text import Text, chunks, standard_library_source
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import fused_rnn
 
-matplotlib.use("Agg")  # draws to a file; needs no display
-import matplotlib.pyplot as plt  # noqa: E402
-
 LAYERS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "torch.nn": {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN},
     "fused_rnn": {"gru": fused_rnn.GRU, "lstm": fused_rnn.LSTM, "rnn": fused_rnn.RNN},
 }
-BITS = 1 / math.log(2)  # bits per nat
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,45 +57,6 @@ def parse_arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-# --- text ----------------------------------------------------------------------------------------
-
-
-def standard_library_source(limit: int = 4_000_000) -> str:
-    """A few MB of the .py files of this Python, in an order that is mixed but always the same."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    # Installed packages differ between machines; tests and character tables are no fair reading.
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    names = [name for name in names if not skip.intersection(name.split("/"))]
-    random.Random(0).shuffle(names)  # in order of names the held-out end would be of another kind
-    text = ""
-    while names and len(text) < limit:
-        text += (root / names.pop()).read_text(encoding="utf-8", errors="ignore")
-    return text[:limit]
-
-
-class Text:
-    """A text as numbers, its last twentieth held out."""
-
-    def __init__(self, text: str) -> None:
-        # A character seen once or twice cannot be learned: all of these share symbol 0.
-        common = sorted(c for c, n in Counter(text).items() if n > 2)
-        self.symbols = ["\N{REPLACEMENT CHARACTER}", *common]
-        self.index = {c: i for i, c in enumerate(self.symbols)}
-        ids = torch.tensor([self.index.get(c, 0) for c in text])
-        self.train, self.held_out = ids.split([len(ids) - len(ids) // 20, len(ids) // 20])
-
-
-def chunks(ids: Tensor, batch: int, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Input and target, both [T, B], such that each chunk goes on where the last one ended."""
-    streams = ids[: len(ids) // batch * batch].view(batch, -1).t()  # [N, B]
-    if len(streams) <= chunk:
-        raise SystemExit(f"the text is too short for {batch} streams of more than {chunk}")
-    for begin in range(0, len(streams) - chunk, chunk):
-        part = streams[begin : begin + chunk + 1]
-        yield part[:-1].contiguous(), part[1:].contiguous()
-
-
 # --- model ---------------------------------------------------------------------------------------
 
 
@@ -122,11 +77,6 @@ class CharModel(nn.Module):
         """Cross entropy in nats per character."""
         logits, state = self(x, state)
         return F.cross_entropy(logits.flatten(0, 1), target.flatten()), state
-
-
-def detach(state: Any) -> Any:
-    """Keeps the values and ends the gradient here: truncated back-propagation through time."""
-    return tuple(map(detach, state)) if isinstance(state, tuple) else state.detach()
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -229,12 +179,6 @@ def distance(a: Contender, b: Contender) -> list[float]:
     return [abs(x - y) for x, y in zip(a.bits, b.bits, strict=True)]
 
 
-def smooth(values: list[float], width: int) -> list[float]:
-    """The mean around each value; near the ends of fewer values, but always centred."""
-    reach = [min(i, len(values) - 1 - i, width // 2) for i in range(len(values))]
-    return [statistics.fmean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
-
-
 def report(contenders: list[Contender], text: Text, a: argparse.Namespace) -> dict[str, Any]:
     """All figures of the run. Losses are in bits per character, steps count from 1."""
     theirs, ours = contenders[:2]
@@ -275,25 +219,9 @@ def draw(contenders: list[Contender], figures: dict[str, Any], a: argparse.Names
     theirs, ours = contenders[:2]
     steps = range(1, a.steps + 1)
     width = max(1, a.steps // 50)
-    amber, navy, grey, ink = "#f5a742", "#173f6b", "#9aa3ad", "#2b2f33"
-    style = {
-        "font.size": 10,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": grey,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e8eaed",
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
-        figure, (top, low) = plt.subplots(
-            2, 1, sharex=True, figsize=(9, 6.6), height_ratios=(1.9, 1), layout="constrained"
-        )
+    amber, navy = "#f5a742", "#173f6b"
+    with picture(a.out, figsize=(9, 6.6)) as figure:
+        top, low = figure.subplots(2, 1, sharex=True, height_ratios=(1.9, 1))
         source = a.text.name if a.text else "the Python standard library"
         top.set_title(
             f"{a.cell.upper()} character model trained twice: torch.nn and fused_rnn",
@@ -318,7 +246,7 @@ def draw(contenders: list[Contender], figures: dict[str, Any], a: argparse.Names
                 f"{result['characters_per_second'] / 1000:.1f} k characters/s"
             )
             top.plot(steps, smooth(contender.bits, width), label=label, **look)
-        top.axhline(figures["unigram_bits"], color=grey, lw=1, ls=(0, (4, 3)))
+        top.axhline(figures["unigram_bits"], color=GREY, lw=1, ls=(0, (4, 3)))
         top.annotate(
             "entropy of single characters", (a.steps, figures["unigram_bits"]), (0, -5),
             textcoords="offset points", ha="right", va="top", fontsize=9, color="#6d757e",
@@ -331,7 +259,7 @@ def draw(contenders: list[Contender], figures: dict[str, Any], a: argparse.Names
         floor = torch.finfo(torch.float32).eps
         gaps = [(ours, navy, "|fused_rnn − torch.nn|")]
         if a.control:
-            gaps.insert(0, (contenders[2], grey, "|torch.nn, weights nudged by 1 ulp − torch.nn|"))
+            gaps.insert(0, (contenders[2], GREY, "|torch.nn, weights nudged by 1 ulp − torch.nn|"))
         for contender, color, label in gaps:
             gap = [max(g, floor) for g in distance(contender, theirs)]
             low.plot(steps, gap, color=color, lw=0.6, alpha=0.35)
@@ -352,8 +280,6 @@ def draw(contenders: list[Contender], figures: dict[str, Any], a: argparse.Names
         low.set_xlabel("training step")
         low.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=2, fontsize=9)
         figure.align_ylabels()
-        figure.savefig(a.out, dpi=150)
-        plt.close(figure)
 
 
 def main() -> None:
