@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t kGraphLaunches = 8;
 // Rows of an input product that fill a card; more rows at once make it no faster.
 constexpr int64_t kFullRows = 4096;
-// Tiles of 128 x 128 of the product of a step, per multiprocessor, from which a direction alone
-// fills the card.
+// A block of a product makes about so many rows and columns of its result. With a block for each
+// multiprocessor, one direction fills the card.
 constexpr int64_t kTile = 128;
 
 int64_t WideSize(Storage s) { return s == Storage::kDouble ? 8 : 4; }

@@ -15,7 +15,7 @@ struct Problem {
   int64_t H, B, T;
   Storage storage;
   int dirs;
-  bool ragged, training;
+  bool ragged, training;  // neither makes a difference to the variants that there are
 };
 
 struct Plan {
