@@ -51,9 +51,8 @@ examples: setup
 	  echo "== $$name"; $(BIN)/python examples/$$name.py; done
 
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
-# which the second run takes as machines without a compiler do; that leaves out what asks nothing of the
-# backend. The third runs the CUDA engine on the
-# CPU (tests/emulated.py), on the tests of results.
+# which the second run takes as machines without a compiler do; it leaves out what asks nothing of the
+# backend. The third runs the CUDA engine on the CPU (tests/emulated.py), on the tests of results.
 NO_BACKEND := build benchmarks cuda_engine emulation gpu_check math tiles
 test: setup
 	$(BIN)/python -m fused_rnn build

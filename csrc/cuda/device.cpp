@@ -1,12 +1,8 @@
 // Facts of a card, asked once.
-#include <cuda_runtime_api.h>
+#include "cuda/device.h"
 
 #include <map>
 #include <mutex>
-#include <stdexcept>
-#include <string>
-
-#include "core/params.h"
 
 namespace frnn {
 
@@ -14,21 +10,13 @@ CudaDevice FactsOfDevice(int index) {
   static std::mutex mutex;
   static std::map<int, CudaDevice> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, is_new] = known.try_emplace(index);
-  if (is_new) {
-    int sms = 0, l2 = 0;
-    const cudaError_t status[] = {
-        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index),
-        cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, index)};
-    for (const cudaError_t s : status)
-      if (s != cudaSuccess) {
-        known.erase(found);
-        throw std::runtime_error(std::string("fused_rnn: device ") + std::to_string(index) + ": " +
-                                 cudaGetErrorString(s));
-      }
-    found->second = {sms, l2};
-  }
-  return found->second;
+  if (const auto found = known.find(index); found != known.end()) return found->second;
+  int multiprocessors = 0, l2_bytes = 0;
+  cuda::Check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
+              "cudaDeviceGetAttribute");
+  cuda::Check(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, index),
+              "cudaDeviceGetAttribute");
+  return known[index] = {multiprocessors, l2_bytes};
 }
 
 }  // namespace frnn

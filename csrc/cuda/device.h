@@ -25,12 +25,14 @@ inline void Check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(status));
 }
 
+#ifdef __CUDACC__
 template <class... P, class... A>
 void Launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             A... args) {
   kernel<<<grid, block, shared, stream>>>(args...);
   Check(cudaGetLastError(), "launching a kernel");
 }
+#endif
 #endif
 
 // T: type of a tensor in memory. Wide<T>: type it is computed in.

@@ -1,22 +1,12 @@
 #include "cuda/graph.h"
 
-#include <cuda_runtime_api.h>
-
 #include <list>
-#include <map>
-#include <memory>
-#include <stdexcept>
 
-#include "cuda/plan.h"
+#include "cuda/device.h"
 
 namespace frnn {
 namespace cuda {
 namespace {
-
-void Check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(status));
-}
 
 cudaStream_t Stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
