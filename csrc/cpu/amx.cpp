@@ -6,8 +6,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #ifndef __clang__  // gcc's own vector headers (bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -212,21 +214,39 @@ FRNN_AMX bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, i
 // The tile intrinsics do not tell the compiler which memory they read and write.
 inline void MemoryFence() { asm volatile("" ::: "memory"); }
 
-// The tile registers are written as literals, as the intrinsics want them. Sums are in 0 .. 3.
-// Two by two tiles: the left ones in 4 and 5, the right ones in 6 and 7.
-FRNN_AMX_INLINE void LoadLeft(const Part* a, int64_t step) {
-  _tile_loadd(4, a, kBytesPerRow);
-  _tile_loadd(5, a + step, kBytesPerRow);
+FRNN_AMX_INLINE void CopyMasked(const float* from, float* to, __mmask16 mask) {
+  _mm512_mask_storeu_ps(to, mask, _mm512_maskz_loadu_ps(mask, from));
 }
-FRNN_AMX_INLINE void LoadRight(const Part* b, int64_t step) {
-  _tile_loadd(6, b, kBytesPerRow);
-  _tile_loadd(7, b + step, kBytesPerRow);
+
+// The products of parts (left, right) that are summed for a block of the depth, in this order. Each
+// shares a part with the one before, so that one operand stays in its registers.
+struct Pair {
+  int left, right;
+};
+template <int kLeftParts, int kRightParts>
+constexpr auto kPairs = std::array<Pair, 1>{{{0, 0}}};
+template <>
+constexpr auto kPairs<3, 3> = std::array<Pair, 6>{{{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}}};
+template <>
+constexpr auto kPairs<2, 2> = std::array<Pair, 3>{{{1, 0}, {0, 0}, {0, 1}}};
+template <>
+constexpr auto kPairs<2, 1> = std::array<Pair, 2>{{{1, 0}, {0, 0}}};
+
+// The sums of a block of tiles of c, two by two or up to four in a row or column, in registers 0 .. 3.
+// The intrinsics want registers as literals.
+template <int kCount>
+FRNN_AMX_INLINE void LoadSums(const float* const (&c)[4], int64_t bytes_per_row) {
+  _tile_loadd(0, c[0], bytes_per_row);
+  if constexpr (kCount > 1) _tile_loadd(1, c[1], bytes_per_row);
+  if constexpr (kCount > 2) _tile_loadd(2, c[2], bytes_per_row);
+  if constexpr (kCount > 3) _tile_loadd(3, c[3], bytes_per_row);
 }
-FRNN_AMX_INLINE void MultiplySquare() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
+template <int kCount>
+FRNN_AMX_INLINE void StoreSums(float* const (&c)[4], int64_t bytes_per_row) {
+  _tile_stored(0, c[0], bytes_per_row);
+  if constexpr (kCount > 1) _tile_stored(1, c[1], bytes_per_row);
+  if constexpr (kCount > 2) _tile_stored(2, c[2], bytes_per_row);
+  if constexpr (kCount > 3) _tile_stored(3, c[3], bytes_per_row);
 }
 FRNN_AMX_INLINE void ZeroSums() {
   _tile_zero(0);
@@ -235,70 +255,36 @@ FRNN_AMX_INLINE void ZeroSums() {
   _tile_zero(3);
 }
 
-FRNN_AMX_INLINE void StoreSums(float (*sums)[kRows * kRows]) {
-  _tile_stored(0, sums[0], kBytesPerRow);
-  _tile_stored(1, sums[1], kBytesPerRow);
-  _tile_stored(2, sums[2], kBytesPerRow);
-  _tile_stored(3, sums[3], kBytesPerRow);
-  MemoryFence();
-}
-
-// The products of parts (left, right), the small ones first. Each shares a part with the one before.
-struct Pair {
-  int left, right;
-};
+// sums += left blocks times right blocks, two of each, over all the depth.
 template <int kLeftParts, int kRightParts>
-struct Pairs;
-template <>
-struct Pairs<3, 3> {
-  static constexpr int kSmall = 5;
-  static constexpr Pair kPairs[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}};
-};
-template <>
-struct Pairs<2, 2> {
-  static constexpr int kSmall = 2;
-  static constexpr Pair kPairs[] = {{1, 0}, {0, 1}};
-};
-template <>
-struct Pairs<2, 1> {
-  static constexpr int kSmall = 1;
-  static constexpr Pair kPairs[] = {{1, 0}};
-};
-template <>
-struct Pairs<1, 1> {
-  static constexpr int kSmall = 0;
-  static constexpr Pair kPairs[] = {{0, 0}};  // not used
-};
-
-// sums[2 i + j] = left block i times right block j.
-template <int kLeftParts, int kRightParts>
-FRNN_AMX void Square(const Operand& a, const Operand& b, float (*sums)[kRows * kRows]) {
-  using P = Pairs<kLeftParts, kRightParts>;
-  const int64_t a_step = a.BlockSize(), b_step = b.BlockSize();
-  MemoryFence();
-  ZeroSums();
-  for (int64_t k = 0; k < a.depth_blocks && P::kSmall > 0; k++) {
-    const Part *left = a.tiles + k * kLeftParts * kTile, *right = b.tiles + k * kRightParts * kTile;
-#pragma GCC unroll 5
-    for (int i = 0; i < P::kSmall; i++) {
-      if (i == 0 || P::kPairs[i].left != P::kPairs[i - 1].left)
-        LoadLeft(left + P::kPairs[i].left * kTile, a_step);
-      if (i == 0 || P::kPairs[i].right != P::kPairs[i - 1].right)
-        LoadRight(right + P::kPairs[i].right * kTile, b_step);
-      MultiplySquare();
-    }
-  }
+FRNN_AMX_INLINE void MultiplySquare(const Operand& a, const Operand& b) {
+  constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
+  const Part *left = a.tiles, *right = b.tiles;
+  const int64_t left_step = a.BlockSize(), right_step = b.BlockSize();
   for (int64_t k = 0; k < a.depth_blocks; k++) {
-    LoadLeft(a.tiles + k * kLeftParts * kTile, a_step);
-    LoadRight(b.tiles + k * kRightParts * kTile, b_step);
-    MultiplySquare();
+#pragma GCC unroll 6
+    for (size_t i = 0; i < pairs.size(); i++) {
+      if (i == 0 || pairs[i].left != pairs[i - 1].left) {
+        _tile_loadd(4, left + pairs[i].left * kTile, kBytesPerRow);
+        _tile_loadd(5, left + left_step + pairs[i].left * kTile, kBytesPerRow);
+      }
+      if (i == 0 || pairs[i].right != pairs[i - 1].right) {
+        _tile_loadd(6, right + pairs[i].right * kTile, kBytesPerRow);
+        _tile_loadd(7, right + right_step + pairs[i].right * kTile, kBytesPerRow);
+      }
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    left += kLeftParts * kTile;
+    right += kRightParts * kTile;
   }
-  StoreSums(sums);
 }
 
-// Up to four tiles of one side times one of the other: the `many` lie `step` apart.
+// Up to four blocks of one side times one of the other: the `many` lie `step` apart.
 template <int kCount, bool kManyLeft>
-FRNN_AMX_INLINE void MultiplyStrip(const Part* many, int64_t step, const Part* one) {
+FRNN_AMX_INLINE void MultiplyTiles(const Part* many, int64_t step, const Part* one) {
   _tile_loadd(7, one, kBytesPerRow);
 #define FRNN_STRIP(i, tile)                           \
   if constexpr (kCount > i) {                         \
@@ -315,39 +301,63 @@ FRNN_AMX_INLINE void MultiplyStrip(const Part* many, int64_t step, const Part* o
   FRNN_STRIP(3, 4)
 #undef FRNN_STRIP
 }
-
-// sums[i] = the product of block i of the one side with the first block of the other.
 template <int kLeftParts, int kRightParts, int kCount, bool kManyLeft>
-FRNN_AMX void Strip(const Operand& a, const Operand& b, float (*sums)[kRows * kRows]) {
-  using P = Pairs<kLeftParts, kRightParts>;
-  const int64_t step = kManyLeft ? a.BlockSize() : b.BlockSize();
+FRNN_AMX_INLINE void MultiplyStrip(const Operand& a, const Operand& b) {
+  constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
   const Part *left = a.tiles, *right = b.tiles;
-  MemoryFence();
-  ZeroSums();
-  for (int64_t k = 0; k < a.depth_blocks && P::kSmall > 0; k++) {
-#pragma GCC unroll 5
-    for (int i = 0; i < P::kSmall; i++) {
-      const Part* l = left + (k * kLeftParts + P::kPairs[i].left) * kTile;
-      const Part* r = right + (k * kRightParts + P::kPairs[i].right) * kTile;
-      MultiplyStrip<kCount, kManyLeft>(kManyLeft ? l : r, step, kManyLeft ? r : l);
-    }
-  }
+  const int64_t step = kManyLeft ? a.BlockSize() : b.BlockSize();
   for (int64_t k = 0; k < a.depth_blocks; k++) {
-    const Part *l = left + k * kLeftParts * kTile, *r = right + k * kRightParts * kTile;
-    MultiplyStrip<kCount, kManyLeft>(kManyLeft ? l : r, step, kManyLeft ? r : l);
+#pragma GCC unroll 6
+    for (size_t i = 0; i < pairs.size(); i++) {
+      const Part *l = left + pairs[i].left * kTile, *r = right + pairs[i].right * kTile;
+      MultiplyTiles<kCount, kManyLeft>(kManyLeft ? l : r, step, kManyLeft ? r : l);
+    }
+    left += kLeftParts * kTile;
+    right += kRightParts * kTile;
   }
-  StoreSums(sums);
 }
 
-// c[rows][columns] (+)= sum, at most one tile.
-FRNN_AMX_INLINE void Deliver(const float* sum, int64_t rows, int64_t columns, float* c, int64_t ldc,
-                             bool accumulate) {
-  const __mmask16 mask = __mmask16(Mask(0, columns < kRows ? columns : kRows));
-  for (int64_t r = 0; r < rows && r < kRows; r++) {
-    __m512 v = _mm512_load_ps(sum + r * kRows);
-    if (accumulate) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, c + r * ldc));
-    _mm512_mask_storeu_ps(c + r * ldc, mask, v);
+// c[rows][columns] = or += the product of kRows left blocks and kColumns right ones, of which the last
+// may be cut short by the edge of c.
+template <int kLeftParts, int kRightParts, int kRowTiles, int kColumnTiles>
+FRNN_AMX void MultiplyBlock(const Operand& a, const Operand& b, int64_t rows, int64_t columns,
+                            float* c, int64_t ldc, bool accumulate) {
+  constexpr int kCount = kRowTiles * kColumnTiles;
+  const bool whole = rows >= kRowTiles * kRows && columns >= kColumnTiles * kRows;
+  alignas(64) float edge[kCount][kRows * kRows];
+  float* tiles[4];
+  const float* from[4];
+  for (int i = 0; i < kCount; i++) {
+    float* at = c + i / kColumnTiles * kRows * ldc + i % kColumnTiles * kRows;
+    tiles[i] = whole ? at : edge[i];
+    from[i] = tiles[i];
   }
+  const auto rows_of = [&](int i) { return rows - i / kColumnTiles * kRows; };
+  const auto mask_of = [&](int i) {
+    return __mmask16(Mask(0, columns - i % kColumnTiles * kRows));
+  };
+  const int64_t bytes_per_row = whole ? ldc * int64_t(sizeof(float)) : kBytesPerRow;
+  if (accumulate && !whole)
+    for (int i = 0; i < kCount; i++)
+      for (int64_t r = 0; r < kRows && r < rows_of(i); r++)
+        CopyMasked(c + (i / kColumnTiles * kRows + r) * ldc + i % kColumnTiles * kRows,
+                   edge[i] + r * kRows, mask_of(i));
+  MemoryFence();
+  if (accumulate)
+    LoadSums<kCount>(from, bytes_per_row);
+  else
+    ZeroSums();
+  if constexpr (kRowTiles == 2 && kColumnTiles == 2)
+    MultiplySquare<kLeftParts, kRightParts>(a, b);
+  else
+    MultiplyStrip<kLeftParts, kRightParts, kCount, (kColumnTiles == 1)>(a, b);
+  StoreSums<kCount>(tiles, bytes_per_row);
+  MemoryFence();
+  if (!whole)
+    for (int i = 0; i < kCount; i++)
+      for (int64_t r = 0; r < kRows && r < rows_of(i); r++)
+        CopyMasked(edge[i] + r * kRows,
+                   c + (i / kColumnTiles * kRows + r) * ldc + i % kColumnTiles * kRows, mask_of(i));
 }
 
 }  // namespace
@@ -411,36 +421,39 @@ bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t colum
 
 namespace {
 template <int kLeftParts, int kRightParts>
-FRNN_AMX void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c,
-                            int64_t ldc, bool accumulate) {
+void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
+                   bool accumulate) {
   const int64_t rows = Blocks(M), columns = Blocks(N);
-  alignas(64) float sums[4][kRows * kRows];
+  // Blocks i and j of rows and columns, as many of each as the constants say.
+  const auto block = [&](int64_t i, int64_t j, auto row_tiles, auto column_tiles) {
+    MultiplyBlock<kLeftParts, kRightParts, decltype(row_tiles)::value,
+                  decltype(column_tiles)::value>(a.Row(i * kRows), b.Row(j * kRows), M - i * kRows,
+                                                 N - j * kRows, c + i * kRows * ldc + j * kRows,
+                                                 ldc, accumulate);
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  using Three = std::integral_constant<int, 3>;
+  using Four = std::integral_constant<int, 4>;
   // The right operand is the larger one: walk it once.
-  for (int64_t j = 0; j < columns; j += 2) {
-    const bool pair = j + 1 < columns;
-    const Operand right = b.Row(j * kRows);
-    for (int64_t i = 0, done; i < rows; i += done) {
-      const Operand left = a.Row(i * kRows);
-      done = pair ? (rows - i < 2 ? 1 : 2) : (rows - i < 4 ? rows - i : 4);
-      if (pair && done == 2)
-        Square<kLeftParts, kRightParts>(left, right, sums);
-      else if (pair)
-        Strip<kLeftParts, kRightParts, 2, false>(left, right, sums);
-      else if (done == 1)
-        Strip<kLeftParts, kRightParts, 1, true>(left, right, sums);
-      else if (done == 2)
-        Strip<kLeftParts, kRightParts, 2, true>(left, right, sums);
-      else if (done == 3)
-        Strip<kLeftParts, kRightParts, 3, true>(left, right, sums);
+  int64_t j = 0;
+  for (; j + 1 < columns; j += 2)
+    for (int64_t i = 0; i + 1 < rows; i += 2) block(i, j, Two(), Two());
+  // What is left of an odd number of blocks, four at once: fewer wait for each other.
+  if (rows % 2)
+    for (int64_t k = 0; k < j; k += 4)
+      j - k < 4 ? block(rows - 1, k, One(), Two()) : block(rows - 1, k, One(), Four());
+  if (columns % 2)
+    for (int64_t i = 0; i < rows; i += 4) {
+      if (rows - i == 1)
+        block(i, j, One(), One());
+      else if (rows - i == 2)
+        block(i, j, Two(), One());
+      else if (rows - i == 3)
+        block(i, j, Three(), One());
       else
-        Strip<kLeftParts, kRightParts, 4, true>(left, right, sums);
-      const int across = pair ? 2 : 1;
-      for (int64_t u = 0; u < done; u++)
-        for (int v = 0; v < across; v++)
-          Deliver(sums[u * across + v], M - (i + u) * kRows, N - (j + v) * kRows,
-                  c + (i + u) * kRows * ldc + (j + v) * kRows, ldc, accumulate);
+        block(i, j, Four(), One());
     }
-  }
 }
 }  // namespace
 

@@ -53,6 +53,8 @@ class Layer {
   static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
   static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
   static constexpr int64_t kTiledBlock = 64;   // rows of gates_h that wait for the gate math
+  // Panels of one product on tiles: an even number of tiles wide.
+  static constexpr int kTiledGroup = kXVecs % 2 || kHVecs % 2 ? 2 : 1;
   static constexpr Storage kOwn = StorageOf<T>::kValue;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
@@ -156,13 +158,14 @@ class Layer {
     }
   }
 
-  // gates [n][gate][unit] of one panel = a w^T, w packed for the panel or (unpacked) whole.
+  // gates [n][gate][unit] of one panel, rows `stride` apart, = a w^T, w packed for the panel or
+  // (unpacked) whole.
   template <int kGates>
   static void Product(const LayerParams& p, bool unpacked, int64_t n, const T* a, int64_t lda,
-                      const void* w, const T* packed, int64_t K, int64_t panel, T* gates) {
-    constexpr int kVecs = kGates * kPanelVecs, kRow = kGates * kUnits;
+                      const void* w, const T* packed, int64_t K, int64_t panel, T* gates,
+                      int64_t stride) {
     if (!unpacked) {
-      GemmRows<V, kVecs>(n, a, lda, packed, kRow, K, gates, kRow, false);
+      GemmRows<V, kGates * kPanelVecs>(n, a, lda, packed, kGates * kUnits, K, gates, stride, false);
       return;
     }
     for (int q = 0; q < kGates; q++)
@@ -170,19 +173,20 @@ class Layer {
         const int64_t unit = panel * kUnits + j * N;
         T* out = gates + (q * kPanelVecs + j) * N;
         if (unit < p.H)
-          DotRows<V>(n, a, lda, static_cast<const T*>(w) + q * p.H * K, unit, p.H, K, out, kRow);
+          DotRows<V>(n, a, lda, static_cast<const T*>(w) + q * p.H * K, unit, p.H, K, out, stride);
         else
-          for (int64_t r = 0; r < n; r++) store<V>(out + r * kRow, V{});
+          for (int64_t r = 0; r < n; r++) store<V>(out + r * stride, V{});
       }
   }
 
   struct StepRows {
-    const T* gates_x;  // [n, kX, units], without bias
-    const T* gates_h;  // [n, kH, units], without bias
-    const T* b_ih;     // [kX, units]
-    const T* b_hh;     // [kH, units]
-    const T* h;        // h_{t-1} of the panel, rows h_stride apart
-    T* h_new;          // rows h_stride apart (h_full, rows full_stride apart, with a projection)
+    const T* gates_x;  // [n, kX, units], without bias, rows gates_x_stride apart
+    const T* gates_h;  // [n, kH, units], without bias, rows gates_h_stride apart
+    int64_t gates_x_stride, gates_h_stride;
+    const T* b_ih;  // [kX, units]
+    const T* b_hh;  // [kH, units]
+    const T* h;     // h_{t-1} of the panel, rows h_stride apart
+    T* h_new;       // rows h_stride apart (h_full, rows full_stride apart, with a projection)
     int64_t h_stride, h_new_stride;
     T* c;     // [n, kExtra, units], replaced
     T* tape;  // [n, kTape, units] or null
@@ -208,11 +212,11 @@ void Layer<C, V>::GateMath(const StepRows& s, int64_t first, int rows) {
       Pack<V, C::kSaved> saved;
       FRNN_UNROLL
       for (int q = 0; q < C::kX; q++)
-        x[q] = load<V>(s.gates_x + (m * kXVecs + q * kPanelVecs + j) * N) +
+        x[q] = load<V>(s.gates_x + m * s.gates_x_stride + (q * kPanelVecs + j) * N) +
                load<V>(s.b_ih + (q * kPanelVecs + j) * N);
       FRNN_UNROLL
       for (int q = 0; q < C::kH; q++)
-        h[q] = load<V>(s.gates_h + ((m - first) * kHVecs + q * kPanelVecs + j) * N) +
+        h[q] = load<V>(s.gates_h + (m - first) * s.gates_h_stride + (q * kPanelVecs + j) * N) +
                load<V>(s.b_hh + (q * kPanelVecs + j) * N);
       state[0] = C::kUsesH ? load<V>(s.h + m * s.h_stride + j * N) : V{};
       T* c = s.c + m * kExtra * kUnits + j * N;
@@ -263,6 +267,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
   const int64_t chunk_rows = tiled ? kTiledChunk : kChunkRows;
+  // gates_x of a thread is [groups of panels][rows][panel of the group][gate][unit].
+  const int64_t group = tiled ? kTiledGroup : 1, own_groups = (own_panels + group - 1) / group;
+  const int64_t gates_x_stride = group * C::kX * kUnits, gates_h_stride = group * C::kH * kUnits;
   const int64_t capacity = p.rows < chunk_rows ? p.rows : (p.B > chunk_rows ? p.B : chunk_rows);
   const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout),
                 full_stride = RowStride(p.H);
@@ -301,8 +308,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].b_ih = s.Take<T>(own_panels * C::kX * kUnits);
       own[i].b_hh = s.Take<T>(own_panels * C::kH * kUnits);
       own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
-      own[i].gates_x = s.Take<T>(own_panels * capacity * C::kX * kUnits);
-      own[i].gates_h = s.Take<T>((tiled ? kTiledBlock : TileRows<V>(kHVecs)) * C::kH * kUnits);
+      own[i].gates_x = s.Take<T>(own_groups * capacity * gates_x_stride);
+      own[i].gates_h = s.Take<T>((tiled ? kTiledBlock : TileRows<V>(kHVecs)) * gates_h_stride);
       own[i].c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       own[i].x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
       own[i].w_ih_tiles = take_tiles(s, own_panels * kXVecs * N, x_depth);
@@ -334,6 +341,12 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       if (!fits) misfit_h[step & 1].store(dir * p.T + step, std::memory_order_relaxed);
       return fits;
     };
+
+    const auto gates_x = [&](int64_t own_panel) {
+      return my.gates_x + own_panel / group * capacity * gates_x_stride +
+             own_panel % group * C::kX * kUnits;
+    };
+    const int64_t count = mine.end - mine.begin;
 
     for (int dir = 0; dir < p.dirs; dir++) {
       const DirectionWeights& w = p.w[dir];
@@ -435,15 +448,15 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                                              x_depth * amx::kDepth, p.I, my.x_tiles);
           if (!x_tiles) pack();
           if (!x_tiles && x_storage != kOwn) stage();
-          for (int64_t i = 0; i < mine.end - mine.begin; i++) {
-            T* gates = my.gates_x + (i * capacity + r) * C::kX * kUnits;
-            if (!x_tiles)
-              Product<C::kX>(p, unpacked, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih,
-                             my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i, gates);
-            else if constexpr (kTiles)
-              amx::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(i * kXVecs * N), kXVecs * N, gates,
-                            kXVecs * N, false);
-          }
+          for (int64_t i = 0; i < count && !x_tiles; i++)
+            Product<C::kX>(p, unpacked, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih,
+                           my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i,
+                           gates_x(i) + r * gates_x_stride, gates_x_stride);
+          if constexpr (kTiles)
+            for (int64_t i = 0; i < count && x_tiles; i += group)
+              amx::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(i * kXVecs * N),
+                            (count - i < group ? count - i : group) * kXVecs * N,
+                            gates_x(i) + r * gates_x_stride, gates_x_stride, false);
         }
 
         for (int64_t k = 0; k < end - begin; k++, step++) {
@@ -460,11 +473,13 @@ void Layer<C, V>::Forward(const LayerParams& p) {
               tiles && misfit_h[step & 1].load(std::memory_order_relaxed) != dir * p.T + step;
           if (!step_tiles) pack();
 
-          for (int64_t i = mine.begin; i < mine.end; i++) {
-            const int64_t at = i - mine.begin, unit = i * kUnits;
+          const auto step_rows = [&](int64_t at) {
+            const int64_t i = mine.begin + at, unit = i * kUnits;
             StepRows s;
-            s.gates_x = my.gates_x + (at * capacity + row - chunk_row) * C::kX * kUnits;
-            s.gates_h = my.gates_h;
+            s.gates_x = gates_x(at) + (row - chunk_row) * gates_x_stride;
+            s.gates_h = my.gates_h + at % group * C::kH * kUnits;
+            s.gates_x_stride = gates_x_stride;
+            s.gates_h_stride = gates_h_stride;
             s.b_ih = my.b_ih + at * C::kX * kUnits;
             s.b_hh = my.b_hh + at * C::kH * kUnits;
             s.h = h + unit;
@@ -477,20 +492,24 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             s.y_stride = p.dirs * p.Hout;
             s.units = p.H - unit;
             s.round = projected ? kOwn : p.storage;
-            if constexpr (kTiles)
-              if (step_tiles) {
-                for (int64_t r = 0; r < n; r += kTiledBlock) {
-                  const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
-                  amx::Multiply(h_tiles[step & 1].Row(r), rows, my.w_hh_tiles.Row(at * kHVecs * N),
-                                kHVecs * N, my.gates_h, kHVecs * N, false);
-                  GateMath(s, r, int(rows));
-                }
-                continue;
+            return s;
+          };
+          // Block by block, so that what the gate math stores drains while the next product runs.
+          if constexpr (kTiles)
+            for (int64_t at = 0; at < count && step_tiles; at += group)
+              for (int64_t r = 0; r < n; r += kTiledBlock) {
+                const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
+                const int64_t panels_now = count - at < group ? count - at : group;
+                amx::Multiply(h_tiles[step & 1].Row(r), rows, my.w_hh_tiles.Row(at * kHVecs * N),
+                              panels_now * kHVecs * N, my.gates_h, gates_h_stride, false);
+                for (int64_t j = 0; j < panels_now; j++) GateMath(step_rows(at + j), r, int(rows));
               }
-            // Block by block, so that what the gate math stores drains while the next product runs.
+          for (int64_t at = 0; at < count && !step_tiles; at++) {
+            const StepRows s = step_rows(at);
             ForRowBlocks<TileRows<V>(kHVecs)>(n, [&](int rows, int64_t r) {
               Product<C::kH>(p, unpacked, rows, h + r * ldh, ldh, w.w_hh,
-                             my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, i, my.gates_h);
+                             my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, mine.begin + at,
+                             my.gates_h + at % group * C::kH * kUnits, gates_h_stride);
               GateMath(s, r, rows);
             });
           }
