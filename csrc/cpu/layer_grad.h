@@ -24,13 +24,12 @@ class WeightGrad {
   int64_t rows, cols;
   T *pack_a, *pack_b;  // this thread's; the team's
   // With tiles: the same, and the last block whose right side is out of range, as the number of its
-  // first row (counted on over all products).
-  bool tiled;
+  // first row (counted on over all directions).
   amx::Part *tiles_a, *tiles_b;
   std::atomic<int64_t>* misfit;
   int64_t number;
-  T* sum;  // [gates * H, cols] in the computing type where dw is stored in 16 bits
-  void* dw;
+  T* sum;    // [gates * H, cols] in the computing type where dw is stored in 16 bits
+  void* dw;  // null: not wanted
   Storage storage;
 
   static int64_t Block(int64_t rows) { return rows < kBlock ? rows : kBlock; }
@@ -49,74 +48,129 @@ class WeightGrad {
   // into dst [n][kWidth].
   template <class F>
   void Run(Team& team, const F& load) const {
-    const bool own = storage == StorageOf<T>::kValue;
-    T* c = own ? static_cast<T*>(dw) : sum;
-    const int64_t block = Block(rows), tiles = (cols + kWidth - 1) / kWidth;
-    const auto my_tiles = team.Split(tiles);
-    for (int64_t r0 = 0; r0 < rows; r0 += block) {
-      const int64_t n = rows - r0 < block ? rows - r0 : block;
-      if (tiled && RunTiles(team, load, r0, n, c)) continue;
-      for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
-        const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
-        load(r0, n, col, width, pack_b + tile * kWidth * block);
+    if (!dw) return;
+    for (int64_t r0 = 0; r0 < rows; r0 += Block(rows)) RunBlock(team, load, r0);
+    Store(team);
+  }
+
+  // Two products on tiles. The gradients that they share, out of `gradients`, are packed once; d is
+  // known to be in the range of tiles. Where a right side is not, vectors do the block.
+  template <class F, class G>
+  static void RunTiles(Team& team, int gradients, const WeightGrad& x, const F& load_x,
+                       const WeightGrad& h, const G& load_h) {
+    if constexpr (amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
+      const int64_t blocks = amx::Blocks(x.H);
+      // Blocks of rows of dw are split over the team, weighed by the products that they are in.
+      const int64_t total = (x.Uses() + h.Uses()) * blocks;
+      const int64_t low = total * team.id / team.size, high = total * (team.id + 1) / team.size;
+      for (int64_t r0 = 0; r0 < x.rows; r0 += Block(x.rows)) {
+        const int64_t n = x.Length(r0);
+        x.PackRight(team, load_x, r0);
+        h.PackRight(team, load_h, r0);
+        team.Sync();
+        const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
+        const amx::Operand left{x.tiles_a, amx::DepthBlocks(n), amx::PartsBeside(x.storage)};
+        int64_t before = 0;  // weight of the gradients so far
+        for (int q = 0; q < gradients; q++) {
+          const int64_t uses = x.Uses(q) + h.Uses(q);
+          if (uses == 0) continue;
+          const auto first_from = [&](int64_t weight) {
+            const int64_t block = (weight - before + uses - 1) / uses;
+            return weight <= before ? 0 : (block < blocks ? block : blocks);
+          };
+          const int64_t begin = first_from(low), end = first_from(high);
+          before += uses * blocks;
+          for (int64_t m = begin; m < end; m += kTileGroup) {
+            const int64_t unit = m * amx::kRows,
+                          last = (end - m < kTileGroup ? end : m + kTileGroup) * amx::kRows;
+            const int64_t units = (last < x.H ? last : x.H) - unit;
+            amx::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride, units,
+                                n, left);
+            if (x_fits) x.MultiplyTiles(left, q, unit, units, r0);
+            if (h_fits) h.MultiplyTiles(left, q, unit, units, r0);
+          }
+        }
+        team.Sync();
+        if (!x_fits) x.RunBlock(team, load_x, r0);
+        if (!h_fits) h.RunBlock(team, load_h, r0);
       }
-      team.Sync();
-      const auto my_rows = team.Split(gates * H, kRows);
-      for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += kGroup) {
-        const int64_t m1 = my_rows.end - m0 < kGroup ? my_rows.end : m0 + kGroup;
-        PackLeft(m0, m1, r0, n);
-        for (int64_t tile = 0; tile < tiles; tile++)
-          for (int64_t k = 0; k < n; k += kDepth)
-            for (int64_t m = m0; m < m1; m += kRows)
-              Tile(c, m, int(m1 - m < kRows ? m1 - m : kRows), tile,
-                   pack_a + ((m - m0) / kRows * block + k) * kPackedRow,
-                   pack_b + (tile * block + k) * kWidth, n - k < kDepth ? n - k : kDepth,
-                   r0 + k > 0);
-      }
-      team.Sync();
+      x.Store(team);
+      h.Store(team);
     }
-    const auto my_rows = team.Split(gates * H);
-    if (!own)
-      for (int64_t m = my_rows.begin; m < my_rows.end; m++)
-        StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
   }
 
  private:
-  // The block of rows r0 .. r0 + n on tiles. False, for the whole team, if its right side is out of
-  // range; the left one is known to be in it.
+  bool Own() const { return storage == StorageOf<T>::kValue; }
+  T* Result() const { return Own() ? static_cast<T*>(dw) : sum; }
+  int64_t Length(int64_t r0) const {
+    return rows - r0 < Block(rows) ? rows - r0 : Block(rows);  // of the block from r0 on
+  }
+  void Store(Team& team) const {
+    if (!dw || Own()) return;
+    const auto my_rows = team.Split(gates * H);
+    for (int64_t m = my_rows.begin; m < my_rows.end; m++)
+      StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
+  }
+
+  // The products in which gradient q is (all gradients are).
+  int64_t Uses(int q) const {
+    int64_t uses = 0;
+    for (int gate = 0; gate < gates && dw; gate++) uses += column[gate] == q;
+    return uses;
+  }
+  int64_t Uses() const { return dw ? gates : 0; }
+
+  amx::Operand Right(int64_t r0) const {
+    return {tiles_b, amx::DepthBlocks(Length(r0)), amx::PartsOf(storage)};
+  }
   template <class F>
-  bool RunTiles(Team& team, const F& load, int64_t r0, int64_t n, T* c) const {
-    if constexpr (amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
-      const int64_t tiles = (cols + kWidth - 1) / kWidth, depth = amx::DepthBlocks(n);
-      const auto my_tiles = team.Split(tiles);
-      const amx::Operand left{tiles_a, depth, amx::PartsBeside(storage)};
-      const amx::Operand right{tiles_b, depth, amx::PartsOf(storage)};
-      const int64_t block_number = number + r0;
-      T* staged = pack_b + my_tiles.begin * kWidth * Block(rows);
-      for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
-        const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
-        load(r0, n, col, width, staged);
-        if (!amx::PackRight(staged, StorageOf<T>::kValue, kWidth, amx::Order::kAcross, kWidth, n,
-                            right.Row(col)))
-          misfit->store(block_number, std::memory_order_relaxed);
-      }
-      team.Sync();
-      const bool fits = misfit->load(std::memory_order_relaxed) != block_number;
-      const int64_t gate_blocks = amx::Blocks(H);
-      const auto mine = team.Split(gates * gate_blocks);
-      for (int64_t m = mine.begin, count; fits && m < mine.end; m += count) {
-        const int64_t gate = m / gate_blocks, unit = m % gate_blocks * amx::kRows;
-        count = mine.end - m < kTileGroup ? mine.end - m : kTileGroup;
-        count = count < gate_blocks - m % gate_blocks ? count : gate_blocks - m % gate_blocks;
-        const int64_t units = H - unit < count * amx::kRows ? H - unit : count * amx::kRows;
-        amx::PackLeftAcross(d + r0 * d_stride + column[gate] * gate_stride + unit, d_stride, units,
-                            n, left);
-        amx::Multiply(left, units, right, cols, c + (gate * H + unit) * cols, cols, r0 > 0);
-      }
-      team.Sync();
-      return fits;
+  void PackRight(Team& team, const F& load, int64_t r0) const {
+    if (!dw) return;
+    static_assert(kWidth <= kGroup / kRows * kPackedRow, "a tile of columns fits in pack_a");
+    const int64_t n = Length(r0);
+    const auto my_tiles = team.Split((cols + kWidth - 1) / kWidth);
+    for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
+      const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+      load(r0, n, col, width, pack_a);
+      if (!amx::PackRight(pack_a, StorageOf<T>::kValue, kWidth, amx::Order::kAcross, kWidth, n,
+                          Right(r0).Row(col)))
+        misfit->store(number + r0, std::memory_order_relaxed);
     }
-    return false;
+  }
+  bool Fits(int64_t r0) const {
+    return dw && misfit->load(std::memory_order_relaxed) != number + r0;
+  }
+  void MultiplyTiles(const amx::Operand& left, int q, int64_t unit, int64_t units,
+                     int64_t r0) const {
+    for (int gate = 0; gate < gates; gate++)
+      if (column[gate] == q)
+        amx::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
+                      r0 > 0);
+  }
+
+  // The block of rows from r0 on, by vectors.
+  template <class F>
+  void RunBlock(Team& team, const F& load, int64_t r0) const {
+    if (!dw) return;
+    const int64_t block = Block(rows), n = Length(r0), tiles = (cols + kWidth - 1) / kWidth;
+    const auto my_tiles = team.Split(tiles);
+    for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
+      const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+      load(r0, n, col, width, pack_b + tile * kWidth * block);
+    }
+    team.Sync();
+    const auto my_rows = team.Split(gates * H, kRows);
+    for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += kGroup) {
+      const int64_t m1 = my_rows.end - m0 < kGroup ? my_rows.end : m0 + kGroup;
+      PackLeft(m0, m1, r0, n);
+      for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t k = 0; k < n; k += kDepth)
+          for (int64_t m = m0; m < m1; m += kRows)
+            Tile(Result(), m, int(m1 - m < kRows ? m1 - m : kRows), tile,
+                 pack_a + ((m - m0) / kRows * block + k) * kPackedRow,
+                 pack_b + (tile * block + k) * kWidth, n - k < kDepth ? n - k : kDepth, r0 + k > 0);
+    }
+    team.Sync();
   }
 
   void Tile(T* c, int64_t m, int count, int64_t tile, const T* a, const T* b, int64_t depth,
@@ -207,9 +261,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   // Rows of dX at a time, whole blocks of them to a thread.
   const int64_t x_rows = (p.rows < 768 ? 48 : 96) * (tiled ? 2 : 1);
   const bool narrow = p.storage != kOwn;
-  const int max_gates = C::kX > C::kH ? C::kX : C::kH;
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
-  const int64_t grad_rows = max_gates * p.H;
   const bool stage_dy = p.dy != nullptr && narrow;
   // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
   // summed one by one, so that an operand stays in the second-level cache.
@@ -223,13 +275,13 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   };
   Own own[kMaxThreads] = {};
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
-    *pack_b = nullptr, *sum = nullptr, *dx_sum = nullptr;
-  // d of a step, by its parity; W_ih by gates; the right side of dW.
+    *pack_b = nullptr, *sum_ih = nullptr, *sum_hh = nullptr, *dx_sum = nullptr;
+  // d of a step, by its parity; W_ih by gates; the right sides of dW, x and h.
   amx::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {};
-  amx::Part* tiles_b = nullptr;
+  amx::Part *x_right = nullptr, *h_right = nullptr;
   // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
   std::atomic<bool> fit_w_hh{tiled}, fit_w_ih{tiled}, fit_d{tiled};
-  std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block{-1};
+  std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block[2] = {{-1}, {-1}};
   const auto take_w_hh = [&](Scratch& s) { return s.Take<T>(C::kH * p.H * own_columns); };
   const auto take_w_ih = [&](Scratch& s) {
     return s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0);
@@ -255,14 +307,16 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     for (amx::Operand& tiles : d_tiles) tiles = take_tiles(s, p.B, h_depth, d_parts);
     for (amx::Operand& tiles : w_ih_tiles)
       tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, gate_depth, parts);
-    tiles_b = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, widest) : 0);
+    x_right = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.I) : 0);
+    h_right = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.Hout) : 0);
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
     dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
     if (!tiled) w_ih = take_w_ih(s);
     pack_b = s.Take<T>(WeightGrad<V>::PackBSize(p.rows, widest));
-    sum = s.Take<T>(narrow ? grad_rows * widest : 0);
+    sum_ih = s.Take<T>(narrow ? C::kX * p.H * p.I : 0);
+    sum_hh = s.Take<T>(narrow ? C::kH * p.H * p.Hout : 0);  // and W_hr's
     dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
   });
 
@@ -555,56 +609,60 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         }
       }
 
-      WeightGrad<V> grad;
-      grad.H = p.H;
-      grad.gate_stride = gate_stride;
-      grad.d = d;
-      grad.d_stride = d_stride;
-      grad.rows = p.rows;
-      grad.pack_a = my.pack_a;
-      grad.pack_b = pack_b;
-      grad.sum = sum;
-      grad.storage = p.storage;
-      grad.tiled = tiled && fit_d.load(std::memory_order_relaxed);
-      grad.tiles_a = my.tiles_a;
-      grad.tiles_b = tiles_b;
-      grad.misfit = &misfit_block;
-      grad.number = 3 * dir * p.rows;
-      if (dw.w_ih) {
-        grad.gates = C::kX;
-        grad.column = C::kDx;
-        grad.cols = p.I;
-        grad.dw = dw.w_ih;
-        grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
-          RowCursor cursor(p, r0);
-          for (int64_t r = 0; r < n; r++, cursor.Next())
-            LoadTileRow<T>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage, width,
-                           kTileWidth, dst + r * kTileWidth);
-        });
+      WeightGrad<V> x_grad;
+      x_grad.gates = C::kX;
+      x_grad.H = p.H;
+      x_grad.column = C::kDx;
+      x_grad.gate_stride = gate_stride;
+      x_grad.d = d;
+      x_grad.d_stride = d_stride;
+      x_grad.rows = p.rows;
+      x_grad.cols = p.I;
+      x_grad.pack_a = my.pack_a;
+      x_grad.pack_b = pack_b;
+      x_grad.tiles_a = my.tiles_a;
+      x_grad.tiles_b = x_right;
+      x_grad.misfit = &misfit_block[0];
+      x_grad.number = dir * p.rows;
+      x_grad.sum = sum_ih;
+      x_grad.dw = dw.w_ih;
+      x_grad.storage = p.storage;
+      const auto load_x = [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+        RowCursor cursor(p, r0);
+        for (int64_t r = 0; r < n; r++, cursor.Next())
+          LoadTileRow<T>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage, width,
+                         kTileWidth, dst + r * kTileWidth);
+      };
+      WeightGrad<V> h_grad = x_grad;
+      h_grad.gates = C::kH;
+      h_grad.column = C::kDh;
+      h_grad.cols = p.Hout;
+      h_grad.tiles_b = h_right;
+      h_grad.misfit = &misfit_block[1];
+      h_grad.sum = sum_hh;
+      h_grad.dw = dw.w_hh;
+      const auto load_h = [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+        RowCursor cursor(p, r0);
+        for (int64_t r = 0; r < n; r++, cursor.Next())
+          LoadTileRow<T>(hs + PreviousRow(p, dir, cursor.t, cursor.b) * hs_stride + col, kOwn,
+                         width, kTileWidth, dst + r * kTileWidth);
+      };
+      if (tiled && fit_d.load(std::memory_order_relaxed)) {
+        WeightGrad<V>::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
+      } else {
+        x_grad.Run(team, load_x);
+        h_grad.Run(team, load_h);
       }
-      grad.number += p.rows;
-      if (dw.w_hh) {
-        grad.gates = C::kH;
-        grad.column = C::kDh;
-        grad.cols = p.Hout;
-        grad.dw = dw.w_hh;
-        grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
-          RowCursor cursor(p, r0);
-          for (int64_t r = 0; r < n; r++, cursor.Next())
-            LoadTileRow<T>(hs + PreviousRow(p, dir, cursor.t, cursor.b) * hs_stride + col, kOwn,
-                           width, kTileWidth, dst + r * kTileWidth);
-        });
-      }
-      if (dw.w_hr) {
-        grad.tiled = false;  // dh_seq was not looked at
-        grad.gates = 1;
-        grad.H = p.Hout;
-        grad.column = kIdentity;
-        grad.d = dh_seq;
-        grad.d_stride = h_stride;
-        grad.cols = p.H;
-        grad.dw = dw.w_hr;
-        grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+      if (projected) {
+        WeightGrad<V> projection_grad = h_grad;
+        projection_grad.gates = 1;
+        projection_grad.H = p.Hout;
+        projection_grad.column = kIdentity;
+        projection_grad.d = dh_seq;
+        projection_grad.d_stride = h_stride;
+        projection_grad.cols = p.H;
+        projection_grad.dw = dw.w_hr;
+        projection_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
           for (int64_t r = 0; r < n; r++)
             LoadTileRow<T>(hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width,
                            kTileWidth, dst + r * kTileWidth);
