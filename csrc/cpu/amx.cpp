@@ -255,13 +255,13 @@ FRNN_AMX_INLINE void ZeroSums() {
   _tile_zero(3);
 }
 
-// sums += left blocks times right blocks, two of each, over all the depth.
+// sums += left blocks times right blocks, two of each, over `depth` blocks of the depth.
 template <int kLeftParts, int kRightParts>
-FRNN_AMX_INLINE void MultiplySquare(const Operand& a, const Operand& b) {
+FRNN_AMX_INLINE void MultiplySquare(const Operand& a, const Operand& b, int64_t depth) {
   constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
   const Part *left = a.tiles, *right = b.tiles;
   const int64_t left_step = a.BlockSize(), right_step = b.BlockSize();
-  for (int64_t k = 0; k < a.depth_blocks; k++) {
+  for (int64_t k = 0; k < depth; k++) {
 #pragma GCC unroll 6
     for (size_t i = 0; i < pairs.size(); i++) {
       if (i == 0 || pairs[i].left != pairs[i - 1].left) {
@@ -302,11 +302,11 @@ FRNN_AMX_INLINE void MultiplyTiles(const Part* many, int64_t step, const Part* o
 #undef FRNN_STRIP
 }
 template <int kLeftParts, int kRightParts, int kCount, bool kManyLeft>
-FRNN_AMX_INLINE void MultiplyStrip(const Operand& a, const Operand& b) {
+FRNN_AMX_INLINE void MultiplyStrip(const Operand& a, const Operand& b, int64_t depth) {
   constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
   const Part *left = a.tiles, *right = b.tiles;
   const int64_t step = kManyLeft ? a.BlockSize() : b.BlockSize();
-  for (int64_t k = 0; k < a.depth_blocks; k++) {
+  for (int64_t k = 0; k < depth; k++) {
 #pragma GCC unroll 6
     for (size_t i = 0; i < pairs.size(); i++) {
       const Part *l = left + pairs[i].left * kTile, *r = right + pairs[i].right * kTile;
@@ -317,11 +317,11 @@ FRNN_AMX_INLINE void MultiplyStrip(const Operand& a, const Operand& b) {
   }
 }
 
-// c[rows][columns] = or += the product of kRows left blocks and kColumns right ones, of which the last
-// may be cut short by the edge of c.
+// c[rows][columns] = or += the product of kRowTiles left blocks and kColumnTiles right ones over `depth`
+// blocks of the depth. The last of either may be cut short by the edge of c.
 template <int kLeftParts, int kRightParts, int kRowTiles, int kColumnTiles>
-FRNN_AMX void MultiplyBlock(const Operand& a, const Operand& b, int64_t rows, int64_t columns,
-                            float* c, int64_t ldc, bool accumulate) {
+FRNN_AMX void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, int64_t rows,
+                            int64_t columns, float* c, int64_t ldc, bool accumulate) {
   constexpr int kCount = kRowTiles * kColumnTiles;
   const bool whole = rows >= kRowTiles * kRows && columns >= kColumnTiles * kRows;
   alignas(64) float edge[kCount][kRows * kRows];
@@ -348,9 +348,9 @@ FRNN_AMX void MultiplyBlock(const Operand& a, const Operand& b, int64_t rows, in
   else
     ZeroSums();
   if constexpr (kRowTiles == 2 && kColumnTiles == 2)
-    MultiplySquare<kLeftParts, kRightParts>(a, b);
+    MultiplySquare<kLeftParts, kRightParts>(a, b, depth);
   else
-    MultiplyStrip<kLeftParts, kRightParts, kCount, (kColumnTiles == 1)>(a, b);
+    MultiplyStrip<kLeftParts, kRightParts, kCount, (kColumnTiles == 1)>(a, b, depth);
   StoreSums<kCount>(tiles, bytes_per_row);
   MemoryFence();
   if (!whole)
@@ -420,54 +420,73 @@ bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t colum
 }
 
 namespace {
+// A pair of right blocks of nearly all of the first-level cache is cut in two along the depth, to stay
+// in it while the left operand passes.
+constexpr int64_t kCacheBytes = 48 << 10;
+int64_t DepthAtOnce(const Operand& b) {
+  const int64_t pair = 2 * b.BlockSize() * int64_t(sizeof(Part));
+  const bool cut = pair > kCacheBytes * 3 / 4 && pair < kCacheBytes * 3 / 2;
+  return cut ? (b.depth_blocks + 1) / 2 : b.depth_blocks;
+}
+
 template <int kLeftParts, int kRightParts>
 void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
-                   bool accumulate) {
-  const int64_t rows = Blocks(M), columns = Blocks(N);
-  // Blocks i and j of rows and columns, as many of each as the constants say.
-  const auto block = [&](int64_t i, int64_t j, auto row_tiles, auto column_tiles) {
-    MultiplyBlock<kLeftParts, kRightParts, decltype(row_tiles)::value,
-                  decltype(column_tiles)::value>(a.Row(i * kRows), b.Row(j * kRows), M - i * kRows,
-                                                 N - j * kRows, c + i * kRows * ldc + j * kRows,
-                                                 ldc, accumulate);
-  };
+                   bool accumulate, bool backwards) {
+  const int64_t rows = Blocks(M), columns = Blocks(N), pairs = columns / 2;
+  const int64_t depth = a.depth_blocks, at_once = DepthAtOnce(b);
   using One = std::integral_constant<int, 1>;
   using Two = std::integral_constant<int, 2>;
   using Three = std::integral_constant<int, 3>;
   using Four = std::integral_constant<int, 4>;
+  // From blocks i, j and k of rows, columns and depth on, as many as the constants say.
+  const auto block = [&](int64_t i, int64_t j, int64_t k, int64_t count, auto row_tiles,
+                         auto column_tiles) {
+    MultiplyBlock<kLeftParts, kRightParts, decltype(row_tiles)::value,
+                  decltype(column_tiles)::value>(
+        a.Row(i * kRows).Depth(k), b.Row(j * kRows).Depth(k), count, M - i * kRows, N - j * kRows,
+        c + i * kRows * ldc + j * kRows, ldc, accumulate || k > 0);
+  };
   // The right operand is the larger one: walk it once.
-  int64_t j = 0;
-  for (; j + 1 < columns; j += 2)
-    for (int64_t i = 0; i + 1 < rows; i += 2) block(i, j, Two(), Two());
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    const int64_t j = 2 * (backwards ? pairs - 1 - pair : pair);
+    for (int64_t k = 0; k < depth; k += at_once)
+      for (int64_t i = 0; i + 1 < rows; i += 2)
+        block(i, j, k, depth - k < at_once ? depth - k : at_once, Two(), Two());
+  }
   // What is left of an odd number of blocks, four at once: fewer wait for each other.
+  const int64_t last_row = rows - 1, last_column = columns - 1;
   if (rows % 2)
-    for (int64_t k = 0; k < j; k += 4)
-      j - k < 4 ? block(rows - 1, k, One(), Two()) : block(rows - 1, k, One(), Four());
+    for (int64_t j = 0; j < 2 * pairs; j += 4) {
+      if (2 * pairs - j < 4)
+        block(last_row, j, 0, depth, One(), Two());
+      else
+        block(last_row, j, 0, depth, One(), Four());
+    }
   if (columns % 2)
     for (int64_t i = 0; i < rows; i += 4) {
       if (rows - i == 1)
-        block(i, j, One(), One());
+        block(i, last_column, 0, depth, One(), One());
       else if (rows - i == 2)
-        block(i, j, Two(), One());
+        block(i, last_column, 0, depth, Two(), One());
       else if (rows - i == 3)
-        block(i, j, Three(), One());
+        block(i, last_column, 0, depth, Three(), One());
       else
-        block(i, j, Four(), One());
+        block(i, last_column, 0, depth, Four(), One());
     }
 }
 }  // namespace
 
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
-              bool accumulate) {
+              bool accumulate, bool backwards) {
   switch (a.parts * 4 + b.parts) {
     case 3 * 4 + 3:
-      return MultiplyParts<3, 3>(a, M, b, N, c, ldc, accumulate);
+      return MultiplyParts<3, 3>(a, M, b, N, c, ldc, accumulate, backwards);
     case 2 * 4 + 2:
-      return MultiplyParts<2, 2>(a, M, b, N, c, ldc, accumulate);
+      return MultiplyParts<2, 2>(a, M, b, N, c, ldc, accumulate, backwards);
     case 2 * 4 + 1:
-      return MultiplyParts<2, 1>(a, M, b, N, c, ldc, accumulate);
+      return MultiplyParts<2, 1>(a, M, b, N, c, ldc, accumulate, backwards);
     default:
-      return MultiplyParts<1, 1>(a, M, b, N, c, ldc, accumulate);
+      return MultiplyParts<1, 1>(a, M, b, N, c, ldc, accumulate, backwards);
   }
 }
 

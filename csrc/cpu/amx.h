@@ -91,9 +91,10 @@ bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const 
 bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
                const Operand& out);
 
-// c[M][N] (+)= a b, over all the depth.
+// c[M][N] (+)= a b, over all the depth, the blocks of b from the first to the last or backwards. Who
+// walks through b again and again does it in turns: what was last is still in the cache.
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
-              bool accumulate);
+              bool accumulate, bool backwards = false);
 
 }  // namespace amx
 }  // namespace frnn

@@ -346,7 +346,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       return my.gates_x + own_panel / group * capacity * gates_x_stride +
              own_panel % group * C::kX * kUnits;
     };
-    const int64_t count = mine.end - mine.begin;
+    const int64_t count = mine.end - mine.begin, groups = (count + group - 1) / group;
 
     for (int dir = 0; dir < p.dirs; dir++) {
       const DirectionWeights& w = p.w[dir];
@@ -453,10 +453,12 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                            my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i,
                            gates_x(i) + r * gates_x_stride, gates_x_stride);
           if constexpr (kTiles)
-            for (int64_t i = 0; i < count && x_tiles; i += group)
+            for (int64_t g = 0; g < groups && x_tiles; g++) {
+              const int64_t i = group * (r / block % 2 ? groups - 1 - g : g);
               amx::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(i * kXVecs * N),
                             (count - i < group ? count - i : group) * kXVecs * N,
                             gates_x(i) + r * gates_x_stride, gates_x_stride, false);
+            }
         }
 
         for (int64_t k = 0; k < end - begin; k++, step++) {
@@ -496,7 +498,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           };
           // Block by block, so that what the gate math stores drains while the next product runs.
           if constexpr (kTiles)
-            for (int64_t at = 0; at < count && step_tiles; at += group)
+            for (int64_t g = 0; g < groups && step_tiles; g++) {
+              const int64_t at = group * (step % 2 ? groups - 1 - g : g);
               for (int64_t r = 0; r < n; r += kTiledBlock) {
                 const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
                 const int64_t panels_now = count - at < group ? count - at : group;
@@ -504,6 +507,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                               panels_now * kHVecs * N, my.gates_h, gates_h_stride, false);
                 for (int64_t j = 0; j < panels_now; j++) GateMath(step_rows(at + j), r, int(rows));
               }
+            }
           for (int64_t at = 0; at < count && !step_tiles; at++) {
             const StepRows s = step_rows(at);
             ForRowBlocks<TileRows<V>(kHVecs)>(n, [&](int rows, int64_t r) {

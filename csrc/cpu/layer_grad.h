@@ -71,6 +71,7 @@ class WeightGrad {
         const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
         const amx::Operand left{x.tiles_a, amx::DepthBlocks(n), amx::PartsBeside(x.storage)};
         int64_t before = 0;  // weight of the gradients so far
+        bool back = false;
         for (int q = 0; q < gradients; q++) {
           const int64_t uses = x.Uses(q) + h.Uses(q);
           if (uses == 0) continue;
@@ -86,8 +87,11 @@ class WeightGrad {
             const int64_t units = (last < x.H ? last : x.H) - unit;
             amx::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride, units,
                                 n, left);
-            if (x_fits) x.MultiplyTiles(left, q, unit, units, r0);
-            if (h_fits) h.MultiplyTiles(left, q, unit, units, r0);
+            // There and back, see amx::Multiply.
+            if (x_fits && !back) x.MultiplyTiles(left, q, unit, units, r0, back);
+            if (h_fits) h.MultiplyTiles(left, q, unit, units, r0, back);
+            if (x_fits && back) x.MultiplyTiles(left, q, unit, units, r0, back);
+            back = !back;
           }
         }
         team.Sync();
@@ -140,12 +144,12 @@ class WeightGrad {
   bool Fits(int64_t r0) const {
     return dw && misfit->load(std::memory_order_relaxed) != number + r0;
   }
-  void MultiplyTiles(const amx::Operand& left, int q, int64_t unit, int64_t units,
-                     int64_t r0) const {
+  void MultiplyTiles(const amx::Operand& left, int q, int64_t unit, int64_t units, int64_t r0,
+                     bool backwards) const {
     for (int gate = 0; gate < gates; gate++)
       if (column[gate] == q)
         amx::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
-                      r0 > 0);
+                      r0 > 0, backwards);
   }
 
   // The block of rows from r0 on, by vectors.
@@ -495,7 +499,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         if constexpr (kTiles)
           if (step_tiles && go_on && valid > 0)
             amx::Multiply(d_tiles[step & 1], n, my.w_hh_tiles, valid, dh + first, h_stride,
-                          !projected);
+                          !projected, step % 2);
         if (!step_tiles) pack();
         if (go_on && !step_tiles)
           ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {

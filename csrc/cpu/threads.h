@@ -3,6 +3,11 @@
 #pragma once
 #include <omp.h>
 #include <sched.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstdint>
@@ -12,8 +17,50 @@
 
 FRNN_BEGIN
 
-struct alignas(128) Flag {
-  std::atomic<int64_t> phase{0};
+// How many steps a thread has finished, for the others to wait for.
+class alignas(128) Flag {
+ public:
+  void Advance() {
+    phase_.fetch_add(
+        1);  // in one order with sleepers_: either we see a sleeper or it sees the phase
+    if (sleepers_.load()) Wake();
+  }
+  // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A spin
+  // without end is fatal when there are more threads than cores, and a yield is not much better: it
+  // gives a whole time slice to a program beside us, even to one of the lowest priority.
+  void Await(uint32_t phase, int spins) {
+    while (int32_t(phase_.load(std::memory_order_acquire) - phase) < 0) {
+      if (spins-- > 0)
+        Pause();
+      else
+        Sleep(phase);
+    }
+  }
+
+ private:
+  static void Pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+#ifdef __linux__
+  void Sleep(uint32_t phase) {
+    sleepers_.fetch_add(1);
+    const uint32_t seen = phase_.load();
+    if (int32_t(seen - phase) < 0)
+      syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    sleepers_.fetch_sub(1);
+  }
+  void Wake() { syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0); }
+#else
+  void Sleep(uint32_t) { sched_yield(); }
+  void Wake() {}
+#endif
+  std::atomic<uint32_t> phase_{0};
+  std::atomic<uint32_t> sleepers_{0};
+  static_assert(sizeof(phase_) == sizeof(uint32_t));
 };
 constexpr int kMaxThreads = 256;
 
@@ -22,21 +69,13 @@ class Team {
   Team(int id, int size, Flag* flags) : id(id), size(size), flags_(flags) {}
   const int id, size;
 
-  // Every thread of the team has come here before any leaves. Spins first, since a step takes
-  // microseconds; then gives the core away, since a spin without end is fatal when there are more
-  // threads than cores.
+  // Every thread of the team has come here before any leaves.
   void Sync() {
     if (size == 1) return;
-    flags_[id].phase.store(++phase_, std::memory_order_release);
-    for (int other = 0; other < size; other++) {
-      int spins = 0;
-      while (flags_[other].phase.load(std::memory_order_acquire) < phase_) {
-        if (++spins < 2000)
-          Pause();
-        else
-          sched_yield();
-      }
-    }
+    ++phase_;
+    flags_[id].Advance();
+    for (int other = 0; other < size; other++)
+      if (other != id) flags_[other].Await(phase_, spins_);
   }
 
   // This thread's part of n items in blocks of `unit`.
@@ -50,15 +89,10 @@ class Team {
   }
 
  private:
-  static void Pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
   Flag* flags_;
-  int64_t phase_ = 0;
+  uint32_t phase_ = 0;
+  // Without a core for each thread, what is waited for may need ours.
+  const int spins_ = size > omp_get_num_procs() ? 0 : 2000;
 };
 
 // One copy of the body in the code, for both ways to run it.
