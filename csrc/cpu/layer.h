@@ -47,9 +47,7 @@ class Layer {
   // One or two rows per step stream W_hh. Beyond the second-level cache it streams about as fast as it
   // lies, and a short sequence does not repay its packing.
   static constexpr int64_t kStreamedBatch = 2, kStreamedSteps = 32, kStreamedBytes = 4 << 20;
-  // Fewer rows per step, or in all, are not worth the splitting of weights into parts.
   static constexpr bool kTiles = amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
-  static constexpr int64_t kTiledBatch = 24, kTiledRows = 256;
   static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
   static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
   static constexpr int64_t kTiledBlock = 64;   // rows of gates_h that wait for the gate math
@@ -66,9 +64,13 @@ class Layer {
     n = n < p.threads ? n : p.threads;
     return TeamSize(int(n < Panels(p) ? n : Panels(p)));
   }
+  // A bfloat16 is its own part, and half as many bytes. Splitting weights into more parts is worth it
+  // from so many rows per step, and in all, on.
   static bool Tiled(const LayerParams& p) {
-    if constexpr (kTiles) return p.B >= kTiledBatch && p.rows >= kTiledRows && amx::Available();
-    return false;
+    if (!kTiles || !amx::Available()) return false;
+    if (p.storage == Storage::kBFloat16) return true;
+    const int64_t batch = p.storage == Storage::kHalf ? 8 : (p.H >= 256 ? 16 : 24);
+    return p.B >= batch && p.rows >= 256;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   static bool Unpacked(const LayerParams& p, int64_t rows) {
