@@ -1,4 +1,4 @@
-"""Batches that are large enough for the tile unit (csrc/cpu/amx.h), where the processor has one."""
+"""Batches that are large enough for the tile unit (csrc/cpu/bf16.h), where the processor has one."""
 
 from __future__ import annotations
 

@@ -8,14 +8,15 @@
 // Forward, per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no
 // barrier), then per step gates_h = h W_hh^T, gate math, one barrier.
 // Few rows in all (a decoding step) are not worth packing weights for: they read W as it lies.
-// Where the processor has a tile unit, steps of many rows take their products from cpu/amx.h. It
-// refuses operands with elements out of its range, which then go through the vectors as elsewhere.
+// Where the processor multiplies bfloat16, products come from cpu/bf16.h: those of 16-bit types, and
+// on a tile unit those of float with many rows. It refuses operands with elements out of its range,
+// which then go through the vectors as elsewhere.
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
 #pragma once
 #include "core/cell.h"
 #include "core/scratch.h"
-#include "cpu/amx.h"
+#include "cpu/bf16.h"
 #include "cpu/gemm.h"
 #include "cpu/threads.h"
 
@@ -47,7 +48,7 @@ class Layer {
   // One or two rows per step stream W_hh. Beyond the second-level cache it streams about as fast as it
   // lies, and a short sequence does not repay its packing.
   static constexpr int64_t kStreamedBatch = 2, kStreamedSteps = 32, kStreamedBytes = 4 << 20;
-  static constexpr bool kTiles = amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
+  static constexpr bool kTiles = bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
   static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
   static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
   static constexpr int64_t kTiledBlock = 64;   // rows of gates_h that wait for the gate math
@@ -67,10 +68,12 @@ class Layer {
   // A bfloat16 is its own part, and half as many bytes. Splitting weights into more parts is worth it
   // from so many rows per step, and in all, on.
   static bool Tiled(const LayerParams& p) {
-    if (!kTiles || !amx::Available()) return false;
-    if (p.storage == Storage::kBFloat16) return true;
-    const int64_t batch = p.storage == Storage::kHalf ? 8 : (p.H >= 256 ? 16 : 24);
-    return p.B >= batch && p.rows >= 256;
+    if constexpr (kTiles) {
+      if (p.storage == Storage::kBFloat16) return bf16::Available(p.storage);
+      const int64_t batch = p.storage == Storage::kHalf ? 8 : (p.H >= 256 ? 16 : 24);
+      return p.B >= batch && p.rows >= 256 && bf16::Available(p.storage);
+    }
+    return false;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   static bool Unpacked(const LayerParams& p, int64_t rows) {
@@ -141,14 +144,14 @@ class Layer {
   }
   // The same as right operands of tiles.
   static bool PackGateTiles(const void* w, Storage s, int gates, int64_t H, int64_t K,
-                            int64_t panel, const amx::Operand& out) {
+                            int64_t panel, const bf16::Operand& out) {
     bool fits = true;
     if constexpr (kTiles)
       for (int q = 0; q < gates; q++)
         for (int j = 0; j < kPanelVecs; j++) {
           const int64_t unit = panel * kUnits + j * N, n = H - unit < N ? H - unit : N;
-          fits &= amx::PackRight(At(w, s, (q * H + unit) * K), s, K, amx::Order::kAlong, n, K,
-                                 out.Row((q * kPanelVecs + j) * N));
+          fits &= bf16::PackRight(At(w, s, (q * H + unit) * K), s, K, bf16::Order::kAlong, n, K,
+                                  out.Row((q * kPanelVecs + j) * N));
         }
     return fits;
   }
@@ -281,14 +284,14 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   const int64_t hs_stride = HsStride(p.H, p.Hout);
   const bool direct_y = p.storage == kOwn && !projected;
 
-  const int64_t x_depth = amx::DepthBlocks(p.I), h_depth = amx::DepthBlocks(p.Hout);
+  const int64_t x_depth = bf16::DepthBlocks(p.I), h_depth = bf16::DepthBlocks(p.Hout);
 
   struct Own {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
-    amx::Operand w_ih_tiles, w_hh_tiles, x_tiles;
+    bf16::Operand w_ih_tiles, w_hh_tiles, x_tiles;
   };
   Own own[kMaxThreads] = {};
-  amx::Operand h_tiles[2] = {};  // of h before a step, by the parity of the step
+  bf16::Operand h_tiles[2] = {};  // of h before a step, by the parity of the step
   // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
   // not (counted on over both directions).
   std::atomic<bool> fit{tiled};
@@ -300,8 +303,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     to.w_hh = s.Take<T>(unpacked ? 0 : own_panels * p.Hout * C::kH * kUnits);
   };
   const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t depth) {
-    const int parts = amx::PartsOf(p.storage);
-    return amx::Operand{s.Take<amx::Part>(tiled ? amx::Size(rows, depth, parts) : 0), depth, parts};
+    const int parts = bf16::PartsOf(p.storage);
+    return bf16::Operand{s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, parts) : 0), depth,
+                         parts};
   };
   Scratch scratch, spare[kMaxThreads];  // spare: the weights as vectors, where tiles do not fit
   scratch.Build([&](Scratch& s) {
@@ -318,7 +322,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].w_hh_tiles = take_tiles(s, own_panels * kHVecs * N, h_depth);
       own[i].x_tiles = take_tiles(s, kTiledInput, x_depth);
     }
-    for (amx::Operand& tiles : h_tiles) tiles = take_tiles(s, p.B, h_depth);
+    for (bf16::Operand& tiles : h_tiles) tiles = take_tiles(s, p.B, h_depth);
     if (!in_place)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
@@ -332,14 +336,14 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                                     : mine.begin * kUnits;  // columns of h that this thread writes
     const int64_t last = projected ? columns.end * N : mine.end * kUnits;
     const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
-    const amx::Session session(tiled);
+    const bf16::Session session(tiled);
     // h of n rows as the tiles of a step: the columns of this thread.
     const auto share_h = [&](const T* h, int64_t ldh, int64_t n, int dir, int64_t step) {
       bool fits = true;
       if constexpr (kTiles)
-        fits = amx::PackRows(h, kOwn, ldh, n, first,
-                             team.id + 1 == team.size ? h_depth * amx::kDepth : last, p.Hout,
-                             h_tiles[step & 1]);
+        fits = bf16::PackRows(h, kOwn, ldh, n, first,
+                              team.id + 1 == team.size ? h_depth * bf16::kDepth : last, p.Hout,
+                              h_tiles[step & 1]);
       if (!fits) misfit_h[step & 1].store(dir * p.T + step, std::memory_order_relaxed);
       return fits;
     };
@@ -446,8 +450,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           const int64_t n = chunk - r < block ? chunk - r : block;
           bool x_tiles = false;
           if constexpr (kTiles)
-            x_tiles = tiles && amx::PackRows(At(x, x_storage, r * ldx), x_storage, ldx, n, 0,
-                                             x_depth * amx::kDepth, p.I, my.x_tiles);
+            x_tiles = tiles && bf16::PackRows(At(x, x_storage, r * ldx), x_storage, ldx, n, 0,
+                                              x_depth * bf16::kDepth, p.I, my.x_tiles);
           if (!x_tiles) pack();
           if (!x_tiles && x_storage != kOwn) stage();
           for (int64_t i = 0; i < count && !x_tiles; i++)
@@ -457,9 +461,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           if constexpr (kTiles)
             for (int64_t g = 0; g < groups && x_tiles; g++) {
               const int64_t i = group * (r / block % 2 ? groups - 1 - g : g);
-              amx::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(i * kXVecs * N),
-                            (count - i < group ? count - i : group) * kXVecs * N,
-                            gates_x(i) + r * gates_x_stride, gates_x_stride, false);
+              bf16::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(i * kXVecs * N),
+                             (count - i < group ? count - i : group) * kXVecs * N,
+                             gates_x(i) + r * gates_x_stride, gates_x_stride, false);
             }
         }
 
@@ -505,8 +509,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
               for (int64_t r = 0; r < n; r += kTiledBlock) {
                 const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
                 const int64_t panels_now = count - at < group ? count - at : group;
-                amx::Multiply(h_tiles[step & 1].Row(r), rows, my.w_hh_tiles.Row(at * kHVecs * N),
-                              panels_now * kHVecs * N, my.gates_h, gates_h_stride, false);
+                bf16::Multiply(h_tiles[step & 1].Row(r), rows, my.w_hh_tiles.Row(at * kHVecs * N),
+                               panels_now * kHVecs * N, my.gates_h, gates_h_stride, false);
                 for (int64_t j = 0; j < panels_now; j++) GateMath(step_rows(at + j), r, int(rows));
               }
             }

@@ -25,7 +25,7 @@ class WeightGrad {
   T *pack_a, *pack_b;  // this thread's; the team's
   // With tiles: the same, and the last block whose right side is out of range, as the number of its
   // first row (counted on over all directions).
-  amx::Part *tiles_a, *tiles_b;
+  bf16::Part *tiles_a, *tiles_b;
   std::atomic<int64_t>* misfit;
   int64_t number;
   T* sum;    // [gates * H, cols] in the computing type where dw is stored in 16 bits
@@ -38,10 +38,10 @@ class WeightGrad {
     return RoundUp(cols, kWidth) * Block(rows);
   }
   static int64_t TilesASize(int64_t rows) {
-    return amx::Size(kTileGroup * amx::kRows, amx::DepthBlocks(Block(rows)), 3);
+    return bf16::Size(kTileGroup * bf16::kRows, bf16::DepthBlocks(Block(rows)), 3);
   }
   static int64_t TilesBSize(int64_t rows, int64_t cols) {
-    return amx::Size(RoundUp(cols, kWidth), amx::DepthBlocks(Block(rows)), 3);
+    return bf16::Size(RoundUp(cols, kWidth), bf16::DepthBlocks(Block(rows)), 3);
   }
 
   // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width,
@@ -58,8 +58,8 @@ class WeightGrad {
   template <class F, class G>
   static void RunTiles(Team& team, int gradients, const WeightGrad& x, const F& load_x,
                        const WeightGrad& h, const G& load_h) {
-    if constexpr (amx::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
-      const int64_t blocks = amx::Blocks(x.H);
+    if constexpr (bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
+      const int64_t blocks = bf16::Blocks(x.H);
       // Blocks of rows of dw are split over the team, weighed by the products that they are in.
       const int64_t total = (x.Uses() + h.Uses()) * blocks;
       const int64_t low = total * team.id / team.size, high = total * (team.id + 1) / team.size;
@@ -69,7 +69,7 @@ class WeightGrad {
         h.PackRight(team, load_h, r0);
         team.Sync();
         const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
-        const amx::Operand left{x.tiles_a, amx::DepthBlocks(n), amx::PartsBeside(x.storage)};
+        const bf16::Operand left{x.tiles_a, bf16::DepthBlocks(n), bf16::PartsBeside(x.storage)};
         int64_t before = 0;  // weight of the gradients so far
         bool back = false;
         for (int q = 0; q < gradients; q++) {
@@ -82,12 +82,12 @@ class WeightGrad {
           const int64_t begin = first_from(low), end = first_from(high);
           before += uses * blocks;
           for (int64_t m = begin; m < end; m += kTileGroup) {
-            const int64_t unit = m * amx::kRows,
-                          last = (end - m < kTileGroup ? end : m + kTileGroup) * amx::kRows;
+            const int64_t unit = m * bf16::kRows,
+                          last = (end - m < kTileGroup ? end : m + kTileGroup) * bf16::kRows;
             const int64_t units = (last < x.H ? last : x.H) - unit;
-            amx::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride, units,
-                                n, left);
-            // There and back, see amx::Multiply.
+            bf16::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride,
+                                 units, n, left);
+            // There and back, see bf16::Multiply.
             if (x_fits && !back) x.MultiplyTiles(left, q, unit, units, r0, back);
             if (h_fits) h.MultiplyTiles(left, q, unit, units, r0, back);
             if (x_fits && back) x.MultiplyTiles(left, q, unit, units, r0, back);
@@ -124,8 +124,8 @@ class WeightGrad {
   }
   int64_t Uses() const { return dw ? gates : 0; }
 
-  amx::Operand Right(int64_t r0) const {
-    return {tiles_b, amx::DepthBlocks(Length(r0)), amx::PartsOf(storage)};
+  bf16::Operand Right(int64_t r0) const {
+    return {tiles_b, bf16::DepthBlocks(Length(r0)), bf16::PartsOf(storage)};
   }
   template <class F>
   void PackRight(Team& team, const F& load, int64_t r0) const {
@@ -136,20 +136,20 @@ class WeightGrad {
     for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
       const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
       load(r0, n, col, width, pack_a);
-      if (!amx::PackRight(pack_a, StorageOf<T>::kValue, kWidth, amx::Order::kAcross, kWidth, n,
-                          Right(r0).Row(col)))
+      if (!bf16::PackRight(pack_a, StorageOf<T>::kValue, kWidth, bf16::Order::kAcross, kWidth, n,
+                           Right(r0).Row(col)))
         misfit->store(number + r0, std::memory_order_relaxed);
     }
   }
   bool Fits(int64_t r0) const {
     return dw && misfit->load(std::memory_order_relaxed) != number + r0;
   }
-  void MultiplyTiles(const amx::Operand& left, int q, int64_t unit, int64_t units, int64_t r0,
+  void MultiplyTiles(const bf16::Operand& left, int q, int64_t unit, int64_t units, int64_t r0,
                      bool backwards) const {
     for (int gate = 0; gate < gates; gate++)
       if (column[gate] == q)
-        amx::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
-                      r0 > 0, backwards);
+        bf16::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
+                       r0 > 0, backwards);
   }
 
   // The block of rows from r0 on, by vectors.
@@ -269,20 +269,20 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   const bool stage_dy = p.dy != nullptr && narrow;
   // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
   // summed one by one, so that an operand stays in the second-level cache.
-  const int64_t gate_depth = amx::DepthBlocks(p.H), h_depth = C::kH * gate_depth;
-  const int parts = amx::PartsOf(p.storage), d_parts = amx::PartsBeside(p.storage);
+  const int64_t gate_depth = bf16::DepthBlocks(p.H), h_depth = C::kH * gate_depth;
+  const int parts = bf16::PartsOf(p.storage), d_parts = bf16::PartsBeside(p.storage);
 
   struct Own {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
-    amx::Operand w_hh_tiles, d_tiles;
-    amx::Part* tiles_a;
+    bf16::Operand w_hh_tiles, d_tiles;
+    bf16::Part* tiles_a;
   };
   Own own[kMaxThreads] = {};
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
     *pack_b = nullptr, *sum_ih = nullptr, *sum_hh = nullptr, *dx_sum = nullptr;
   // d of a step, by its parity; W_ih by gates; the right sides of dW, x and h.
-  amx::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {};
-  amx::Part *x_right = nullptr, *h_right = nullptr;
+  bf16::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {};
+  bf16::Part *x_right = nullptr, *h_right = nullptr;
   // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
   std::atomic<bool> fit_w_hh{tiled}, fit_w_ih{tiled}, fit_d{tiled};
   std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block[2] = {{-1}, {-1}};
@@ -291,7 +291,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     return s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0);
   };
   const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t depth, int parts) {
-    return amx::Operand{s.Take<amx::Part>(tiled ? amx::Size(rows, depth, parts) : 0), depth, parts};
+    return bf16::Operand{s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, parts) : 0), depth,
+                         parts};
   };
   Scratch scratch, spare[kMaxThreads], spare_w_ih;  // spare: for vectors where tiles do not fit
   scratch.Build([&](Scratch& s) {
@@ -306,13 +307,13 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       own[i].w_hh_tiles = take_tiles(s, own_columns, h_depth, parts);
       own[i].d_tiles = take_tiles(s, p.dx ? x_rows : 0, gate_depth, d_parts);
       own[i].dx_rows = s.Take<T>(tiled && narrow && p.dx ? x_rows * p.I : 0);
-      own[i].tiles_a = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesASize(p.rows) : 0);
+      own[i].tiles_a = s.Take<bf16::Part>(tiled ? WeightGrad<V>::TilesASize(p.rows) : 0);
     }
-    for (amx::Operand& tiles : d_tiles) tiles = take_tiles(s, p.B, h_depth, d_parts);
-    for (amx::Operand& tiles : w_ih_tiles)
+    for (bf16::Operand& tiles : d_tiles) tiles = take_tiles(s, p.B, h_depth, d_parts);
+    for (bf16::Operand& tiles : w_ih_tiles)
       tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, gate_depth, parts);
-    x_right = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.I) : 0);
-    h_right = s.Take<amx::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.Hout) : 0);
+    x_right = s.Take<bf16::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.I) : 0);
+    h_right = s.Take<bf16::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.Hout) : 0);
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
@@ -333,7 +334,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                   last_vec = projected ? columns.end : mine.end * kPanelVecs;
     const int64_t first = first_vec * N, last = last_vec * N;
     const int64_t valid = (last < p.Hout ? last : p.Hout) - first;
-    const amx::Session session(tiled);
+    const bf16::Session session(tiled);
 
     for (int dir = 0; dir < p.dirs; dir++) {
       const DirectionWeights& w = p.w[dir];
@@ -356,8 +357,9 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       };
       if constexpr (kTiles)
         for (int q = 0; q < C::kH && tiled && valid > 0; q++)
-          if (!amx::PackRight(At(w.w_hh, p.storage, q * p.H * p.Hout + first), p.storage, p.Hout,
-                              amx::Order::kAcross, valid, p.H, my.w_hh_tiles.Depth(q * gate_depth)))
+          if (!bf16::PackRight(At(w.w_hh, p.storage, q * p.H * p.Hout + first), p.storage, p.Hout,
+                               bf16::Order::kAcross, valid, p.H,
+                               my.w_hh_tiles.Depth(q * gate_depth)))
             fit_w_hh.store(false, std::memory_order_relaxed);
       if (projected)
         ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
@@ -484,11 +486,12 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         if constexpr (kTiles)
           if (tiled) {
             const int64_t end =
-                team.id + 1 == team.size ? gate_depth * amx::kDepth : mine.end * kUnits;
+                team.id + 1 == team.size ? gate_depth * bf16::kDepth : mine.end * kUnits;
             for (int q = 0; q < C::kH; q++)
-              amx::PackRows(d + row * d_stride + C::kDh[q] * gate_stride, kOwn, d_stride, n,
-                            mine.begin * kUnits, end, p.H, d_tiles[step & 1].Depth(q * gate_depth));
-            if (!Below(largest, amx::kLargest)) {
+              bf16::PackRows(d + row * d_stride + C::kDh[q] * gate_stride, kOwn, d_stride, n,
+                             mine.begin * kUnits, end, p.H,
+                             d_tiles[step & 1].Depth(q * gate_depth));
+            if (!Below(largest, bf16::kLargest)) {
               misfit_d[step & 1].store(step_number, std::memory_order_relaxed);
               fit_d.store(false, std::memory_order_relaxed);
             }
@@ -498,8 +501,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                                 misfit_d[step & 1].load(std::memory_order_relaxed) != step_number;
         if constexpr (kTiles)
           if (step_tiles && go_on && valid > 0)
-            amx::Multiply(d_tiles[step & 1], n, my.w_hh_tiles, valid, dh + first, h_stride,
-                          !projected, step % 2);
+            bf16::Multiply(d_tiles[step & 1], n, my.w_hh_tiles, valid, dh + first, h_stride,
+                           !projected, step % 2);
         if (!step_tiles) pack();
         if (go_on && !step_tiles)
           ForColumnTiles<V>(first_vec, last_vec, [&](int64_t v, auto nv) {
@@ -545,10 +548,10 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
             for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
               for (int q = 0; q < C::kX; q++) {
                 const int64_t col = tile * kTileWidth;
-                if (!amx::PackRight(At(w.w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
-                                    amx::Order::kAcross,
-                                    p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
-                                    w_ih_tiles[q].Row(col)))
+                if (!bf16::PackRight(At(w.w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
+                                     bf16::Order::kAcross,
+                                     p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
+                                     w_ih_tiles[q].Row(col)))
                   fit_w_ih.store(false, std::memory_order_relaxed);
               }
             team.Sync();
@@ -574,10 +577,10 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
               const int64_t width = (p.I < end ? p.I : end) - col;
               T* out = narrow ? my.dx_rows : static_cast<T*>(p.dx) + r0 * p.I;
               for (int q = 0; q < C::kX && width > 0; q++) {
-                amx::PackRows(d + r0 * d_stride + C::kDx[q] * gate_stride, kOwn, d_stride, n, 0,
-                              gate_depth * amx::kDepth, p.H, my.d_tiles);
-                amx::Multiply(my.d_tiles, n, w_ih_tiles[q].Row(col), width, out + col, p.I,
-                              q > 0 || (dir == 1 && !narrow));
+                bf16::PackRows(d + r0 * d_stride + C::kDx[q] * gate_stride, kOwn, d_stride, n, 0,
+                               gate_depth * bf16::kDepth, p.H, my.d_tiles);
+                bf16::Multiply(my.d_tiles, n, w_ih_tiles[q].Row(col), width, out + col, p.I,
+                               q > 0 || (dir == 1 && !narrow));
               }
               for (int64_t r = 0; r < n && narrow && width > 0; r++) {
                 T *row = out + r * p.I + col, *total = dx_sum + (r0 + r) * p.I + col;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/params.h"
+#include "cpu/bf16.h"
 
 namespace frnn {
 
@@ -45,7 +46,7 @@ const Entry kTable[] = {
 #undef CELL
 };
 
-// FUSED_RNN_CPU_CAPABILITY=generic|avx2|avx512 asks for less than the machine has (never for more).
+// FUSED_RNN_CPU_CAPABILITY=generic|avx2|avx512|avx512_bf16 asks for less than the machine has (never for more).
 Tier Detect() {
   Tier tier = kGeneric;
 #ifdef __x86_64__
@@ -77,6 +78,9 @@ const CpuKernels* FindCpuKernels(const char* cell, int is_double) {
 }
 
 const char* CpuCapability() {
+#ifdef FRNN_HAS_BF16
+  if (tier() == kAvx512 && bf16::Capability()) return bf16::Capability();
+#endif
   static const char* const kNames[] = {"generic", "avx2", "avx512"};
   return kNames[tier()];
 }

@@ -1,16 +1,15 @@
-// Products of matrices on a processor's tile unit (AMX), whose operands are bfloat16 and whose sums
-// are float.
+// Products of matrices on a processor's units for bfloat16, whose sums are float: tiles (AMX), or
+// vectors (AVX512-BF16).
 //
 // A float is the exact sum of three bfloat16, a = a_0 + a_1 + a_2, of eight bits each. Of the nine
 // products a_i b_j the six with i + j <= 2 are summed: the others are below 2^-25 |a b|, less than
-// what float rounds away. The five small ones come first, over the whole depth, where rounding them
-// costs nothing. The unit then sums 32 terms of the large one in few roundings: the error against
-// float64 is about a fifth of that of a sum of floats (K from 100 to 2048, uniform numbers). The order
-// of the sum depends on K alone. A float16 is two parts, a bfloat16 is one.
+// what float rounds away. A tile sums 32 terms of a product in few roundings: the error against float64
+// is about half of that of a sum of floats (K from 100 to 2048, uniform numbers). The order of the sum
+// depends on K alone. A float16 is two parts, a bfloat16 is one.
 //
-// The tile unit flushes what is smaller than 2^-126 to zero, and inf has no such parts. Operands
-// with an element above kLargest (inf and NaN are) are refused by the packing, for the caller to take
-// another way; below it, what is flushed changes c by less than 2^-96 per term.
+// The units flush what is smaller than 2^-126 to zero, and inf has no such parts. Operands with an
+// element above kLargest (inf and NaN are) are refused by the packing, for the caller to take another
+// way; below it, what is flushed changes c by less than 2^-96 per term.
 #pragma once
 #include <cstdint>
 
@@ -18,14 +17,14 @@
 
 #if defined(__linux__) && defined(__x86_64__) && defined(__has_include)
 #if __has_include(<amxbf16intrin.h>)
-#define FRNN_HAS_AMX
+#define FRNN_HAS_BF16
 #endif
 #endif
 
 namespace frnn {
-namespace amx {
+namespace bf16 {
 
-#ifdef FRNN_HAS_AMX
+#ifdef FRNN_HAS_BF16
 constexpr bool kCompiled = true;
 #else
 constexpr bool kCompiled = false;
@@ -63,8 +62,12 @@ constexpr int64_t Size(int64_t rows, int64_t depth_blocks, int parts) {
   return Blocks(rows) * depth_blocks * parts * kTile;
 }
 
-// Whether this machine and system let the process use tiles. FUSED_RNN_CPU_CAPABILITY=avx512 says no.
-bool Available();
+// What this machine and system let the process use. FUSED_RNN_CPU_CAPABILITY asks for less:
+// avx512_bf16 for vectors, avx512 for none.
+enum class Unit { kNone, kVectors, kTiles };
+// Whether products of this storage type are faster here than float vectors are.
+bool Available(Storage storage);
+const char* Capability();  // the unit's name, or null for none
 
 // The calling thread may use tiles while this lives.
 class Session {
@@ -96,5 +99,5 @@ bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t colum
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
               bool accumulate, bool backwards = false);
 
-}  // namespace amx
+}  // namespace bf16
 }  // namespace frnn

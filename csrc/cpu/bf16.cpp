@@ -1,12 +1,13 @@
-#include "cpu/amx.h"
+#include "cpu/bf16.h"
 
-#ifdef FRNN_HAS_AMX
+#ifdef FRNN_HAS_BF16
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
@@ -16,33 +17,63 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-// The functions that use tiles and vectors; the rest of this file runs anywhere.
-#define FRNN_AMX \
+// The functions that use vectors of bfloat16, and those that use tiles besides; the rest of this file
+// runs anywhere.
+#define FRNN_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define FRNN_BF16_INLINE FRNN_BF16 inline __attribute__((always_inline))
+#define FRNN_TILE \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
-#define FRNN_AMX_INLINE FRNN_AMX inline __attribute__((always_inline))
+#define FRNN_TILE_INLINE FRNN_TILE inline __attribute__((always_inline))
 
 namespace frnn {
-namespace amx {
+namespace bf16 {
 namespace {
 
 constexpr int kBytesPerRow = 64;  // of a tile
 
-bool Detect() {
+// The best of a few measurements of 12 chains of multiply-adds, of bfloat16 pairs or of floats.
+template <bool kPairs>
+FRNN_BF16 double Seconds() {
+  double best = 1;
+  for (int measurement = 0; measurement < 10; measurement++) {
+    __m512 sums[12] = {};
+    const __m512 one = _mm512_set1_ps(1);
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < 200; i++)
+#pragma GCC unroll 12
+      for (__m512& sum : sums) {
+        sum = kPairs ? _mm512_dpbf16_ps(sum, (__m512bh)one, (__m512bh)one)
+                     : _mm512_fmadd_ps(one, one, sum);
+        asm volatile("" : "+v"(sum));
+      }
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+    if (passed.count() < best) best = passed.count();
+  }
+  return best;
+}
+// Some processors have the instruction at the rate of two floats' multiply-adds, others at that of half
+// a one's: then converting to float once is better.
+bool PairsPay() { return Seconds<true>() < 1.5 * Seconds<false>(); }
+
+Unit Detect() {
   const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
-  if (wish && *wish && std::strcmp(wish, "amx")) return false;
+  const auto wished = [&](const char* name) { return wish && !std::strcmp(wish, name); };
+  if (wish && *wish && !wished("amx") && !wished("avx512_bf16")) return Unit::kNone;
   unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
-  unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return Unit::kNone;
+  unsigned enabled, high;  // register states that the system keeps
+  asm volatile("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
   constexpr unsigned kVectorState = 0xe6, kTileState = 3u << 17;
-  if ((low & (kVectorState | kTileState)) != (kVectorState | kTileState)) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if ((d & (kAmxBf16 | kAmxTile)) != (kAmxBf16 | kAmxTile)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // AVX512-BF16
+  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((enabled & kVectorState) != kVectorState) return Unit::kNone;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return Unit::kNone;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Unit::kNone;
+  const bool tiles = (enabled & kTileState) == kTileState &&
+                     (d & (kAmxBf16 | kAmxTile)) == (kAmxBf16 | kAmxTile) && !wished("avx512_bf16");
   // Linux gives the 8 KB of state per thread on request only (arch_prctl(2)).
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  if (tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return Unit::kTiles;
+  return wished("avx512_bf16") || PairsPay() ? Unit::kVectors : Unit::kNone;
 }
 
 // Every register is a full tile.
@@ -55,19 +86,19 @@ static_assert(sizeof(TileConfig) == 64);
 constexpr TileConfig kConfig = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-FRNN_AMX void LoadConfig() { _tile_loadconfig(&kConfig); }
-FRNN_AMX void ReleaseTiles() { _tile_release(); }
+FRNN_TILE void LoadConfig() { _tile_loadconfig(&kConfig); }
+FRNN_TILE void ReleaseTiles() { _tile_release(); }
 
 // ---- packing ----
 
 // 16 parts as floats.
-FRNN_AMX_INLINE __m512 Widen(__m256i parts) {
+FRNN_BF16_INLINE __m512 Widen(__m256i parts) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(parts), 16));
 }
 
 // 16 elements of a storage type as floats, zero where the mask is not set.
 template <Storage kStorage>
-FRNN_AMX_INLINE __m512 LoadFloats(const void* p, int64_t i, __mmask16 mask) {
+FRNN_BF16_INLINE __m512 LoadFloats(const void* p, int64_t i, __mmask16 mask) {
   if constexpr (kStorage == Storage::kFloat)
     return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);
   const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + i);
@@ -76,7 +107,7 @@ FRNN_AMX_INLINE __m512 LoadFloats(const void* p, int64_t i, __mmask16 mask) {
 
 // The parts of 32 floats, each with those of `low` in its lower half.
 template <int kParts>
-FRNN_AMX_INLINE void Split(__m512 low, __m512 high, __m512i (&parts)[kParts]) {
+FRNN_BF16_INLINE void Split(__m512 low, __m512 high, __m512i (&parts)[kParts]) {
 #pragma GCC unroll 3
   for (int i = 0; i < kParts; i++) {
     parts[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
@@ -87,11 +118,11 @@ FRNN_AMX_INLINE void Split(__m512 low, __m512 high, __m512i (&parts)[kParts]) {
   }
 }
 
-FRNN_AMX_INLINE void TrackLargest(__m512i& largest, __m512 x) {
+FRNN_BF16_INLINE void TrackLargest(__m512i& largest, __m512 x) {
   const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
   largest = _mm512_max_epu32(largest, magnitude);
 }
-FRNN_AMX_INLINE bool Fits(__m512i largest) {
+FRNN_BF16_INLINE bool Fits(__m512i largest) {
   return _mm512_cmp_epu32_mask(largest, _mm512_castps_si512(_mm512_set1_ps(kLargest)),
                                _MM_CMPINT_NLE) == 0;
 }
@@ -102,7 +133,7 @@ inline uint32_t Mask(int64_t begin, int64_t end) {
   return below(end) & ~below(begin);
 }
 
-FRNN_AMX_INLINE void Transpose16(__m512i (&v)[16]) {
+FRNN_BF16_INLINE void Transpose16(__m512i (&v)[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
@@ -135,8 +166,8 @@ FRNN_AMX_INLINE void Transpose16(__m512i (&v)[16]) {
 // The tiles of one block of rows and depth; `a` is its first element. Pairs of adjacent k are 32 bits:
 // a left tile is [row][pair], a right one [pair][column].
 template <Storage kStorage, int kParts, Order kOrder, bool kLeft>
-FRNN_AMX_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_t rows, int64_t K,
-                              Part* out, __m512i& largest) {
+FRNN_BF16_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_t rows, int64_t K,
+                               Part* out, __m512i& largest) {
   constexpr bool kAlong = kOrder == Order::kAlong;
   // Takes the 16 lanes of two vectors in turn.
   const __m512i interleave =
@@ -172,7 +203,7 @@ FRNN_AMX_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_t
 }
 
 template <Storage kStorage, int kParts, Order kOrder, bool kLeft>
-FRNN_AMX bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
+FRNN_BF16 bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
   __m512i largest = _mm512_setzero_si512();
   for (int64_t i = 0; i == 0 || i < Blocks(rows); i++)
     for (int64_t k = 0; k < DepthBlocks(K); k++) {
@@ -186,8 +217,8 @@ FRNN_AMX bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K, co
 }
 
 template <Storage kStorage, int kParts>
-FRNN_AMX bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-                         int64_t K, const Operand& out) {
+FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
+                          int64_t K, const Operand& out) {
   __m512i largest = _mm512_setzero_si512();
   for (int64_t k = k0 / kDepth; k * kDepth < k1; k++) {
     const int64_t begin = k * kDepth;
@@ -214,7 +245,7 @@ FRNN_AMX bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, i
 // The tile intrinsics do not tell the compiler which memory they read and write.
 inline void MemoryFence() { asm volatile("" ::: "memory"); }
 
-FRNN_AMX_INLINE void CopyMasked(const float* from, float* to, __mmask16 mask) {
+FRNN_BF16_INLINE void CopyMasked(const float* from, float* to, __mmask16 mask) {
   _mm512_mask_storeu_ps(to, mask, _mm512_maskz_loadu_ps(mask, from));
 }
 
@@ -232,23 +263,26 @@ constexpr auto kPairs<2, 2> = std::array<Pair, 3>{{{1, 0}, {0, 0}, {0, 1}}};
 template <>
 constexpr auto kPairs<2, 1> = std::array<Pair, 2>{{{1, 0}, {0, 0}}};
 
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
 // The sums of a block of tiles of c, two by two or up to four in a row or column, in registers 0 .. 3.
 // The intrinsics want registers as literals.
 template <int kCount>
-FRNN_AMX_INLINE void LoadSums(const float* const (&c)[4], int64_t bytes_per_row) {
+FRNN_TILE_INLINE void LoadSums(const float* const (&c)[4], int64_t bytes_per_row) {
   _tile_loadd(0, c[0], bytes_per_row);
   if constexpr (kCount > 1) _tile_loadd(1, c[1], bytes_per_row);
   if constexpr (kCount > 2) _tile_loadd(2, c[2], bytes_per_row);
   if constexpr (kCount > 3) _tile_loadd(3, c[3], bytes_per_row);
 }
 template <int kCount>
-FRNN_AMX_INLINE void StoreSums(float* const (&c)[4], int64_t bytes_per_row) {
+FRNN_TILE_INLINE void StoreSums(float* const (&c)[4], int64_t bytes_per_row) {
   _tile_stored(0, c[0], bytes_per_row);
   if constexpr (kCount > 1) _tile_stored(1, c[1], bytes_per_row);
   if constexpr (kCount > 2) _tile_stored(2, c[2], bytes_per_row);
   if constexpr (kCount > 3) _tile_stored(3, c[3], bytes_per_row);
 }
-FRNN_AMX_INLINE void ZeroSums() {
+FRNN_TILE_INLINE void ZeroSums() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -257,7 +291,7 @@ FRNN_AMX_INLINE void ZeroSums() {
 
 // sums += left blocks times right blocks, two of each, over `depth` blocks of the depth.
 template <int kLeftParts, int kRightParts>
-FRNN_AMX_INLINE void MultiplySquare(const Operand& a, const Operand& b, int64_t depth) {
+FRNN_TILE_INLINE void MultiplySquare(const Operand& a, const Operand& b, int64_t depth) {
   constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
   const Part *left = a.tiles, *right = b.tiles;
   const int64_t left_step = a.BlockSize(), right_step = b.BlockSize();
@@ -284,7 +318,7 @@ FRNN_AMX_INLINE void MultiplySquare(const Operand& a, const Operand& b, int64_t 
 
 // Up to four blocks of one side times one of the other: the `many` lie `step` apart.
 template <int kCount, bool kManyLeft>
-FRNN_AMX_INLINE void MultiplyTiles(const Part* many, int64_t step, const Part* one) {
+FRNN_TILE_INLINE void MultiplyTiles(const Part* many, int64_t step, const Part* one) {
   _tile_loadd(7, one, kBytesPerRow);
 #define FRNN_STRIP(i, tile)                           \
   if constexpr (kCount > i) {                         \
@@ -302,7 +336,7 @@ FRNN_AMX_INLINE void MultiplyTiles(const Part* many, int64_t step, const Part* o
 #undef FRNN_STRIP
 }
 template <int kLeftParts, int kRightParts, int kCount, bool kManyLeft>
-FRNN_AMX_INLINE void MultiplyStrip(const Operand& a, const Operand& b, int64_t depth) {
+FRNN_TILE_INLINE void MultiplyStrip(const Operand& a, const Operand& b, int64_t depth) {
   constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
   const Part *left = a.tiles, *right = b.tiles;
   const int64_t step = kManyLeft ? a.BlockSize() : b.BlockSize();
@@ -320,8 +354,8 @@ FRNN_AMX_INLINE void MultiplyStrip(const Operand& a, const Operand& b, int64_t d
 // c[rows][columns] = or += the product of kRowTiles left blocks and kColumnTiles right ones over `depth`
 // blocks of the depth. The last of either may be cut short by the edge of c.
 template <int kLeftParts, int kRightParts, int kRowTiles, int kColumnTiles>
-FRNN_AMX void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, int64_t rows,
-                            int64_t columns, float* c, int64_t ldc, bool accumulate) {
+FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, int64_t rows,
+                             int64_t columns, float* c, int64_t ldc, bool accumulate) {
   constexpr int kCount = kRowTiles * kColumnTiles;
   const bool whole = rows >= kRowTiles * kRows && columns >= kColumnTiles * kRows;
   alignas(64) float edge[kCount][kRows * kRows];
@@ -360,14 +394,71 @@ FRNN_AMX void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, i
                    c + (i / kColumnTiles * kRows + r) * ldc + i % kColumnTiles * kRows, mask_of(i));
 }
 
-}  // namespace
-
-bool Available() {
-  static const bool available = Detect();
-  return available;
+// The same on vectors: rows of one left block, 16 columns of each of the right ones.
+template <int kLeftParts, int kRightParts, int kRowCount, int kColumnTiles>
+FRNN_BF16 void MultiplyVectors(const Operand& a, int64_t row, const Operand& b, int64_t columns,
+                               float* c, int64_t ldc, bool accumulate) {
+  constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
+  const Part *left = a.tiles + row * kDepth, *right = b.tiles;
+  const int64_t right_step = b.BlockSize();
+  const auto mask_of = [&](int j) { return __mmask16(Mask(0, columns - j * kRows)); };
+  __m512 sum[kRowCount][kColumnTiles];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowCount; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnTiles; j++)
+      sum[r][j] = accumulate ? _mm512_maskz_loadu_ps(mask_of(j), c + r * ldc + j * kRows)
+                             : _mm512_setzero_ps();
+  for (int64_t k = 0; k < a.depth_blocks; k++) {
+#pragma GCC unroll 2
+    for (size_t i = 0; i < pairs.size(); i++) {
+      const Part* l = left + pairs[i].left * kTile;
+      const Part* w = right + pairs[i].right * kTile;
+      for (int pair = 0; pair < kDepth / 2; pair++) {
+        __m512bh line[kColumnTiles];
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumnTiles; j++)
+          line[j] = (__m512bh)_mm512_load_si512(w + j * right_step + pair * 2 * kRows);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRowCount; r++) {
+          int32_t two;  // adjacent k of this row
+          std::memcpy(&two, l + r * kDepth + 2 * pair, sizeof(two));
+          const __m512bh value = (__m512bh)_mm512_set1_epi32(two);
+#pragma GCC unroll 4
+          for (int j = 0; j < kColumnTiles; j++)
+            sum[r][j] = _mm512_dpbf16_ps(sum[r][j], value, line[j]);
+        }
+      }
+    }
+    left += kLeftParts * kTile;
+    right += kRightParts * kTile;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowCount; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnTiles; j++)
+      _mm512_mask_storeu_ps(c + r * ldc + j * kRows, mask_of(j), sum[r][j]);
 }
 
-Session::Session(bool on) : on_(on) {
+Unit TheUnit() {
+  static const Unit unit = Detect();
+  return unit;
+}
+
+}  // namespace
+
+bool Available(Storage storage) {
+  // Vectors multiply two bfloat16 in the time of one float, which six products per float do not repay.
+  return TheUnit() == Unit::kTiles ||
+         (TheUnit() == Unit::kVectors && storage == Storage::kBFloat16);
+}
+
+const char* Capability() {
+  constexpr const char* kNames[] = {nullptr, "avx512_bf16", "amx"};
+  return kNames[int(TheUnit())];
+}
+
+Session::Session(bool on) : on_(on && TheUnit() == Unit::kTiles) {
   if (on_) LoadConfig();
 }
 Session::~Session() {
@@ -430,14 +521,58 @@ int64_t DepthAtOnce(const Operand& b) {
 }
 
 template <int kLeftParts, int kRightParts>
+void MultiplyOnVectors(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c,
+                       int64_t ldc, bool accumulate, bool backwards) {
+  // `rows` rows from row m on, times the right blocks from j on.
+  const auto block = [&](int64_t m, int64_t j, auto rows, auto column_tiles) {
+    MultiplyVectors<kLeftParts, kRightParts, decltype(rows)::value, decltype(column_tiles)::value>(
+        a.Row(m / kRows * kRows), m % kRows, b.Row(j * kRows), N - j * kRows,
+        c + m * ldc + j * kRows, ldc, accumulate);
+  };
+  const auto strip = [&](int64_t j, auto column_tiles) {
+    for (int64_t m = 0; m < M;) {
+      const int64_t left = M - m;
+      if (left >= 8 && column_tiles < 4) {
+        block(m, j, Constant<8>(), column_tiles);
+        m += 8;
+      } else if (left >= 4) {
+        block(m, j, Constant<4>(), column_tiles);
+        m += 4;
+      } else {
+        left >= 2 ? block(m, j, Constant<2>(), column_tiles)
+                  : block(m, j, Constant<1>(), column_tiles);
+        m += left >= 2 ? 2 : 1;
+      }
+    }
+  };
+  // Few rows take more columns, since fewer than a handful of sums wait for each other.
+  const int64_t columns = Blocks(N), wide = M < 8 ? 4 : 2, strips = (columns + wide - 1) / wide;
+  for (int64_t i = 0; i < strips; i++) {
+    const int64_t begin = wide * (backwards ? strips - 1 - i : i);
+    const int64_t end = columns - begin < wide ? columns : begin + wide;
+    for (int64_t j = begin; j < end;) {
+      if (end - j == 4) {
+        strip(j, Constant<4>());
+        j += 4;
+      } else if (end - j >= 2) {
+        strip(j, Constant<2>());
+        j += 2;
+      } else {
+        strip(j, Constant<1>());
+        j += 1;
+      }
+    }
+  }
+}
+
+template <int kLeftParts, int kRightParts>
 void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
                    bool accumulate, bool backwards) {
+  if constexpr (kRightParts == 1)
+    if (TheUnit() == Unit::kVectors)
+      return MultiplyOnVectors<kLeftParts, kRightParts>(a, M, b, N, c, ldc, accumulate, backwards);
   const int64_t rows = Blocks(M), columns = Blocks(N), pairs = columns / 2;
   const int64_t depth = a.depth_blocks, at_once = DepthAtOnce(b);
-  using One = std::integral_constant<int, 1>;
-  using Two = std::integral_constant<int, 2>;
-  using Three = std::integral_constant<int, 3>;
-  using Four = std::integral_constant<int, 4>;
   // From blocks i, j and k of rows, columns and depth on, as many as the constants say.
   const auto block = [&](int64_t i, int64_t j, int64_t k, int64_t count, auto row_tiles,
                          auto column_tiles) {
@@ -451,27 +586,27 @@ void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, flo
     const int64_t j = 2 * (backwards ? pairs - 1 - pair : pair);
     for (int64_t k = 0; k < depth; k += at_once)
       for (int64_t i = 0; i + 1 < rows; i += 2)
-        block(i, j, k, depth - k < at_once ? depth - k : at_once, Two(), Two());
+        block(i, j, k, depth - k < at_once ? depth - k : at_once, Constant<2>(), Constant<2>());
   }
   // What is left of an odd number of blocks, four at once: fewer wait for each other.
   const int64_t last_row = rows - 1, last_column = columns - 1;
   if (rows % 2)
     for (int64_t j = 0; j < 2 * pairs; j += 4) {
       if (2 * pairs - j < 4)
-        block(last_row, j, 0, depth, One(), Two());
+        block(last_row, j, 0, depth, Constant<1>(), Constant<2>());
       else
-        block(last_row, j, 0, depth, One(), Four());
+        block(last_row, j, 0, depth, Constant<1>(), Constant<4>());
     }
   if (columns % 2)
     for (int64_t i = 0; i < rows; i += 4) {
       if (rows - i == 1)
-        block(i, last_column, 0, depth, One(), One());
+        block(i, last_column, 0, depth, Constant<1>(), Constant<1>());
       else if (rows - i == 2)
-        block(i, last_column, 0, depth, Two(), One());
+        block(i, last_column, 0, depth, Constant<2>(), Constant<1>());
       else if (rows - i == 3)
-        block(i, last_column, 0, depth, Three(), One());
+        block(i, last_column, 0, depth, Constant<3>(), Constant<1>());
       else
-        block(i, last_column, 0, depth, Four(), One());
+        block(i, last_column, 0, depth, Constant<4>(), Constant<1>());
     }
 }
 }  // namespace
@@ -490,6 +625,6 @@ void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c
   }
 }
 
-}  // namespace amx
+}  // namespace bf16
 }  // namespace frnn
 #endif
