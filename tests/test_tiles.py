@@ -1,4 +1,4 @@
-"""Batches that are large enough for the tile unit (csrc/cpu/bf16.h), where the processor has one."""
+"""Products on units for bfloat16 (csrc/cpu/bf16.h), where the processor has one."""
 
 from __future__ import annotations
 

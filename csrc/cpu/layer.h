@@ -290,7 +290,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
     bf16::Operand w_ih_tiles, w_hh_tiles, x_tiles;
   };
-  Own own[kMaxThreads] = {};
+  std::vector<Own> own(threads);
   bf16::Operand h_tiles[2] = {};  // of h before a step, by the parity of the step
   // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
   // not (counted on over both directions).
@@ -307,7 +307,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     return bf16::Operand{s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, parts) : 0), depth,
                          parts};
   };
-  Scratch scratch, spare[kMaxThreads];  // spare: the weights as vectors, where tiles do not fit
+  Scratch scratch;
+  std::vector<Scratch> spare(threads);  // the weights as vectors, where tiles do not fit
   scratch.Build([&](Scratch& s) {
     for (int i = 0; i < threads; i++) {
       if (!tiled) take_weights(s, own[i]);

@@ -277,7 +277,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     bf16::Operand w_hh_tiles, d_tiles;
     bf16::Part* tiles_a;
   };
-  Own own[kMaxThreads] = {};
+  std::vector<Own> own(threads);
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
     *pack_b = nullptr, *sum_ih = nullptr, *sum_hh = nullptr, *dx_sum = nullptr;
   // d of a step, by its parity; W_ih by gates; the right sides of dW, x and h.
@@ -294,7 +294,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     return bf16::Operand{s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, parts) : 0), depth,
                          parts};
   };
-  Scratch scratch, spare[kMaxThreads], spare_w_ih;  // spare: for vectors where tiles do not fit
+  Scratch scratch, spare_w_ih;
+  std::vector<Scratch> spare(threads);  // spare: for vectors where tiles do not fit
   scratch.Build([&](Scratch& s) {
     for (int i = 0; i < threads; i++) {
       if (!tiled) own[i].w_hh = take_w_hh(s);

@@ -11,6 +11,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "core/macros.h"
 #include "cpu/tier.h"
@@ -64,6 +66,12 @@ class alignas(128) Flag {
 };
 constexpr int kMaxThreads = 256;
 
+// Asked once: the answer takes a system call.
+inline int Cores() {
+  static const int cores = omp_get_num_procs();
+  return cores;
+}
+
 class Team {
  public:
   Team(int id, int size, Flag* flags) : id(id), size(size), flags_(flags) {}
@@ -92,7 +100,7 @@ class Team {
   Flag* flags_;
   uint32_t phase_ = 0;
   // Without a core for each thread, what is waited for may need ours.
-  const int spins_ = size > omp_get_num_procs() ? 0 : 2000;
+  const int spins_ = size > Cores() ? 0 : 2000;
 };
 
 // One copy of the body in the code, for both ways to run it.
@@ -116,12 +124,12 @@ bool RunTeam(int n, const F& body) {
     RunBody(body, team);
     return true;
   }
-  Flag flags[kMaxThreads];
+  const std::unique_ptr<Flag[]> flags(new Flag[n]);
   bool complete = true;
 #pragma omp parallel num_threads(n)
   {
     if (omp_get_num_threads() == n) {
-      Team team(omp_get_thread_num(), n, flags);
+      Team team(omp_get_thread_num(), n, flags.get());
       RunBody(body, team);
     } else if (omp_get_thread_num() == 0) {
       complete = false;
