@@ -20,6 +20,8 @@ from typing import Any
 
 SOURCE = Path(__file__).with_name("probe.c")
 _FMA = {"float32": "fma32", "float64": "fma64"}
+# What the probe is compiled for: the instructions that fused_rnn is held to, if it is.
+_FLAGS = {"generic": ["-mtune=native"], "avx2": ["-mavx2", "-mfma", "-mtune=native"]}
 
 
 class Probe:
@@ -35,7 +37,8 @@ class Probe:
             self.problem = "no C compiler"
             return
         binary = Path(self._folder.name) / "probe"
-        flags = ["-std=gnu11", "-O3", "-march=native", "-fopenmp", f"-DTHREADS={threads}"]
+        capability = _FLAGS.get(os.environ.get("FUSED_RNN_CPU_CAPABILITY", ""), ["-march=native"])
+        flags = ["-std=gnu11", "-O3", *capability, "-fopenmp", f"-DTHREADS={threads}"]
         made = subprocess.run(
             [compiler, *flags, str(SOURCE), "-o", str(binary)], capture_output=True, text=True
         )

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 # Of the many flags, those that decide which kernels a library takes.
 _TELLING = ("avx", "fma", "f16c", "amx", "sve", "asimd", "neon", "bf16", "i8mm", "vnni")
 
-_STEERING = ("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "FUSED_RNN_BACKEND")
+_STEERING = ("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_")
+_STEERING += ("FUSED_RNN_BACKEND", "FUSED_RNN_CPU_CAPABILITY")
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:
