@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
-from torch.autograd import forward_ad
 
 from . import ops, reference
 from .reference import CELLS, Weights
@@ -51,14 +50,9 @@ def _wants_torch_operator(x: Tensor) -> bool:
     return exporting or torch.jit.is_tracing()
 
 
-def _transformed() -> bool:
-    """Whether a ``torch.func`` transform or forward mode is under way, which no kernel knows."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
-
-
 def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     """``ops`` or ``reference``: two modules with the same function ``layer``."""
-    if not _transformed() and ops.supports(cell, [x, *states, *weights]):
+    if not ops.transformed() and ops.supports(cell, [x, *states, *weights]):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
     for kind, operands in (("hidden", states), ("parameter", weights)):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.library
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import build, reference
 from .reference import Weights
@@ -57,7 +58,13 @@ _ops = torch.ops.fused_rnn
 
 
 # Dynamo asks once and keeps the answer: it must not trace into a build.
-_backend = torch.compiler.assume_constant_result(build.backend)
+@torch.compiler.assume_constant_result
+def _is_native(target: str) -> bool:
+    global _direct
+    native = build.backend(target) == "native"
+    if native and target == "cpu" and _direct is None:
+        _direct = build.direct_calls() or False
+    return native
 
 
 def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
@@ -75,12 +82,56 @@ def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
             return False
     if dtype not in _DTYPES or device is None or device.type not in ("cpu", "cuda", "meta"):
         return False
-    return _backend(_target(device)) == "native"
+    return _is_native(_target(device))
 
 
 def _target(device: torch.device) -> str:
     """The library for a device: of build.TARGETS. Tensors without data have the CPU's shapes."""
     return "cuda" if device.type == "cuda" else "cpu"
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward mode is under way, which no kernel knows."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+
+
+# ---- direct calls: the CPU's kernels without torch's dispatcher, which takes longer than one step
+# of a small layer. The functions (csrc/ops/direct.cpp) take plain tensors in the usual layouts and
+# return None for all else, which then goes the ordinary way: to be refused, copied or converted. ----
+
+_direct: Any = None  # the module; False if there is none, None until ``supports`` has looked
+
+
+def _dispatcher_wanted() -> bool:
+    """Whether somebody counts on torch's dispatcher: a mode, a tracer, a profiler, autocast."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_tracing()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._autograd._profiler_enabled()
+        or transformed()
+    )
+
+
+def direct(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    batch_sizes: Tensor | None = None,
+) -> Any:
+    """``layer`` for one or two directions (ten weights), or None if it has to go the ordinary way.
+
+    With x [B, I] and states [B, H] it is a step of a cell, and returns the new h and c. States that
+    are None are zero.
+    """
+    if torch.compiler.is_dynamo_compiling() or not _direct or not x.is_cpu:
+        return None
+    if _wants_grad((*weights, x, h0, c0)) or _dispatcher_wanted():
+        return None
+    return _direct.layer_infer(cell, x, h0, c0, *weights, batch_sizes)
 
 
 def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -97,6 +148,9 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.layer`` on the native kernels."""
     reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
+    found = direct(cell, x, h0, c0, (*weights[0], *reverse), batch_sizes)
+    if found is not None:
+        return found
     arguments = (cell, x, h0, c0, *weights[0], *reverse, batch_sizes, _allow_tf32(x))
     if not _wants_grad(arguments[1:-2]):
         y, h_n, c_n = _ops.layer_infer.default(*arguments)

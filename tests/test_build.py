@@ -31,6 +31,7 @@ SOURCES = {
     "cpu/gemm.cpp.in": "@SCALAR@ gemm_@TIER@_@SCALAR@() { return 3; }\n",
     "cpu/table.cpp": "double probe_one_generic_double();\ndouble table() { return 2; }\n",
     "ops/cpu.cpp": "#include <torch/headeronly/version.h>\nint bound = TORCH_VERSION_MAJOR;\n",
+    "ops/direct.cpp": "#include <Python.h>\nint direct = PY_MAJOR_VERSION;\n",
 }
 # Loads build.py by itself, on the sources and cache given, as setup.py and the tests here do.
 LOADER = f"""
@@ -124,7 +125,7 @@ def test_units_and_flags(build, home):
     instances |= {
         f"gemm_{tier}_{scalar}.o" for tier, scalar in kinds
     }  # names no cell: once for all
-    assert set(flags) == {*instances, "table.o", "cpu.o", "link"}
+    assert set(flags) == {*instances, "table.o", "cpu.o", "direct.o", "link"}
     for name, text in flags.items():
         assert (" -m" in text) == ("avx" in name) and ("-mavx512f" in text) == ("avx512" in name)
     for name in {*instances, "table.o"}:
