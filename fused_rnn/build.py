@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -682,10 +682,11 @@ def library(target: str = "cpu") -> ctypes.CDLL:
     return ctypes.CDLL(str(_states[target].library))
 
 
-def direct_calls() -> Any:
+def direct_calls(watchers: Sequence[Callable[[], object]]) -> Any:
     """The CPU's library as a Python module, whose functions need no dispatcher (ops.py), or None.
 
-    It is one if it was compiled where Python.h was, and torch has what it needs.
+    It is one if it was compiled where Python.h was, and torch has what it needs. Its functions do
+    nothing while a watcher returns a true value.
     """
     import torch
 
@@ -700,8 +701,9 @@ def direct_calls() -> Any:
     except ImportError:
         return None
     tensor = torch.Tensor
-    api = tensor.__dlpack_c_exchange_api__
-    return module if module.setup(api, tensor, torch.nn.Parameter, tensor.is_neg) else None
+    exchange = tensor.__dlpack_c_exchange_api__
+    usable = module.setup(exchange, tensor, torch.nn.Parameter, tensor.is_neg, *watchers)
+    return module if usable else None
 
 
 def requested_backend() -> str:

@@ -111,6 +111,52 @@ def _autocast_results(
     return low if projected else c_dtype, c_dtype
 
 
+# --- Direct calls --------------------------------------------------------------------------------
+#
+# What most calls without gradients come to: everything below in one function of the CPU's library.
+# It checks all tensors against each other, and where it would have to convert, copy or complain it
+# returns None. Then nothing has happened, and the functions below do the work.
+
+
+def recurrent_directly(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    has_biases: bool,
+    batch_first: bool,
+) -> Any:
+    """``recurrent`` without dropout and, if ``batch_first``, for x and y in that layout; or None.
+
+    States that are None are zero.
+    """
+    if calls := ops.direct_calls(x, (h0, c0), weights):
+        directions = 2 if bidirectional else 1
+        return calls.stack_infer(
+            cell, x, h0, c0, weights, num_layers, directions, has_biases, batch_first
+        )
+    return None
+
+
+def step_directly(
+    cell: str,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> Any:
+    """``step``, or None. B may be missing everywhere; states that are None are zero."""
+    if calls := ops.direct_calls(x, (h, c), (w_ih, w_hh, b_ih, b_hh)):
+        return calls.step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    return None
+
+
 # --- A stack of layers ---------------------------------------------------------------------------
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.library
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from . import build, reference
 from .reference import Weights
@@ -63,7 +64,7 @@ def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        _direct = build.direct_calls() or False
+        _direct = build.direct_calls(_WATCHERS) or False
     return native
 
 
@@ -97,45 +98,34 @@ def transformed() -> bool:
 
 # ---- direct calls: the CPU's kernels without torch's dispatcher, which takes longer than one step
 # of a small layer. The functions (csrc/ops/direct.cpp) take plain tensors in the usual layouts and
-# return None for all else, which then goes the ordinary way: to be refused, copied or converted. ----
+# return None for all else, which then goes the ordinary way: to be refused, copied, converted. ----
 
 _direct: Any = None  # the module; False if there is none, None until ``supports`` has looked
 
-
-def _dispatcher_wanted() -> bool:
-    """Whether somebody counts on torch's dispatcher: a mode, a tracer, a profiler, autocast."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_tracing()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._profiler_enabled()
-        or transformed()
-    )
+# Who may count on torch's dispatcher: modes, a tracer, autocast, a profiler, transforms.
+_WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._is_tracing,
+    torch._C._is_any_autocast_enabled,
+    torch._C._autograd._profiler_enabled,
+    torch._C._functorch.get_dynamic_layer_stack_depth,
+)
 
 
-def direct(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: tuple[Tensor | None, ...],
-    batch_sizes: Tensor | None = None,
+def direct_calls(
+    x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None]
 ) -> Any:
-    """``layer`` for one or two directions (ten weights), or None if it has to go the ordinary way.
-
-    With x [B, I] and states [B, H] it is a step of a cell, and returns the new h and c. States that
-    are None are zero.
-    """
-    if torch.compiler.is_dynamo_compiling() or not _direct or not x.is_cpu:
+    """The direct functions if they may be called with these tensors, which get no gradient."""
+    if is_dynamo_compiling() or not _direct or forward_ad._current_level >= 0 or not x.is_cpu:
         return None
-    if _wants_grad((*weights, x, h0, c0)) or _dispatcher_wanted():
+    if _wants_grad((*weights, x, *states)):
         return None
-    return _direct.layer_infer(cell, x, h0, c0, *weights, batch_sizes)
+    return _direct
 
 
 def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def layer(
@@ -148,10 +138,12 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.layer`` on the native kernels."""
     reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
-    found = direct(cell, x, h0, c0, (*weights[0], *reverse), batch_sizes)
-    if found is not None:
-        return found
-    arguments = (cell, x, h0, c0, *weights[0], *reverse, batch_sizes, _allow_tf32(x))
+    ten = (*weights[0], *reverse)
+    if calls := direct_calls(x, (h0, c0), ten):
+        found = calls.layer_infer(cell, x, h0, c0, *ten, batch_sizes)
+        if found is not None:
+            return found
+    arguments = (cell, x, h0, c0, *ten, batch_sizes, _allow_tf32(x))
     if not _wants_grad(arguments[1:-2]):
         y, h_n, c_n = _ops.layer_infer.default(*arguments)
     elif torch.compiler.is_compiling():

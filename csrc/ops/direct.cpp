@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <list>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -32,6 +33,9 @@
 #pragma weak PyLong_AsLongLong
 #pragma weak PyModule_Create2
 #pragma weak PyObject_CallFunctionObjArgs
+#pragma weak PyList_GetItem
+#pragma weak PyList_Size
+#pragma weak PyObject_IsTrue
 #pragma weak PyTuple_New
 #pragma weak PyTuple_SetItem
 #pragma weak PyUnicode_AsUTF8AndSize
@@ -51,6 +55,20 @@ struct Unusual {};  // thrown where the operator has to take over
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type, *parameter_type;
 PyObject* is_negative;  // torch.Tensor.is_neg
+PyObject* watchers[8];
+Py_ssize_t watcher_count = 0;
+
+int64_t BytesOf(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 2;
+  }
+}
 
 // A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
 class Borrowed {
@@ -77,9 +95,9 @@ class Borrowed {
     Py_DecRef(negative);
     if (!plain) throw Unusual();
   }
-  // Contiguous, of the type of `like`.
-  Borrowed(void* data, const Borrowed& like, std::initializer_list<int64_t> shape)
-      : data_(data), dtype_(like.dtype_), dims_(int(shape.size())) {
+  // Contiguous.
+  Borrowed(void* data, ScalarType dtype, const std::vector<int64_t>& shape)
+      : data_(static_cast<char*>(data)), dtype_(dtype), dims_(int(shape.size())) {
     std::copy(shape.begin(), shape.end(), shape_);
     int64_t stride = 1;
     for (int i = dims_; i-- > 0; stride *= shape_[i]) strides_[i] = stride;
@@ -113,6 +131,17 @@ class Borrowed {
     t.strides_[0] = shape_[0] * strides_[0];
     return t;
   }
+  // n of the leading dimension, from `first` on.
+  Borrowed Part(int64_t first, int64_t n) const {
+    Borrowed t = *this;
+    t.data_ += first * strides_[0] * BytesOf(dtype_);
+    t.shape_[0] = n;
+    return t;
+  }
+  void SwapLeading() {
+    std::swap(shape_[0], shape_[1]);
+    std::swap(strides_[0], strides_[1]);
+  }
 
  private:
   static constexpr int kMaxDims = 4;
@@ -127,7 +156,7 @@ class Borrowed {
     throw Unusual();
   }
 
-  void* data_;
+  char* data_;
   ScalarType dtype_;
   int dims_;
   int64_t shape_[kMaxDims], strides_[kMaxDims];
@@ -151,7 +180,7 @@ class Made {
       t.shape[i] = shape[i];
       t.strides[i] = int64_t(bytes);
     }
-    const uint8_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    const int64_t size = BytesOf(dtype);
     const uint8_t kind = dtype == ScalarType::BFloat16 ? dlpack::kBfloat : dlpack::kFloat;
     t.dtype = {kind, uint8_t(8 * size), 1};
     bytes *= size;
@@ -165,6 +194,14 @@ class Made {
     const auto& t = block_->managed.tensor;
     return std::accumulate(t.shape, t.shape + t.dims, size_t(t.dtype.bits / 8),
                            std::multiplies<>());
+  }
+  // Part i of n equal ones.
+  void* Part(int64_t i, int64_t n) const {
+    return static_cast<char*>(data()) + i * (int64_t(bytes()) / n);
+  }
+  void SwapLeading() {
+    std::swap(block_->shape[0], block_->shape[1]);
+    std::swap(block_->strides[0], block_->strides[1]);
   }
   // Drops the leading dimension, of size 1.
   void Squeeze() {
@@ -224,11 +261,19 @@ class Reader {
     if (!t.has_value()) throw Unusual();
     return *t;
   }
-  std::array<MaybeBorrowed, 2 * kWeights> Weights() {
-    std::array<MaybeBorrowed, 2 * kWeights> weights;
-    for (auto& w : weights) w = Tensor();
-    return weights;
+  std::vector<MaybeBorrowed> List() {
+    PyObject* list = Next();
+    std::vector<MaybeBorrowed> tensors;
+    const Py_ssize_t n = PyList_Size(list);
+    if (n < 0) throw Unusual();
+    tensors.reserve(n);
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject* object = PyList_GetItem(list, i);
+      tensors.push_back(object == Py_None ? MaybeBorrowed() : Borrowed(object));
+    }
+    return tensors;
   }
+  bool Flag() { return PyObject_IsTrue(Next()) == 1; }
   int64_t Integer() {
     const int64_t value = PyLong_AsLongLong(Next());
     if (value == -1 && PyErr_Occurred()) throw Unusual();
@@ -246,16 +291,15 @@ class Reader {
   PyObject *const *next_, *const *end_;
 };
 
-// A tuple of these; null where there is None.
-PyObject* ToTuple(std::initializer_list<Made*> tensors) {
+// A tuple of these, with None for those that are not there.
+PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
   PyObject* tuple = PyTuple_New(Py_ssize_t(tensors.size()));
   if (tuple == nullptr) throw Unusual();
   Py_ssize_t i = 0;
   try {
-    for (Made* t : tensors) {
-      PyObject* item = t ? t->ToPython() : Py_None;
-      if (t == nullptr) Py_IncRef(item);
-      PyTuple_SetItem(tuple, i++, item);
+    for (std::optional<Made>* t : tensors) {
+      if (!t->has_value()) Py_IncRef(Py_None);
+      PyTuple_SetItem(tuple, i++, t->has_value() ? (*t)->ToPython() : Py_None);
     }
   } catch (...) {
     Py_DecRef(tuple);
@@ -264,10 +308,21 @@ PyObject* ToTuple(std::initializer_list<Made*> tensors) {
   return tuple;
 }
 
+// Leaves the call to the operator if somebody counts on torch's dispatcher.
+void CheckUnwatched() {
+  for (Py_ssize_t i = 0; i < watcher_count; i++) {
+    PyObject* answer = PyObject_CallFunctionObjArgs(watchers[i], nullptr);
+    const int watched = answer == nullptr ? -1 : PyObject_IsTrue(answer);
+    Py_DecRef(answer);
+    if (watched != 0) throw Unusual();
+  }
+}
+
 // The boundary to Python, which no exception may cross: None stands for all of them.
 template <PyObject* (*function)(Reader&)>
 PyObject* Guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
   try {
+    CheckUnwatched();
     Reader reader(arguments, n);
     return function(reader);
   } catch (...) {
@@ -280,19 +335,13 @@ PyObject* Guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
 using DirectCall = Call<Cpu, Borrowed>;
 using Weights = std::array<MaybeBorrowed, 2 * kWeights>;
 
-std::optional<Made> NewC(const DirectCall& call, ScalarType dtype) {
-  if (call.kernels.extra_states == 0) return std::nullopt;
-  return Made(call.CShape(), dtype);
-}
-Made* OrNull(std::optional<Made>& t) { return t.has_value() ? &*t : nullptr; }
-void* DataOrNull(std::optional<Made>& t) { return t.has_value() ? t->data() : nullptr; }
-
-// States of zeros, in the memory returned. The sizes are found before Call checks them.
-Made Zeros(const char* cell, const Borrowed& x, const Weights& weights,
+// States of zeros for all layers, in the memory returned. Their sizes are found before Call checks
+// those of its arguments.
+Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& layers,
            const MaybeBorrowed& batch_sizes, MaybeBorrowed* h0, MaybeBorrowed* c0) {
   const CpuKernels* kernels = Cpu::Find(cell, StorageOf(x, "x"));
-  const MaybeBorrowed &w_hh = weights[1], &w_hr = weights[4];
-  if (kernels == nullptr || !w_hh.has_value() || w_hh->dim() != 2) throw Unusual();
+  const MaybeBorrowed &w_hh = layers[0][1], &w_hr = layers[0][4];
+  if (kernels == nullptr || x.dim() < 2 || !w_hh.has_value()) throw Unusual();
   int64_t B = x.size(x.dim() - 2);
   if (batch_sizes.has_value()) {
     if (batch_sizes->scalar_type() != ScalarType::Long) throw Unusual();
@@ -300,69 +349,151 @@ Made Zeros(const char* cell, const Borrowed& x, const Weights& weights,
     B = *static_cast<const int64_t*>(batch_sizes->const_data_ptr());
     if (B <= 0 || B > rows) throw Unusual();
   }
-  const int64_t dirs = weights[kWeights].has_value() ? 2 : 1, Hout = w_hh->size(1);
-  const int64_t H = w_hr.has_value() ? w_hr->size(-1) : Hout;
-  Made zeros({dirs, B, std::max(H, Hout)}, x.scalar_type());
+  const int64_t runs = int64_t(layers.size()) * (layers[0][kWeights].has_value() ? 2 : 1);
+  const int64_t Hout = w_hh->size(-1), H = w_hr.has_value() ? w_hr->size(-1) : Hout;
+  Made zeros({runs, B, std::max(H, Hout)}, x.scalar_type());
   std::memset(zeros.data(), 0, zeros.bytes());
-  *h0 = Borrowed(zeros.data(), x, {dirs, B, Hout});
-  if (kernels->extra_states > 0) *c0 = Borrowed(zeros.data(), x, {dirs, B, H});
+  *h0 = Borrowed(zeros.data(), x.scalar_type(), {runs, B, Hout});
+  if (kernels->extra_states > 0) *c0 = Borrowed(zeros.data(), x.scalar_type(), {runs, B, H});
   return zeros;
 }
 
-// (cell, x, h0, c0, ten weights, batch_sizes) -> (y, h_n, c_n or None).
-// As a step of a cell, with x [B, I], h0 [B, H] and c0 [B, H], it returns (h, c or None).
-// States that are None are zero.
-PyObject* LayerInfer(Reader& arguments) {
-  const char* cell = arguments.Text();
-  Borrowed x = arguments.Present();
-  MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
-  const auto weights = arguments.Weights();
-  const MaybeBorrowed batch_sizes = arguments.Tensor();
-  arguments.End();
+// Outputs of a stack of layers, before they are Python's.
+struct Outputs {
+  std::optional<Made> y, h_n, c_n;
+};
 
-  const bool step = x.dim() == 2 && !batch_sizes.has_value();
-  if (step) {
-    x = x.Unsqueezed();
-    if (h0.has_value()) h0 = h0->Unsqueezed();
-    if (c0.has_value()) c0 = c0->Unsqueezed();
-  }
+// Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros. Without
+// `with_y`, for one step of one layer and direction, there is no y beside h_n, which is the same.
+Outputs Infer(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
+              const std::vector<Weights>& layers, const MaybeBorrowed& batch_sizes, bool with_y) {
+  const auto count = int64_t(layers.size());
   std::optional<Made> zeros;
-  if (!h0.has_value() && !c0.has_value()) zeros = Zeros(cell, x, weights, batch_sizes, &h0, &c0);
-  if (!h0.has_value()) throw Unusual();
+  if (!h0.has_value() && !c0.has_value()) zeros = Zeros(cell, x, layers, batch_sizes, &h0, &c0);
+  if (!h0.has_value() || h0->size(0) % count != 0) throw Unusual();
+  const int64_t dirs = h0->size(0) / count;
 
-  DirectCall call(cell, x, *h0, c0, weights, batch_sizes);
-  std::optional<Made> y;
-  if (!step) y.emplace(call.YShape(), x.scalar_type());
-  Made h_n(call.HShape(), x.scalar_type());
-  std::optional<Made> c_n = NewC(call, x.scalar_type());
-  call.p.y = step ? h_n.data() : y->data();  // in one step of one direction they are the same
-  call.p.h_n = h_n.data();
-  call.p.c_n = DataOrNull(c_n);
-  {
-    const WithoutGil released;
-    call.kernels.layer_fwd(call.p);
-  }
-  if (!step) return ToTuple({&*y, &h_n, OrNull(c_n)});
-  h_n.Squeeze();
-  if (c_n.has_value()) c_n->Squeeze();
-  return ToTuple({&h_n, OrNull(c_n)});
-}
-
-// (exchange, Tensor, Parameter, Tensor.is_neg) -> True, or None where this torch's is another.
-PyObject* Setup(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
-  if (n == 4) {
-    const auto* found = static_cast<const dlpack::Exchange*>(
-        PyCapsule_GetPointer(arguments[0], "dlpack_exchange_api"));
-    if (found != nullptr && found->version.major == 1 && found->from_python && found->to_python) {
-      for (int i = 1; i < n; i++) Py_IncRef(arguments[i]);
-      tensor_type = arguments[1];
-      parameter_type = arguments[2];
-      is_negative = arguments[3];
-      exchange = found;
+  Outputs outputs;
+  std::optional<Made> between[2];  // what one layer gives to the next
+  std::list<DirectCall> calls;
+  const ScalarType dtype = x.scalar_type();
+  for (int64_t i = 0; i < count; i++) {
+    MaybeBorrowed c0_i;
+    if (c0.has_value()) c0_i = c0->Part(i * dirs, dirs);
+    DirectCall& call =
+        calls.emplace_back(cell, x, h0->Part(i * dirs, dirs), c0_i, layers[i], batch_sizes);
+    auto& p = call.p;
+    const auto all = [&](std::vector<int64_t> shape) {
+      shape[0] *= count;
+      return shape;
+    };
+    if (i == 0) outputs.h_n.emplace(all(call.HShape()), dtype);
+    if (i == 0 && call.kernels.extra_states > 0) outputs.c_n.emplace(all(call.CShape()), dtype);
+    p.h_n = outputs.h_n->Part(i, count);
+    if (outputs.c_n.has_value()) p.c_n = outputs.c_n->Part(i, count);
+    if (i + 1 < count) {
+      auto& y = between[i & 1];
+      if (!y.has_value()) y.emplace(call.YShape(), dtype);
+      p.y = y->data();
+      x = Borrowed(y->data(), dtype, call.YShape());
+    } else if (with_y) {
+      outputs.y.emplace(call.YShape(), dtype);
+      p.y = outputs.y->data();
+    } else {
+      p.y = p.h_n;
     }
   }
+  const WithoutGil released;
+  for (const DirectCall& call : calls) call.kernels.layer_fwd(call.p);
+  return outputs;
+}
+
+// (cell, x, h0, c0, ten weights, batch_sizes) -> (y, h_n, c_n or None), as the operator.
+PyObject* LayerInfer(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const Borrowed x = arguments.Present();
+  const MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
+  Weights weights;
+  for (auto& w : weights) w = arguments.Tensor();
+  const MaybeBorrowed batch_sizes = arguments.Tensor();
+  arguments.End();
+  Outputs outputs = Infer(cell, x, h0, c0, {weights}, batch_sizes, true);
+  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
+}
+
+// (cell, x, h0, c0, weights, layers, directions, has_biases, batch_first) -> (y, h_n, c_n or None):
+// a stack of layers without dropout, with its weights in torch.nn's order.
+PyObject* StackInfer(Reader& arguments) {
+  const char* cell = arguments.Text();
+  Borrowed x = arguments.Present();
+  const MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
+  const std::vector<MaybeBorrowed> flat = arguments.List();
+  const int64_t count = arguments.Integer(), dirs = arguments.Integer();
+  const bool has_biases = arguments.Flag(), batch_first = arguments.Flag();
+  arguments.End();
+  const int64_t runs = count * dirs, per_run = runs != 0 ? int64_t(flat.size()) / runs : 0;
+  if (x.dim() != 3 || count < 1 || dirs < 1 || dirs > 2 || per_run < 2 || per_run > kWeights ||
+      per_run * runs != int64_t(flat.size()) || (per_run >= 4) != has_biases ||
+      (h0.has_value() && h0->size(0) != runs))
+    throw Unusual();
+  std::vector<Weights> layers(count);
+  for (int64_t i = 0; i < runs; i++) {
+    const MaybeBorrowed* from = &flat[i * per_run];
+    MaybeBorrowed* to = &layers[i / dirs][i % dirs * kWeights];
+    std::copy(from, from + (has_biases ? 4 : 2), to);
+    if (per_run % 2 == 1) to[kWeights - 1] = from[per_run - 1];
+  }
+  if (batch_first) x.SwapLeading();
+  Outputs outputs = Infer(cell, x, h0, c0, layers, std::nullopt, true);
+  if (batch_first) outputs.y->SwapLeading();
+  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
+}
+
+// (cell, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h, c or None): a step of a cell, where x and the
+// states are [B, features], or [features] alone.
+PyObject* Step(Reader& arguments) {
+  const char* cell = arguments.Text();
+  Borrowed x = arguments.Present();
+  MaybeBorrowed h = arguments.Tensor(), c = arguments.Tensor();
+  Weights weights;
+  for (int i = 0; i < 4; i++) weights[i] = arguments.Tensor();
+  arguments.End();
+  const int added = 3 - int(x.dim());
+  if (added != 1 && added != 2) throw Unusual();
+  for (int i = 0; i < added; i++) {
+    x = x.Unsqueezed();
+    if (h.has_value()) h = h->Unsqueezed();
+    if (c.has_value()) c = c->Unsqueezed();
+  }
+  Outputs outputs = Infer(cell, x, h, c, {weights}, std::nullopt, false);
+  for (int i = 0; i < added; i++) {
+    outputs.h_n->Squeeze();
+    if (outputs.c_n.has_value()) outputs.c_n->Squeeze();
+  }
+  return ToTuple({&outputs.h_n, &outputs.c_n});
+}
+
+// (exchange, Tensor, Parameter, Tensor.is_neg, watchers...) -> True, or None where this torch has
+// another way of exchange. Watchers are called before anything else: one that returns a true value
+// wants to see the operator.
+PyObject* Setup(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
+  const auto* found = n < 4 ? nullptr
+                            : static_cast<const dlpack::Exchange*>(
+                                  PyCapsule_GetPointer(arguments[0], "dlpack_exchange_api"));
+  const bool usable = found != nullptr && found->version.major == 1 &&
+                      found->from_python != nullptr && found->to_python != nullptr &&
+                      n - 4 <= Py_ssize_t(std::size(watchers));
+  if (usable) {
+    exchange = found;
+    for (Py_ssize_t i = 1; i < n; i++) Py_IncRef(arguments[i]);
+    tensor_type = arguments[1];
+    parameter_type = arguments[2];
+    is_negative = arguments[3];
+    watcher_count = n - 4;
+    std::copy(arguments + 4, arguments + n, watchers);
+  }
   PyErr_Clear();
-  PyObject* result = exchange != nullptr ? Py_True : Py_None;
+  PyObject* result = usable ? Py_True : Py_None;
   Py_IncRef(result);
   return result;
 }
@@ -379,6 +510,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
   static PyMethodDef methods[] = {
       {"setup", AsMethod(Setup), METH_FASTCALL, nullptr},
       {"layer_infer", AsMethod(Guarded<LayerInfer>), METH_FASTCALL, nullptr},
+      {"stack_infer", AsMethod(Guarded<StackInfer>), METH_FASTCALL, nullptr},
+      {"step", AsMethod(Guarded<Step>), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {
