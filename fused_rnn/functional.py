@@ -133,7 +133,8 @@ def recurrent_directly(
 
     States that are None are zero.
     """
-    if calls := ops.direct_calls(x, (h0, c0), weights):
+    calls = ops.direct_calls(x)
+    if calls and not ops.wants_grad((*weights, x, h0, c0)):
         directions = 2 if bidirectional else 1
         return calls.stack_infer(
             cell, x, h0, c0, weights, num_layers, directions, has_biases, batch_first
@@ -152,7 +153,8 @@ def step_directly(
     b_hh: Tensor | None,
 ) -> Any:
     """``step``, or None. B may be missing everywhere; states that are None are zero."""
-    if calls := ops.direct_calls(x, (h, c), (w_ih, w_hh, b_ih, b_hh)):
+    calls = ops.direct_calls(x)
+    if calls and not ops.wants_grad((w_ih, w_hh, b_ih, b_hh, x, h, c)):
         return calls.step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
     return None
 

@@ -12,7 +12,7 @@ The kernels are registered by the native libraries (``csrc/ops/cpu.cpp``, ``cuda
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -113,18 +113,14 @@ _WATCHERS = (
 )
 
 
-def direct_calls(
-    x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None]
-) -> Any:
-    """The direct functions if they may be called with these tensors, which get no gradient."""
+def direct_calls(x: Tensor) -> Any:
+    """The direct functions if they may be called for this input. They know no gradients."""
     if is_dynamo_compiling() or not _direct or forward_ad._current_level >= 0 or not x.is_cpu:
-        return None
-    if _wants_grad((*weights, x, *states)):
         return None
     return _direct
 
 
-def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
+def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
     return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -138,18 +134,19 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.layer`` on the native kernels."""
     reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
-    ten = (*weights[0], *reverse)
-    if calls := direct_calls(x, (h0, c0), ten):
-        found = calls.layer_infer(cell, x, h0, c0, *ten, batch_sizes)
+    tensors = (x, h0, c0, *weights[0], *reverse, batch_sizes)
+    train = wants_grad(tensors)
+    if calls := direct_calls(x):
+        found = (calls.layer if train else calls.layer_infer)(cell, *tensors)
         if found is not None:
-            return found
-    arguments = (cell, x, h0, c0, *ten, batch_sizes, _allow_tf32(x))
-    if not _wants_grad(arguments[1:-2]):
+            return _EagerLayer.apply(cell, *tensors, False, found) if train else found
+    arguments = (cell, *tensors, _allow_tf32(x))
+    if not train:
         y, h_n, c_n = _ops.layer_infer.default(*arguments)
     elif torch.compiler.is_compiling():
         y, h_n, c_n, _, _ = _ops.layer.default(*arguments)
     else:
-        y, h_n, c_n = _EagerLayer.apply(*arguments)
+        y, h_n, c_n = _EagerLayer.apply(*arguments, None)
     return y, h_n, None if c0 is None else c_n
 
 
@@ -245,7 +242,7 @@ def _layer_grad(
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     *_: Any,
-    backward: Callable[..., tuple[Tensor, ...]] = _ops.layer_backward.default,
+    backward: Callable[..., tuple[Tensor | None, ...]] = _ops.layer_backward.default,
 ) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[1 : 4 + _N_WEIGHTS]
     if all(g is None for g in (dy, dh_n, dc_n)):
@@ -270,21 +267,35 @@ _plain_layer = _below_autograd(_ops.layer.default)
 _plain_layer_backward = _below_autograd(_ops.layer_backward.default)
 
 
+def _direct_layer_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """The operator's arguments; first tries the direct call, which gives None for no gradient."""
+    *inputs, _allow_tf32 = arguments
+    if calls := direct_calls(inputs[4]):
+        found: tuple[Tensor | None, ...] | None = calls.layer_backward(*inputs)
+        if found is not None:
+            return found
+    return _plain_layer_backward(*arguments)
+
+
 class _EagerLayer(torch.autograd.Function):
     """What ``register_autograd`` makes of the same functions, at less than half its cost per call;
-    in a loop over single steps that is most of the time."""
+    in a loop over single steps that is most of the time.
+
+    ``found`` is the operator's result if there is one already, from a direct call.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _plain_layer(*inputs)
-        _layer_setup(ctx, inputs, output)
+        *arguments, found = inputs
+        output = found or _plain_layer(*arguments)
+        _layer_setup(ctx, tuple(arguments), output)
         return output[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            return _layer_grad(ctx, *grads)
-        return _layer_grad(ctx, *grads, backward=_plain_layer_backward)
+            return (*_layer_grad(ctx, *grads), None)
+        return (*_layer_grad(ctx, *grads, backward=_direct_layer_backward), None)
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----

@@ -52,11 +52,13 @@ class Spy:
 
     def __init__(self) -> None:
         self.done: list[bool] = []
+        self.names: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = getattr(DIRECT, name)(*args)
             self.done.append(result is not None)
+            self.names.append(name)
             return result
 
         return call
@@ -112,6 +114,88 @@ def test_layers(index: int, seed: int, spy: Spy) -> None:
         expected = by_operator(lambda h=h, c=c: ops.layer(case.cell, x, h, c, runs, batch_sizes))
         assert_identical(found, expected)
         assert (found[2] is None) == (case.cell != "lstm")
+
+
+@needs_direct
+@pytest.mark.parametrize("index", range(40))
+def test_training(index: int, seed: int, spy: Spy) -> None:
+    """Outputs, and the gradients of those inputs that want one, of which some are chosen."""
+    torch.manual_seed(seed + index)
+    generator = torch.Generator().manual_seed(seed + index)
+    case = random_case(generator)
+    arguments, batch_sizes = case.arguments()
+    if case.ragged and index % 2:  # rows past the last step, whose gradient is zero
+        arguments[0] = torch.cat([arguments[0], arguments[0][:1]])
+    wanted = [bool(torch.randint(3, (), generator=generator)) or index % 3 == 0 for _ in arguments]
+    wanted[1] = True
+    used = [bool(torch.randint(3, (), generator=generator)) for _ in range(3)]
+
+    def train() -> list[Tensor | None]:
+        tensors = [
+            None if t is None else t.clone().requires_grad_(want)
+            for t, want in zip(arguments, wanted, strict=True)
+        ]
+        x, h0, c0, *weights = tensors
+        runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)]
+        outputs = ops.layer(case.cell, x, h0, c0, runs, batch_sizes)
+        chosen = [o for o, use in zip(outputs, used, strict=True) if use and o is not None]
+        chosen = chosen or [outputs[0]]
+        cotangents = torch.Generator().manual_seed(seed)
+        torch.autograd.backward(
+            chosen, [torch.randn(o.shape, generator=cotangents).to(o.dtype) for o in chosen]
+        )
+        return [o.detach() for o in outputs if o is not None] + [
+            t.grad for t in tensors if t is not None and t.requires_grad
+        ]
+
+    with torch.enable_grad():
+        found, expected = train(), by_operator(train)
+    assert spy.names == ["layer", "layer_backward"]
+    assert spy.done == [True, not (case.ragged and index % 2)]
+    assert_identical(found, expected)
+
+
+@needs_direct
+def test_training_beside_the_usual(spy: Spy) -> None:
+    """Second derivatives, batched gradients, expanded ones, and hooks on what is saved."""
+    case = Case("lstm", D=2, P=2)
+    (x, h0, c0, *weights), _ = case.arguments()
+    runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(2)]
+
+    def call(x: Tensor) -> Tensor:
+        return ops.layer("lstm", x, h0, c0, runs)[0]
+
+    def work() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        batched = torch.autograd.functional.jacobian(call, x[:2], vectorize=True)
+        (expanded,) = torch.autograd.grad(call(leaf).sum(), leaf)
+        with torch.autograd.graph.save_on_cpu():
+            (hooked,) = torch.autograd.grad(call(leaf).sum(), leaf)
+        with torch.autograd.set_detect_anomaly(True):
+            (watched,) = torch.autograd.grad(call(leaf).sum(), leaf)
+        return [first, second, batched, expanded, hooked, watched]
+
+    with torch.enable_grad():
+        assert_identical(work(), by_operator(work))
+    backwards = [ok for name, ok in zip(spy.names, spy.done, strict=True) if "backward" in name]
+    # The second derivative goes through y too; batched and expanded gradients are the operator's.
+    assert backwards == [True, False, False, False, False]
+
+
+@needs_direct
+def test_modes_see_the_operators_of_training(spy: Spy) -> None:
+    module, x, mode = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3), Dispatch()
+    with torch.enable_grad(), mode:
+        module(x)[0].sum().backward()
+    assert {"fused_rnn.layer.default", "fused_rnn.layer_backward.default"} <= set(mode.seen)
+    with torch.enable_grad():
+        y = module(x)[0]
+        with torch.profiler.profile() as trace:
+            y.sum().backward()
+    assert "fused_rnn::layer_backward" in {event.key for event in trace.key_averages()}
+    assert spy.done == [False, False, True, False]
 
 
 @needs_direct
@@ -363,6 +447,21 @@ def test_unusual_arguments() -> None:
 
 
 @needs_direct
+def test_states_that_do_not_match(spy: Spy) -> None:
+    """Of one layer too few, or too many: an error, and nothing read past the end."""
+    module, x = fused_rnn.LSTM(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    for layers in ((2, 1), (1, 2), (2, 3), (4, 4)):
+        h, c = (torch.randn(n, 2, 4) for n in layers)
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            module(x, (h, c))
+    assert spy.done == [False] * 4
+    arguments, _ = Case("lstm").arguments()
+    arguments[2] = torch.randn(2, 3, 6, dtype=torch.float64)
+    assert DIRECT.layer_infer("lstm", *arguments, None) is None
+    assert DIRECT.layer("lstm", *arguments, None) is None
+
+
+@needs_direct
 def test_parameters_of_unusual_memory(spy: Spy) -> None:
     """A parameter is looked at anew in each call."""
     _, ours = pair("GRU", 3, 4)
@@ -378,10 +477,10 @@ def test_parameters_of_unusual_memory(spy: Spy) -> None:
 def test_gradients_are_asked_for(spy: Spy) -> None:
     module, x = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3)
     with torch.enable_grad():
-        assert module(x)[0].requires_grad and not spy.done
+        assert module(x)[0].requires_grad and spy.names == ["layer"]
         module.requires_grad_(False)
-        assert not module(x)[0].requires_grad and spy.done == [True]
-        assert module(x.requires_grad_())[0].requires_grad and spy.done == [True]
+        assert not module(x)[0].requires_grad and spy.names == ["layer", "stack_infer"]
+        assert module(x.requires_grad_())[0].requires_grad and spy.names.pop() == "layer"
 
 
 class Dispatch(TorchDispatchMode):

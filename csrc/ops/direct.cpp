@@ -73,22 +73,19 @@ int64_t BytesOf(ScalarType dtype) {
 // A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
 class Borrowed {
  public:
-  explicit Borrowed(PyObject* object) {
+  explicit Borrowed(PyObject* object, bool may_be_empty = false) {
     // A subclass may be anything, such as a tensor without data.
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_type && type != parameter_type) throw Unusual();
     dlpack::Tensor t;
     if (exchange->from_python(object, &t) != 0) throw Unusual();
-    if (t.device.type != dlpack::kCpu || t.data == nullptr || t.dims < 1 || t.dims > kMaxDims)
-      throw Unusual();
+    if (t.device.type != dlpack::kCpu || t.dims < 1 || t.dims > kMaxDims) throw Unusual();
     data_ = static_cast<char*>(t.data) + t.byte_offset;
     dtype_ = TypeOf(t.dtype);
     dims_ = t.dims;
-    for (int i = 0; i < dims_; i++) {
-      if (t.shape[i] == 0) throw Unusual();
-      shape_[i] = t.shape[i];
-      strides_[i] = t.strides[i];
-    }
+    std::copy(t.shape, t.shape + dims_, shape_);
+    std::copy(t.strides, t.strides + dims_, strides_);
+    if (numel() == 0 ? !may_be_empty : t.data == nullptr) throw Unusual();
     // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
     PyObject* negative = PyObject_CallFunctionObjArgs(is_negative, object, nullptr);
     const bool plain = negative == Py_False;
@@ -169,7 +166,8 @@ Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
 class Made {
  public:
-  Made(const std::vector<int64_t>& shape, ScalarType dtype) : block_(new Block) {
+  Made(const std::vector<int64_t>& shape, ScalarType dtype, bool pooled = true)
+      : block_(new Block) {
     auto& t = block_->managed.tensor;
     t.device = {dlpack::kCpu, 0};
     t.dims = int32_t(shape.size());
@@ -184,7 +182,7 @@ class Made {
     const uint8_t kind = dtype == ScalarType::BFloat16 ? dlpack::kBfloat : dlpack::kFloat;
     t.dtype = {kind, uint8_t(8 * size), 1};
     bytes *= size;
-    if (bytes >= size_t(kPooledBytes))
+    if (pooled && bytes >= size_t(kPooledBytes))
       t.data = AcquireScratch(bytes, &block_->pooled);
     else if (posix_memalign(&t.data, 64, bytes) != 0)
       throw std::bad_alloc();
@@ -261,6 +259,7 @@ class Reader {
     if (!t.has_value()) throw Unusual();
     return *t;
   }
+  Borrowed MaybeEmpty() { return Borrowed(Next(), true); }
   std::vector<MaybeBorrowed> List() {
     PyObject* list = Next();
     std::vector<MaybeBorrowed> tensors;
@@ -273,7 +272,11 @@ class Reader {
     }
     return tensors;
   }
-  bool Flag() { return PyObject_IsTrue(Next()) == 1; }
+  bool Flag() {
+    const int value = PyObject_IsTrue(Next());
+    if (value < 0) throw Unusual();
+    return value == 1;
+  }
   int64_t Integer() {
     const int64_t value = PyLong_AsLongLong(Next());
     if (value == -1 && PyErr_Occurred()) throw Unusual();
@@ -292,14 +295,14 @@ class Reader {
 };
 
 // A tuple of these, with None for those that are not there.
-PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
+PyObject* ToTuple(const std::vector<std::optional<Made>*>& tensors) {
   PyObject* tuple = PyTuple_New(Py_ssize_t(tensors.size()));
   if (tuple == nullptr) throw Unusual();
-  Py_ssize_t i = 0;
   try {
-    for (std::optional<Made>* t : tensors) {
-      if (!t->has_value()) Py_IncRef(Py_None);
-      PyTuple_SetItem(tuple, i++, t->has_value() ? (*t)->ToPython() : Py_None);
+    for (size_t i = 0; i < tensors.size(); i++) {
+      std::optional<Made>& t = *tensors[i];
+      if (!t.has_value()) Py_IncRef(Py_None);
+      PyTuple_SetItem(tuple, Py_ssize_t(i), t.has_value() ? t->ToPython() : Py_None);
     }
   } catch (...) {
     Py_DecRef(tuple);
@@ -360,17 +363,22 @@ Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& laye
 
 // Outputs of a stack of layers, before they are Python's.
 struct Outputs {
-  std::optional<Made> y, h_n, c_n;
+  std::optional<Made> y, h_n, c_n, hs, saved;
+};
+enum Wanted {
+  kStates,  // of one step of one layer and direction, whose y is h_n
+  kAll,
+  kSaved,  // all, and hs and saved, of one layer
 };
 
-// Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros. Without
-// `with_y`, for one step of one layer and direction, there is no y beside h_n, which is the same.
-Outputs Infer(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
-              const std::vector<Weights>& layers, const MaybeBorrowed& batch_sizes, bool with_y) {
+// Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros.
+Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
+            const std::vector<Weights>& layers, const MaybeBorrowed& batch_sizes, Wanted wanted) {
   const auto count = int64_t(layers.size());
   std::optional<Made> zeros;
   if (!h0.has_value() && !c0.has_value()) zeros = Zeros(cell, x, layers, batch_sizes, &h0, &c0);
   if (!h0.has_value() || h0->size(0) % count != 0) throw Unusual();
+  if (c0.has_value() && c0->size(0) != h0->size(0)) throw Unusual();
   const int64_t dirs = h0->size(0) / count;
 
   Outputs outputs;
@@ -396,29 +404,89 @@ Outputs Infer(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
       if (!y.has_value()) y.emplace(call.YShape(), dtype);
       p.y = y->data();
       x = Borrowed(y->data(), dtype, call.YShape());
-    } else if (with_y) {
+    } else if (wanted != kStates) {
       outputs.y.emplace(call.YShape(), dtype);
       p.y = outputs.y->data();
     } else {
       p.y = p.h_n;
     }
   }
+  if (wanted == kSaved) {
+    DirectCall& call = calls.front();
+    outputs.hs.emplace(call.HsShape(), call.HsType());
+    outputs.saved.emplace(call.SavedShape(), call.computing());
+    call.p.hs = outputs.hs->data();
+    call.p.saved = outputs.saved->data();
+  }
   const WithoutGil released;
   for (const DirectCall& call : calls) call.kernels.layer_fwd(call.p);
   return outputs;
 }
 
-// (cell, x, h0, c0, ten weights, batch_sizes) -> (y, h_n, c_n or None), as the operator.
+// What the schemas of the three operators have in common.
+struct LayerArguments {
+  explicit LayerArguments(Reader& arguments)
+      : x(arguments.Present()), h0(arguments.Tensor()), c0(arguments.Tensor()) {
+    for (auto& w : weights) w = arguments.Tensor();
+    batch_sizes = arguments.Tensor();
+  }
+  Borrowed x;
+  MaybeBorrowed h0, c0;
+  Weights weights;
+  MaybeBorrowed batch_sizes;
+};
+
+// (cell, x, h0, c0, ten weights, batch_sizes) -> (y, h_n, c_n or None)
 PyObject* LayerInfer(Reader& arguments) {
   const char* cell = arguments.Text();
-  const Borrowed x = arguments.Present();
-  const MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
-  Weights weights;
-  for (auto& w : weights) w = arguments.Tensor();
-  const MaybeBorrowed batch_sizes = arguments.Tensor();
+  const LayerArguments a(arguments);
   arguments.End();
-  Outputs outputs = Infer(cell, x, h0, c0, {weights}, batch_sizes, true);
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kAll);
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
+}
+
+// The same, with hs and saved behind.
+PyObject* Layer(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const LayerArguments a(arguments);
+  arguments.End();
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kSaved);
+  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n, &outputs.hs, &outputs.saved});
+}
+
+// (cell, dy, dh_n, dc_n, x, h0, c0, ten weights, batch_sizes, hs, saved, needs) -> 13 gradients,
+// None where they are not wanted.
+PyObject* LayerBackward(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const MaybeBorrowed dy = arguments.Tensor(), dh_n = arguments.Tensor(), dc_n = arguments.Tensor();
+  const LayerArguments a(arguments);
+  const Borrowed hs = arguments.Present();
+  const Borrowed saved = arguments.MaybeEmpty();  // some cells save nothing
+  const int64_t needs = arguments.Integer();
+  arguments.End();
+  if (!a.h0.has_value()) throw Unusual();
+  DirectCall call(cell, a.x, *a.h0, a.c0, a.weights, a.batch_sizes);
+  call.TakeGradients(dy, dh_n, dc_n, hs, saved);
+  if (call.SkipsRowsOf(a.x)) throw Unusual();
+  const auto slots = call.GradientSlots();
+  std::array<std::optional<Made>, kGradients> gradients;
+  std::vector<std::optional<Made>*> all;
+  for (int i = 0; i < kGradients; i++) {
+    const MaybeBorrowed like = i == 0 ? a.x : i == 1 ? a.h0 : i == 2 ? a.c0 : a.weights[i - 3];
+    if (like.has_value() && (needs >> i & 1)) {
+      const auto sizes = like->sizes();
+      // As in the operator, the pool's memory is for what is gone soon.
+      gradients[i].emplace(std::vector<int64_t>(sizes.begin(), sizes.end()), a.x.scalar_type(),
+                           i == 0);
+      *slots[i] = gradients[i]->data();
+    }
+    all.push_back(&gradients[i]);
+  }
+  {
+    const WithoutGil released;
+    call.kernels.layer_bwd(call.p);
+  }
+  return ToTuple(all);
 }
 
 // (cell, x, h0, c0, weights, layers, directions, has_biases, batch_first) -> (y, h_n, c_n or None):
@@ -444,7 +512,7 @@ PyObject* StackInfer(Reader& arguments) {
     if (per_run % 2 == 1) to[kWeights - 1] = from[per_run - 1];
   }
   if (batch_first) x.SwapLeading();
-  Outputs outputs = Infer(cell, x, h0, c0, layers, std::nullopt, true);
+  Outputs outputs = Run(cell, x, h0, c0, layers, std::nullopt, kAll);
   if (batch_first) outputs.y->SwapLeading();
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
 }
@@ -465,7 +533,7 @@ PyObject* Step(Reader& arguments) {
     if (h.has_value()) h = h->Unsqueezed();
     if (c.has_value()) c = c->Unsqueezed();
   }
-  Outputs outputs = Infer(cell, x, h, c, {weights}, std::nullopt, false);
+  Outputs outputs = Run(cell, x, h, c, {weights}, std::nullopt, kStates);
   for (int i = 0; i < added; i++) {
     outputs.h_n->Squeeze();
     if (outputs.c_n.has_value()) outputs.c_n->Squeeze();
@@ -509,6 +577,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
   using namespace frnn;
   static PyMethodDef methods[] = {
       {"setup", AsMethod(Setup), METH_FASTCALL, nullptr},
+      {"layer", AsMethod(Guarded<Layer>), METH_FASTCALL, nullptr},
+      {"layer_backward", AsMethod(Guarded<LayerBackward>), METH_FASTCALL, nullptr},
       {"layer_infer", AsMethod(Guarded<LayerInfer>), METH_FASTCALL, nullptr},
       {"stack_infer", AsMethod(Guarded<StackInfer>), METH_FASTCALL, nullptr},
       {"step", AsMethod(Guarded<Step>), METH_FASTCALL, nullptr},
