@@ -134,12 +134,16 @@ def recurrent_directly(
     States that are None are zero.
     """
     calls = ops.direct_calls(x)
-    if calls and not ops.wants_grad((*weights, x, h0, c0)):
-        directions = 2 if bidirectional else 1
+    if not calls:
+        return None
+    directions = 2 if bidirectional else 1
+    if not ops.wants_grad((*weights, x, h0, c0)):
         return calls.stack_infer(
             cell, x, h0, c0, weights, num_layers, directions, has_biases, batch_first
         )
-    return None
+    if h0 is None or batch_first or num_layers > 1 or x.dim() != 3:
+        return None
+    return ops.layer_directly(cell, x, h0, c0, _runs(weights, directions, has_biases))
 
 
 def step_directly(
@@ -154,9 +158,19 @@ def step_directly(
 ) -> Any:
     """``step``, or None. B may be missing everywhere; states that are None are zero."""
     calls = ops.direct_calls(x)
-    if calls and not ops.wants_grad((w_ih, w_hh, b_ih, b_hh, x, h, c)):
+    if not calls:
+        return None
+    if not ops.wants_grad((w_ih, w_hh, b_ih, b_hh, x, h, c)):
         return calls.step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
-    return None
+    if h is None or x.dim() != 2 or h.dim() != 2:
+        return None
+    c0 = None if c is None else c.unsqueeze(0)
+    weights = (w_ih, w_hh, b_ih, b_hh, None)
+    found = ops.layer_directly(cell, x.unsqueeze(0), h.unsqueeze(0), c0, [weights])
+    if found is None:
+        return None
+    _, h_n, c_n = found
+    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
 
 
 # --- A stack of layers ---------------------------------------------------------------------------
@@ -242,8 +256,7 @@ def _stack(
     """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, has_biases)."""
     engine = _engine(cell, x, states, weights)
     layers, directions, has_biases = shape
-    per_run = len(weights) // (layers * directions)
-    runs = [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
+    runs = _runs(weights, layers * directions, has_biases)
     if layers == 1:
         return engine.layer(
             cell, x, states[0], states[1] if len(states) > 1 else None, runs, batch_sizes
@@ -261,6 +274,12 @@ def _stack(
         h_n.append(h)
         c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n) if len(states) > 1 else None
+
+
+def _runs(weights: Sequence[Tensor], runs: int, has_biases: bool) -> list[Weights]:
+    """The weights of each layer and direction by themselves."""
+    per_run = len(weights) // runs
+    return [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
 
 
 def _named(weights: Sequence[Tensor], has_biases: bool) -> Weights:

@@ -124,6 +124,25 @@ def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
     return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def layer_directly(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None = None,
+) -> Any:
+    """``layer`` by a direct call, or None."""
+    calls = direct_calls(x)
+    if not calls:
+        return None
+    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
+    if not wants_grad(tensors):
+        return calls.layer_infer(cell, *tensors)
+    found = calls.layer(cell, *tensors)
+    return found and _apply_plain(cell, *tensors, False, found)
+
+
 def layer(
     cell: str,
     x: Tensor,
@@ -133,21 +152,23 @@ def layer(
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.layer`` on the native kernels."""
-    reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
-    tensors = (x, h0, c0, *weights[0], *reverse, batch_sizes)
-    train = wants_grad(tensors)
-    if calls := direct_calls(x):
-        found = (calls.layer if train else calls.layer_infer)(cell, *tensors)
-        if found is not None:
-            return _EagerLayer.apply(cell, *tensors, False, found) if train else found
+    found: tuple[Tensor, Tensor, Tensor | None] | None
+    if found := layer_directly(cell, x, h0, c0, weights, batch_sizes):
+        return found
+    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
     arguments = (cell, *tensors, _allow_tf32(x))
-    if not train:
+    if not wants_grad(tensors):
         y, h_n, c_n = _ops.layer_infer.default(*arguments)
     elif torch.compiler.is_compiling():
         y, h_n, c_n, _, _ = _ops.layer.default(*arguments)
     else:
         y, h_n, c_n = _EagerLayer.apply(*arguments, None)
     return y, h_n, None if c0 is None else c_n
+
+
+def _ten(weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
+    """The weights of two directions; those of the second may be missing."""
+    return (*weights[0], *(weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)))
 
 
 @torch.compiler.assume_constant_result
@@ -296,6 +317,11 @@ class _EagerLayer(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return (*_layer_grad(ctx, *grads), None)
         return (*_layer_grad(ctx, *grads, backward=_direct_layer_backward), None)
+
+
+# ``_EagerLayer.apply`` without its search for tensors that a transform has left behind: there are
+# none among those that a direct call took.
+_apply_plain = super(torch.autograd.Function, _EagerLayer).apply
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----

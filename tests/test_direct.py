@@ -156,6 +156,31 @@ def test_training(index: int, seed: int, spy: Spy) -> None:
 
 
 @needs_direct
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_training_of_modules(name: str, dtype: torch.dtype, spy: Spy) -> None:
+    """A loop over single steps, from states that want gradients."""
+    module = getattr(fused_rnn, name)(5, 17, dtype=dtype)
+    lead = (3,) if name.endswith("Cell") else (1, 3)
+    states = [torch.randn(*lead, 17).to(dtype).requires_grad_() for _ in range(2)]
+    x = torch.randn(4, *lead, 5).to(dtype)
+
+    def train() -> list[Tensor]:
+        hx: Any = tuple(states) if name.startswith("LSTM") else states[0]
+        for step in x:
+            result = module(step, hx)
+            hx = result if name.endswith("Cell") else result[1]
+        results = flatten(result)
+        loss = sum(t.float().square().sum() for t in results)
+        used = states if name.startswith("LSTM") else states[:1]
+        return results + list(torch.autograd.grad(loss, [*module.parameters(), *used]))
+
+    with torch.enable_grad():
+        assert_identical([t.detach() for t in train()], [t.detach() for t in by_operator(train)])
+    assert spy.names == ["layer"] * 4 + ["layer_backward"] * 4 and all(spy.done)
+
+
+@needs_direct
 def test_training_beside_the_usual(spy: Spy) -> None:
     """Second derivatives, batched gradients, expanded ones, and hooks on what is saved."""
     case = Case("lstm", D=2, P=2)
