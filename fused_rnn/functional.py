@@ -113,9 +113,10 @@ def _autocast_results(
 
 # --- Direct calls --------------------------------------------------------------------------------
 #
-# What most calls without gradients come to: everything below in one function of the CPU's library.
-# It checks all tensors against each other, and where it would have to convert, copy or complain it
-# returns None. Then nothing has happened, and the functions below do the work.
+# What most calls come to on the CPU: everything below in one function of the library, or for single
+# layers that want gradients at least the checks. It compares all tensors with each other, and where
+# it would have to convert, copy or complain it returns None. Then nothing has happened, and the
+# functions below do the work.
 
 
 def recurrent_directly(

@@ -51,7 +51,7 @@ class _TorchShaped(nn.Module):
 
     def _usual_hidden(self, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
         """``_split_hidden``, also of None, without complaints: None for what is unusual."""
-        return hx, None
+        return (hx, None) if hx is None or isinstance(hx, Tensor) else None
 
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor | None]:
         return hx, None
@@ -68,8 +68,9 @@ class _HiddenPair(_TorchShaped):
     def _usual_hidden(self, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
         if hx is None:
             return None, None
-        pair = type(hx) is tuple and len(hx) == 2 and hx[0] is not None and hx[1] is not None
-        return hx if pair else None
+        if type(hx) is not tuple or len(hx) != 2:
+            return None
+        return hx if isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor) else None
 
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor]:
         if isinstance(hx, Tensor):
@@ -104,9 +105,9 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        hooks = (getattr(cls, name, None) for name in _HOOKS)
+        hooks = [getattr(cls, name) for name in _HOOKS if hasattr(cls, name)]
         homes = (__name__, nn.RNNBase.__module__)
-        cls._own_hooks = all(hook is None or hook.__module__ in homes for hook in hooks)
+        cls._own_hooks = all(getattr(hook, "__module__", None) in homes for hook in hooks)
 
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         runs = self.num_layers * (2 if self.bidirectional else 1)
