@@ -103,7 +103,8 @@ class Build(build):
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        """The library has torch's stable ABI and no Python API, so it serves every Python."""
+        """The library has torch's stable ABI, and of Python at most the limited API, which every
+        Python has that this package runs on, or else leaves alone."""
         return ("py3", "none", super().get_tag()[2])
 
 

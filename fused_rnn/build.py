@@ -29,6 +29,7 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import importlib.machinery
 import itertools
 import json
 import os
@@ -39,11 +40,12 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +60,7 @@ PACKAGE = Path(__file__).resolve().parent
 CSRC = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 
 TARGETS = ("cpu", "cuda")  # folders of csrc, and types of devices
+BINDINGS = {"cpu": ("cpu", "direct"), "cuda": ("cuda",)}  # stems of files in csrc/ops
 # Stems of the libraries and of their records in the cache.
 LIBRARY = {"cpu": "fused_rnn_native", "cuda": "fused_rnn_cuda"}
 AHEAD_OF_TIME = "_native"  # the CPU's, beside the package
@@ -156,7 +159,8 @@ def source_files(target: str | None = None) -> list[Path]:
         for path in CSRC.rglob("*")
         if path.suffix in SOURCE_SUFFIXES
         and path.is_file()
-        and not others & {path.parent.name, path.stem}
+        and path.parent.name not in others
+        and not any(path.stem in BINDINGS[other] for other in others)
     )
 
 
@@ -243,6 +247,21 @@ def _architectures() -> tuple[str, ...]:
     return tuple(f"{major}{minor}{'a' * (major >= 9)}" for major, minor in sorted(found))
 
 
+def _python_include() -> list[str]:
+    """The flags that make Python.h found, or nothing: then the library lacks its direct calls.
+
+    They keep to Python's limited API, so the version does not matter.
+    """
+    include = sysconfig.get_path("include")
+    usable = os.path.isfile(os.path.join(include, "Python.h")) and not _free_threaded()
+    return ["-isystem", include] if usable else []
+
+
+def _free_threaded() -> bool:
+    """Whether this Python has no global lock, and with it another layout of objects."""
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
 def find_ninja() -> str:
     """Ninja of the Python package, beside the interpreter, or on PATH. Raises BuildError."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
@@ -286,7 +305,7 @@ def cache_key(compiler: Compiler, toolkit: Toolkit | None = None) -> str:
     """
     import torch
 
-    tools = [torch.__version__, torch.version.git_version, compiler]
+    tools = [torch.__version__, torch.version.git_version, compiler, bool(_python_include())]
     if toolkit:
         tools.append(toolkit)
     tools_hash = hashlib.sha256(repr(tools).encode()).hexdigest()[:12]
@@ -352,11 +371,11 @@ def _write_ninja_file(work: Path, compiler: Compiler, toolkit: Toolkit | None = 
 
     target = "cuda" if toolkit else "cpu"
     ours = [*BASE_FLAGS, f"-I{CSRC}"]
-    with_torch = [*ours, TORCH_TARGET, *(["-DUSE_CUDA"] if toolkit else [])]
+    with_torch = [*ours, TORCH_TARGET, *(["-DUSE_CUDA"] if toolkit else _python_include())]
     for folder in include_paths():
         with_torch += ["-isystem", str(folder)]
 
-    units = [(CSRC / "ops" / f"{target}.cpp", with_torch)]
+    units = [(CSRC / "ops" / f"{name}.cpp", with_torch) for name in BINDINGS[target]]
     if toolkit:  # nvcc knows where its headers are
         units += [(path, []) for path in sorted((CSRC / "cuda").glob("*.cpp"))]
         units += [(path, []) for path in _write_cuda_instances(work)]
@@ -661,6 +680,30 @@ def library(target: str = "cpu") -> ctypes.CDLL:
             f"fused_rnn runs on its reference path: there is no {_kind(target)} library"
         )
     return ctypes.CDLL(str(_states[target].library))
+
+
+def direct_calls(watchers: Sequence[Callable[[], object]]) -> Any:
+    """The CPU's library as a Python module, whose functions need no dispatcher (ops.py), or None.
+
+    It is one if it was compiled where Python.h was, and torch has what it needs. Its functions do
+    nothing while a watcher returns a true value.
+    """
+    import torch
+
+    if _free_threaded() or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return None
+    path = str(_states["cpu"].library)
+    loader = importlib.machinery.ExtensionFileLoader("fused_rnn._direct", path)
+    spec = importlib.machinery.ModuleSpec(loader.name, loader, origin=path)
+    try:
+        module = loader.create_module(spec)
+        loader.exec_module(module)
+    except ImportError:
+        return None
+    tensor = torch.Tensor
+    exchange = tensor.__dlpack_c_exchange_api__
+    usable = module.setup(exchange, tensor, torch.nn.Parameter, tensor.is_neg, *watchers)
+    return module if usable else None
 
 
 def requested_backend() -> str:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
-from torch.autograd import forward_ad
 
 from . import ops, reference
 from .reference import CELLS, Weights
@@ -51,14 +50,9 @@ def _wants_torch_operator(x: Tensor) -> bool:
     return exporting or torch.jit.is_tracing()
 
 
-def _transformed() -> bool:
-    """Whether a ``torch.func`` transform or forward mode is under way, which no kernel knows."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
-
-
 def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     """``ops`` or ``reference``: two modules with the same function ``layer``."""
-    if not _transformed() and ops.supports(cell, [x, *states, *weights]):
+    if not ops.transformed() and ops.supports(cell, [x, *states, *weights]):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
     for kind, operands in (("hidden", states), ("parameter", weights)):
@@ -115,6 +109,69 @@ def _autocast_results(
         return low, low
     c_dtype = torch.promote_types(low, c.dtype)
     return low if projected else c_dtype, c_dtype
+
+
+# --- Direct calls --------------------------------------------------------------------------------
+#
+# What most calls come to on the CPU: everything below in one function of the library, or for single
+# layers that want gradients at least the checks. It compares all tensors with each other, and where
+# it would have to convert, copy or complain it returns None. Then nothing has happened, and the
+# functions below do the work.
+
+
+def recurrent_directly(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    has_biases: bool,
+    batch_first: bool,
+) -> Any:
+    """``recurrent`` without dropout and, if ``batch_first``, for x and y in that layout; or None.
+
+    States that are None are zero.
+    """
+    calls = ops.direct_calls(x)
+    if not calls:
+        return None
+    directions = 2 if bidirectional else 1
+    if not ops.wants_grad((*weights, x, h0, c0)):
+        return calls.stack_infer(
+            cell, x, h0, c0, weights, num_layers, directions, has_biases, batch_first
+        )
+    if h0 is None or batch_first or num_layers > 1 or x.dim() != 3:
+        return None
+    return ops.layer_directly(cell, x, h0, c0, _runs(weights, directions, has_biases))
+
+
+def step_directly(
+    cell: str,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> Any:
+    """``step``, or None. B may be missing everywhere; states that are None are zero."""
+    calls = ops.direct_calls(x)
+    if not calls:
+        return None
+    if not ops.wants_grad((w_ih, w_hh, b_ih, b_hh, x, h, c)):
+        return calls.step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if h is None or x.dim() != 2 or h.dim() != 2:
+        return None
+    c0 = None if c is None else c.unsqueeze(0)
+    weights = (w_ih, w_hh, b_ih, b_hh, None)
+    found = ops.layer_directly(cell, x.unsqueeze(0), h.unsqueeze(0), c0, [weights])
+    if found is None:
+        return None
+    _, h_n, c_n = found
+    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
 
 
 # --- A stack of layers ---------------------------------------------------------------------------
@@ -200,8 +257,7 @@ def _stack(
     """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, has_biases)."""
     engine = _engine(cell, x, states, weights)
     layers, directions, has_biases = shape
-    per_run = len(weights) // (layers * directions)
-    runs = [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
+    runs = _runs(weights, layers * directions, has_biases)
     if layers == 1:
         return engine.layer(
             cell, x, states[0], states[1] if len(states) > 1 else None, runs, batch_sizes
@@ -219,6 +275,12 @@ def _stack(
         h_n.append(h)
         c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n) if len(states) > 1 else None
+
+
+def _runs(weights: Sequence[Tensor], runs: int, has_biases: bool) -> list[Weights]:
+    """The weights of each layer and direction by themselves."""
+    per_run = len(weights) // runs
+    return [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
 
 
 def _named(weights: Sequence[Tensor], has_biases: bool) -> Weights:

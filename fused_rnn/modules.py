@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
@@ -48,6 +49,10 @@ class _TorchShaped(nn.Module):
         parameter = self._parameters.get(name)
         return getattr(self, name) if parameter is None else parameter
 
+    def _usual_hidden(self, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+        """``_split_hidden``, also of None, without complaints: None for what is unusual."""
+        return (hx, None) if hx is None or isinstance(hx, Tensor) else None
+
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor | None]:
         return hx, None
 
@@ -59,6 +64,13 @@ class _HiddenPair(_TorchShaped):
     """The LSTMs' form: a pair (h, c)."""
 
     _operator: ClassVar[str]  # the name in error messages
+
+    def _usual_hidden(self, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+        if hx is None:
+            return None, None
+        if type(hx) is not tuple or len(hx) != 2:
+            return None
+        return hx if isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor) else None
 
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor]:
         if isinstance(hx, Tensor):
@@ -73,6 +85,15 @@ class _HiddenPair(_TorchShaped):
         return h, c
 
 
+# Methods that torch.nn's forward calls, so that a subclass may override them.
+_HOOKS = (
+    "check_forward_args",
+    "check_hidden_size",
+    "check_input",
+    "get_expected_cell_size",
+    "get_expected_hidden_size",
+    "permute_hidden",
+)
 _RANKS = {2: "unbatched 2-D", 3: "batched 3-D"}
 
 
@@ -80,6 +101,13 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
     """What RNN, LSTM and GRU share: from a user's call to ``functional.recurrent`` and back."""
 
     _wrong_input: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
+    _own_hooks: ClassVar[bool]  # whether _HOOKS are as here and in torch.nn
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hooks = [getattr(cls, name) for name in _HOOKS if hasattr(cls, name)]
+        homes = (__name__, nn.RNNBase.__module__)
+        cls._own_hooks = all(getattr(hook, "__module__", None) in homes for hook in hooks)
 
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         runs = self.num_layers * (2 if self.bidirectional else 1)
@@ -105,6 +133,13 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             last_seen: Any = self._flat_weights[index]
             return last_seen
 
+    def _weights(self) -> list[Tensor]:
+        parameters, names = self._parameters, self._flat_weights_names
+        try:
+            return [parameters[name] for name in names]  # type: ignore[misc]
+        except KeyError:
+            return [self._weight(i) for i in range(len(names))]
+
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight_dtype = self._weight(0).dtype
         if input.dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
@@ -129,7 +164,7 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             x,
             h0,
             c0,
-            [self._weight(i) for i in range(len(self._flat_weights_names))],
+            self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             has_biases=self.bias,
@@ -141,6 +176,9 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Return the outputs of the last layer and the last states; the class says which shapes."""
+        found = self._run_directly(input, hx)
+        if found is not None:
+            return found
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         dim = input.dim()
@@ -168,6 +206,29 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
                 self._join_hidden(h.squeeze(1), None if c is None else c.squeeze(1)),
             )
         return y, self.permute_hidden(hx, None)
+
+    def _run_directly(self, x: Any, hx: Any) -> tuple[Tensor, Any] | None:
+        """``forward`` of a padded batch by one direct call, or None if it has to go all the way.
+
+        The call checks x and hx against the weights, so no error is lost; overridden hooks would
+        not be called.
+        """
+        if is_dynamo_compiling() or type(x) is not Tensor or not self._own_hooks:
+            return None
+        states = self._usual_hidden(hx) if not (self.training and self.dropout) else None
+        if states is None:
+            return None
+        found = functional.recurrent_directly(
+            self.mode.lower(),
+            x,
+            *states,
+            self._weights(),
+            self.num_layers,
+            self.bidirectional,
+            self.bias,
+            self.batch_first,
+        )
+        return None if found is None else (found[0], self._join_hidden(found[1], found[2]))
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         rows, batch_sizes, sorted_indices, unsorted_indices = input
@@ -431,6 +492,9 @@ class GRU(_Recurrent):
         )
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Cell(_TorchShaped, nn.RNNCellBase):
     """What the cells share: from a user's call to ``functional.step`` and back."""
 
@@ -442,6 +506,13 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
     def _zero_hidden(self, x: Tensor) -> Any:
         return torch.zeros(x.size(0), self.hidden_size, dtype=x.dtype, device=x.device)
 
+    def _weights(self) -> list[Any]:
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in _CELL_WEIGHTS]
+        except KeyError:
+            return [self._read(name) for name in _CELL_WEIGHTS]
+
     def _check_dim(self, tensor: Tensor, what: str) -> int:
         dim = tensor.dim()
         if dim not in (1, 2):
@@ -452,6 +523,11 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Return the next state; the class says which shapes."""
+        states = None if is_dynamo_compiling() else self._usual_hidden(hx)
+        if type(input) is Tensor and states is not None:
+            found = functional.step_directly(self._cell(), input, *states, *self._weights())
+            if found is not None:
+                return self._join_hidden(*found)
         batched = self._check_dim(input, "input") == 2
         x = input if batched else input.unsqueeze(0)
         h, c = self._split_hidden(self._zero_hidden(x) if hx is None else hx)
@@ -466,10 +542,7 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
             x,
             h,
             c,
-            self._read("weight_ih"),
-            self._read("weight_hh"),
-            self._read("bias_ih"),
-            self._read("bias_hh"),
+            *self._weights(),
         )
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)

@@ -12,13 +12,15 @@ The kernels are registered by the native libraries (``csrc/ops/cpu.cpp``, ``cuda
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.library
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from . import build, reference
 from .reference import Weights
@@ -57,7 +59,13 @@ _ops = torch.ops.fused_rnn
 
 
 # Dynamo asks once and keeps the answer: it must not trace into a build.
-_backend = torch.compiler.assume_constant_result(build.backend)
+@torch.compiler.assume_constant_result
+def _is_native(target: str) -> bool:
+    global _direct
+    native = build.backend(target) == "native"
+    if native and target == "cpu" and _direct is None:
+        _direct = build.direct_calls(_WATCHERS) or False
+    return native
 
 
 def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
@@ -75,7 +83,7 @@ def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
             return False
     if dtype not in _DTYPES or device is None or device.type not in ("cpu", "cuda", "meta"):
         return False
-    return _backend(_target(device)) == "native"
+    return _is_native(_target(device))
 
 
 def _target(device: torch.device) -> str:
@@ -83,8 +91,56 @@ def _target(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpu"
 
 
-def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward mode is under way, which no kernel knows."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+
+
+# ---- direct calls: the CPU's kernels without torch's dispatcher, which takes longer than one step
+# of a small layer. The functions (csrc/ops/direct.cpp) take plain tensors in the usual layouts and
+# return None for all else, which then goes the ordinary way: to be refused, copied, converted. ----
+
+_direct: Any = None  # the module; False if there is none, None until ``supports`` has looked
+
+# Who may count on torch's dispatcher: modes, a tracer, autocast, a profiler, transforms.
+_WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._is_tracing,
+    torch._C._is_any_autocast_enabled,
+    torch._C._autograd._profiler_enabled,
+    torch._C._functorch.get_dynamic_layer_stack_depth,
+)
+
+
+def direct_calls(x: Tensor) -> Any:
+    """The direct functions if they may be called for this input. They know no gradients."""
+    if is_dynamo_compiling() or not _direct or forward_ad._current_level >= 0 or not x.is_cpu:
+        return None
+    return _direct
+
+
+def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def layer_directly(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None = None,
+) -> Any:
+    """``layer`` by a direct call, or None."""
+    calls = direct_calls(x)
+    if not calls:
+        return None
+    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
+    if not wants_grad(tensors):
+        return calls.layer_infer(cell, *tensors)
+    found = calls.layer(cell, *tensors)
+    return found and _apply_plain(cell, *tensors, False, found)
 
 
 def layer(
@@ -96,15 +152,23 @@ def layer(
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.layer`` on the native kernels."""
-    reverse = weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)
-    arguments = (cell, x, h0, c0, *weights[0], *reverse, batch_sizes, _allow_tf32(x))
-    if not _wants_grad(arguments[1:-2]):
+    found: tuple[Tensor, Tensor, Tensor | None] | None
+    if found := layer_directly(cell, x, h0, c0, weights, batch_sizes):
+        return found
+    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
+    arguments = (cell, *tensors, _allow_tf32(x))
+    if not wants_grad(tensors):
         y, h_n, c_n = _ops.layer_infer.default(*arguments)
     elif torch.compiler.is_compiling():
         y, h_n, c_n, _, _ = _ops.layer.default(*arguments)
     else:
-        y, h_n, c_n = _EagerLayer.apply(*arguments)
+        y, h_n, c_n = _EagerLayer.apply(*arguments, None)
     return y, h_n, None if c0 is None else c_n
+
+
+def _ten(weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
+    """The weights of two directions; those of the second may be missing."""
+    return (*weights[0], *(weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)))
 
 
 @torch.compiler.assume_constant_result
@@ -199,7 +263,7 @@ def _layer_grad(
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     *_: Any,
-    backward: Callable[..., tuple[Tensor, ...]] = _ops.layer_backward.default,
+    backward: Callable[..., tuple[Tensor | None, ...]] = _ops.layer_backward.default,
 ) -> tuple[Any, ...]:
     needed = ctx.needs_input_grad[1 : 4 + _N_WEIGHTS]
     if all(g is None for g in (dy, dh_n, dc_n)):
@@ -224,21 +288,40 @@ _plain_layer = _below_autograd(_ops.layer.default)
 _plain_layer_backward = _below_autograd(_ops.layer_backward.default)
 
 
+def _direct_layer_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """The operator's arguments; first tries the direct call, which gives None for no gradient."""
+    *inputs, _allow_tf32 = arguments
+    if calls := direct_calls(inputs[4]):
+        found: tuple[Tensor | None, ...] | None = calls.layer_backward(*inputs)
+        if found is not None:
+            return found
+    return _plain_layer_backward(*arguments)
+
+
 class _EagerLayer(torch.autograd.Function):
     """What ``register_autograd`` makes of the same functions, at less than half its cost per call;
-    in a loop over single steps that is most of the time."""
+    in a loop over single steps that is most of the time.
+
+    ``found`` is the operator's result if there is one already, from a direct call.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _plain_layer(*inputs)
-        _layer_setup(ctx, inputs, output)
+        *arguments, found = inputs
+        output = found or _plain_layer(*arguments)
+        _layer_setup(ctx, tuple(arguments), output)
         return output[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True
-            return _layer_grad(ctx, *grads)
-        return _layer_grad(ctx, *grads, backward=_plain_layer_backward)
+            return (*_layer_grad(ctx, *grads), None)
+        return (*_layer_grad(ctx, *grads, backward=_direct_layer_backward), None)
+
+
+# ``_EagerLayer.apply`` without its search for tensors that a transform has left behind: there are
+# none among those that a direct call took.
+_apply_plain = super(torch.autograd.Function, _EagerLayer).apply
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----

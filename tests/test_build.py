@@ -31,6 +31,7 @@ SOURCES = {
     "cpu/gemm.cpp.in": "@SCALAR@ gemm_@TIER@_@SCALAR@() { return 3; }\n",
     "cpu/table.cpp": "double probe_one_generic_double();\ndouble table() { return 2; }\n",
     "ops/cpu.cpp": "#include <torch/headeronly/version.h>\nint bound = TORCH_VERSION_MAJOR;\n",
+    "ops/direct.cpp": "#if __has_include(<Python.h>)\n#include <Python.h>\n#endif\nint direct;\n",
 }
 # Loads build.py by itself, on the sources and cache given, as setup.py and the tests here do.
 LOADER = f"""
@@ -124,7 +125,7 @@ def test_units_and_flags(build, home):
     instances |= {
         f"gemm_{tier}_{scalar}.o" for tier, scalar in kinds
     }  # names no cell: once for all
-    assert set(flags) == {*instances, "table.o", "cpu.o", "link"}
+    assert set(flags) == {*instances, "table.o", "cpu.o", "direct.o", "link"}
     for name, text in flags.items():
         assert (" -m" in text) == ("avx" in name) and ("-mavx512f" in text) == ("avx512" in name)
     for name in {*instances, "table.o"}:
@@ -192,6 +193,64 @@ def test_old_torch_is_refused(build, monkeypatch, version):
 def test_new_torch_is_welcome(build, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     build.check_torch_version()
+
+
+# --- Direct calls ---------------------------------------------------------------------------------
+
+
+def test_direct_calls_need_the_header_of_python(build, home, monkeypatch):
+    def flags():
+        build._write_ninja_file(home, build.find_compiler())
+        return (home / "build.ninja").read_text()
+
+    compiler = build.find_compiler()
+    keys = {build.cache_key(compiler)}
+    assert f"-isystem {build._ninja_words([build.sysconfig.get_path('include')])}" in flags()
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(home / "nowhere"))
+    keys.add(build.cache_key(compiler))
+    assert "nowhere" not in flags()
+    assert len(keys) == 2, "once the header is there, the library is built anew"
+
+
+def test_free_threaded_python_has_no_direct_calls(build, home, monkeypatch):
+    get = build.sysconfig.get_config_var
+    monkeypatch.setattr(
+        build.sysconfig,
+        "get_config_var",
+        lambda name: 1 if name == "Py_GIL_DISABLED" else get(name),
+    )
+    assert build._python_include() == []
+    assert build.backend() == "native" and build.direct_calls([]) is None
+
+
+def test_library_without_direct_calls(build, monkeypatch):
+    assert build.backend() == "native"
+    assert build.direct_calls([]) is None, "it is no Python module"
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    assert build.direct_calls([]) is None
+
+
+DIRECT = """
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#pragma weak PyBool_FromLong
+#pragma weak PyModule_Create2
+PyObject* Setup(PyObject*, PyObject* const*, Py_ssize_t n) { return PyBool_FromLong(n == 6); }
+PyMethodDef methods[] = {{"setup", (PyCFunction)(void*)Setup, METH_FASTCALL, 0}, {}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_direct", 0, -1, methods, 0, 0, 0, 0};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
+  return PyModule_Create(&module);
+}
+"""
+
+
+def test_library_that_is_no_use_to_this_torch(build, home):
+    """A module is asked, with all that it needs of torch, whether it can be used."""
+    (home / "csrc" / "ops" / "direct.cpp").write_text(DIRECT)
+    assert build.backend() == "native"
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        assert build.direct_calls([len]) is None
+        assert build.direct_calls([len, len]).__name__ == "fused_rnn._direct"
 
 
 # --- The library that comes with the package ------------------------------------------------------

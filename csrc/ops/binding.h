@@ -1,7 +1,10 @@
 // The operators whose schemas are in fused_rnn/ops.py, for any device: checks, output tensors,
 // parameter structs. A device is a struct that finds kernels, makes large tensors and runs a layer
-// (cpu.cpp, cuda.cpp). Written against libtorch's stable ABI, so one binary serves torch 2.10 and
+// (cpu.h, cuda.cpp). Written against libtorch's stable ABI, so one binary serves torch 2.10 and
 // newer.
+//
+// The checks and structs are templates over the tensor T: torch's own, or what else has the few
+// members used here (direct.cpp).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <forward_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,8 +27,10 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 constexpr int kWeights = 5;  // w_ih, w_hh, b_ih, b_hh, w_hr
+constexpr int kGradients = 3 + 2 * kWeights;
 
-inline Storage StorageOf(const Tensor& t, const char* name) {
+template <class T>
+Storage StorageOf(const T& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return Storage::kFloat;
@@ -45,24 +51,19 @@ inline std::string Shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return s + ")";
 }
 
-template <class Sizes>
-bool SameShape(const Tensor& t, const Sizes& expected) {
+template <class T, class Sizes>
+bool SameShape(const T& t, const Sizes& expected) {
   const auto sizes = t.sizes();
   return std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
 }
 
-inline void CheckShape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+template <class T>
+void CheckShape(const char* name, const T& t, std::initializer_list<int64_t> expected) {
   STD_TORCH_CHECK(SameShape(t, expected), name, ": expected shape ",
                   Shape({expected.begin(), expected.size()}), ", got ", Shape(t.sizes()));
 }
 
-inline Tensor Contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-// Rows may lie anywhere, elements of a row must be adjacent.
-inline Tensor RowContiguous(const Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
+inline Tensor ContiguousCopy(const Tensor& t) { return torch::stable::contiguous(t); }
 
 inline Tensor New(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
@@ -84,44 +85,46 @@ inline Tensor New(const Tensor& like, const std::vector<int64_t>& sizes, ScalarT
 //     static void Backward(const Kernels&, const LayerGradParams&, const Tensor& x, bool allow_tf32);
 //   };
 
-// A tensor argument as the engines read it, kept alive for the call.
-template <class Device>
+// Tensor arguments as the engines read them. Copies that this takes live as long as the call.
+template <class Device, class T>
 class Arguments {
  public:
-  explicit Arguments(const Tensor& x) : dtype_(x.scalar_type()), index_(Device::Index(x)) {}
-  const void* Take(const char* name, const Optional& t, std::initializer_list<int64_t> shape) {
+  explicit Arguments(const T& x) : dtype_(x.scalar_type()), index_(Device::Index(x)) {}
+  const void* Take(const char* name, const std::optional<T>& t,
+                   std::initializer_list<int64_t> shape) {
     if (!t.has_value()) return nullptr;
     CheckType(name, *t);
     CheckShape(name, *t, shape);
-    kept_.push_back(Contiguous(*t));
-    return kept_.back().const_data_ptr();
+    return Contiguous(*t).const_data_ptr();
   }
-  Tensor Rows(const char* name, const Tensor& t) {
+  // Rows may lie anywhere, elements of a row must be adjacent.
+  const T& Rows(const char* name, const T& t) {
     CheckType(name, t);
-    kept_.push_back(RowContiguous(t));
-    return kept_.back();
+    return t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : Kept(ContiguousCopy(t));
   }
+  const T& Input(const T& x, bool ragged) { return Kept(Device::Input(Rows("x", x), ragged)); }
+  const T& Contiguous(const T& t) { return t.is_contiguous() ? t : Kept(ContiguousCopy(t)); }
   ScalarType dtype() const { return dtype_; }
-  Tensor Input(const Tensor& x, bool ragged) {
-    kept_.push_back(Device::Input(Rows("x", x), ragged));
-    return kept_.back();
-  }
+  int32_t index() const { return index_; }
 
  private:
-  void CheckType(const char* name, const Tensor& t) const {
+  const T& Kept(T copy) { return kept_.emplace_front(std::move(copy)); }
+  void CheckType(const char* name, const T& t) const {
     STD_TORCH_CHECK(Device::Owns(t, index_), name, ": expected a ", Device::kName,
                     " tensor, on the device of x");
     STD_TORCH_CHECK(t.scalar_type() == dtype_, name, ": expected the dtype of x, got another one");
   }
   ScalarType dtype_;
   int32_t index_;
-  std::vector<Tensor> kept_;
+  std::forward_list<T> kept_;
 };
 
 // One call of a layer: arguments checked, and laid out for an engine.
-template <class Device>
+template <class Device, class T>
 struct Call {
-  Call(const std::string& cell, const Tensor& x, const Tensor& h0, const Optional& c0,
+  using Optional = std::optional<T>;
+
+  Call(const char* cell, const T& x, const T& h0, const Optional& c0,
        const std::array<Optional, 2 * kWeights>& weights, const Optional& batch_sizes)
       : storage(StorageOf(x, "x")), kernels(Find(cell, storage)), arguments(x) {
     p.storage = storage;
@@ -141,7 +144,7 @@ struct Call {
     Steps(x, batch_sizes);
     p.threads = int(torch::stable::get_num_threads());
 
-    const Tensor rows = arguments.Input(x, p.ragged);
+    const T& rows = arguments.Input(x, p.ragged);
     p.x = rows.const_data_ptr();
     p.x_t_stride = p.ragged ? 0 : rows.stride(0);
     p.x_b_stride = rows.stride(p.ragged ? 0 : 1);
@@ -169,6 +172,12 @@ struct Call {
   ScalarType computing() const {
     return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   }
+  std::vector<int64_t> YShape() const {
+    const int64_t width = p.dirs * p.Hout;
+    return p.ragged ? std::vector<int64_t>{p.rows, width} : std::vector<int64_t>{p.T, p.B, width};
+  }
+  std::vector<int64_t> HShape() const { return {p.dirs, p.B, p.Hout}; }
+  std::vector<int64_t> CShape() const { return {p.dirs, p.B, kernels.extra_states * p.H}; }
   // hs: [dirs, rows, ..] and saved: [dirs, rows, kSaved + kExtra, ..], see LayerParams.
   std::vector<int64_t> HsShape() const {
     return {p.dirs, Device::kSavedLead * p.B + p.rows, Device::HsStride(p.H, p.Hout)};
@@ -178,25 +187,62 @@ struct Call {
     return {p.dirs, p.rows, kernels.saved + kernels.extra_states, Device::SavedUnits(p.H)};
   }
 
+  // What the backward reads beside: the gradients that come in, and what the forward saved.
+  void TakeGradients(const Optional& dy, const Optional& dh_n, const Optional& dc_n, const T& hs,
+                     const T& saved) {
+    p.hs = Saved("hs", hs, HsShape(), HsType());
+    p.saved = Saved("saved", saved, SavedShape(), computing());
+    if (dy.has_value()) {
+      if (p.ragged)
+        CheckShape("dy", *dy, {p.rows, p.dirs * p.Hout});
+      else
+        CheckShape("dy", *dy, {p.T, p.B, p.dirs * p.Hout});
+      const T& rows = arguments.Rows("dy", *dy);
+      p.dy = rows.const_data_ptr();
+      p.dy_t_stride = p.ragged ? 0 : rows.stride(0);
+      p.dy_b_stride = rows.stride(p.ragged ? 0 : 1);
+    }
+    p.dh_n = arguments.Take("dh_n", dh_n, {p.dirs, p.B, p.Hout});
+    if (kernels.extra_states > 0)
+      p.dc_n = arguments.Take("dc_n", dc_n, {p.dirs, p.B, kernels.extra_states * p.H});
+  }
+  // Where the gradients of x, h0, c0 and the ten weights go, in this order.
+  std::array<void**, kGradients> GradientSlots() {
+    std::array<void**, kGradients> slots = {&p.dx, &p.dh0, &p.dc0};
+    size_t i = 3;
+    for (DirectionGrads& g : p.dw)
+      for (void** slot : {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr}) slots[i++] = slot;
+    return slots;
+  }
+  // Whether the engine leaves rows of dx alone, which must then be zero.
+  bool SkipsRowsOf(const T& x) const { return p.ragged && x.size(0) > p.rows; }
+
   Storage storage;
   const typename Device::Kernels& kernels;
-  Arguments<Device> arguments;
+  Arguments<Device, T> arguments;
   LayerGradParams p{};
   std::vector<int64_t> sizes, offsets;
 
  private:
-  static const typename Device::Kernels& Find(const std::string& cell, Storage storage) {
-    const auto* kernels = Device::Find(cell.c_str(), storage);
+  static const typename Device::Kernels& Find(const char* cell, Storage storage) {
+    const auto* kernels = Device::Find(cell, storage);
     STD_TORCH_CHECK(kernels != nullptr, "cell: unknown cell '", cell, "'");
     return *kernels;
   }
 
-  void Steps(const Tensor& x, const Optional& batch_sizes) {
+  void* Saved(const char* name, const T& t, const std::vector<int64_t>& shape, ScalarType dtype) {
+    STD_TORCH_CHECK(SameShape(t, shape) && t.scalar_type() == dtype && t.is_contiguous() &&
+                        Device::Owns(t, arguments.index()),
+                    name, ": not what the forward returned");
+    return t.data_ptr();
+  }
+
+  void Steps(const T& x, const Optional& batch_sizes) {
     if (p.ragged) {
       STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
                           batch_sizes->scalar_type() == ScalarType::Long,
                       "batch_sizes: expected a 1-D int64 CPU tensor");
-      const Tensor contiguous = Contiguous(*batch_sizes);
+      const T& contiguous = arguments.Contiguous(*batch_sizes);
       const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
       sizes.assign(data, data + contiguous.numel());
       p.T = int64_t(sizes.size());
@@ -237,14 +283,13 @@ auto ToTuple(const std::vector<Tensor>& v, std::index_sequence<I...>) {
 template <class Device>
 struct Operators {
   // Runs the forward; with hs and saved they hold what the backward needs.
-  static std::tuple<Tensor, Tensor, Tensor> Forward(Call<Device>& call, const Tensor& x,
+  static std::tuple<Tensor, Tensor, Tensor> Forward(Call<Device, Tensor>& call, const Tensor& x,
                                                     bool allow_tf32, Tensor* hs, Tensor* saved) {
     auto& p = call.p;
     const ScalarType dtype = x.scalar_type();
-    Tensor y = p.ragged ? Device::NewLarge(x, {p.rows, p.dirs * p.Hout}, dtype)
-                        : Device::NewLarge(x, {p.T, p.B, p.dirs * p.Hout}, dtype);
-    Tensor h_n = New(x, {p.dirs, p.B, p.Hout}, dtype);
-    Tensor c_n = New(x, {p.dirs, p.B, call.kernels.extra_states * p.H}, dtype);
+    Tensor y = Device::NewLarge(x, call.YShape(), dtype);
+    Tensor h_n = New(x, call.HShape(), dtype);
+    Tensor c_n = New(x, call.CShape(), dtype);
     if (hs != nullptr) {
       *hs = Device::NewLarge(x, call.HsShape(), call.HsType());
       *saved = Device::NewLarge(x, call.SavedShape(), call.computing());
@@ -261,7 +306,7 @@ struct Operators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> Layer(
       std::string cell, const Tensor& x, const Tensor& h0, const Optional& c0,
       FRNN_WEIGHT_ARGUMENTS, const Optional& batch_sizes, bool allow_tf32) {
-    Call<Device> call(cell, x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
+    Call<Device, Tensor> call(cell.c_str(), x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
     Tensor hs, saved;
     auto [y, h_n, c_n] = Forward(call, x, allow_tf32, &hs, &saved);
     return {y, h_n, c_n, hs, saved};
@@ -272,7 +317,7 @@ struct Operators {
                                                        FRNN_WEIGHT_ARGUMENTS,
                                                        const Optional& batch_sizes,
                                                        bool allow_tf32) {
-    Call<Device> call(cell, x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
+    Call<Device, Tensor> call(cell.c_str(), x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
     return Forward(call, x, allow_tf32, nullptr, nullptr);
   }
 
@@ -282,60 +327,28 @@ struct Operators {
                             const Optional& c0, FRNN_WEIGHT_ARGUMENTS, const Optional& batch_sizes,
                             const Tensor& hs, const Tensor& saved, int64_t needs, bool allow_tf32) {
     const std::array<Optional, 2 * kWeights> weights = FRNN_WEIGHT_LIST;
-    Call<Device> call(cell, x, h0, c0, weights, batch_sizes);
+    Call<Device, Tensor> call(cell.c_str(), x, h0, c0, weights, batch_sizes);
     auto& p = call.p;
-    const auto take_saved = [&](const char* name, const Tensor& t, const std::vector<int64_t>& s,
-                                ScalarType dtype) {
-      STD_TORCH_CHECK(SameShape(t, s) && t.scalar_type() == dtype && t.is_contiguous() &&
-                          Device::Owns(t, Device::Index(x)),
-                      name, ": not what the forward returned");
-      return t.data_ptr();
-    };
-    p.hs = take_saved("hs", hs, call.HsShape(), call.HsType());
-    p.saved = take_saved("saved", saved, call.SavedShape(), call.computing());
-    if (dy.has_value()) {
-      if (p.ragged)
-        CheckShape("dy", *dy, {p.rows, p.dirs * p.Hout});
-      else
-        CheckShape("dy", *dy, {p.T, p.B, p.dirs * p.Hout});
-      const Tensor rows = call.arguments.Rows("dy", *dy);
-      p.dy = rows.const_data_ptr();
-      p.dy_t_stride = p.ragged ? 0 : rows.stride(0);
-      p.dy_b_stride = rows.stride(p.ragged ? 0 : 1);
-    }
-    p.dh_n = call.arguments.Take("dh_n", dh_n, {p.dirs, p.B, p.Hout});
-    p.dc_n = call.kernels.extra_states
-                 ? call.arguments.Take("dc_n", dc_n, {p.dirs, p.B, call.kernels.extra_states * p.H})
-                 : nullptr;
+    call.TakeGradients(dy, dh_n, dc_n, hs, saved);
 
+    const bool nothing = p.rows == 0;
+    const auto slots = call.GradientSlots();
     std::vector<Tensor> grads;
-    const auto add = [&](const Optional& like, bool zero) -> void* {
-      const bool wanted = like.has_value() && (needs >> grads.size() & 1);
-      const std::array<int64_t, 1> none = {0};
+    for (int i = 0; i < kGradients; i++) {
+      const Optional like = i == 0 ? x : i == 1 ? h0 : i == 2 ? c0 : weights[i - 3];
+      const bool wanted = like.has_value() && (needs >> i & 1);
       if (!wanted)
-        grads.push_back(torch::stable::new_empty(x, {none.data(), 1}));
-      else if (zero)
+        grads.push_back(New(x, {0}, x.scalar_type()));
+      else if (nothing || (i == 0 && call.SkipsRowsOf(x)))
         grads.push_back(torch::stable::new_zeros(*like, like->sizes()));
-      else if (grads.empty())  // dx goes on to the layer before and is gone; those of weights stay
+      else if (i == 0)  // dx goes on to the layer before and is gone; those of weights stay
         grads.push_back(Device::NewLarge(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type()));
       else
         grads.push_back(torch::stable::new_empty(*like, like->sizes()));
-      return wanted ? grads.back().mutable_data_ptr() : nullptr;
-    };
-    const bool nothing = p.rows == 0;
-    p.dx = add(x, nothing || (p.ragged && x.size(0) > p.rows));
-    p.dh0 = add(h0, nothing);
-    p.dc0 = add(c0, nothing);
-    for (int d = 0; d < 2; d++) {
-      const Optional* w = &weights[d * kWeights];
-      p.dw[d].w_ih = add(w[0], nothing);
-      p.dw[d].w_hh = add(w[1], nothing);
-      p.dw[d].b_ih = add(w[2], nothing);
-      p.dw[d].b_hh = add(w[3], nothing);
-      p.dw[d].w_hr = add(w[4], nothing);
+      *slots[i] = wanted ? grads.back().mutable_data_ptr() : nullptr;
     }
     if (!nothing) Device::Backward(call.kernels, p, x, allow_tf32);
-    return ToTuple(grads, std::make_index_sequence<3 + 2 * kWeights>());
+    return ToTuple(grads, std::make_index_sequence<kGradients>());
   }
 };
 

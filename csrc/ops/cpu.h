@@ -1,0 +1,72 @@
+// The CPU as a device of binding.h.
+#pragma once
+#include "core/scratch.h"
+#include "ops/binding.h"
+
+// Since torch 2.11; absent (null) in 2.10, which our stable ABI target still admits.
+extern "C" __attribute__((weak)) AOTITorchError
+torch_from_blob(void* data, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
+                int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
+
+namespace frnn {
+
+struct Cpu {
+  using Kernels = CpuKernels;
+  static constexpr const char* kName = "CPU";
+  static constexpr int kSavedLead = 1;
+  static constexpr bool kHsInStorageType = false;
+
+  template <class T>
+  static int32_t Index(const T&) {
+    return 0;
+  }
+  template <class T>
+  static bool Owns(const T& t, int32_t) {
+    return t.is_cpu();
+  }
+  static const Kernels* Find(const char* cell, Storage storage) {
+    return FindCpuKernels(cell, storage == Storage::kDouble);
+  }
+  static int64_t HsStride(int64_t H, int64_t Hout) { return frnn::HsStride(H, Hout); }
+  static int64_t SavedUnits(int64_t H) { return Padded(H); }
+  template <class T>
+  static const T& Input(const T& rows, bool) {
+    return rows;
+  }
+
+  // Large tensors come from the engine's own pool: tens of megabytes that come and go at every
+  // training step would be fresh pages from the allocator, and faulting them in took a fifth of a
+  // GRU's step.
+  static Tensor NewLarge(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t count = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+      strides[i] = count;
+      count *= sizes[i];
+    }
+    const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+    const int64_t bytes = count * (dtype == ScalarType::Double ? 8 : (half ? 2 : 4));
+    if (torch_from_blob == nullptr || bytes < kPooledBytes) return New(like, sizes, dtype);
+    size_t capacity = 0;
+    void* data = AcquireScratch(bytes, &capacity);
+    const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+        data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, type,
+        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+        [](void* block, void* context) { ReleaseScratch(block, size_t(context)); },
+        reinterpret_cast<void*>(capacity)));
+    return Tensor(handle);
+  }
+
+  static void Forward(const Kernels& kernels, const LayerParams& p, const Tensor&, bool) {
+    kernels.layer_fwd(p);
+  }
+  static void Backward(const Kernels& kernels, const LayerGradParams& p, const Tensor&, bool) {
+    kernels.layer_bwd(p);
+  }
+};
+
+}  // namespace frnn

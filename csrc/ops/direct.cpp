@@ -1,0 +1,592 @@
+// The operators of binding.h once more, on the CPU, as functions that Python calls without torch's
+// dispatcher: that takes longer than the kernel of a small step. This library is a Python module
+// too (PyInit__direct), which fused_rnn/ops.py loads and calls.
+//
+// A function here takes what is usual and returns None for everything else: other types, devices
+// and layouts, shapes that do not fit, a lack of memory. The caller then goes through the operator,
+// which copes, or says what is wrong.
+//
+// It is missing, and all goes through the operators, where Python.h was not found.
+#if defined(__ELF__) && __has_include(<Python.h>)
+// Of the functions that every Python from 3.10 on has, so that one library serves all of them.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <list>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include "ops/cpu.h"
+#include "ops/dlpack.h"
+
+// Python itself has these. Weak, so that the linker still refuses a symbol of ours that is missing.
+// clang-format off
+#pragma weak PyCapsule_GetPointer
+#pragma weak PyErr_Clear
+#pragma weak PyErr_Occurred
+#pragma weak PyEval_RestoreThread
+#pragma weak PyEval_SaveThread
+#pragma weak PyLong_AsLongLong
+#pragma weak PyModule_Create2
+#pragma weak PyObject_CallFunctionObjArgs
+#pragma weak PyList_GetItem
+#pragma weak PyList_Size
+#pragma weak PyObject_IsTrue
+#pragma weak PyTuple_New
+#pragma weak PyTuple_SetItem
+#pragma weak PyUnicode_AsUTF8AndSize
+#pragma weak Py_DecRef
+#pragma weak Py_IncRef
+#pragma weak _Py_FalseStruct
+#pragma weak _Py_NoneStruct
+#pragma weak _Py_TrueStruct
+// clang-format on
+
+namespace frnn {
+namespace {
+
+struct Unusual {};  // thrown where the operator has to take over
+
+// Set once, by Setup.
+const dlpack::Exchange* exchange = nullptr;
+PyObject *tensor_type, *parameter_type;
+PyObject* is_negative;  // torch.Tensor.is_neg
+PyObject* watchers[8];
+Py_ssize_t watcher_count = 0;
+
+int64_t BytesOf(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
+class Borrowed {
+ public:
+  explicit Borrowed(PyObject* object, bool may_be_empty = false) {
+    // A subclass may be anything, such as a tensor without data.
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != tensor_type && type != parameter_type) throw Unusual();
+    dlpack::Tensor t;
+    if (exchange->from_python(object, &t) != 0) throw Unusual();
+    if (t.device.type != dlpack::kCpu || t.dims < 1 || t.dims > kMaxDims) throw Unusual();
+    data_ = static_cast<char*>(t.data) + t.byte_offset;
+    dtype_ = TypeOf(t.dtype);
+    dims_ = t.dims;
+    std::copy(t.shape, t.shape + dims_, shape_);
+    std::copy(t.strides, t.strides + dims_, strides_);
+    if (numel() == 0 ? !may_be_empty : t.data == nullptr) throw Unusual();
+    // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
+    PyObject* negative = PyObject_CallFunctionObjArgs(is_negative, object, nullptr);
+    const bool plain = negative == Py_False;
+    Py_DecRef(negative);
+    if (!plain) throw Unusual();
+  }
+  // Contiguous.
+  Borrowed(void* data, ScalarType dtype, const std::vector<int64_t>& shape)
+      : data_(static_cast<char*>(data)), dtype_(dtype), dims_(int(shape.size())) {
+    std::copy(shape.begin(), shape.end(), shape_);
+    int64_t stride = 1;
+    for (int i = dims_; i-- > 0; stride *= shape_[i]) strides_[i] = stride;
+  }
+
+  int64_t dim() const { return dims_; }
+  int64_t size(int64_t i) const { return shape_[i < 0 ? i + dims_ : i]; }
+  int64_t stride(int64_t i) const { return strides_[i < 0 ? i + dims_ : i]; }
+  torch::headeronly::IntHeaderOnlyArrayRef sizes() const { return {shape_, size_t(dims_)}; }
+  ScalarType scalar_type() const { return dtype_; }
+  bool is_cpu() const { return true; }
+  bool is_contiguous() const {
+    int64_t expected = 1;
+    for (int i = dims_; i-- > 0; expected *= shape_[i])
+      if (shape_[i] != 1 && strides_[i] != expected) return false;
+    return true;
+  }
+  int64_t numel() const {
+    return std::accumulate(shape_, shape_ + dims_, int64_t(1), std::multiplies<>());
+  }
+  const void* const_data_ptr() const { return data_; }
+  void* data_ptr() const { return data_; }
+
+  // The same tensor with a dimension of size 1 before the others.
+  Borrowed Unsqueezed() const {
+    Borrowed t = *this;
+    if (++t.dims_ > kMaxDims) throw Unusual();
+    std::copy(shape_, shape_ + dims_, t.shape_ + 1);
+    std::copy(strides_, strides_ + dims_, t.strides_ + 1);
+    t.shape_[0] = 1;
+    t.strides_[0] = shape_[0] * strides_[0];
+    return t;
+  }
+  // n of the leading dimension, from `first` on.
+  Borrowed Part(int64_t first, int64_t n) const {
+    Borrowed t = *this;
+    t.data_ += first * strides_[0] * BytesOf(dtype_);
+    t.shape_[0] = n;
+    return t;
+  }
+  void SwapLeading() {
+    std::swap(shape_[0], shape_[1]);
+    std::swap(strides_[0], strides_[1]);
+  }
+
+ private:
+  static constexpr int kMaxDims = 4;
+
+  static ScalarType TypeOf(dlpack::DataType t) {
+    if (t.lanes != 1) throw Unusual();
+    if (t.kind == dlpack::kFloat && t.bits == 32) return ScalarType::Float;
+    if (t.kind == dlpack::kFloat && t.bits == 64) return ScalarType::Double;
+    if (t.kind == dlpack::kFloat && t.bits == 16) return ScalarType::Half;
+    if (t.kind == dlpack::kBfloat && t.bits == 16) return ScalarType::BFloat16;
+    if (t.kind == dlpack::kInt && t.bits == 64) return ScalarType::Long;
+    throw Unusual();
+  }
+
+  char* data_;
+  ScalarType dtype_;
+  int dims_;
+  int64_t shape_[kMaxDims], strides_[kMaxDims];
+};
+using MaybeBorrowed = std::optional<Borrowed>;
+
+Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
+
+// A tensor that is made here, until Python has it. Its memory is the engine's own: as in
+// Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
+class Made {
+ public:
+  Made(const std::vector<int64_t>& shape, ScalarType dtype, bool pooled = true)
+      : block_(new Block) {
+    auto& t = block_->managed.tensor;
+    t.device = {dlpack::kCpu, 0};
+    t.dims = int32_t(shape.size());
+    t.shape = block_->shape;
+    t.strides = block_->strides;
+    size_t bytes = 1;
+    for (size_t i = shape.size(); i-- > 0; bytes *= shape[i]) {
+      t.shape[i] = shape[i];
+      t.strides[i] = int64_t(bytes);
+    }
+    const int64_t size = BytesOf(dtype);
+    const uint8_t kind = dtype == ScalarType::BFloat16 ? dlpack::kBfloat : dlpack::kFloat;
+    t.dtype = {kind, uint8_t(8 * size), 1};
+    bytes *= size;
+    if (pooled && bytes >= size_t(kPooledBytes))
+      t.data = AcquireScratch(bytes, &block_->pooled);
+    else if (posix_memalign(&t.data, 64, bytes) != 0)
+      throw std::bad_alloc();
+  }
+  void* data() const { return block_->managed.tensor.data; }
+  size_t bytes() const {
+    const auto& t = block_->managed.tensor;
+    return std::accumulate(t.shape, t.shape + t.dims, size_t(t.dtype.bits / 8),
+                           std::multiplies<>());
+  }
+  // Part i of n equal ones.
+  void* Part(int64_t i, int64_t n) const {
+    return static_cast<char*>(data()) + i * (int64_t(bytes()) / n);
+  }
+  void SwapLeading() {
+    std::swap(block_->shape[0], block_->shape[1]);
+    std::swap(block_->strides[0], block_->strides[1]);
+  }
+  // Drops the leading dimension, of size 1.
+  void Squeeze() {
+    auto& t = block_->managed.tensor;
+    t.dims--, t.shape++, t.strides++;
+  }
+  PyObject* ToPython() {
+    void* object = nullptr;
+    if (exchange->to_python(&block_.release()->managed, &object) != 0) throw Unusual();
+    return static_cast<PyObject*>(object);
+  }
+
+ private:
+  struct Block {
+    dlpack::Managed managed = {{1, 0}, this, Free, 0, {}};
+    int64_t shape[4], strides[4];
+    size_t pooled = 0;  // bytes, if it is the pool's
+
+    ~Block() {
+      void* data = managed.tensor.data;
+      if (pooled > 0)
+        ReleaseScratch(data, pooled);
+      else
+        std::free(data);
+    }
+    static void Free(dlpack::Managed* m) { delete static_cast<Block*>(m->context); }
+  };
+  std::unique_ptr<Block> block_;
+};
+
+// Other Python threads run while this lives.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// Arguments in the order of the schemas.
+class Reader {
+ public:
+  Reader(PyObject* const* arguments, Py_ssize_t n) : next_(arguments), end_(arguments + n) {}
+  const char* Text() {
+    const char* text = PyUnicode_AsUTF8AndSize(Next(), nullptr);
+    if (text == nullptr) throw Unusual();
+    return text;
+  }
+  MaybeBorrowed Tensor() {
+    PyObject* object = Next();
+    return object == Py_None ? MaybeBorrowed() : Borrowed(object);
+  }
+  Borrowed Present() {
+    const MaybeBorrowed t = Tensor();
+    if (!t.has_value()) throw Unusual();
+    return *t;
+  }
+  Borrowed MaybeEmpty() { return Borrowed(Next(), true); }
+  std::vector<MaybeBorrowed> List() {
+    PyObject* list = Next();
+    std::vector<MaybeBorrowed> tensors;
+    const Py_ssize_t n = PyList_Size(list);
+    if (n < 0) throw Unusual();
+    tensors.reserve(n);
+    for (Py_ssize_t i = 0; i < n; i++) {
+      PyObject* object = PyList_GetItem(list, i);
+      tensors.push_back(object == Py_None ? MaybeBorrowed() : Borrowed(object));
+    }
+    return tensors;
+  }
+  bool Flag() {
+    const int value = PyObject_IsTrue(Next());
+    if (value < 0) throw Unusual();
+    return value == 1;
+  }
+  int64_t Integer() {
+    const int64_t value = PyLong_AsLongLong(Next());
+    if (value == -1 && PyErr_Occurred()) throw Unusual();
+    return value;
+  }
+  void End() const {
+    if (next_ != end_) throw Unusual();
+  }
+
+ private:
+  PyObject* Next() {
+    if (next_ == end_) throw Unusual();
+    return *next_++;
+  }
+  PyObject *const *next_, *const *end_;
+};
+
+// A tuple of these, with None for those that are not there.
+PyObject* ToTuple(const std::vector<std::optional<Made>*>& tensors) {
+  PyObject* tuple = PyTuple_New(Py_ssize_t(tensors.size()));
+  if (tuple == nullptr) throw Unusual();
+  try {
+    for (size_t i = 0; i < tensors.size(); i++) {
+      std::optional<Made>& t = *tensors[i];
+      if (!t.has_value()) Py_IncRef(Py_None);
+      PyTuple_SetItem(tuple, Py_ssize_t(i), t.has_value() ? t->ToPython() : Py_None);
+    }
+  } catch (...) {
+    Py_DecRef(tuple);
+    throw;
+  }
+  return tuple;
+}
+
+// Leaves the call to the operator if somebody counts on torch's dispatcher.
+void CheckUnwatched() {
+  for (Py_ssize_t i = 0; i < watcher_count; i++) {
+    PyObject* answer = PyObject_CallFunctionObjArgs(watchers[i], nullptr);
+    const int watched = answer == nullptr ? -1 : PyObject_IsTrue(answer);
+    Py_DecRef(answer);
+    if (watched != 0) throw Unusual();
+  }
+}
+
+// The boundary to Python, which no exception may cross: None stands for all of them.
+template <PyObject* (*function)(Reader&)>
+PyObject* Guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
+  try {
+    CheckUnwatched();
+    Reader reader(arguments, n);
+    return function(reader);
+  } catch (...) {
+    PyErr_Clear();
+    Py_IncRef(Py_None);
+    return Py_None;
+  }
+}
+
+using DirectCall = Call<Cpu, Borrowed>;
+using Weights = std::array<MaybeBorrowed, 2 * kWeights>;
+
+// States of zeros for all layers, in the memory returned. Their sizes are found before Call checks
+// those of its arguments.
+Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& layers,
+           const MaybeBorrowed& batch_sizes, MaybeBorrowed* h0, MaybeBorrowed* c0) {
+  const CpuKernels* kernels = Cpu::Find(cell, StorageOf(x, "x"));
+  const MaybeBorrowed &w_hh = layers[0][1], &w_hr = layers[0][4];
+  if (kernels == nullptr || x.dim() < 2 || !w_hh.has_value()) throw Unusual();
+  int64_t B = x.size(x.dim() - 2);
+  if (batch_sizes.has_value()) {
+    if (batch_sizes->scalar_type() != ScalarType::Long) throw Unusual();
+    const int64_t rows = B;
+    B = *static_cast<const int64_t*>(batch_sizes->const_data_ptr());
+    if (B <= 0 || B > rows) throw Unusual();
+  }
+  const int64_t runs = int64_t(layers.size()) * (layers[0][kWeights].has_value() ? 2 : 1);
+  const int64_t Hout = w_hh->size(-1), H = w_hr.has_value() ? w_hr->size(-1) : Hout;
+  Made zeros({runs, B, std::max(H, Hout)}, x.scalar_type());
+  std::memset(zeros.data(), 0, zeros.bytes());
+  *h0 = Borrowed(zeros.data(), x.scalar_type(), {runs, B, Hout});
+  if (kernels->extra_states > 0) *c0 = Borrowed(zeros.data(), x.scalar_type(), {runs, B, H});
+  return zeros;
+}
+
+// Outputs of a stack of layers, before they are Python's.
+struct Outputs {
+  std::optional<Made> y, h_n, c_n, hs, saved;
+};
+enum Wanted {
+  kStates,  // of one step of one layer and direction, whose y is h_n
+  kAll,
+  kSaved,  // all, and hs and saved, of one layer
+};
+
+// Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros.
+Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
+            const std::vector<Weights>& layers, const MaybeBorrowed& batch_sizes, Wanted wanted) {
+  const auto count = int64_t(layers.size());
+  std::optional<Made> zeros;
+  if (!h0.has_value() && !c0.has_value()) zeros = Zeros(cell, x, layers, batch_sizes, &h0, &c0);
+  if (!h0.has_value() || h0->size(0) % count != 0) throw Unusual();
+  if (c0.has_value() && c0->size(0) != h0->size(0)) throw Unusual();
+  const int64_t dirs = h0->size(0) / count;
+
+  Outputs outputs;
+  std::optional<Made> between[2];  // what one layer gives to the next
+  std::list<DirectCall> calls;
+  const ScalarType dtype = x.scalar_type();
+  for (int64_t i = 0; i < count; i++) {
+    MaybeBorrowed c0_i;
+    if (c0.has_value()) c0_i = c0->Part(i * dirs, dirs);
+    DirectCall& call =
+        calls.emplace_back(cell, x, h0->Part(i * dirs, dirs), c0_i, layers[i], batch_sizes);
+    auto& p = call.p;
+    const auto all = [&](std::vector<int64_t> shape) {
+      shape[0] *= count;
+      return shape;
+    };
+    if (i == 0) outputs.h_n.emplace(all(call.HShape()), dtype);
+    if (i == 0 && call.kernels.extra_states > 0) outputs.c_n.emplace(all(call.CShape()), dtype);
+    p.h_n = outputs.h_n->Part(i, count);
+    if (outputs.c_n.has_value()) p.c_n = outputs.c_n->Part(i, count);
+    if (i + 1 < count) {
+      auto& y = between[i & 1];
+      if (!y.has_value()) y.emplace(call.YShape(), dtype);
+      p.y = y->data();
+      x = Borrowed(y->data(), dtype, call.YShape());
+    } else if (wanted != kStates) {
+      outputs.y.emplace(call.YShape(), dtype);
+      p.y = outputs.y->data();
+    } else {
+      p.y = p.h_n;
+    }
+  }
+  if (wanted == kSaved) {
+    DirectCall& call = calls.front();
+    outputs.hs.emplace(call.HsShape(), call.HsType());
+    outputs.saved.emplace(call.SavedShape(), call.computing());
+    call.p.hs = outputs.hs->data();
+    call.p.saved = outputs.saved->data();
+  }
+  const WithoutGil released;
+  for (const DirectCall& call : calls) call.kernels.layer_fwd(call.p);
+  return outputs;
+}
+
+// What the schemas of the three operators have in common.
+struct LayerArguments {
+  explicit LayerArguments(Reader& arguments)
+      : x(arguments.Present()), h0(arguments.Tensor()), c0(arguments.Tensor()) {
+    for (auto& w : weights) w = arguments.Tensor();
+    batch_sizes = arguments.Tensor();
+  }
+  Borrowed x;
+  MaybeBorrowed h0, c0;
+  Weights weights;
+  MaybeBorrowed batch_sizes;
+};
+
+// (cell, x, h0, c0, ten weights, batch_sizes) -> (y, h_n, c_n or None)
+PyObject* LayerInfer(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const LayerArguments a(arguments);
+  arguments.End();
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kAll);
+  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
+}
+
+// The same, with hs and saved behind.
+PyObject* Layer(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const LayerArguments a(arguments);
+  arguments.End();
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kSaved);
+  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n, &outputs.hs, &outputs.saved});
+}
+
+// (cell, dy, dh_n, dc_n, x, h0, c0, ten weights, batch_sizes, hs, saved, needs) -> 13 gradients,
+// None where they are not wanted.
+PyObject* LayerBackward(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const MaybeBorrowed dy = arguments.Tensor(), dh_n = arguments.Tensor(), dc_n = arguments.Tensor();
+  const LayerArguments a(arguments);
+  const Borrowed hs = arguments.Present();
+  const Borrowed saved = arguments.MaybeEmpty();  // some cells save nothing
+  const int64_t needs = arguments.Integer();
+  arguments.End();
+  if (!a.h0.has_value()) throw Unusual();
+  DirectCall call(cell, a.x, *a.h0, a.c0, a.weights, a.batch_sizes);
+  call.TakeGradients(dy, dh_n, dc_n, hs, saved);
+  if (call.SkipsRowsOf(a.x)) throw Unusual();
+  const auto slots = call.GradientSlots();
+  std::array<std::optional<Made>, kGradients> gradients;
+  std::vector<std::optional<Made>*> all;
+  for (int i = 0; i < kGradients; i++) {
+    const MaybeBorrowed like = i == 0 ? a.x : i == 1 ? a.h0 : i == 2 ? a.c0 : a.weights[i - 3];
+    if (like.has_value() && (needs >> i & 1)) {
+      const auto sizes = like->sizes();
+      // As in the operator, the pool's memory is for what is gone soon.
+      gradients[i].emplace(std::vector<int64_t>(sizes.begin(), sizes.end()), a.x.scalar_type(),
+                           i == 0);
+      *slots[i] = gradients[i]->data();
+    }
+    all.push_back(&gradients[i]);
+  }
+  {
+    const WithoutGil released;
+    call.kernels.layer_bwd(call.p);
+  }
+  return ToTuple(all);
+}
+
+// (cell, x, h0, c0, weights, layers, directions, has_biases, batch_first) -> (y, h_n, c_n or None):
+// a stack of layers without dropout, with its weights in torch.nn's order.
+PyObject* StackInfer(Reader& arguments) {
+  const char* cell = arguments.Text();
+  Borrowed x = arguments.Present();
+  const MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
+  const std::vector<MaybeBorrowed> flat = arguments.List();
+  const int64_t count = arguments.Integer(), dirs = arguments.Integer();
+  const bool has_biases = arguments.Flag(), batch_first = arguments.Flag();
+  arguments.End();
+  const int64_t runs = count * dirs, per_run = runs != 0 ? int64_t(flat.size()) / runs : 0;
+  if (x.dim() != 3 || count < 1 || dirs < 1 || dirs > 2 || per_run < 2 || per_run > kWeights ||
+      per_run * runs != int64_t(flat.size()) || (per_run >= 4) != has_biases ||
+      (h0.has_value() && h0->size(0) != runs))
+    throw Unusual();
+  std::vector<Weights> layers(count);
+  for (int64_t i = 0; i < runs; i++) {
+    const MaybeBorrowed* from = &flat[i * per_run];
+    MaybeBorrowed* to = &layers[i / dirs][i % dirs * kWeights];
+    std::copy(from, from + (has_biases ? 4 : 2), to);
+    if (per_run % 2 == 1) to[kWeights - 1] = from[per_run - 1];
+  }
+  if (batch_first) x.SwapLeading();
+  Outputs outputs = Run(cell, x, h0, c0, layers, std::nullopt, kAll);
+  if (batch_first) outputs.y->SwapLeading();
+  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
+}
+
+// (cell, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h, c or None): a step of a cell, where x and the
+// states are [B, features], or [features] alone.
+PyObject* Step(Reader& arguments) {
+  const char* cell = arguments.Text();
+  Borrowed x = arguments.Present();
+  MaybeBorrowed h = arguments.Tensor(), c = arguments.Tensor();
+  Weights weights;
+  for (int i = 0; i < 4; i++) weights[i] = arguments.Tensor();
+  arguments.End();
+  const int added = 3 - int(x.dim());
+  if (added != 1 && added != 2) throw Unusual();
+  for (int i = 0; i < added; i++) {
+    x = x.Unsqueezed();
+    if (h.has_value()) h = h->Unsqueezed();
+    if (c.has_value()) c = c->Unsqueezed();
+  }
+  Outputs outputs = Run(cell, x, h, c, {weights}, std::nullopt, kStates);
+  for (int i = 0; i < added; i++) {
+    outputs.h_n->Squeeze();
+    if (outputs.c_n.has_value()) outputs.c_n->Squeeze();
+  }
+  return ToTuple({&outputs.h_n, &outputs.c_n});
+}
+
+// (exchange, Tensor, Parameter, Tensor.is_neg, watchers...) -> True, or None where this torch has
+// another way of exchange. Watchers are called before anything else: one that returns a true value
+// wants to see the operator.
+PyObject* Setup(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
+  const auto* found = n < 4 ? nullptr
+                            : static_cast<const dlpack::Exchange*>(
+                                  PyCapsule_GetPointer(arguments[0], "dlpack_exchange_api"));
+  const bool usable = found != nullptr && found->version.major == 1 &&
+                      found->from_python != nullptr && found->to_python != nullptr &&
+                      n - 4 <= Py_ssize_t(std::size(watchers));
+  if (usable) {
+    exchange = found;
+    for (Py_ssize_t i = 1; i < n; i++) Py_IncRef(arguments[i]);
+    tensor_type = arguments[1];
+    parameter_type = arguments[2];
+    is_negative = arguments[3];
+    watcher_count = n - 4;
+    std::copy(arguments + 4, arguments + n, watchers);
+  }
+  PyErr_Clear();
+  PyObject* result = usable ? Py_True : Py_None;
+  Py_IncRef(result);
+  return result;
+}
+
+PyCFunction AsMethod(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+}  // namespace
+}  // namespace frnn
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
+  using namespace frnn;
+  static PyMethodDef methods[] = {
+      {"setup", AsMethod(Setup), METH_FASTCALL, nullptr},
+      {"layer", AsMethod(Guarded<Layer>), METH_FASTCALL, nullptr},
+      {"layer_backward", AsMethod(Guarded<LayerBackward>), METH_FASTCALL, nullptr},
+      {"layer_infer", AsMethod(Guarded<LayerInfer>), METH_FASTCALL, nullptr},
+      {"stack_infer", AsMethod(Guarded<StackInfer>), METH_FASTCALL, nullptr},
+      {"step", AsMethod(Guarded<Step>), METH_FASTCALL, nullptr},
+      {nullptr, nullptr, 0, nullptr},
+  };
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
+
+#endif

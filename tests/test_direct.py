@@ -1,0 +1,630 @@
+"""Direct calls of the CPU's kernels: the operators' results bit for bit, and who gets those."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from cases import CELLS, CLASSES, pair, pairwise
+from cases import Case as ModuleCase
+from helpers import flatten
+from test_ops import DTYPES, Case, random_case
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_rnn
+from fused_rnn import ops
+
+
+def find_direct() -> Any:
+    """The functions, which the first call of all makes available."""
+    with torch.no_grad():
+        fused_rnn.GRUCell(1, 1)(torch.zeros(1, 1))
+    return ops._direct
+
+
+DIRECT = find_direct()
+needs_direct = pytest.mark.skipif(not DIRECT, reason="there are no direct calls")
+
+
+def test_where_there_are_direct_calls() -> None:
+    """Not where another engine poses as the CPU's, or torch has no way to exchange tensors."""
+    if emulated.WANTED or fused_rnn.backend_info()["backend"] != "native":
+        assert not DIRECT
+    elif hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        assert DIRECT
+
+
+class Spy:
+    """The functions, and how the calls of them ended: with results, or with None."""
+
+    def __init__(self) -> None:
+        self.done: list[bool] = []
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = getattr(DIRECT, name)(*args)
+            self.done.append(result is not None)
+            self.names.append(name)
+            return result
+
+        return call
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
+    spy = Spy()
+    monkeypatch.setattr(ops, "_direct", spy)
+    with torch.no_grad():
+        yield spy
+
+
+def by_operator(fn: Callable[[], Any]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_direct", False)
+        return fn()
+
+
+def assert_identical(actual: Any, expected: Any) -> None:
+    ours, theirs = flatten(actual), flatten(expected)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert a.is_inference() == b.is_inference()
+        assert [s for s, n in zip(a.stride(), a.shape, strict=True) if n > 1] == [
+            s for s, n in zip(b.stride(), b.shape, strict=True) if n > 1
+        ]
+        assert torch.equal(a, b)
+
+
+# --- The same results ----------------------------------------------------------------------------
+
+
+@needs_direct
+@pytest.mark.parametrize("index", range(60))
+def test_layers(index: int, seed: int, spy: Spy) -> None:
+    torch.manual_seed(seed + index)
+    case = random_case(torch.Generator().manual_seed(seed + index))
+    print(case)
+    (x, h0, c0, *weights), batch_sizes = case.arguments()
+    runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)]
+    # Rows past the last step are ignored.
+    x = torch.cat([x, x[:1]]) if case.ragged and index % 2 else x
+    for states in ((h0, c0), (None, None)):
+        if states[0] is None:
+            h, c = (None if s is None else torch.zeros_like(s) for s in (h0, c0))
+            found = spy.layer_infer(case.cell, x, *states, *weights, batch_sizes)
+        else:
+            h, c = states
+            found = ops.layer(case.cell, x, h, c, runs, batch_sizes)
+        assert spy.done.pop()
+        expected = by_operator(lambda h=h, c=c: ops.layer(case.cell, x, h, c, runs, batch_sizes))
+        assert_identical(found, expected)
+        assert (found[2] is None) == (case.cell != "lstm")
+
+
+@needs_direct
+@pytest.mark.parametrize("index", range(40))
+def test_training(index: int, seed: int, spy: Spy) -> None:
+    """Outputs, and the gradients of those inputs that want one, of which some are chosen."""
+    torch.manual_seed(seed + index)
+    generator = torch.Generator().manual_seed(seed + index)
+    case = random_case(generator)
+    arguments, batch_sizes = case.arguments()
+    if case.ragged and index % 2:  # rows past the last step, whose gradient is zero
+        arguments[0] = torch.cat([arguments[0], arguments[0][:1]])
+    wanted = [bool(torch.randint(3, (), generator=generator)) or index % 3 == 0 for _ in arguments]
+    wanted[1] = True
+    used = [bool(torch.randint(3, (), generator=generator)) for _ in range(3)]
+
+    def train() -> list[Tensor | None]:
+        tensors = [
+            None if t is None else t.clone().requires_grad_(want)
+            for t, want in zip(arguments, wanted, strict=True)
+        ]
+        x, h0, c0, *weights = tensors
+        runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)]
+        outputs = ops.layer(case.cell, x, h0, c0, runs, batch_sizes)
+        chosen = [o for o, use in zip(outputs, used, strict=True) if use and o is not None]
+        chosen = chosen or [outputs[0]]
+        cotangents = torch.Generator().manual_seed(seed)
+        torch.autograd.backward(
+            chosen, [torch.randn(o.shape, generator=cotangents).to(o.dtype) for o in chosen]
+        )
+        return [o.detach() for o in outputs if o is not None] + [
+            t.grad for t in tensors if t is not None and t.requires_grad
+        ]
+
+    with torch.enable_grad():
+        found, expected = train(), by_operator(train)
+    assert spy.names == ["layer", "layer_backward"]
+    assert spy.done == [True, not (case.ragged and index % 2)]
+    assert_identical(found, expected)
+
+
+@needs_direct
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_training_of_modules(name: str, dtype: torch.dtype, spy: Spy) -> None:
+    """A loop over single steps, from states that want gradients."""
+    module = getattr(fused_rnn, name)(5, 17, dtype=dtype)
+    lead = (3,) if name.endswith("Cell") else (1, 3)
+    states = [torch.randn(*lead, 17).to(dtype).requires_grad_() for _ in range(2)]
+    x = torch.randn(4, *lead, 5).to(dtype)
+
+    def train() -> list[Tensor]:
+        hx: Any = tuple(states) if name.startswith("LSTM") else states[0]
+        for step in x:
+            result = module(step, hx)
+            hx = result if name.endswith("Cell") else result[1]
+        results = flatten(result)
+        loss = sum(t.float().square().sum() for t in results)
+        used = states if name.startswith("LSTM") else states[:1]
+        return results + list(torch.autograd.grad(loss, [*module.parameters(), *used]))
+
+    with torch.enable_grad():
+        assert_identical([t.detach() for t in train()], [t.detach() for t in by_operator(train)])
+    assert spy.names == ["layer"] * 4 + ["layer_backward"] * 4 and all(spy.done)
+
+
+@needs_direct
+def test_training_beside_the_usual(spy: Spy) -> None:
+    """Second derivatives, batched gradients, expanded ones, and hooks on what is saved."""
+    case = Case("lstm", D=2, P=2)
+    (x, h0, c0, *weights), _ = case.arguments()
+    runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(2)]
+
+    def call(x: Tensor) -> Tensor:
+        return ops.layer("lstm", x, h0, c0, runs)[0]
+
+    def work() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        batched = torch.autograd.functional.jacobian(call, x[:2], vectorize=True)
+        (expanded,) = torch.autograd.grad(call(leaf).sum(), leaf)
+        with torch.autograd.graph.save_on_cpu():
+            (hooked,) = torch.autograd.grad(call(leaf).sum(), leaf)
+        with torch.autograd.set_detect_anomaly(True):
+            (watched,) = torch.autograd.grad(call(leaf).sum(), leaf)
+        return [first, second, batched, expanded, hooked, watched]
+
+    with torch.enable_grad():
+        assert_identical(work(), by_operator(work))
+    backwards = [ok for name, ok in zip(spy.names, spy.done, strict=True) if "backward" in name]
+    # The second derivative goes through y too; batched and expanded gradients are the operator's.
+    assert backwards == [True, False, False, False, False]
+
+
+@needs_direct
+def test_modes_see_the_operators_of_training(spy: Spy) -> None:
+    module, x, mode = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3), Dispatch()
+    with torch.enable_grad(), mode:
+        module(x)[0].sum().backward()
+    assert {"fused_rnn.layer.default", "fused_rnn.layer_backward.default"} <= set(mode.seen)
+    with torch.enable_grad():
+        y = module(x)[0]
+        with torch.profiler.profile() as trace:
+            y.sum().backward()
+    assert "fused_rnn::layer_backward" in {event.key for event in trace.key_averages()}
+    assert spy.done == [False, False, True, False]
+
+
+@needs_direct
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", pairwise()[::3], ids=str)
+def test_modules(case: ModuleCase, dtype: torch.dtype, spy: Spy) -> None:
+    _, ours = case.modules(dtype)
+    x, hx = case.inputs(dtype)
+    torch.manual_seed(1)
+    found = ours(x, hx)
+    if case.layout == "padded" and not (case.training and case.dropout):
+        assert spy.done == [True]
+    torch.manual_seed(1)
+    assert_identical(found, by_operator(lambda: ours(x, hx)))
+
+
+@needs_direct
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells(cell: str, dtype: torch.dtype, bias: bool, spy: Spy) -> None:
+    name, kwargs = CELLS[cell]
+    for sizes in ((1, 1, 1), (5, 3, 17), (65, 7, 33), (16, 33, 130)):
+        inputs, batch, hidden = sizes
+        module = getattr(fused_rnn, name)(inputs, hidden, bias=bias, dtype=dtype, **kwargs)
+        for lead in ((batch,), ()):
+            x = torch.randn(*lead, inputs).to(dtype)
+            h, c = torch.randn(2, *lead, hidden).to(dtype)
+            for hx in (None, (h, c) if cell == "lstm" else h):
+                found = module(x, hx)
+                assert spy.done == [True]
+                spy.done.clear()
+                assert_identical(found, by_operator(lambda m=module, x=x, hx=hx: m(x, hx)))
+
+
+@needs_direct
+def test_large_results(spy: Spy) -> None:
+    """Megabytes, which come from a pool and go back to it."""
+    module = fused_rnn.LSTM(8, 64, num_layers=3, batch_first=True)
+    x = torch.randn(64, 100, 8)
+    expected = by_operator(lambda: module(x))
+    for _ in range(3):
+        found = module(x)
+        assert_identical(found, expected)
+        views = [t[..., :1] for t in flatten(found)]
+        del found
+        assert all(
+            torch.equal(a, b[..., :1]) for a, b in zip(views, flatten(expected), strict=True)
+        )
+    assert all(spy.done)
+
+
+# --- Results are tensors like others -------------------------------------------------------------
+
+
+@needs_direct
+def test_results_are_plain_tensors(spy: Spy) -> None:
+    module = fused_rnn.LSTM(3, 4, num_layers=2)
+    x, hx = torch.randn(5, 2, 3), (torch.randn(2, 2, 4), torch.randn(2, 2, 4))
+    results = flatten(module(x, hx)) + flatten(fused_rnn.LSTMCell(3, 4)(x[0]))
+    assert spy.done == [True, True]
+    for t in results:
+        assert type(t) is Tensor and t.is_leaf and not t.requires_grad and t._base is None
+        assert not t.is_inference() and t.is_contiguous() and t._version == 0
+        assert t.data_ptr() % 64 == 0
+    memory = [t.untyped_storage().data_ptr() for t in (*results, x, *hx)]
+    assert len(set(memory)) == len(memory), "each has memory of its own"
+
+    y = results[0]
+    copies = [
+        copy.deepcopy(y),
+        pickle.loads(pickle.dumps(y)),
+        y.clone(),
+        torch.from_numpy(y.numpy()),
+    ]
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    copies.append(torch.load(file))
+    assert all(torch.equal(t, y) for t in copies)
+    y.add_(1)
+    assert torch.equal(y, copies[0] + 1) and torch.equal(copies[0], copies[1])
+    y.share_memory_()
+    assert y.is_shared() and torch.equal(y, copies[0] + 1)
+    y.requires_grad_()
+    with torch.enable_grad():
+        (y * 2).sum().backward()
+    assert torch.equal(y.grad, torch.full_like(y, 2))
+
+
+@needs_direct
+@pytest.mark.parametrize("name", CLASSES)
+def test_inference_mode(name: str, spy: Spy) -> None:
+    module = getattr(fused_rnn, name)(3, 4)
+    with torch.inference_mode():
+        found = module(
+            torch.randn(2, 2, 3)[: None if name in ("RNN", "LSTM", "GRU") else 1].squeeze(0)
+        )
+        assert all(t.is_inference() for t in flatten(found))
+    assert spy.done == [True]
+
+
+@needs_direct
+def test_nothing_is_kept() -> None:
+    """Neither results nor arguments outlive their last use."""
+    module, x, h = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3), torch.randn(1, 2, 4)
+    bad = torch.randn(1, 2, 5)
+    everything = [x, h, bad, None, *module.parameters(), DIRECT]
+    with torch.no_grad():
+        module(x, h)
+        before = [sys.getrefcount(t) for t in everything]
+        for _ in range(50):
+            y, h_n = module(x, h)
+            module(x)
+            assert sys.getrefcount(y) == 2 and sys.getrefcount(h_n) == 2
+            weights = list(module.parameters())
+            assert DIRECT.stack_infer("gru", x, bad, None, weights, 1, 1, True, False) is None
+        del weights, y, h_n
+    after = [sys.getrefcount(t) for t in everything]
+    assert [b - a for a, b in zip(before, after, strict=True) if abs(b - a) > 20] == []
+
+
+@needs_direct
+def test_other_threads_run_meanwhile() -> None:
+    module, x = fused_rnn.LSTM(256, 256), torch.randn(400, 32, 256)
+    with torch.no_grad():
+        module(x[:1])
+        worker = threading.Thread(target=lambda: torch.no_grad()(module)(x))
+        switch = sys.getswitchinterval()
+        sys.setswitchinterval(1000)  # so that only a thread that lets go lets another run
+        try:
+            worker.start()
+            ticks = 0
+            while worker.is_alive():
+                time.sleep(0.001)
+                ticks += 1
+        finally:
+            sys.setswitchinterval(switch)
+    assert ticks > 3
+
+
+# --- What is left to the operators ---------------------------------------------------------------
+
+
+class Subclass(Tensor):
+    pass
+
+
+def negative(t: Tensor) -> Tensor:
+    """The same numbers, of a tensor that has only promised to negate its memory."""
+    t = torch._neg_view(-t)
+    assert t.is_neg() and t.is_contiguous()
+    return t
+
+
+def strided(t: Tensor) -> Tensor:
+    return torch.stack([t, t], -1)[..., 0]
+
+
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "negative bit": negative,
+    "imaginary part": lambda t: torch.complex(t, -t).conj().imag,
+    "strided": strided,
+    "subclass": lambda t: t.as_subclass(Subclass),
+    "sparse": Tensor.to_sparse,
+    "mkldnn": Tensor.to_mkldnn,
+    "meta": lambda t: t.to("meta"),
+    "double": Tensor.double,
+    "integers": Tensor.long,
+    "complex": lambda t: t.to(torch.complex64),
+    "functional": torch._to_functional_tensor,
+    "zero": lambda t: torch._efficientzerotensor(t.shape),
+    "no elements": lambda t: t[..., :0],
+    "another width": lambda t: t[..., :-1].contiguous(),
+    "more dimensions": lambda t: t[None, None, None],
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "array": lambda t: t.numpy(),
+    "list": lambda t: [t],
+    "text": lambda t: "x",
+}
+
+
+@needs_direct
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("place", ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "w_hr"])
+def test_unusual_tensors(kind: str, place: str, spy: Spy) -> None:
+    """They get None, not an error, wherever they are."""
+    names = ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"]
+    arguments, _ = Case("lstm", P=2, dtype=torch.float32).arguments()
+    index = names.index(place)
+    if kind == "mkldnn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("no mkldnn")
+    plain = arguments[index]
+    arguments[index] = UNUSUAL[kind](plain)
+    assert DIRECT.layer_infer("lstm", *arguments, None) is None
+    weights = [w for w in arguments[3:] if w is not None]
+    assert DIRECT.stack_infer("lstm", *arguments[:3], weights, 1, 1, True, False) is None
+    assert DIRECT.step("lstm", *(arguments[i] for i in range(7))) is None
+    if kind in ("negative bit", "imaginary part", "strided"):  # the operator does the work
+        x, h0, c0, *weights = arguments
+        found = ops.layer("lstm", x, h0, c0, [tuple(weights[:5])])
+        arguments[index] = plain
+        assert_identical(found, DIRECT.layer_infer("lstm", *arguments, None))
+        assert spy.done == [False]
+
+
+@needs_direct
+def test_unusual_arguments() -> None:
+    """Anything that is not as documented gets None too."""
+    arguments, _ = Case("gru", dtype=torch.float32).arguments()
+    x, h0, _, *weights = arguments
+    four = weights[:4]
+    assert DIRECT.layer_infer("gru", *arguments, None) is not None
+    for bad in (
+        ("grr", *arguments, None),
+        (b"gru", *arguments, None),
+        (None, *arguments, None),
+        ("lstm", *arguments, None),
+        ("gru", *arguments),
+        ("gru", *arguments, None, None),
+        ("gru", *arguments, torch.tensor([3, 2])),
+        ("gru", x[0], None, None, *weights, torch.tensor([3, 2], dtype=torch.int32)),
+        ("gru", x[0], None, None, *weights, torch.tensor([2**62])),
+        ("gru", x[0], None, None, *weights, torch.tensor([-1])),
+        ("gru", x, None, h0, *weights, None),
+        ("gru", x, None, None, *[None] * 10, None),
+        (),
+    ):
+        assert DIRECT.layer_infer(*bad) is None
+    rest = (1, 1, True, False)
+    assert DIRECT.stack_infer("gru", x, h0, None, four, *rest) is not None
+    for bad in (
+        (x, h0, None, tuple(four), *rest),
+        (x, h0, None, four[:3], *rest),
+        (x, h0, None, [], *rest),
+        (x, h0, None, four[:2], *rest),
+        (x, h0, None, four, 2, 1, True, False),
+        (x, h0, None, four, 1, 2, True, False),
+        (x, h0, None, four, 0, 0, True, False),
+        (x, h0, None, four, -1, -1, True, False),
+        (x, h0, None, four, 1, 2**70, True, False),
+        (x, h0, None, four, 1.0, 1, True, False),
+        (x[0], h0[0], None, four, *rest),
+    ):
+        assert DIRECT.stack_infer("gru", *bad) is None
+    assert DIRECT.step("gru", x[0], h0[0], None, *four) is not None
+    assert DIRECT.step("gru", x, h0, None, *four) is None
+    assert DIRECT.step("gru", x[0, 0], h0[0], None, *four) is None
+
+
+@needs_direct
+def test_states_that_do_not_match(spy: Spy) -> None:
+    """Of one layer too few, or too many: an error, and nothing read past the end."""
+    module, x = fused_rnn.LSTM(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    for layers in ((2, 1), (1, 2), (2, 3), (4, 4)):
+        h, c = (torch.randn(n, 2, 4) for n in layers)
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            module(x, (h, c))
+    assert spy.done == [False] * 4
+    arguments, _ = Case("lstm").arguments()
+    arguments[2] = torch.randn(2, 3, 6, dtype=torch.float64)
+    assert DIRECT.layer_infer("lstm", *arguments, None) is None
+    assert DIRECT.layer("lstm", *arguments, None) is None
+
+
+@needs_direct
+def test_parameters_of_unusual_memory(spy: Spy) -> None:
+    """A parameter is looked at anew in each call."""
+    _, ours = pair("GRU", 3, 4)
+    x = torch.randn(5, 2, 3)
+    expected = ours(x)
+    assert spy.done.pop()
+    ours.weight_hh_l0.data = negative(ours.weight_hh_l0.data)
+    assert_identical(ours(x), expected)
+    assert not any(spy.done)
+
+
+@needs_direct
+def test_gradients_are_asked_for(spy: Spy) -> None:
+    module, x = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    with torch.enable_grad():
+        assert module(x)[0].requires_grad and spy.names == ["layer"]
+        module.requires_grad_(False)
+        assert not module(x)[0].requires_grad and spy.names == ["layer", "stack_infer"]
+        assert module(x.requires_grad_())[0].requires_grad and spy.names.pop() == "layer"
+
+
+class Dispatch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Function(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_direct
+@pytest.mark.parametrize("name", CLASSES)
+def test_modes_see_the_operator(name: str, spy: Spy) -> None:
+    module = getattr(fused_rnn, name)(3, 4)
+    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    expected = module(x)
+    assert spy.done.pop()
+    for mode in (Dispatch(), Function()):
+        with mode:
+            found = module(x)
+        assert "fused_rnn.layer_infer.default" in mode.seen
+        assert_identical(found, expected)
+    with torch.profiler.profile() as trace:
+        module(x)
+    assert "fused_rnn::layer_infer" in {event.key for event in trace.key_averages()}
+    with torch.autograd.profiler.profile(use_kineto=False) as trace:
+        module(x)
+    assert "fused_rnn::layer_infer" in {event.name for event in trace.function_events}
+    graph = make_fx(lambda x: flatten(module(x))[0])(x)
+    assert "fused_rnn.layer_infer" in graph.code
+    torch.jit.trace(module, x, check_trace=False)
+    assert_identical(
+        vmap(lambda x: flatten(module(x))[0])(x[None])[0].round(decimals=4),
+        flatten(expected)[0].round(decimals=4),
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        output = flatten(module(dual))[0]
+        assert torch.autograd.forward_ad.unpack_dual(output).tangent is not None
+    assert not any(spy.done)
+    module(x)
+    assert spy.done.pop(), "and afterwards the calls are direct again"
+
+
+@needs_direct
+@pytest.mark.parametrize("name", CLASSES)
+def test_autocast(name: str, spy: Spy) -> None:
+    """The choice of types comes first; what is then computed in them may be a direct call."""
+    module = getattr(fused_rnn, name)(3, 4)
+    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for value in (x, x.bfloat16()):
+            assert_identical(module(value), by_operator(lambda value=value: module(value)))
+        weights = [p.detach() for p in module.parameters()]
+        assert DIRECT.step("gru", x, None, None, *weights) is None
+
+
+@needs_direct
+def test_compiled_code_has_the_operator(spy: Spy) -> None:
+    torch._dynamo.reset()
+    module, x = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    found = compiled(x)
+    assert len(graphs) == 1 and "layer_infer" in graphs[0] and not spy.done
+    assert_identical(found, module(x))
+    program = torch.export.export(nn.Sequential(module), (x,))
+    assert "fused_rnn.layer_infer" in program.graph_module.code
+    torch._dynamo.reset()
+
+
+@needs_direct
+def test_fake_tensors_and_devices(spy: Spy) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    module = fused_rnn.GRU(3, 4)
+    with mode:
+        fakes = fused_rnn.GRU(3, 4)
+        assert fakes(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
+    fake = mode.from_tensor(torch.randn(5, 2, 3))
+    weights = [mode.from_tensor(p) for p in module.parameters()]
+    assert DIRECT.stack_infer("gru", fake, None, None, weights, 1, 1, True, False) is None
+    assert module.to("meta")(torch.randn(5, 2, 3, device="meta"))[0].device.type == "meta"
+    assert not any(spy.done)
+
+
+@needs_direct
+def test_hooks_of_subclasses_are_called(spy: Spy) -> None:
+    calls: list[str] = []
+
+    class Mine(fused_rnn.GRU):
+        def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+            calls.append("check_input")
+            super().check_input(input, batch_sizes)
+
+    class Plain(fused_rnn.GRU):
+        pass
+
+    x = torch.randn(5, 2, 3)
+    Mine(3, 4)(x)
+    assert calls == ["check_input"] and spy.done == [True], "by the layer, below the checks"
+    spy.done.clear()
+    Plain(3, 4)(x)
+    assert spy.done == [True]
