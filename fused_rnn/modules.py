@@ -6,6 +6,16 @@ the same ``state_dict`` and return the same results. They derive from ``nn.RNNBa
 ``nn.GRU``: ``torch.compile`` refuses every instance of those. So ``isinstance(module, nn.LSTM)`` is
 False.
 
+RNN, LSTM and GRU take one argument more, ``recompute=True``, for training in less memory. Between
+forward and backward a layer then holds its input and initial states alone, not the tape of its
+steps (per row and direction 6 H values for LSTM, 5 H for GRU, H for RNN). Its backward runs the
+forward once more, uses the tape and drops it. So a stack holds the tape of one layer at a time, and
+a training step takes longer by one forward, about a quarter. (A single layer frees memory for what
+comes after it, but its own backward needs as much as ever.) The gradients are the same to the last
+bit. It can be switched at any time (``module.recompute = True``), also after ``replace``.
+``torch.compile`` of the native kernels keeps to it; ``torch.func``, forward mode and torch's own
+operators take no notice.
+
 Sizes in the docstrings: T steps, B sequences, I = ``input_size``, H = ``hidden_size``,
 L = ``num_layers``, D = 2 if ``bidirectional`` else 1, P = ``proj_size`` or H. With an unbatched
 input, B is missing everywhere.
@@ -80,6 +90,10 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
     """What RNN, LSTM and GRU share: from a user's call to ``functional.recurrent`` and back."""
 
     _wrong_input: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
+    recompute: bool = False  # for instances that were torch.nn's, or pickled before it existed
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         runs = self.num_layers * (2 if self.bidirectional else 1)
@@ -136,6 +150,7 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
+            recompute=self.recompute,
         )
         return y, self._join_hidden(h_n, c_n)
 
@@ -205,6 +220,7 @@ class RNN(_Recurrent):
         bidirectional: add a direction that runs from the last step to the first.
         device, dtype: of the parameters.
         proj_size: refused, as in torch.nn: only LSTM has projections.
+        recompute: hold less memory between forward and backward, see the head of this file.
 
     Call ``module(input, hx=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
@@ -236,6 +252,7 @@ class RNN(_Recurrent):
         dtype: Any = None,
         *,
         proj_size: None = None,
+        recompute: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
@@ -255,6 +272,7 @@ class RNN(_Recurrent):
             device=device,
             dtype=dtype,
         )
+        self.recompute = recompute
 
 
 class LSTM(_HiddenPair, _Recurrent):
@@ -281,6 +299,7 @@ class LSTM(_HiddenPair, _Recurrent):
         bidirectional: add a direction that runs from the last step to the first.
         proj_size: width P < H that h is projected to; 0 for none.
         device, dtype: of the parameters.
+        recompute: hold less memory between forward and backward, see the head of this file.
 
     Call ``module(input, hx=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
@@ -311,6 +330,8 @@ class LSTM(_HiddenPair, _Recurrent):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -325,6 +346,7 @@ class LSTM(_HiddenPair, _Recurrent):
             device,
             dtype,
         )
+        self.recompute = recompute
 
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         h = super()._zero_hidden(x, batch)
@@ -386,6 +408,7 @@ class GRU(_Recurrent):
         bidirectional: add a direction that runs from the last step to the first.
         device, dtype: of the parameters.
         proj_size: refused, as in torch.nn: only LSTM has projections.
+        recompute: hold less memory between forward and backward, see the head of this file.
 
     Call ``module(input, hx=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
@@ -415,6 +438,7 @@ class GRU(_Recurrent):
         dtype: Any = None,
         *,
         proj_size: None = None,
+        recompute: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -429,6 +453,7 @@ class GRU(_Recurrent):
             device=device,
             dtype=dtype,
         )
+        self.recompute = recompute
 
 
 class _Cell(_TorchShaped, nn.RNNCellBase):

@@ -168,7 +168,7 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("name", ["reference", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["ours_recompute", "reference", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("cell", cases.CELLS)
 def test_peers_do_equal_work(name: str, cell: str) -> None:
     peer = peers.load(name)
