@@ -101,10 +101,12 @@ def _provenance(results: Results) -> str:
     run = results.runs[-1] if results.runs else {}
     versions = ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())
     changed = " with changes" if run.get("changed") else ""
+    busy = run.get("settings", {}).get("busy", 0)
+    beside = f" beside {busy} busy" if busy else ""
     lines = [
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads of "
-        f"{machine['cores']} cores; {versions}; commit {run.get('commit') or '?'}{changed}, "
-        f"{run.get('date', '')[:16]}"
+        f"{machine['cores']} cores{beside}; {versions}; commit "
+        f"{run.get('commit') or '?'}{changed}, {run.get('date', '')[:16]}"
     ]
     if len(results.runs) > 1:
         commits = dict.fromkeys(run["commit"] or "?" for run in results.runs)

@@ -2,7 +2,7 @@
 // per step.
 #pragma once
 #include <omp.h>
-#include <sched.h>
+#include <time.h>
 
 #include <atomic>
 #include <cstdint>
@@ -23,20 +23,28 @@ class Team {
   const int id, size;
 
   // Every thread of the team has come here before any leaves. Spins first, since a step takes
-  // microseconds; then gives the core away, since a spin without end is fatal when there are more
-  // threads than cores.
+  // microseconds. Then somebody must be without a core, and gets one only from a thread that sleeps:
+  // sched_yield may return at once, and did, for a whole time slice per step. Who had to sleep spins
+  // for a shorter time when it waits next.
   void Sync() {
     if (size == 1) return;
     flags_[id].phase.store(++phase_, std::memory_order_release);
-    for (int other = 0; other < size; other++) {
-      int spins = 0;
+    int spins = 0;
+    bool slept = false;
+    for (int other = 0; other < size; other++)
       while (flags_[other].phase.load(std::memory_order_acquire) < phase_) {
-        if (++spins < 2000)
+        if (++spins < patience_) {
           Pause();
-        else
-          sched_yield();
+        } else {
+          const timespec moment = {0, 1000};  // the system makes 50 us of it
+          nanosleep(&moment, nullptr);
+          slept = true;
+        }
       }
-    }
+    if (slept)
+      patience_ = patience_ > 2 * kLeastSpins ? patience_ / 2 : kLeastSpins;
+    else if (patience_ < kMostSpins)
+      patience_ *= 2;
   }
 
   // This thread's part of n items in blocks of `unit`.
@@ -57,8 +65,10 @@ class Team {
     asm volatile("yield");
 #endif
   }
+  static constexpr int kLeastSpins = 32, kMostSpins = 2048;
   Flag* flags_;
   int64_t phase_ = 0;
+  int patience_ = kMostSpins;
 };
 
 // One copy of the body in the code, for both ways to run it.
