@@ -28,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peers", nargs="+", metavar="PEER", help="exactly these (see `peers`)")
     p.add_argument("--json", type=Path, help="default: out/benchmarks/SUITE-DEVICE.json")
     p.add_argument("--threads", type=int, default=default_threads())
+    p.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="beside N processes that never rest"
+    )
     p.add_argument("--rounds", type=int, help=f"default: the suite's, or {DEFAULT_ROUNDS}")
     p.add_argument(
         "--limit", type=float, help=f"seconds per row; default: the suite's, or {DEFAULT_LIMIT:g}"
@@ -87,6 +90,7 @@ def run(a: argparse.Namespace) -> int:
         rounds=a.rounds or suite.get("rounds", DEFAULT_ROUNDS),
         limit_s=a.limit or suite.get("limit_s", DEFAULT_LIMIT),
         memory=memory,
+        busy=a.busy,
     )
     with tqdm(total=len(items), unit="row", dynamic_ncols=True) as bar:
 

@@ -27,6 +27,7 @@ COLOURS = {
     "onnxruntime": "#0072b2",
     "openvino": "#009e73",
     "torch_compile": "#cc79a7",
+    "ours_recompute": "#f0e442",
     "reference": "#999999",
     "haste": "#56b4e9",
     "flashrnn": "#e69f00",

@@ -38,6 +38,8 @@ def render(results: Results, *, details: bool = False) -> str:
     behind = sum(best_peer(row)[1].median < 1 for row in worst)  # type: ignore[index]
     if worst:
         parts.append(f"Slower than the best peer in {behind} of {len(worst)} rows.")
+    if len(_ours(rows)) > 1:
+        parts += ["**Memory of our own ways to train**", _memory(rows)]
     if details:
         parts += ["**Memory, first calls, regimes**", _details(rows)]
     if notes := _notes(results):
@@ -99,10 +101,12 @@ def _provenance(results: Results) -> str:
     run = results.runs[-1] if results.runs else {}
     versions = ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())
     changed = " with changes" if run.get("changed") else ""
+    busy = run.get("settings", {}).get("busy", 0)
+    beside = f" beside {busy} busy" if busy else ""
     lines = [
         f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads of "
-        f"{machine['cores']} cores; {versions}; commit {run.get('commit') or '?'}{changed}, "
-        f"{run.get('date', '')[:16]}"
+        f"{machine['cores']} cores{beside}; {versions}; commit "
+        f"{run.get('commit') or '?'}{changed}, {run.get('date', '')[:16]}"
     ]
     if len(results.runs) > 1:
         commits = dict.fromkeys(run["commit"] or "?" for run in results.runs)
@@ -267,6 +271,25 @@ def _details(rows: list[Row]) -> str:
             )
     head = ["cell", "shape", "pass", "who", "prepare ms", "first call ms", "later ms"]
     return _table([*head, "peak MB", "saved MB", "regime"], body)
+
+
+def _ours(rows: Iterable[Row]) -> list[str]:
+    """Those of our contenders that hold more or less for the backward."""
+    found = {name for row in rows for name in timed(row)}
+    return [name for name in (OURS, "ours_recompute") if name in found]
+
+
+def _memory(rows: list[Row]) -> str:
+    """MB held between forward and backward without parameters and input, and the peak of a step."""
+    body = []
+    for row in rows:
+        case = case_of(row)
+        records = [row["peers"].get(name, {}) for name in _ours(rows)]
+        numbers = [_mb(r.get(kind)) for kind in ("saved_bytes", "peak_bytes") for r in records]
+        body.append([case.cell, case.shape, case.phase, *numbers])
+    names = [title(name) for name in _ours(rows)]
+    head = [f"{what} MB, {name}" for what in ("held", "peak") for name in names]
+    return _table(["cell", "shape", "pass", *head], body)
 
 
 def _mb(size: int | None) -> str:

@@ -31,6 +31,7 @@ class Settings:
     warm_s: float = 0.03
     sample_s: float = 0.05
     memory: bool = True
+    busy: int = 0  # processes that never rest, beside whoever has the turn
 
 
 class Late(Exception):
@@ -151,7 +152,11 @@ def run(
     if not todo:
         return {}
     progress("starting the contenders", 0)
-    with probe(settings.threads) as tool, field(names, device, settings.threads) as contenders:
+    with (
+        probe(settings.threads) as tool,
+        field(names, device, settings.threads) as contenders,
+        neighbours(settings.busy),
+    ):
         dtypes = sorted({item.case.dtype for item in todo})
         progress("measuring the machine's limits", 0)
         facts["settings"] = vars(settings)
@@ -177,7 +182,28 @@ def run(
 
 
 def _key(case: Case, settings: Settings) -> str:
-    return f"{case.label} {settings.threads} threads"
+    beside = f" beside {settings.busy} busy" if settings.busy else ""
+    return f"{case.label} {settings.threads} threads{beside}"
+
+
+def _never_rest() -> None:
+    worker.die_with_parent()
+    while True:
+        pass
+
+
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Programs of somebody else, which want a core each."""
+    spinning = [multiprocessing.Process(target=_never_rest, daemon=True) for _ in range(count)]
+    for process in spinning:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.join()
 
 
 def _forget_unused_runs(results: Results) -> None:

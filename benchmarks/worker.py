@@ -31,7 +31,7 @@ from .problem import Problem, mismatch, sample
 
 def serve(connection: Connection, name: str, threads: int) -> None:
     """Answer commands until the other end is closed. The target of the process."""
-    _die_with_parent()
+    die_with_parent()
     # What libraries print belongs to nobody's table.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     warnings.simplefilter("ignore")
@@ -223,7 +223,7 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A stopped process does not see its pipe close."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL

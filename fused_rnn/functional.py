@@ -51,7 +51,7 @@ def _wants_torch_operator(x: Tensor) -> bool:
 
 
 def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-    """``ops`` or ``reference``: two modules with the same function ``layer``."""
+    """``ops`` or ``reference``: both have ``layer`` and ``layer_recomputed``."""
     if not ops.transformed() and ops.supports(cell, [x, *states, *weights]):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
@@ -190,6 +190,7 @@ def recurrent(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run L layers of D directions over a whole sequence.
 
@@ -201,6 +202,8 @@ def recurrent(
         weights: flat, in the order of torch.nn: for each layer and direction weight_ih, weight_hh,
             with ``has_biases`` bias_ih and bias_hh, and weight_hr where h is projected.
         dropout: probability of zeroing an output of any layer but the last, while ``training``.
+        recompute: keep no more for the backward than the inputs of each layer, which runs again
+            there. Torch's operators and transforms do not know it, and keep what they keep.
 
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0.
@@ -224,7 +227,7 @@ def recurrent(
     states = (h0,) if c0 is None else (h0, c0)
     low = _autocast_dtype(x, states, weights)
     if low is None:
-        return _stack(cell, x, states, weights, shape, dropout, batch_sizes)
+        return _stack(cell, x, states, weights, shape, dropout, batch_sizes, recompute)
 
     # Weights come in pairs, but for weight_hr.
     projected = len(weights) // (num_layers * directions) % 2 == 1
@@ -241,6 +244,7 @@ def recurrent(
             shape,
             dropout,
             batch_sizes,
+            recompute,
         )
         return y.to(h_dtype), h_n.to(h_dtype), None if c_n is None else c_n.to(c_dtype)
 
@@ -253,13 +257,15 @@ def _stack(
     shape: tuple[int, int, bool],
     dropout: float,
     batch_sizes: Tensor | None,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, has_biases)."""
     engine = _engine(cell, x, states, weights)
+    run_layer = engine.layer_recomputed if recompute and not ops.transformed() else engine.layer
     layers, directions, has_biases = shape
     runs = _runs(weights, layers * directions, has_biases)
     if layers == 1:
-        return engine.layer(
+        return run_layer(
             cell, x, states[0], states[1] if len(states) > 1 else None, runs, batch_sizes
         )
 
@@ -269,7 +275,7 @@ def _stack(
     for i in range(layers):
         if i > 0 and dropout > 0:
             x = F.dropout(x, dropout, training=True)
-        x, h, c = engine.layer(
+        x, h, c = run_layer(
             cell, x, h0s[i], c0s[i], runs[i * directions : (i + 1) * directions], batch_sizes
         )
         h_n.append(h)

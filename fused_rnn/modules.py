@@ -6,6 +6,16 @@ the same ``state_dict`` and return the same results. They derive from ``nn.RNNBa
 ``nn.GRU``: ``torch.compile`` refuses every instance of those. So ``isinstance(module, nn.LSTM)`` is
 False.
 
+RNN, LSTM and GRU take one argument more, ``recompute=True``, for training in less memory. Between
+forward and backward a layer then holds its input and initial states alone, not the tape of its
+steps (per row and direction 6 H values for LSTM, 5 H for GRU, H for RNN). Its backward runs the
+forward once more, uses the tape and drops it. So a stack holds the tape of one layer at a time, and
+a training step takes longer by one forward, about a quarter. (A single layer frees memory for what
+comes after it, but its own backward needs as much as ever.) The gradients are the same to the last
+bit. It can be switched at any time (``module.recompute = True``), also after ``replace``.
+``torch.compile`` of the native kernels keeps to it; ``torch.func``, forward mode and torch's own
+operators take no notice.
+
 Sizes in the docstrings: T steps, B sequences, I = ``input_size``, H = ``hidden_size``,
 L = ``num_layers``, D = 2 if ``bidirectional`` else 1, P = ``proj_size`` or H. With an unbatched
 input, B is missing everywhere.
@@ -102,12 +112,16 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
 
     _wrong_input: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     _own_hooks: ClassVar[bool]  # whether _HOOKS are as here and in torch.nn
+    recompute: bool = False  # for instances that were torch.nn's, or pickled before it existed
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         hooks = [getattr(cls, name) for name in _HOOKS if hasattr(cls, name)]
         homes = (__name__, nn.RNNBase.__module__)
         cls._own_hooks = all(getattr(hook, "__module__", None) in homes for hook in hooks)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         runs = self.num_layers * (2 if self.bidirectional else 1)
@@ -171,6 +185,7 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
+            recompute=self.recompute,
         )
         return y, self._join_hidden(h_n, c_n)
 
@@ -214,6 +229,8 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         not be called.
         """
         if is_dynamo_compiling() or type(x) is not Tensor or not self._own_hooks:
+            return None
+        if self.recompute and torch.is_grad_enabled():
             return None
         states = self._usual_hidden(hx) if not (self.training and self.dropout) else None
         if states is None:
@@ -266,6 +283,7 @@ class RNN(_Recurrent):
         bidirectional: add a direction that runs from the last step to the first.
         device, dtype: of the parameters.
         proj_size: refused, as in torch.nn: only LSTM has projections.
+        recompute: hold less memory between forward and backward, see the head of this file.
 
     Call ``module(input, hx=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
@@ -297,6 +315,7 @@ class RNN(_Recurrent):
         dtype: Any = None,
         *,
         proj_size: None = None,
+        recompute: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
@@ -316,6 +335,7 @@ class RNN(_Recurrent):
             device=device,
             dtype=dtype,
         )
+        self.recompute = recompute
 
 
 class LSTM(_HiddenPair, _Recurrent):
@@ -342,6 +362,7 @@ class LSTM(_HiddenPair, _Recurrent):
         bidirectional: add a direction that runs from the last step to the first.
         proj_size: width P < H that h is projected to; 0 for none.
         device, dtype: of the parameters.
+        recompute: hold less memory between forward and backward, see the head of this file.
 
     Call ``module(input, hx=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
@@ -372,6 +393,8 @@ class LSTM(_HiddenPair, _Recurrent):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -386,6 +409,7 @@ class LSTM(_HiddenPair, _Recurrent):
             device,
             dtype,
         )
+        self.recompute = recompute
 
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         h = super()._zero_hidden(x, batch)
@@ -447,6 +471,7 @@ class GRU(_Recurrent):
         bidirectional: add a direction that runs from the last step to the first.
         device, dtype: of the parameters.
         proj_size: refused, as in torch.nn: only LSTM has projections.
+        recompute: hold less memory between forward and backward, see the head of this file.
 
     Call ``module(input, hx=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``), [T, I], or a PackedSequence;
@@ -476,6 +501,7 @@ class GRU(_Recurrent):
         dtype: Any = None,
         *,
         proj_size: None = None,
+        recompute: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -490,6 +516,7 @@ class GRU(_Recurrent):
             device=device,
             dtype=dtype,
         )
+        self.recompute = recompute
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -3,7 +3,8 @@
 ``layer`` runs one layer (one or two directions) over a sequence. It has a twin without autograd
 (``layer_infer``, which saves nothing) and a backward that is an operator too, with a formula of its
 own, so that derivatives of every order exist. What the backward needs is an input or an output of
-the forward; nothing hides on ctx.
+the forward; nothing hides on ctx. A second twin (``layer_recomputed``) keeps its inputs alone, and
+its backward begins with ``layer``.
 
 The kernels are registered by the native libraries (``csrc/ops/cpu.cpp``, ``cuda.cpp``) when
 ``build`` loads them, each at its first use.
@@ -28,6 +29,7 @@ from .reference import Weights
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WEIGHT_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 _N_WEIGHTS = 2 * len(_WEIGHT_NAMES)
+_N_INPUTS = 3 + _N_WEIGHTS + 1  # x, h0, c0, weights, batch_sizes
 
 _WEIGHT_SCHEMA = (
     "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
@@ -42,6 +44,8 @@ _SCHEMAS = {
     "layer": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor hs, Tensor saved)",
     "layer_infer": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
+    "(Tensor y, Tensor h_n, Tensor c_n)",
+    "layer_recomputed": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
     "(Tensor y, Tensor h_n, Tensor c_n)",
     # Bit i of `needs`: gradient i is wanted; the others come back empty.
     "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, "
@@ -166,6 +170,26 @@ def layer(
     return y, h_n, None if c0 is None else c_n
 
 
+def layer_recomputed(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``layer``, but the backward runs the forward again instead of keeping what it computed."""
+    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
+    if not wants_grad(tensors):
+        return layer(cell, x, h0, c0, weights, batch_sizes)
+    arguments = (cell, *tensors, _allow_tf32(x))
+    if torch.compiler.is_compiling():
+        y, h_n, c_n = _ops.layer_recomputed.default(*arguments)
+    else:
+        y, h_n, c_n = _EagerRecomputedLayer.apply(*arguments, None)
+    return y, h_n, None if c0 is None else c_n
+
+
 def _ten(weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
     """The weights of two directions; those of the second may be missing."""
     return (*weights[0], *(weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)))
@@ -269,7 +293,10 @@ def _layer_grad(
     if all(g is None for g in (dy, dh_n, dc_n)):
         return (None,) * (len(needed) + 3)
     needs = sum(1 << i for i, need in enumerate(needed) if need)
-    grads = backward(ctx.cell, dy, dh_n, dc_n, *ctx.saved_tensors, needs, ctx.allow_tf32)
+    tensors = ctx.saved_tensors
+    if len(tensors) == _N_INPUTS:  # of layer_recomputed
+        tensors += _plain_layer(ctx.cell, *tensors, ctx.allow_tf32)[3:]
+    grads = backward(ctx.cell, dy, dh_n, dc_n, *tensors, needs, ctx.allow_tf32)
     return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None)
 
 
@@ -322,6 +349,26 @@ class _EagerLayer(torch.autograd.Function):
 # ``_EagerLayer.apply`` without its search for tensors that a transform has left behind: there are
 # none among those that a direct call took.
 _apply_plain = super(torch.autograd.Function, _EagerLayer).apply
+
+
+def _layer_recomputed(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Not ``layer_infer``, whose way may differ: the gradients must be those of what was returned.
+    The tape it writes is freed at once."""
+    y, h_n, c_n, _, _ = _plain_layer(*inputs)
+    return y, h_n, c_n
+
+
+# Any device: the work is done by the operators that it calls.
+_library.impl("layer_recomputed", _layer_recomputed, "CompositeExplicitAutograd")
+
+
+class _EagerRecomputedLayer(_EagerLayer):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *arguments, _found = inputs
+        output = _layer_recomputed(*arguments)
+        _layer_setup(ctx, tuple(arguments), output)
+        return output
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----
@@ -420,6 +467,7 @@ def _vmap_by_slices(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]
 _FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "layer": _layer_fake,
     "layer_infer": _layer_infer_fake,
+    "layer_recomputed": _layer_infer_fake,
     "layer_backward": _layer_backward_fake,
 }
 for _name, _fake in _FAKES.items():
@@ -429,6 +477,7 @@ for _name, _fake in _FAKES.items():
     )
 for _name, _grad, _setup in (
     ("layer", _layer_grad, _layer_setup),
+    ("layer_recomputed", _layer_grad, _layer_setup),
     ("layer_backward", _layer_backward_grad, _layer_backward_setup),
 ):
     torch.library.register_autograd(

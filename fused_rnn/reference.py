@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # One direction of one layer: weight_ih [G*H, I], weight_hh [G*H, P], bias_ih and bias_hh [G*H] or
 # None, weight_hr [P, H] or None.
@@ -128,6 +130,26 @@ def layer(
         cs.append(c)
     c_n = None if c0 is None else torch.stack(cs).to(dtype)  # type: ignore[arg-type]
     return torch.cat(ys, -1).to(dtype), torch.stack(hs).to(dtype), c_n
+
+
+def layer_recomputed(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``layer``, but the backward runs the forward again instead of keeping what it computed."""
+    count = len(weights[0])
+
+    def call(x: Tensor, h0: Tensor, c0: Tensor | None, *flat: Tensor | None) -> Any:
+        runs: Any = [flat[i : i + count] for i in range(0, len(flat), count)]
+        return layer(cell, x, h0, c0, runs, batch_sizes)
+
+    # Tensors in a list would be held past autograd, which then could not see them change.
+    flat = [w for run in weights for w in run]
+    return checkpoint(call, x, h0, c0, *flat, use_reentrant=False, preserve_rng_state=False)
 
 
 def _direction(

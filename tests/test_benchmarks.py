@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import shutil
 import time
 from dataclasses import replace
@@ -115,6 +116,22 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, no_limits: None) -> 
     assert not second.has(key, ["torch_nn"], facts | {"source": "other"}, 60)
 
 
+def test_busy_neighbours(tmp_path: Path, no_limits: None) -> None:
+    """They run while contenders do, end with the run, and are part of what a row is."""
+    with runner.neighbours(1):
+        (spinning,) = multiprocessing.active_children()
+        time.sleep(0.5)
+        used = Path(f"/proc/{spinning.pid}/stat").read_text().rpartition(")")[2].split()[11]
+        assert int(used) > 0, "ticks of user time"
+    assert not multiprocessing.active_children()
+
+    found = made(tmp_path / "r.json")
+    settings = replace(SETTINGS, busy=1)
+    runner.run([Item(TINY)], ["torch_nn"], found, settings)
+    (key,) = found.rows
+    assert "beside 1 busy" in key and "beside 1 busy" in report.render(found)
+
+
 def test_results_of_two_machines_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     results.Results(path, {"cpu": "another"}).save()
@@ -168,7 +185,7 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("name", ["reference", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["ours_recompute", "reference", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("cell", cases.CELLS)
 def test_peers_do_equal_work(name: str, cell: str) -> None:
     peer = peers.load(name)

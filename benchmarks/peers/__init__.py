@@ -28,6 +28,7 @@ NAMES = (
     "openvino",
     "haste",
     "flashrnn",
+    "ours_recompute",
     "reference",
 )
 

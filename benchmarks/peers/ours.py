@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ..problem import Problem, module_arguments
 from .modules import ModulePeer, copy_weights
@@ -11,6 +11,7 @@ from .modules import ModulePeer, copy_weights
 class Ours(ModulePeer):
     name, title = "ours", "ours"
     devices = ("cpu", "cuda")
+    options: ClassVar[dict[str, Any]] = {}  # of the constructor, beside those of torch.nn
 
     def absent(self) -> str | None:
         # Builds the library if need be: that is no part of anybody's first call.
@@ -31,7 +32,8 @@ class Ours(ModulePeer):
             raise RuntimeError(f"no native kernels on {problem.case.device}")
         classes = {"lstm": fused_rnn.LSTM, "gru": fused_rnn.GRU}
         layer: Any = classes.get(problem.case.cell, fused_rnn.RNN)
-        return copy_weights(layer(**module_arguments(problem.case)), problem)
+        arguments = module_arguments(problem.case) | self.options
+        return copy_weights(layer(**arguments), problem)
 
 
 def peer() -> Ours:
