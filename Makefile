@@ -1,4 +1,4 @@
-# make demo | examples | test | lint | format | clean
+# make demo | examples | test | sanitize | lint | format | clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test cuda-link lint format clean
+.PHONY: help setup demo examples test sanitize cuda-link lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -53,13 +53,18 @@ examples: setup
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
 # which the second run takes as machines without a compiler do; it leaves out what asks nothing of the
 # backend. The third runs the CUDA engine on the CPU (tests/emulated.py), on the tests of results.
-NO_BACKEND := build benchmarks cuda_engine emulation gpu_check math tiles
+NO_BACKEND := build benchmarks cuda_engine emulation gpu_check math threads tiles
 test: setup
 	$(BIN)/python -m fused_rnn build
 	$(BIN)/python -m pytest -q
 	FUSED_RNN_BACKEND=reference $(BIN)/python -m pytest -q $(NO_BACKEND:%=--ignore=tests/test_%.py)
 	FUSED_RNN_TEST_ENGINE=emulated $(BIN)/python -m pytest -q \
 	  tests/test_ops.py tests/test_parity.py tests/test_ragged.py tests/test_transforms.py
+
+# On demand, about ten minutes: the CPU's engine under gcc's sanitizers of memory, of undefined
+# behaviour and of threads, with each instruction set that the machine has.
+sanitize: setup
+	$(BIN)/python tests/sanitize.py
 
 # On demand: the whole CUDA library, compiled and linked against a CUDA build of torch (4 GB, into
 # $(CUDA_VENV)) and loaded with every symbol resolved. Needs nvcc, no card.

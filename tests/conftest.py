@@ -27,7 +27,7 @@ settings.load_profile("fused_rnn")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    if emulated.WANTED:
+    if emulated.ENGINE:
         emulated.use()
 
 
@@ -35,6 +35,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     backend = os.environ.get("FUSED_RNN_BACKEND") or "auto"
     if emulated.WANTED:
         backend = "the CUDA engine, emulated"
+    elif emulated.ENGINE:
+        backend = "the CPU's engine, under sanitizers"
     return f"fused_rnn: backend {backend}, torch {torch.__version__}, {REPEAT}"
 
 

@@ -7,7 +7,6 @@ compile_gate.py, and on a card by test_cuda.py.
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shutil
 import subprocess
@@ -117,18 +116,9 @@ def test_variant_can_be_forced(plan):
 
 def test_stays_in_bounds() -> None:
     """No kernel and no product of the engine reads or writes past a tensor or its workspace."""
-    compiler = build.find_compiler().command
-    preload = subprocess.run(
-        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
-    ).stdout.strip()
-    if not Path(preload).is_file():
+    env = emulated.sanitizer("emulated-asan")
+    if env is None:
         pytest.skip("this compiler has no address sanitizer")
-    env = {
-        **os.environ,
-        "FUSED_RNN_TEST_ENGINE": "emulated-asan",
-        "LD_PRELOAD": preload,
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py"]
     done = subprocess.run(
         [*command, "-k", "agrees_with_float64 or edges"],

@@ -4,6 +4,8 @@
 #pragma once
 #include <cstddef>
 
+#include "core/sanitize.h"
+
 namespace frnn {
 
 void* AcquireScratch(size_t bytes, size_t* capacity);
@@ -32,7 +34,9 @@ class Scratch {
     T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     // A cache line past the end: tiles may read (never use) up to one vector too far. Odd lines: no
     // 4 KB aliasing.
-    used_ += (n * sizeof(T) + 63) / 64 * 64 + 192;
+    const size_t bytes = n * sizeof(T), room = (bytes + 63) / 64 * 64 + 192;
+    if (base_) ForbidMemory(base_ + used_ + bytes, room - bytes);
+    used_ += room;
     return piece;
   }
 

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/sanitize.h"
+
 #ifndef __clang__  // gcc's own vector headers (bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -88,6 +90,33 @@ constexpr TileConfig kConfig = {
 
 FRNN_TILE void LoadConfig() { _tile_loadconfig(&kConfig); }
 FRNN_TILE void ReleaseTiles() { _tile_release(); }
+
+// ---- what sanitizers do not see ----
+
+int64_t BytesOf(Storage s) { return s == Storage::kFloat ? 4 : 2; }
+
+// Elements [k0, k1) of each row that is packed.
+void ShowInput(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1) {
+  for (int64_t r = 0; r < rows && kSanitized; r++)
+    ShowAccess(static_cast<const char*>(a) + (r * lda + k0) * BytesOf(s), (k1 - k0) * BytesOf(s),
+               false);
+}
+// Columns k0 .. k1 of the rows of a left operand.
+void ShowRows(const Operand& out, int64_t rows, int64_t k0, int64_t k1) {
+  for (int64_t r = 0; r < rows && kSanitized; r++)
+    for (int64_t k = k0; k < k1; k += kRows)
+      for (int p = 0; p < out.parts; p++)
+        ShowAccess(out.tiles + r / kRows * out.BlockSize() + (k / kDepth * out.parts + p) * kTile +
+                       r % kRows * kDepth + k % kDepth,
+                   kRows * sizeof(Part), true);
+}
+void ShowProduct(const Operand& a, int64_t M, const Operand& b, int64_t N, const float* c,
+                 int64_t ldc) {
+  if (!kSanitized) return;
+  ShowAccess(a.tiles, Blocks(M) * a.BlockSize() * int64_t(sizeof(Part)), false);
+  ShowAccess(b.tiles, Blocks(N) * b.BlockSize() * int64_t(sizeof(Part)), false);
+  for (int64_t m = 0; m < M; m++) ShowAccess(c + m * ldc, N * int64_t(sizeof(float)), true);
+}
 
 // ---- packing ----
 
@@ -220,11 +249,11 @@ template <Storage kStorage, int kParts>
 FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
                           int64_t K, const Operand& out) {
   __m512i largest = _mm512_setzero_si512();
-  for (int64_t k = k0 / kDepth; k * kDepth < k1; k++) {
-    const int64_t begin = k * kDepth;
-    const uint32_t stored = Mask(k0 - begin, k1 - begin), mask = stored & Mask(0, K - begin);
-    const __mmask16 low_mask = __mmask16(mask), high_mask = __mmask16(mask >> 16);
-    for (int64_t r = 0; r < rows; r++) {
+  for (int64_t r = 0; r < rows; r++)  // outside, so that rows of memory are read in one go
+    for (int64_t k = k0 / kDepth; k * kDepth < k1; k++) {
+      const int64_t begin = k * kDepth;
+      const uint32_t stored = Mask(k0 - begin, k1 - begin), mask = stored & Mask(0, K - begin);
+      const __mmask16 low_mask = __mmask16(mask), high_mask = __mmask16(mask >> 16);
       const __m512 low = LoadFloats<kStorage>(a, r * lda + begin, low_mask);
       const __m512 high = LoadFloats<kStorage>(a, r * lda + begin + 16, high_mask);
       TrackLargest(largest, low);
@@ -236,7 +265,6 @@ FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, 
 #pragma GCC unroll 3
       for (int i = 0; i < kParts; i++) _mm512_mask_storeu_epi16(line + i * kTile, stored, parts[i]);
     }
-  }
   return Fits(largest);
 }
 
@@ -467,6 +495,8 @@ Session::~Session() {
 
 bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
               int64_t K, const Operand& out) {
+  ShowInput(a, s, lda, rows, k0, k1 < K ? k1 : K);
+  ShowRows(out, rows, k0, k1);
   switch (out.parts) {
     case 1:
       return s == Storage::kFloat ? PackRowsOf<Storage::kFloat, 1>(a, lda, rows, k0, k1, K, out)
@@ -480,6 +510,7 @@ bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, i
 }
 
 bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
+  ShowInput(a, Storage::kFloat, lda, K, 0, rows);
   return out.parts == 2
              ? PackBlocks<Storage::kFloat, 2, Order::kAcross, true>(a, lda, rows, K, out)
              : PackBlocks<Storage::kFloat, 3, Order::kAcross, true>(a, lda, rows, K, out);
@@ -497,6 +528,8 @@ bool PackRightOf(const void* b, int64_t ldb, Order order, int64_t columns, int64
 
 bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
                const Operand& out) {
+  const bool along = order == Order::kAlong;
+  ShowInput(b, s, ldb, along ? columns : K, 0, along ? K : columns);
   switch (out.parts) {
     case 1:
       return s == Storage::kFloat
@@ -613,6 +646,7 @@ void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, flo
 
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
               bool accumulate, bool backwards) {
+  ShowProduct(a, M, b, N, c, ldc);
   switch (a.parts * 4 + b.parts) {
     case 3 * 4 + 3:
       return MultiplyParts<3, 3>(a, M, b, N, c, ldc, accumulate, backwards);

@@ -1,0 +1,87 @@
+"""``make sanitize``: the tests of values and gradients on a CPU engine whose accesses are checked.
+
+Address and undefined behaviour sanitizers, once for each instruction set; then races, in a program
+of its own. First, mistakes are made on purpose: who finds none there would find none elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import emulated
+
+from fused_rnn import build
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPABILITIES = ["amx", "avx512", "avx2", "generic"]  # each means: at most
+TESTS = ["ops", "parity", "ragged", "tiles"]
+# About torch, the reference, or processes that this library is not loaded in.
+LEFT_OUT = "not opcheck and not lesser and not fewer and not derivatives and not reaches"
+
+# An input that claims one step more than its memory has.
+TOO_LONG = """
+import sys; sys.path.insert(0, "tests")
+import emulated; emulated.use()
+import numpy, torch, fused_rnn
+x = numpy.zeros((40, 30, 50), dtype="float32")
+x = numpy.lib.stride_tricks.as_strided(x, (41, 30, 50), x.strides)
+fused_rnn.GRU(50, 64)(torch.from_numpy(x))
+"""
+# A value past the end of a piece of workspace, inside the block.
+PAST_A_PIECE = """
+#include "core/scratch.h"
+int main() {
+  float *a = nullptr, *b = nullptr;
+  frnn::Scratch scratch;
+  scratch.Build([&](frnn::Scratch& s) { a = s.Take<float>(10), b = s.Take<float>(10); });
+  a[9] = b[9] = 1;
+  a[10] = 1;
+}
+"""
+
+
+def run(title: str, command: list[str], env: dict[str, str], fails_by: str = "") -> None:
+    """Exit if it fails; with ``fails_by``, if it does not fail so."""
+    print(f"== {title}", flush=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=bool(fails_by), text=True)
+    if not fails_by and done.returncode:
+        sys.exit(f"{title}: failed")
+    if fails_by and (done.returncode == 0 or fails_by not in done.stdout + done.stderr):
+        sys.exit(f"{title}: not found\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def main() -> None:
+    env = emulated.sanitizer("cpu-asan")
+    if env is None:
+        sys.exit("this compiler has no address sanitizer")
+    emulated.compile_sanitized()
+
+    compiler = [*build.find_compiler().command, "-std=c++17", "-fsanitize=address"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "planted.cpp"
+        source.write_text(PAST_A_PIECE)
+        program = str(source.with_suffix(""))
+        sources = [str(source), str(build.CSRC / "cpu" / "scratch.cpp")]
+        subprocess.run([*compiler, f"-I{build.CSRC}", *sources, "-o", program], check=True)
+        run("planted: past a piece", [program], dict(os.environ), fails_by="use-after-poison")
+
+    for capability in CAPABILITIES:
+        own = env | {"FUSED_RNN_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", TOO_LONG]
+        run(f"planted: x too short, {capability}", command, own, fails_by="heap-buffer-overflow")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
+        run(f"tests, {capability}", [*command, *(f"tests/test_{name}.py" for name in TESTS)], own)
+
+    program = str(emulated.compile_race_check())
+    run("planted: a race", [program, "0"], dict(os.environ), fails_by="data race")
+    for capability in CAPABILITIES:
+        own = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability}
+        run(f"races, {capability}", [program, "3"], own)
+
+
+if __name__ == "__main__":
+    main()
