@@ -213,6 +213,10 @@ FRNN_BF16_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_
         high = LoadFloats<kStorage>(a, first + i * lda + 16, high_mask);
       }
     } else {
+      if constexpr (kLeft) {  // the columns that come next: rows are far apart
+        __builtin_prefetch(static_cast<const float*>(a) + first + 2 * i * lda + kRows, 0, 2);
+        __builtin_prefetch(static_cast<const float*>(a) + first + (2 * i + 1) * lda + kRows, 0, 2);
+      }
       if (2 * i < K) low = LoadFloats<kStorage>(a, first + 2 * i * lda, low_mask);
       if (2 * i + 1 < K) high = LoadFloats<kStorage>(a, first + (2 * i + 1) * lda, high_mask);
     }
@@ -618,8 +622,14 @@ void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, flo
   for (int64_t pair = 0; pair < pairs; pair++) {
     const int64_t j = 2 * (backwards ? pairs - 1 - pair : pair);
     for (int64_t k = 0; k < depth; k += at_once)
-      for (int64_t i = 0; i + 1 < rows; i += 2)
+      for (int64_t i = 0; i + 1 < rows; i += 2) {
+        // What the next blocks add to, while these are computed.
+        for (int64_t m = (i + 2) * kRows; m < (i + 4) * kRows && m < M; m++) {
+          __builtin_prefetch(c + m * ldc + j * kRows, 1);
+          __builtin_prefetch(c + m * ldc + (j + 1) * kRows, 1);
+        }
         block(i, j, k, depth - k < at_once ? depth - k : at_once, Constant<2>(), Constant<2>());
+      }
   }
   // What is left of an odd number of blocks, four at once: fewer wait for each other.
   const int64_t last_row = rows - 1, last_column = columns - 1;
