@@ -219,13 +219,19 @@ FRNN_INLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda, const type
       memcpy(out + r * ldo + first, sums + r * kAtOnce, kAtOnce * sizeof(sums[0]));
   }
 }
-// The same for one row. Four rows of w pass at a time, each in several chains: caches stream few rows
-// faster than many.
+// out[i] = sum_k a[k] * w[i * K + k], i < kSize, K >= kSize. Four rows of w pass at a time, each in
+// several chains: caches stream few rows faster than many.
 template <class V>
 FRNN_INLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int64_t K,
-                         int64_t whole, typename Lanes<V>::T* out) {
+                         typename Lanes<V>::T* out) {
   constexpr int N = Lanes<V>::kSize, kLines = N < 4 ? N : 4;
   constexpr int kChains = kRegisters<V> == 32 ? 4 : 2;
+  using T = typename Lanes<V>::T;
+  // The last vector overlaps with the one before it: of both sides only what is new counts.
+  const int64_t whole = K / N * N;
+  T is_new[N];
+  for (int i = 0; i < N; i++) is_new[i] = T(i >= N - (K - whole));
+  const V last = load<V>(is_new), zero{};
   V sums[N];
   FRNN_UNROLL
   for (int first = 0; first < N; first += kLines) {
@@ -247,6 +253,12 @@ FRNN_INLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>:
       for (int u = 0; u < kChains; u++) step(k + u * N, acc[u]);
     }
     for (; k < whole; k += N) step(k, acc[0]);
+    if (whole < K) {
+      const V x = last != zero ? load<V>(a + K - N) : zero;
+      FRNN_UNROLL
+      for (int i = 0; i < kLines; i++)
+        acc[0][i] += (last != zero ? load<V>(w_first + i * K + K - N) : zero) * x;
+    }
     FRNN_UNROLL
     for (int i = 0; i < kLines; i++) {
       sums[first + i] = acc[0][i];
@@ -267,21 +279,30 @@ void DotRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typena
   using T = typename Lanes<V>::T;
   const T* first = w + row0 * K;
   const int lanes = int(rows - row0 < N ? rows - row0 : N);
-  const int64_t whole = lanes == N ? K / N * N : 0;  // columns done in vectors
+  // One sum, its elements from k on.
+  const auto dot = [&](const T* row, int i, int64_t k) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = k; j < K; j++) sum += first[i * K + j] * row[j];
+    return sum;
+  };
   for (int64_t r = 0; r < M;) {
-    const int count = M - r < kBlock ? 1 : kBlock;
-    if (count == kBlock)
-      DotBlock<V, kBlock>(a + r * lda, lda, first, K, whole, out + r * ldo, ldo);
-    else
-      DotLine<V>(a + r * lda, first, K, whole, out + r * ldo);
-    for (int j = 0; j < count && whole < K; j++, r++)
-      for (int i = 0; i < lanes; i++) {
-        T rest = 0;
-#pragma omp simd reduction(+ : rest)
-        for (int64_t k = whole; k < K; k++) rest += first[i * K + k] * a[r * lda + k];
-        out[r * ldo + i] += rest;
-      }
-    if (whole == K) r += count;
+    const T* row = a + r * lda;
+    T* sums = out + r * ldo;
+    if (lanes < N || K < N) {
+      for (int i = 0; i < lanes; i++) sums[i] = dot(row, i, 0);
+      for (int i = lanes; i < N; i++) sums[i] = 0;
+      r++;
+    } else if (M - r < kBlock) {
+      DotLine<V>(row, first, K, sums);
+      r++;
+    } else {
+      const int64_t whole = K / N * N;
+      DotBlock<V, kBlock>(row, lda, first, K, whole, sums, ldo);
+      for (int j = 0; j < kBlock && whole < K; j++)
+        for (int i = 0; i < N; i++) sums[j * ldo + i] += dot(row + j * lda, i, whole);
+      r += kBlock;
+    }
   }
 }
 

@@ -42,12 +42,9 @@ class Layer {
   static constexpr int kTileWidth = kTileVecs<V> * N;
   static constexpr int64_t kChunkRows = 128;        // rows of gates_x computed ahead
   static constexpr int64_t kMacsPerThread = 16384;  // less work per step than this pays no barrier
-  // So few rows in all read weights unpacked. The forward has to transpose them, row by row; the
-  // backward reads them as they are, at a stride that caches do not like twice.
-  static constexpr int64_t kUnpackedRows = 16, kUnpackedGradRows = 12;
-  // One or two rows per step stream W_hh. Beyond the second-level cache it streams about as fast as it
-  // lies, and a short sequence does not repay its packing.
-  static constexpr int64_t kStreamedBatch = 2, kStreamedSteps = 32, kStreamedBytes = 4 << 20;
+  // The backward of so few rows in all reads weights as they lie, at a stride that caches do not like
+  // twice.
+  static constexpr int64_t kUnpackedGradRows = 12;
   static constexpr bool kTiles = bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
   static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
   static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
@@ -76,12 +73,21 @@ class Layer {
     return false;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
-  static bool Unpacked(const LayerParams& p, int64_t rows) {
-    return p.rows <= rows && p.storage == kOwn;
+  // Packing W is one pass over it and makes its rows columns, so that a product needs no sums over
+  // lanes. So few rows, in all or of a step, do not repay that; long rows of W have fewer such sums,
+  // and where they are whole vectors they stream faster than narrow panels do.
+  static bool UnpackedX(const LayerParams& p) {
+    return p.storage == kOwn && p.rows <= (p.I >= 256 ? 32 : 16);
   }
-  static bool Streamed(const LayerParams& p) {
-    return p.B <= kStreamedBatch && p.T <= kStreamedSteps && p.storage == kOwn &&
-           C::kH * p.H * p.Hout * int64_t(sizeof(T)) > kStreamedBytes;
+  static bool UnpackedH(const LayerParams& p) {
+    if (p.storage != kOwn) return false;
+    if (p.rows <= 16) return true;
+    if (p.Hout % N != 0) return false;
+    if (p.B == 1) return p.Hout >= 512 || (p.Hout >= 256 && (p.T <= 50 || kHVecs <= 2));
+    return p.B == 2 && p.T <= 32 && p.Hout >= 512;
+  }
+  static bool UnpackedGrad(const LayerParams& p) {
+    return p.storage == kOwn && p.rows <= kUnpackedGradRows;
   }
 
   // The rows of x, as the engine may read them: `stride` apart and in the computing type (direct), or
@@ -267,7 +273,7 @@ template <class C, class V>
 void Layer<C, V>::Forward(const LayerParams& p) {
   const int threads = Threads(p);
   const bool projected = Projected(p), tiled = Tiled(p);
-  const bool unpacked = Unpacked(p, kUnpackedRows) || Streamed(p);
+  const bool unpacked_x = UnpackedX(p), unpacked_h = UnpackedH(p);
   const Input input(p);
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
@@ -299,8 +305,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
   const auto take_weights = [&](Scratch& s, Own& to) {
-    to.w_ih = s.Take<T>(unpacked ? 0 : own_panels * p.I * C::kX * kUnits);
-    to.w_hh = s.Take<T>(unpacked ? 0 : own_panels * p.Hout * C::kH * kUnits);
+    to.w_ih = s.Take<T>(unpacked_x ? 0 : own_panels * p.I * C::kX * kUnits);
+    to.w_hh = s.Take<T>(unpacked_h ? 0 : own_panels * p.Hout * C::kH * kUnits);
   };
   const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t depth) {
     const int parts = bf16::PartsOf(p.storage);
@@ -357,16 +363,18 @@ void Layer<C, V>::Forward(const LayerParams& p) {
 
     for (int dir = 0; dir < p.dirs; dir++) {
       const DirectionWeights& w = p.w[dir];
-      bool packed = unpacked;  // w_ih and w_hh, for vectors
+      bool packed = unpacked_x && unpacked_h;  // w_ih and w_hh, for vectors
       const auto pack = [&] {
         if (packed) return;
         if (tiled && my.w_ih == nullptr)
           spare[team.id].Build([&](Scratch& s) { take_weights(s, my); });
         for (int64_t i = mine.begin; i < mine.end; i++) {
           const int64_t at = i - mine.begin;
-          PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
-          PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i,
-                    my.w_hh + at * p.Hout * C::kH * kUnits);
+          if (!unpacked_x)
+            PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
+          if (!unpacked_h)
+            PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i,
+                      my.w_hh + at * p.Hout * C::kH * kUnits);
         }
         packed = true;
       };
@@ -456,7 +464,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           if (!x_tiles) pack();
           if (!x_tiles && x_storage != kOwn) stage();
           for (int64_t i = 0; i < count && !x_tiles; i++)
-            Product<C::kX>(p, unpacked, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih,
+            Product<C::kX>(p, unpacked_x, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih,
                            my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i,
                            gates_x(i) + r * gates_x_stride, gates_x_stride);
           if constexpr (kTiles)
@@ -518,7 +526,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           for (int64_t at = 0; at < count && !step_tiles; at++) {
             const StepRows s = step_rows(at);
             ForRowBlocks<TileRows<V>(kHVecs)>(n, [&](int rows, int64_t r) {
-              Product<C::kH>(p, unpacked, rows, h + r * ldh, ldh, w.w_hh,
+              Product<C::kH>(p, unpacked_h, rows, h + r * ldh, ldh, w.w_hh,
                              my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, mine.begin + at,
                              my.gates_h + at % group * C::kH * kUnits, gates_h_stride);
               GateMath(s, r, rows);

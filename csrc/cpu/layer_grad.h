@@ -259,7 +259,7 @@ template <class C, class V>
 void Layer<C, V>::Backward(const LayerGradParams& p) {
   static constexpr int kIdentity[1] = {0};
   const int threads = Threads(p);
-  const bool projected = Projected(p), unpacked = Unpacked(p, kUnpackedGradRows), tiled = Tiled(p);
+  const bool projected = Projected(p), unpacked = UnpackedGrad(p), tiled = Tiled(p);
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
