@@ -811,6 +811,17 @@ def _cuda_fact() -> str:
         return f"no: {error.reason}"
 
 
+def _instructions() -> str | None:
+    """What the loaded CPU library uses of this machine: its tier, or units for bfloat16 besides."""
+    state = _states.get("cpu")
+    if state is None or state.backend != "native":
+        return None
+    capability = library().frnn_cpu_capability
+    capability.restype = ctypes.c_char_p
+    name: bytes = capability()
+    return name.decode()
+
+
 def info() -> dict[str, Any]:
     """What ``python -m fused_rnn doctor`` prints. Builds and loads nothing.
 
@@ -837,6 +848,7 @@ def info() -> dict[str, Any]:
         "library": library,
         "origin": origin,
         "tiers": record.get("tiers") or list(tiers()),
+        "instructions": _instructions(),
         "seconds": {
             "compiling": record.get("seconds"),
             "first use": state.seconds if state else None,

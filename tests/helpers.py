@@ -140,6 +140,10 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
     and those of computing in float32. There, activations and factors like 1 - tanh^2 are exact to
     some ulps of 1, however small the gradient that they multiply, and a sum of n ``terms`` is off
     by about sqrt(n) roundings (Higham & Mary 2019), or fewer with a better order of summation.
+
+    Where there are a few numbers only, torch.nn's may be right by accident, although they are sums of
+    ``terms`` products with an h that was rounded when it was stored. Tensors that small are granted
+    what this costs, for h and gradients of 1/2, however much of the sum cancels.
     """
     assert ours.keys() == theirs.keys()
     for name, reference in exact.items():
@@ -148,6 +152,8 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
         assert torch.isfinite(ours[name]).all(), name
         computing = (8 + terms**0.5) * half_ulp(torch.float32, max(size, 1.0))
         floor = 4 * half_ulp(dtype, size) + computing
+        if reference.numel() < 16:
+            floor += terms**0.5 * half_ulp(dtype, 0.25)
         bound = 2 * error(theirs[name], reference) + floor
         found = error(ours[name], reference)
         assert found <= bound, f"{name}: off by {found:.3g} of {size:.3g}, allowed {bound:.3g}"
