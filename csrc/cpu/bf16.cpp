@@ -623,8 +623,8 @@ void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, flo
     const int64_t j = 2 * (backwards ? pairs - 1 - pair : pair);
     for (int64_t k = 0; k < depth; k += at_once)
       for (int64_t i = 0; i + 1 < rows; i += 2) {
-        // What the next blocks add to, while these are computed.
-        for (int64_t m = (i + 2) * kRows; m < (i + 4) * kRows && m < M; m++) {
+        // Where the next blocks go, while these are computed.
+        for (int64_t m = (i + 2) * kRows; m < (i + 4) * kRows && m < M && k == 0; m++) {
           __builtin_prefetch(c + m * ldc + j * kRows, 1);
           __builtin_prefetch(c + m * ldc + (j + 1) * kRows, 1);
         }
