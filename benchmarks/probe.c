@@ -2,7 +2,7 @@
 //   pulse            fork and join of an OpenMP region, and a barrier of flags, in microseconds
 //   fma32 | fma64    multiply-adds on registers, all threads, in GFLOP/s
 //   read BYTES       streaming reads of BYTES by each thread from its own buffer, in GB/s of all
-// Compiled by limits.py with -O3 -march=native -fopenmp -DTHREADS=n.
+// Compiled by limits.py with -O3 -fopenmp -DTHREADS=n, for this machine or for less of it.
 #include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -56,8 +56,18 @@ static void pulse(void) {
 
 // --- multiply-add --------------------------------------------------------------------------------
 
+// Whole registers, since the compiler drops a half that nobody reads; and enough chains in flight to
+// hide the latency, few enough for all registers.
+#if defined(__AVX512F__)
 #define BYTES_PER_VECTOR 64
-#define CHAINS 16  // enough in flight to hide the latency, few enough for 32 registers
+#define CHAINS 16
+#elif defined(__AVX2__)
+#define BYTES_PER_VECTOR 32
+#define CHAINS 12
+#else
+#define BYTES_PER_VECTOR 16
+#define CHAINS 12
+#endif
 
 #define FMA(NAME, TYPE)                                                                          \
   typedef TYPE NAME##_v __attribute__((vector_size(BYTES_PER_VECTOR)));                          \

@@ -10,11 +10,16 @@ FRNN_BEGIN
 
 template <class V>
 constexpr int kRegisters = sizeof(V) == 64 ? 32 : 16;
-// Rows of a tile of nv vectors: accumulators, one row of the right operand and a broadcast value
-// fit in registers.
+// Rows of a tile of nv vectors whose accumulators fit in registers beside one row of the right operand
+// and a broadcast value, or beside all broadcast values and one vector.
+template <class V>
+constexpr int RowsByRow(int nv) {
+  return (kRegisters<V> - 1 - nv) / nv;
+}
 template <class V>
 constexpr int TileRows(int nv) {
-  const int rows = (kRegisters<V> - 1 - nv) / nv;
+  const int by_row = RowsByRow<V>(nv), by_value = (kRegisters<V> - 1) / (nv + 1);
+  const int rows = by_row > by_value ? by_row : by_value;
   return rows > 12 ? 12 : rows;
 }
 // The tile of products that have no gates to keep together.
@@ -59,15 +64,30 @@ FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
       for (int v = 0; v < NV; v++) acc[0][m][v] = load<V>(c + m * ldc + v * N);
     }
   }
+  const auto left = [&](int m, int64_t k) FRNN_INLINE_LAMBDA {
+    return splat<V>(kPackedA ? a[k * a_stride + m] : a[m * a_stride + k]);
+  };
   const auto step = [&](int64_t k, V(&sum)[MR][NV]) FRNN_INLINE_LAMBDA {
-    V row[NV];
-    FRNN_UNROLL
-    for (int v = 0; v < NV; v++) row[v] = load<V>(w + k * ldw + v * N);
-    FRNN_UNROLL
-    for (int m = 0; m < MR; m++) {
-      const V value = splat<V>(kPackedA ? a[k * a_stride + m] : a[m * a_stride + k]);
+    if constexpr (MR <= RowsByRow<V>(NV)) {
+      V row[NV];
       FRNN_UNROLL
-      for (int v = 0; v < NV; v++) sum[m][v] += value * row[v];
+      for (int v = 0; v < NV; v++) row[v] = load<V>(w + k * ldw + v * N);
+      FRNN_UNROLL
+      for (int m = 0; m < MR; m++) {
+        const V value = left(m, k);
+        FRNN_UNROLL
+        for (int v = 0; v < NV; v++) sum[m][v] += value * row[v];
+      }
+    } else {
+      V value[MR];
+      FRNN_UNROLL
+      for (int m = 0; m < MR; m++) value[m] = left(m, k);
+      FRNN_UNROLL
+      for (int v = 0; v < NV; v++) {
+        const V row = load<V>(w + k * ldw + v * N);
+        FRNN_UNROLL
+        for (int m = 0; m < MR; m++) sum[m][v] += value[m] * row;
+      }
     }
   };
   int64_t k = 0;
