@@ -151,7 +151,7 @@ def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 
 def serve(connection: Connection, name: str) -> None:
     """Answer commands until the other end is closed. The target of the process."""
-    worker._die_with_parent()
+    worker.die_with_parent()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     if name.endswith(PROFILED):
