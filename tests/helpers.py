@@ -141,9 +141,9 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
     some ulps of 1, however small the gradient that they multiply, and a sum of n ``terms`` is off
     by about sqrt(n) roundings (Higham & Mary 2019), or fewer with a better order of summation.
 
-    Where there are a few numbers only, torch.nn's may be right by accident, although they are sums of
-    ``terms`` products with an h that was rounded when it was stored. Tensors that small are granted
-    what this costs, for h and gradients of 1/2, however much of the sum cancels.
+    Where there are a few numbers only, torch.nn's may be right by accident, although they are sums
+    of ``terms`` products with an h that was rounded when it was stored. Tensors that small are
+    granted what this costs, for h and gradients of 1/2, however much of the sum cancels.
     """
     assert ours.keys() == theirs.keys()
     for name, reference in exact.items():
