@@ -42,6 +42,8 @@ class Layer {
   static constexpr int kTileWidth = kTileVecs<V> * N;
   static constexpr int64_t kChunkRows = 128;        // rows of gates_x computed ahead
   static constexpr int64_t kMacsPerThread = 16384;  // less work per step than this pays no barrier
+  static constexpr int64_t kMacsPerTeam = 200000;   // and less in all no team
+  static constexpr int64_t kMacsOfShortCall = 100000000;  // a few milliseconds, see Crowd
   // The backward of so few rows in all reads weights as they lie, at a stride that caches do not like
   // twice.
   static constexpr int64_t kUnpackedGradRows = 12;
@@ -56,11 +58,15 @@ class Layer {
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
 
   static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
+  static int64_t Macs(const LayerParams& p) { return p.rows * C::kH * p.H * (p.Hout + p.I); }
+  static bool IsShort(const LayerParams& p) { return Macs(p) < kMacsOfShortCall; }
   static int Threads(const LayerParams& p) {
     int64_t n = p.B * C::kH * p.H * p.Hout / kMacsPerThread;
-    n = n < 1 ? 1 : n;
+    if (Macs(p) < kMacsPerTeam) n = 1;
     n = n < p.threads ? n : p.threads;
-    return TeamSize(int(n < Panels(p) ? n : Panels(p)));
+    n = n < Panels(p) ? n : Panels(p);
+    if (n > 1 && IsShort(p) && Crowd::Here()) n--;
+    return TeamSize(int(n));
   }
   // A bfloat16 is its own part, and half as many bytes. Splitting weights into more parts is worth it
   // from so many rows per step, and in all, on.
@@ -335,7 +341,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
   });
 
-  const bool done = RunTeam(threads, [&](Team& team) {
+  const bool done = RunTeam(threads, IsShort(p), [&](Team& team) {
     Own& my = own[team.id];
     const auto mine = team.Split(panels);        // panels
     const auto columns = team.Split(hout_vecs);  // vectors of the projection's output

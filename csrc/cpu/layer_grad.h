@@ -331,7 +331,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
     dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
   });
 
-  const bool done = RunTeam(threads, [&](Team& team) {
+  const bool done = RunTeam(threads, IsShort(p), [&](Team& team) {
     Own& my = own[team.id];
     const auto mine = team.Split(panels);
     const auto columns = team.Split(hout_vecs);

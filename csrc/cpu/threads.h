@@ -10,6 +10,7 @@
 #endif
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -18,6 +19,29 @@
 #include "cpu/tier.h"
 
 FRNN_BEGIN
+
+using Clock = std::chrono::steady_clock;
+// In a short call nobody keeps a team waiting for so long who has a core.
+constexpr std::chrono::microseconds kTimeSlice{500};
+
+// Whether other programs lately took a core from a team, again and again. A short call is then done
+// sooner by fewer threads than by one that is waited for; nothing else depends on their number.
+class Crowd {
+ public:
+  static void Note() {
+    const int64_t now = Now(), last = last_.exchange(now);
+    if (now - last < kMemory) until_.store(now + kMemory);
+  }
+  static bool Here() {
+    const int64_t until = until_.load(std::memory_order_relaxed);
+    return until != 0 && Now() < until;
+  }
+
+ private:
+  static constexpr int64_t kMemory = Clock::duration(std::chrono::milliseconds(100)).count();
+  static int64_t Now() { return Clock::now().time_since_epoch().count(); }
+  static inline std::atomic<int64_t> last_{0}, until_{0};
+};
 
 // How many steps a thread has finished, for the others to wait for.
 class alignas(128) Flag {
@@ -30,12 +54,15 @@ class alignas(128) Flag {
   // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A spin
   // without end is fatal when there are more threads than cores, and a yield is not much better: it
   // gives a whole time slice to a program beside us, even to one of the lowest priority.
-  void Await(uint32_t phase, int spins) {
+  void Await(uint32_t phase, int spins, bool short_call) {
     while (int32_t(phase_.load(std::memory_order_acquire) - phase) < 0) {
-      if (spins-- > 0)
+      if (spins-- > 0) {
         Pause();
-      else
+      } else {
+        const auto start = Clock::now();
         Sleep(phase);
+        if (short_call && Clock::now() - start > kTimeSlice) Crowd::Note();
+      }
     }
   }
 
@@ -74,7 +101,8 @@ inline int Cores() {
 
 class Team {
  public:
-  Team(int id, int size, Flag* flags) : id(id), size(size), flags_(flags) {}
+  Team(int id, int size, Flag* flags, bool short_call)
+      : id(id), size(size), flags_(flags), short_call_(short_call) {}
   const int id, size;
 
   // Every thread of the team has come here before any leaves.
@@ -83,7 +111,7 @@ class Team {
     ++phase_;
     flags_[id].Advance();
     for (int other = 0; other < size; other++)
-      if (other != id) flags_[other].Await(phase_, spins_);
+      if (other != id) flags_[other].Await(phase_, spins_, short_call_);
   }
 
   // This thread's part of n items in blocks of `unit`.
@@ -98,6 +126,7 @@ class Team {
 
  private:
   Flag* flags_;
+  const bool short_call_;
   uint32_t phase_ = 0;
   // Without a core for each thread, what is waited for may need ours.
   const int spins_ = size > Cores() ? 0 : 2000;
@@ -118,9 +147,9 @@ inline int TeamSize(int wanted) {
 // Runs body(team) on exactly n threads, or not at all: false where OpenMP has fewer to give (a thread
 // limit, dynamic adjustment), since a body has divided its memory by n.
 template <class F>
-bool RunTeam(int n, const F& body) {
+bool RunTeam(int n, bool short_call, const F& body) {
   if (n == 1) {
-    Team team(0, 1, nullptr);
+    Team team(0, 1, nullptr, short_call);
     RunBody(body, team);
     return true;
   }
@@ -129,7 +158,7 @@ bool RunTeam(int n, const F& body) {
 #pragma omp parallel num_threads(n)
   {
     if (omp_get_num_threads() == n) {
-      Team team(omp_get_thread_num(), n, flags.get());
+      Team team(omp_get_thread_num(), n, flags.get(), short_call);
       RunBody(body, team);
     } else if (omp_get_thread_num() == 0) {
       complete = false;
