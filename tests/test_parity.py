@@ -332,7 +332,8 @@ def test_inference_equals_training(name: str, hidden_size: int) -> None:
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_complex(name: str) -> None:
     theirs, ours = pair(name, 3, 4, dtype=torch.complex64)
-    x = torch.randn(5, 2, 3, dtype=torch.complex64)
+    # Small, to stay away from the poles of tanh and sigmoid, where torch.nn's result is NaN.
+    x = torch.randn(5, 2, 3, dtype=torch.complex64) / 4
     assert_all_close(ours(x), theirs(x), tol=1e-6)
 
 
