@@ -9,6 +9,9 @@ namespace frnn {
 // Type of the tensors in memory. float16 and bfloat16 are computed in float: products are
 // accumulated in float, c stays in float, h is rounded once per step.
 enum class Storage : int { kFloat, kDouble, kBFloat16, kHalf };
+constexpr int64_t StorageSize(Storage s) {  // bytes of an element
+  return s == Storage::kDouble ? 8 : (s == Storage::kFloat ? 4 : 2);
+}
 
 constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

@@ -57,6 +57,10 @@ FRNN_BF16 double Seconds() {
 // a one's: then converting to float once is better.
 bool PairsPay() { return Seconds<true>() < 1.5 * Seconds<false>(); }
 
+// What this machine and system let the process use. FUSED_RNN_CPU_CAPABILITY asks for less:
+// avx512_bf16 for vectors, avx512 for none.
+enum class Unit { kNone, kVectors, kTiles };
+
 Unit Detect() {
   const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
   const auto wished = [&](const char* name) { return wish && !std::strcmp(wish, name); };
@@ -93,13 +97,11 @@ FRNN_TILE void ReleaseTiles() { _tile_release(); }
 
 // ---- what sanitizers do not see ----
 
-int64_t BytesOf(Storage s) { return s == Storage::kFloat ? 4 : 2; }
-
 // Elements [k0, k1) of each row that is packed.
 void ShowInput(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1) {
   for (int64_t r = 0; r < rows && kSanitized; r++)
-    ShowAccess(static_cast<const char*>(a) + (r * lda + k0) * BytesOf(s), (k1 - k0) * BytesOf(s),
-               false);
+    ShowAccess(static_cast<const char*>(a) + (r * lda + k0) * StorageSize(s),
+               (k1 - k0) * StorageSize(s), false);
 }
 // Columns k0 .. k1 of the rows of a left operand.
 void ShowRows(const Operand& out, int64_t rows, int64_t k0, int64_t k1) {
@@ -277,7 +279,8 @@ FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, 
 // The tile intrinsics do not tell the compiler which memory they read and write.
 inline void MemoryFence() { asm volatile("" ::: "memory"); }
 
-FRNN_BF16_INLINE void CopyMasked(const float* from, float* to, __mmask16 mask) {
+// Not inlined into lambdas, which have no target.
+FRNN_BF16 void CopyMasked(const float* from, float* to, __mmask16 mask) {
   _mm512_mask_storeu_ps(to, mask, _mm512_maskz_loadu_ps(mask, from));
 }
 
@@ -301,7 +304,7 @@ using Constant = std::integral_constant<int, kValue>;
 // The sums of a block of tiles of c, two by two or up to four in a row or column, in registers 0 .. 3.
 // The intrinsics want registers as literals.
 template <int kCount>
-FRNN_TILE_INLINE void LoadSums(const float* const (&c)[4], int64_t bytes_per_row) {
+FRNN_TILE_INLINE void LoadSums(float* const (&c)[4], int64_t bytes_per_row) {
   _tile_loadd(0, c[0], bytes_per_row);
   if constexpr (kCount > 1) _tile_loadd(1, c[1], bytes_per_row);
   if constexpr (kCount > 2) _tile_loadd(2, c[2], bytes_per_row);
@@ -392,25 +395,22 @@ FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, 
   const bool whole = rows >= kRowTiles * kRows && columns >= kColumnTiles * kRows;
   alignas(64) float edge[kCount][kRows * kRows];
   float* tiles[4];
-  const float* from[4];
-  for (int i = 0; i < kCount; i++) {
-    float* at = c + i / kColumnTiles * kRows * ldc + i % kColumnTiles * kRows;
-    tiles[i] = whole ? at : edge[i];
-    from[i] = tiles[i];
-  }
-  const auto rows_of = [&](int i) { return rows - i / kColumnTiles * kRows; };
-  const auto mask_of = [&](int i) {
-    return __mmask16(Mask(0, columns - i % kColumnTiles * kRows));
+  for (int i = 0; i < kCount; i++)
+    tiles[i] = whole ? c + i / kColumnTiles * kRows * ldc + i % kColumnTiles * kRows : edge[i];
+  // f(row of c, row of an edge tile, columns) for all that there is of c.
+  const auto for_rows = [&](const auto& f) {
+    for (int i = 0; i < kCount; i++) {
+      const int64_t row = i / kColumnTiles * kRows, column = i % kColumnTiles * kRows;
+      for (int64_t r = 0; r < kRows && row + r < rows; r++)
+        f(c + (row + r) * ldc + column, edge[i] + r * kRows, __mmask16(Mask(0, columns - column)));
+    }
   };
   const int64_t bytes_per_row = whole ? ldc * int64_t(sizeof(float)) : kBytesPerRow;
   if (accumulate && !whole)
-    for (int i = 0; i < kCount; i++)
-      for (int64_t r = 0; r < kRows && r < rows_of(i); r++)
-        CopyMasked(c + (i / kColumnTiles * kRows + r) * ldc + i % kColumnTiles * kRows,
-                   edge[i] + r * kRows, mask_of(i));
+    for_rows([](float* of_c, float* of_edge, __mmask16 mask) { CopyMasked(of_c, of_edge, mask); });
   MemoryFence();
   if (accumulate)
-    LoadSums<kCount>(from, bytes_per_row);
+    LoadSums<kCount>(tiles, bytes_per_row);
   else
     ZeroSums();
   if constexpr (kRowTiles == 2 && kColumnTiles == 2)
@@ -420,10 +420,7 @@ FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, 
   StoreSums<kCount>(tiles, bytes_per_row);
   MemoryFence();
   if (!whole)
-    for (int i = 0; i < kCount; i++)
-      for (int64_t r = 0; r < kRows && r < rows_of(i); r++)
-        CopyMasked(edge[i] + r * kRows,
-                   c + (i / kColumnTiles * kRows + r) * ldc + i % kColumnTiles * kRows, mask_of(i));
+    for_rows([](float* of_c, float* of_edge, __mmask16 mask) { CopyMasked(of_edge, of_c, mask); });
 }
 
 // The same on vectors: rows of one left block, 16 columns of each of the right ones.

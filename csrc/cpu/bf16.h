@@ -62,9 +62,6 @@ constexpr int64_t Size(int64_t rows, int64_t depth_blocks, int parts) {
   return Blocks(rows) * depth_blocks * parts * kTile;
 }
 
-// What this machine and system let the process use. FUSED_RNN_CPU_CAPABILITY asks for less:
-// avx512_bf16 for vectors, avx512 for none.
-enum class Unit { kNone, kVectors, kTiles };
 // Whether products of this storage type are faster here than float vectors are.
 bool Available(Storage storage);
 const char* Capability();  // the unit's name, or null for none

@@ -12,9 +12,6 @@ template <class T>
 struct StorageOf {
   static constexpr Storage kValue = sizeof(T) == 4 ? Storage::kFloat : Storage::kDouble;
 };
-FRNN_INLINE int64_t StorageSize(Storage s) {
-  return s == Storage::kDouble ? 8 : (s == Storage::kFloat ? 4 : 2);
-}
 FRNN_INLINE const void* At(const void* p, Storage s, int64_t i) {
   return static_cast<const char*>(p) + i * StorageSize(s);
 }

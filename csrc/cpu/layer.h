@@ -14,6 +14,8 @@
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
 #pragma once
+#include <vector>
+
 #include "core/cell.h"
 #include "core/scratch.h"
 #include "cpu/bf16.h"

@@ -13,7 +13,6 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "core/macros.h"
 #include "cpu/tier.h"
@@ -47,8 +46,8 @@ class Crowd {
 class alignas(128) Flag {
  public:
   void Advance() {
-    phase_.fetch_add(
-        1);  // in one order with sleepers_: either we see a sleeper or it sees the phase
+    // In one order with sleepers_: either we see a sleeper, or it sees the phase.
+    phase_.fetch_add(1);
     if (sleepers_.load()) Wake();
   }
   // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A spin

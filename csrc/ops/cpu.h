@@ -12,6 +12,18 @@ torch_from_blob(void* data, int64_t dim, const int64_t* sizes, const int64_t* st
 
 namespace frnn {
 
+inline int64_t BytesOf(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
 struct Cpu {
   using Kernels = CpuKernels;
   static constexpr const char* kName = "CPU";
@@ -46,8 +58,7 @@ struct Cpu {
       strides[i] = count;
       count *= sizes[i];
     }
-    const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-    const int64_t bytes = count * (dtype == ScalarType::Double ? 8 : (half ? 2 : 4));
+    const int64_t bytes = count * BytesOf(dtype);
     if (torch_from_blob == nullptr || bytes < kPooledBytes) return New(like, sizes, dtype);
     size_t capacity = 0;
     void* data = AcquireScratch(bytes, &capacity);

@@ -58,18 +58,6 @@ PyObject* is_negative;  // torch.Tensor.is_neg
 PyObject* watchers[8];
 Py_ssize_t watcher_count = 0;
 
-int64_t BytesOf(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-    case ScalarType::Long:
-      return 8;
-    case ScalarType::Float:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 // A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
 class Borrowed {
  public:
