@@ -1,5 +1,7 @@
 #include "cpu/bf16.h"
 
+#include "cpu/fixed.h"
+
 #ifdef FRNN_HAS_BF16
 #include <cpuid.h>
 #include <immintrin.h>
@@ -105,12 +107,14 @@ void ShowInput(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, 
 }
 // Columns k0 .. k1 of the rows of a left operand.
 void ShowRows(const Operand& out, int64_t rows, int64_t k0, int64_t k1) {
+  const int parts = TilesOf(out.cut), depth = DepthOf(out.cut);
   for (int64_t r = 0; r < rows && kSanitized; r++)
     for (int64_t k = k0; k < k1; k += kRows)
-      for (int p = 0; p < out.parts; p++)
-        ShowAccess(out.tiles + r / kRows * out.BlockSize() + (k / kDepth * out.parts + p) * kTile +
-                       r % kRows * kDepth + k % kDepth,
-                   kRows * sizeof(Part), true);
+      for (int p = 0; p < parts; p++)
+        ShowAccess(reinterpret_cast<char*>(out.tiles + r / kRows * out.BlockSize() +
+                                           (k / depth * parts + p) * kTile) +
+                       r % kRows * kBytesPerRow + k % depth * kBytesPerRow / depth,
+                   kRows * kBytesPerRow / depth, true);
 }
 void ShowProduct(const Operand& a, int64_t M, const Operand& b, int64_t N, const float* c,
                  int64_t ldc) {
@@ -241,7 +245,7 @@ template <Storage kStorage, int kParts, Order kOrder, bool kLeft>
 FRNN_BF16 bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
   __m512i largest = _mm512_setzero_si512();
   for (int64_t i = 0; i == 0 || i < Blocks(rows); i++)
-    for (int64_t k = 0; k < DepthBlocks(K); k++) {
+    for (int64_t k = 0; k < DepthBlocks(K, out.cut); k++) {
       const int64_t along = k * kDepth, across = i * kRows;
       PackTile<kStorage, kParts, kOrder, kLeft>(
           a, kOrder == Order::kAlong ? across * lda + along : along * lda + across, lda,
@@ -469,6 +473,9 @@ FRNN_BF16 void MultiplyVectors(const Operand& a, int64_t row, const Operand& b, 
       _mm512_mask_storeu_ps(c + r * ldc + j * kRows, mask_of(j), sum[r][j]);
 }
 
+// Products of less depth do not repay the sums of digits that each ends with.
+constexpr int64_t kFixedDepth = 192;
+
 Unit TheUnit() {
   static const Unit unit = Detect();
   return unit;
@@ -480,6 +487,12 @@ bool Available(Storage storage) {
   // Vectors multiply two bfloat16 in the time of one float, which six products per float do not repay.
   return TheUnit() == Unit::kTiles ||
          (TheUnit() == Unit::kVectors && storage == Storage::kBFloat16);
+}
+
+Cut CutOf(Storage s, int64_t K) {
+  if (s != Storage::kFloat) return s == Storage::kBFloat16 ? Cut::kOne : Cut::kTwo;
+  const bool fixed = K >= kFixedDepth && TheUnit() == Unit::kTiles && fixed::Available();
+  return fixed ? Cut::kFixed : Cut::kThree;
 }
 
 const char* Capability() {
@@ -495,14 +508,16 @@ Session::~Session() {
 }
 
 bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-              int64_t K, const Operand& out) {
+              int64_t K, const Operand& out, bool measured) {
   ShowInput(a, s, lda, rows, k0, k1 < K ? k1 : K);
   ShowRows(out, rows, k0, k1);
-  switch (out.parts) {
-    case 1:
+  switch (out.cut) {
+    case Cut::kFixed:
+      return fixed::PackRows(static_cast<const float*>(a), lda, rows, k0, k1, K, out, measured);
+    case Cut::kOne:
       return s == Storage::kFloat ? PackRowsOf<Storage::kFloat, 1>(a, lda, rows, k0, k1, K, out)
                                   : PackRowsOf<Storage::kBFloat16, 1>(a, lda, rows, k0, k1, K, out);
-    case 2:
+    case Cut::kTwo:
       return s == Storage::kFloat ? PackRowsOf<Storage::kFloat, 2>(a, lda, rows, k0, k1, K, out)
                                   : PackRowsOf<Storage::kHalf, 2>(a, lda, rows, k0, k1, K, out);
     default:
@@ -512,7 +527,8 @@ bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, i
 
 bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
   ShowInput(a, Storage::kFloat, lda, K, 0, rows);
-  return out.parts == 2
+  if (out.cut == Cut::kFixed) return fixed::PackLeftAcross(a, lda, rows, K, out);
+  return out.cut == Cut::kTwo
              ? PackBlocks<Storage::kFloat, 2, Order::kAcross, true>(a, lda, rows, K, out)
              : PackBlocks<Storage::kFloat, 3, Order::kAcross, true>(a, lda, rows, K, out);
 }
@@ -528,15 +544,17 @@ bool PackRightOf(const void* b, int64_t ldb, Order order, int64_t columns, int64
 }  // namespace
 
 bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
-               const Operand& out) {
+               const Operand& out, bool measured) {
   const bool along = order == Order::kAlong;
   ShowInput(b, s, ldb, along ? columns : K, 0, along ? K : columns);
-  switch (out.parts) {
-    case 1:
+  switch (out.cut) {
+    case Cut::kFixed:
+      return fixed::PackRight(static_cast<const float*>(b), ldb, order, columns, K, out, measured);
+    case Cut::kOne:
       return s == Storage::kFloat
                  ? PackRightOf<Storage::kFloat, 1>(b, ldb, order, columns, K, out)
                  : PackRightOf<Storage::kBFloat16, 1>(b, ldb, order, columns, K, out);
-    case 2:
+    case Cut::kTwo:
       return s == Storage::kFloat ? PackRightOf<Storage::kFloat, 2>(b, ldb, order, columns, K, out)
                                   : PackRightOf<Storage::kHalf, 2>(b, ldb, order, columns, K, out);
     default:
@@ -654,7 +672,8 @@ void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, flo
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
               bool accumulate, bool backwards) {
   ShowProduct(a, M, b, N, c, ldc);
-  switch (a.parts * 4 + b.parts) {
+  if (a.cut == Cut::kFixed) return fixed::Multiply(a, M, b, N, c, ldc, accumulate, backwards);
+  switch (int(a.cut) * 4 + int(b.cut)) {
     case 3 * 4 + 3:
       return MultiplyParts<3, 3>(a, M, b, N, c, ldc, accumulate, backwards);
     case 2 * 4 + 2:

@@ -32,34 +32,44 @@ constexpr bool kCompiled = false;
 
 using Part = uint16_t;  // a bfloat16
 constexpr int kRows = 16, kDepth = 32;
-// Parts that hold any number of a storage type.
-constexpr int PartsOf(Storage s) {
-  return s == Storage::kBFloat16 ? 1 : (s == Storage::kHalf ? 2 : 3);
-}
+// How elements are cut: into one to three bfloat16, or into digits of fixed point (cpu/fixed.h).
+enum class Cut { kOne = 1, kTwo, kThree, kFixed };
+// A cut that holds any number of a storage type in operands of this depth.
+#ifdef FRNN_HAS_BF16
+Cut CutOf(Storage s, int64_t K);
+#else
+inline Cut CutOf(Storage, int64_t) { return Cut::kThree; }
+#endif
 // A float among numbers of a storage type: rounding it to one bfloat16 would show.
-constexpr int PartsBeside(Storage s) { return s == Storage::kFloat ? 3 : 2; }
-constexpr int kTile = kRows * kDepth;  // Parts of a tile
+inline Cut CutBeside(Storage s, int64_t K) {
+  return s == Storage::kFloat ? CutOf(s, K) : Cut::kTwo;
+}
+constexpr int TilesOf(Cut cut) { return cut == Cut::kFixed ? 3 : int(cut); }
+constexpr int DepthOf(Cut cut) { return cut == Cut::kFixed ? 2 * kDepth : kDepth; }
+constexpr int kTile = kRows * kDepth;  // Parts of a tile, of 64 bytes a row
 constexpr float kLargest = 16777216;   // of an element, in magnitude
 
-// An operand: [block of kRows rows or columns][block of kDepth][part][kTile].
+// An operand: [block of kRows rows or columns][block of the depth][part][kTile].
 struct Operand {
   Part* tiles;
   int64_t depth_blocks;
-  int parts;
+  Cut cut;
+  float* largest;  // of the elements of a row or column, in magnitude; Cut::kFixed only
 
-  int64_t BlockSize() const { return depth_blocks * parts * kTile; }
+  int64_t BlockSize() const { return depth_blocks * TilesOf(cut) * kTile; }
+  int64_t PaddedDepth() const { return depth_blocks * DepthOf(cut); }
   // The operand from a row (a multiple of kRows), or from a block of the depth, on.
   Operand Row(int64_t row) const {
-    return {tiles + row / kRows * BlockSize(), depth_blocks, parts};
+    return {tiles + row / kRows * BlockSize(), depth_blocks, cut, largest + row};
   }
   Operand Depth(int64_t block) const {
-    return {tiles + block * parts * kTile, depth_blocks, parts};
+    return {tiles + block * TilesOf(cut) * kTile, depth_blocks, cut, largest};
   }
 };
 constexpr int64_t Blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
-constexpr int64_t DepthBlocks(int64_t K) { return (K + kDepth - 1) / kDepth; }
-constexpr int64_t Size(int64_t rows, int64_t depth_blocks, int parts) {
-  return Blocks(rows) * depth_blocks * parts * kTile;
+constexpr int64_t DepthBlocks(int64_t K, Cut cut) { return (K + DepthOf(cut) - 1) / DepthOf(cut); }
+constexpr int64_t Size(int64_t rows, int64_t depth_blocks, Cut cut) {
+  return Blocks(rows) * depth_blocks * TilesOf(cut) * kTile;
 }
 
 // Whether products of this storage type are faster here than float vectors are.
@@ -82,14 +92,15 @@ class Session {
 // at k * ld + r.
 enum class Order { kAlong, kAcross };
 
+// `measured`: see cpu/fixed.h.
 // Each packs elements [0, rows) x [0, K) into `out`, the last block of the depth padded with zeros,
 // and at least one block of rows. False if an element is out of range. PackRows writes the columns k0
 // .. k1 only, multiples of 16, of which those from K on are zero.
 bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-              int64_t K, const Operand& out);
+              int64_t K, const Operand& out, bool measured = false);
 bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out);
 bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
-               const Operand& out);
+               const Operand& out, bool measured = false);
 
 // c[M][N] (+)= a b, over all the depth, the blocks of b from the first to the last or backwards. Who
 // walks through b again and again does it in turns: what was last is still in the cache.

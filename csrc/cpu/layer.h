@@ -19,6 +19,7 @@
 #include "core/cell.h"
 #include "core/scratch.h"
 #include "cpu/bf16.h"
+#include "cpu/fixed.h"
 #include "cpu/gemm.h"
 #include "cpu/threads.h"
 
@@ -79,6 +80,24 @@ class Layer {
       return p.B >= batch && p.rows >= 256 && bf16::Available(p.storage);
     }
     return false;
+  }
+  static bf16::Operand TakeTiles(Scratch& s, bool tiled, int64_t rows, int64_t K, bf16::Cut cut) {
+    const int64_t depth = bf16::DepthBlocks(K, cut);
+    const bool fixed = tiled && cut == bf16::Cut::kFixed;
+    return {s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, cut) : 0), depth, cut,
+            s.Take<float>(fixed ? RoundUp(rows, bf16::kRows) : 0)};
+  }
+  // Fixed point needs the largest element of n whole rows, of which each thread has some columns:
+  // measure(largest) looks at those. False for other cuts, which need none.
+  template <class F>
+  static bool ShareLargest(Team& team, const bf16::Operand& to, float* largest, int64_t n,
+                           const F& measure) {
+    if (to.cut != bf16::Cut::kFixed) return false;
+    const int64_t stride = RoundUp(n, bf16::kRows);
+    measure(largest + team.id * stride);
+    team.Sync();
+    fixed::Largest(largest, stride, team.size, n, to.largest);
+    return true;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   // Packing W is one pass over it and makes its rows columns, so that a product needs no sums over
@@ -298,14 +317,16 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   const int64_t hs_stride = HsStride(p.H, p.Hout);
   const bool direct_y = p.storage == kOwn && !projected;
 
-  const int64_t x_depth = bf16::DepthBlocks(p.I), h_depth = bf16::DepthBlocks(p.Hout);
-
   struct Own {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
     bf16::Operand w_ih_tiles, w_hh_tiles, x_tiles;
+    bf16::Operand h_tiles[2];  // as below, with the team's measurements
   };
   std::vector<Own> own(threads);
-  bf16::Operand h_tiles[2] = {};  // of h before a step, by the parity of the step
+  // By the parity of the step: h before it, and what each thread measured of its columns.
+  bf16::Operand h_tiles[2] = {};
+  float* h_largest[2] = {nullptr, nullptr};
+  const int64_t batch = RoundUp(p.B, bf16::kRows);
   // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
   // not (counted on over both directions).
   std::atomic<bool> fit{tiled};
@@ -316,10 +337,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     to.w_ih = s.Take<T>(unpacked_x ? 0 : own_panels * p.I * C::kX * kUnits);
     to.w_hh = s.Take<T>(unpacked_h ? 0 : own_panels * p.Hout * C::kH * kUnits);
   };
-  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t depth) {
-    const int parts = bf16::PartsOf(p.storage);
-    return bf16::Operand{s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, parts) : 0), depth,
-                         parts};
+  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K) {
+    return TakeTiles(s, tiled, rows, K, bf16::CutOf(p.storage, K));
   };
   Scratch scratch;
   std::vector<Scratch> spare(threads);  // the weights as vectors, where tiles do not fit
@@ -333,11 +352,19 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].gates_h = s.Take<T>((tiled ? kTiledBlock : TileRows<V>(kHVecs)) * gates_h_stride);
       own[i].c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       own[i].x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
-      own[i].w_ih_tiles = take_tiles(s, own_panels * kXVecs * N, x_depth);
-      own[i].w_hh_tiles = take_tiles(s, own_panels * kHVecs * N, h_depth);
-      own[i].x_tiles = take_tiles(s, kTiledInput, x_depth);
+      own[i].w_ih_tiles = take_tiles(s, own_panels * kXVecs * N, p.I);
+      own[i].w_hh_tiles = take_tiles(s, own_panels * kHVecs * N, p.Hout);
+      own[i].x_tiles = take_tiles(s, kTiledInput, p.I);
     }
-    for (bf16::Operand& tiles : h_tiles) tiles = take_tiles(s, p.B, h_depth);
+    for (int i = 0; i < 2; i++) {
+      h_tiles[i] = take_tiles(s, p.B, p.Hout);
+      const bool fixed = tiled && h_tiles[i].cut == bf16::Cut::kFixed;
+      h_largest[i] = s.Take<float>(fixed ? threads * batch : 0);
+      for (Own& to : own) {
+        to.h_tiles[i] = h_tiles[i];
+        if (fixed) to.h_tiles[i].largest = s.Take<float>(batch);
+      }
+    }
     if (!in_place)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
@@ -355,10 +382,15 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     // h of n rows as the tiles of a step: the columns of this thread.
     const auto share_h = [&](const T* h, int64_t ldh, int64_t n, int dir, int64_t step) {
       bool fits = true;
-      if constexpr (kTiles)
+      if constexpr (kTiles) {
+        const bf16::Operand& to = my.h_tiles[step & 1];
+        const bool measured = ShareLargest(team, to, h_largest[step & 1], n, [&](float* largest) {
+          fixed::Measure(h, ldh, bf16::Order::kAlong, n, first, first + valid, largest, false);
+        });
         fits = bf16::PackRows(h, kOwn, ldh, n, first,
-                              team.id + 1 == team.size ? h_depth * bf16::kDepth : last, p.Hout,
-                              h_tiles[step & 1]);
+                              team.id + 1 == team.size ? to.PaddedDepth() : last, p.Hout, to,
+                              measured);
+      }
       if (!fits) misfit_h[step & 1].store(dir * p.T + step, std::memory_order_relaxed);
       return fits;
     };
@@ -468,7 +500,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           bool x_tiles = false;
           if constexpr (kTiles)
             x_tiles = tiles && bf16::PackRows(At(x, x_storage, r * ldx), x_storage, ldx, n, 0,
-                                              x_depth * bf16::kDepth, p.I, my.x_tiles);
+                                              my.x_tiles.PaddedDepth(), p.I, my.x_tiles);
           if (!x_tiles) pack();
           if (!x_tiles && x_storage != kOwn) stage();
           for (int64_t i = 0; i < count && !x_tiles; i++)
@@ -526,8 +558,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
               for (int64_t r = 0; r < n; r += kTiledBlock) {
                 const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
                 const int64_t panels_now = count - at < group ? count - at : group;
-                bf16::Multiply(h_tiles[step & 1].Row(r), rows, my.w_hh_tiles.Row(at * kHVecs * N),
-                               panels_now * kHVecs * N, my.gates_h, gates_h_stride, false);
+                bf16::Multiply(my.h_tiles[step & 1].Row(r), rows,
+                               my.w_hh_tiles.Row(at * kHVecs * N), panels_now * kHVecs * N,
+                               my.gates_h, gates_h_stride, false);
                 for (int64_t j = 0; j < panels_now; j++) GateMath(step_rows(at + j), r, int(rows));
               }
             }

@@ -25,7 +25,7 @@ class WeightGrad {
   T *pack_a, *pack_b;  // this thread's; the team's
   // With tiles: the same, and the last block whose right side is out of range, as the number of its
   // first row (counted on over all directions).
-  bf16::Part *tiles_a, *tiles_b;
+  bf16::Operand tiles_a, tiles_b;
   std::atomic<int64_t>* misfit;
   int64_t number;
   T* sum;    // [gates * H, cols] in the computing type where dw is stored in 16 bits
@@ -37,13 +37,6 @@ class WeightGrad {
   static int64_t PackBSize(int64_t rows, int64_t cols) {
     return RoundUp(cols, kWidth) * Block(rows);
   }
-  static int64_t TilesASize(int64_t rows) {
-    return bf16::Size(kTileGroup * bf16::kRows, bf16::DepthBlocks(Block(rows)), 3);
-  }
-  static int64_t TilesBSize(int64_t rows, int64_t cols) {
-    return bf16::Size(RoundUp(cols, kWidth), bf16::DepthBlocks(Block(rows)), 3);
-  }
-
   // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width,
   // into dst [n][kWidth].
   template <class F>
@@ -75,7 +68,7 @@ class WeightGrad {
         h.PackRight(team, load_h, r0);
         team.Sync();
         const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
-        const bf16::Operand left{x.tiles_a, bf16::DepthBlocks(n), bf16::PartsBeside(x.storage)};
+        const bf16::Operand left = OfDepth(x.tiles_a, n);
         int64_t before = 0;  // weight of the gradients so far
         bool back = false;
         for (int q = 0; q < gradients; q++) {
@@ -129,9 +122,11 @@ class WeightGrad {
     return uses;
   }
 
-  bf16::Operand Right(int64_t r0) const {
-    return {tiles_b, bf16::DepthBlocks(Length(r0)), bf16::PartsOf(storage)};
+  static bf16::Operand OfDepth(bf16::Operand tiles, int64_t K) {
+    tiles.depth_blocks = bf16::DepthBlocks(K, tiles.cut);
+    return tiles;
   }
+  bf16::Operand Right(int64_t r0) const { return OfDepth(tiles_b, Length(r0)); }
   template <class F>
   void PackRight(Team& team, const F& load, int64_t r0) const {
     if (!dw) return;
@@ -274,20 +269,25 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   const bool stage_dy = p.dy != nullptr && narrow;
   // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
   // summed one by one, so that an operand stays in the second-level cache.
-  const int64_t gate_depth = bf16::DepthBlocks(p.H), h_depth = C::kH * gate_depth;
-  const int parts = bf16::PartsOf(p.storage), d_parts = bf16::PartsBeside(p.storage);
+  const bf16::Cut cut = bf16::CutOf(p.storage, p.H), d_cut = bf16::CutBeside(p.storage, p.H);
+  const int64_t gate_depth = bf16::DepthBlocks(p.H, cut);
+  const int64_t padded_gate = gate_depth * bf16::DepthOf(cut), batch = RoundUp(p.B, bf16::kRows);
+  const int64_t grad_depth = WeightGrad<V>::Block(p.rows);
+  const bf16::Cut grad_cut = bf16::CutOf(p.storage, grad_depth),
+                  d_grad_cut = bf16::CutBeside(p.storage, grad_depth);
 
   struct Own {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
-    bf16::Operand w_hh_tiles, d_tiles;
-    bf16::Part* tiles_a;
+    bf16::Operand w_hh_tiles, dx_tiles, tiles_a;
+    bf16::Operand d_tiles[2];  // as below, with the team's measurements
   };
   std::vector<Own> own(threads);
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
     *pack_b = nullptr, *sum_ih = nullptr, *sum_hh = nullptr, *dx_sum = nullptr;
-  // d of a step, by its parity; W_ih by gates; the right sides of dW, x and h.
-  bf16::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {};
-  bf16::Part *x_right = nullptr, *h_right = nullptr;
+  // d of a step, by its parity, and what each thread measured of its columns; W_ih by gates; the right
+  // sides of dW, x and h.
+  bf16::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {}, x_right = {}, h_right = {};
+  float* d_largest[2] = {nullptr, nullptr};
   // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
   std::atomic<bool> fit_w_hh{tiled}, fit_w_ih{tiled}, fit_d{tiled};
   std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block[2] = {{-1}, {-1}};
@@ -295,9 +295,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   const auto take_w_ih = [&](Scratch& s) {
     return s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0);
   };
-  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t depth, int parts) {
-    return bf16::Operand{s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, parts) : 0), depth,
-                         parts};
+  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K, bf16::Cut cut) {
+    return TakeTiles(s, tiled, rows, K, cut);
   };
   Scratch scratch, spare_w_ih;
   std::vector<Scratch> spare(threads);  // spare: for vectors where tiles do not fit
@@ -310,16 +309,25 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       own[i].db = s.Take<T>(own_panels * C::kD * kUnits);
       own[i].dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
       own[i].pack_a = s.Take<T>(WeightGrad<V>::PackASize(p.rows));
-      own[i].w_hh_tiles = take_tiles(s, own_columns, h_depth, parts);
-      own[i].d_tiles = take_tiles(s, p.dx ? x_rows : 0, gate_depth, d_parts);
+      own[i].w_hh_tiles = take_tiles(s, own_columns, C::kH * padded_gate, cut);
+      own[i].dx_tiles = take_tiles(s, p.dx ? x_rows : 0, p.H, d_cut);
       own[i].dx_rows = s.Take<T>(tiled && narrow && p.dx ? x_rows * p.I : 0);
-      own[i].tiles_a = s.Take<bf16::Part>(tiled ? WeightGrad<V>::TilesASize(p.rows) : 0);
+      own[i].tiles_a =
+          take_tiles(s, WeightGrad<V>::kTileGroup * bf16::kRows, grad_depth, d_grad_cut);
     }
-    for (bf16::Operand& tiles : d_tiles) tiles = take_tiles(s, p.B, h_depth, d_parts);
+    for (int i = 0; i < 2; i++) {
+      d_tiles[i] = take_tiles(s, p.B, C::kH * padded_gate, d_cut);
+      const bool fixed = tiled && d_cut == bf16::Cut::kFixed;
+      d_largest[i] = s.Take<float>(fixed ? threads * batch : 0);
+      for (Own& to : own) {
+        to.d_tiles[i] = d_tiles[i];
+        if (fixed) to.d_tiles[i].largest = s.Take<float>(batch);
+      }
+    }
     for (bf16::Operand& tiles : w_ih_tiles)
-      tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, gate_depth, parts);
-    x_right = s.Take<bf16::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.I) : 0);
-    h_right = s.Take<bf16::Part>(tiled ? WeightGrad<V>::TilesBSize(p.rows, p.Hout) : 0);
+      tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, p.H, cut);
+    x_right = take_tiles(s, RoundUp(p.I, kTileWidth), grad_depth, grad_cut);
+    h_right = take_tiles(s, RoundUp(p.Hout, kTileWidth), grad_depth, grad_cut);
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
@@ -362,11 +370,17 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         packed = true;
       };
       if constexpr (kTiles)
-        for (int q = 0; q < C::kH && tiled && valid > 0; q++)
-          if (!bf16::PackRight(At(w.w_hh, p.storage, q * p.H * p.Hout + first), p.storage, p.Hout,
-                               bf16::Order::kAcross, valid, p.H,
-                               my.w_hh_tiles.Depth(q * gate_depth)))
-            fit_w_hh.store(false, std::memory_order_relaxed);
+        if (tiled && valid > 0) {
+          const bool measured = cut == bf16::Cut::kFixed;
+          if (measured)
+            fixed::Measure(static_cast<const float*>(w.w_hh) + first, p.Hout, bf16::Order::kAcross,
+                           valid, 0, C::kH * p.H, my.w_hh_tiles.largest, false);
+          for (int q = 0; q < C::kH; q++)
+            if (!bf16::PackRight(At(w.w_hh, p.storage, q * p.H * p.Hout + first), p.storage, p.Hout,
+                                 bf16::Order::kAcross, valid, p.H,
+                                 my.w_hh_tiles.Depth(q * gate_depth), measured))
+              fit_w_hh.store(false, std::memory_order_relaxed);
+        }
       if (projected)
         ForColumnTiles<V>(mine.begin * kPanelVecs, mine.end * kPanelVecs, [&](int64_t v, auto nv) {
           constexpr int NV = decltype(nv)::value;
@@ -491,12 +505,19 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         const int64_t step_number = dir * p.T + step;
         if constexpr (kTiles)
           if (tiled) {
-            const int64_t end =
-                team.id + 1 == team.size ? gate_depth * bf16::kDepth : mine.end * kUnits;
+            const bf16::Operand& to = my.d_tiles[step & 1];
+            const auto gate = [&](int q) { return d + row * d_stride + C::kDh[q] * gate_stride; };
+            const int64_t begin = mine.begin * kUnits, end = mine.end * kUnits;
+            const bool measured =
+                ShareLargest(team, to, d_largest[step & 1], n, [&](float* largest) {
+                  for (int q = 0; q < C::kH; q++)
+                    fixed::Measure(gate(q), d_stride, bf16::Order::kAlong, n, begin,
+                                   end < p.H ? end : p.H, largest, q > 0);
+                });
             for (int q = 0; q < C::kH; q++)
-              bf16::PackRows(d + row * d_stride + C::kDh[q] * gate_stride, kOwn, d_stride, n,
-                             mine.begin * kUnits, end, p.H,
-                             d_tiles[step & 1].Depth(q * gate_depth));
+              bf16::PackRows(gate(q), kOwn, d_stride, n, begin,
+                             team.id + 1 == team.size ? padded_gate : end, p.H,
+                             to.Depth(q * gate_depth), measured);
             if (!Below(largest, bf16::kLargest)) {
               misfit_d[step & 1].store(step_number, std::memory_order_relaxed);
               fit_d.store(false, std::memory_order_relaxed);
@@ -507,7 +528,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                                 misfit_d[step & 1].load(std::memory_order_relaxed) != step_number;
         if constexpr (kTiles)
           if (step_tiles && go_on && valid > 0)
-            bf16::Multiply(d_tiles[step & 1], n, my.w_hh_tiles, valid, dh + first, h_stride,
+            bf16::Multiply(my.d_tiles[step & 1], n, my.w_hh_tiles, valid, dh + first, h_stride,
                            !projected, step % 2);
         if (!step_tiles) pack();
         if (go_on && !step_tiles)
@@ -584,8 +605,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
               T* out = narrow ? my.dx_rows : static_cast<T*>(p.dx) + r0 * p.I;
               for (int q = 0; q < C::kX && width > 0; q++) {
                 bf16::PackRows(d + r0 * d_stride + C::kDx[q] * gate_stride, kOwn, d_stride, n, 0,
-                               gate_depth * bf16::kDepth, p.H, my.d_tiles);
-                bf16::Multiply(my.d_tiles, n, w_ih_tiles[q].Row(col), width, out + col, p.I,
+                               padded_gate, p.H, my.dx_tiles);
+                bf16::Multiply(my.dx_tiles, n, w_ih_tiles[q].Row(col), width, out + col, p.I,
                                q > 0 || (dir == 1 && !narrow));
               }
               for (int64_t r = 0; r < n && narrow && width > 0; r++) {
