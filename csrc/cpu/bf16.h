@@ -54,16 +54,20 @@ struct Operand {
   Part* tiles;
   int64_t depth_blocks;
   Cut cut;
-  float* largest;  // of the elements of a row or column, in magnitude; Cut::kFixed only
+  // Cut::kFixed only: of each row or column, the largest element in magnitude, and what all elements k
+  // are multiplied by (null: 1).
+  float* largest;
+  const float* factors;
 
   int64_t BlockSize() const { return depth_blocks * TilesOf(cut) * kTile; }
   int64_t PaddedDepth() const { return depth_blocks * DepthOf(cut); }
   // The operand from a row (a multiple of kRows), or from a block of the depth, on.
   Operand Row(int64_t row) const {
-    return {tiles + row / kRows * BlockSize(), depth_blocks, cut, largest + row};
+    return {tiles + row / kRows * BlockSize(), depth_blocks, cut, largest + row, factors};
   }
   Operand Depth(int64_t block) const {
-    return {tiles + block * TilesOf(cut) * kTile, depth_blocks, cut, largest};
+    return {tiles + block * TilesOf(cut) * kTile, depth_blocks, cut, largest,
+            factors ? factors + block * bf16::DepthOf(cut) : nullptr};
   }
 };
 constexpr int64_t Blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }

@@ -4,6 +4,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "core/sanitize.h"
@@ -23,7 +24,6 @@ namespace fixed {
 namespace {
 
 using bf16::Blocks;
-using bf16::kLargest;
 using bf16::kRows;
 using Digit = int8_t;
 constexpr int kDepth = 64, kDigits = 3, kTile = kRows * kDepth;
@@ -32,6 +32,8 @@ constexpr int kBytesPerRow = 64;  // of a tile
 constexpr float kMost = 127 * 65536 + 127 * 256;
 // Rows whose largest element is below kTiny are scaled up before they are divided by it.
 constexpr float kTiny = 0x1p-100f, kUp = 0x1p80f;
+// Operands with a larger one, times its factor, are refused: inf and NaN are, and products stay finite.
+constexpr float kLargest = 0x1p84f;
 
 Digit* Tiles(const Operand& a) { return reinterpret_cast<Digit*>(a.tiles); }
 int64_t DepthBlocks(int64_t K) { return (K + kDepth - 1) / kDepth; }
@@ -48,12 +50,19 @@ FRNN_VECTOR_INLINE __m512i Larger(__m512i largest, __m512 x) {
                           _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }
 
+// 16 elements along the depth, times their factors.
+FRNN_VECTOR_INLINE __m512 LoadAlong(const float* a, const float* factors, int64_t k,
+                                    __mmask16 mask) {
+  const __m512 x = _mm512_maskz_loadu_ps(mask, a + k);
+  return factors ? _mm512_mul_ps(x, _mm512_maskz_loadu_ps(mask, factors + k)) : x;
+}
+
 FRNN_VECTOR void MeasureAlong(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-                              float* largest, bool more) {
+                              const float* factors, float* largest, bool more) {
   for (int64_t r = 0; r < rows; r++) {
     __m512i found = _mm512_setzero_si512();
     for (int64_t k = k0; k < k1; k += 16)
-      found = Larger(found, _mm512_maskz_loadu_ps(Lanes16(k1 - k), a + r * lda + k));
+      found = Larger(found, LoadAlong(a + r * lda, factors, k, Lanes16(k1 - k)));
     uint32_t bits = _mm512_reduce_max_epu32(found), before;
     std::memcpy(&before, largest + r, sizeof(before));
     if (more && before > bits) bits = before;
@@ -61,7 +70,7 @@ FRNN_VECTOR void MeasureAlong(const float* a, int64_t lda, int64_t rows, int64_t
   }
 }
 FRNN_VECTOR void MeasureAcross(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-                               float* largest, bool more) {
+                               const float* factors, float* largest, bool more) {
   // Four vectors of columns at once: a line of memory is read before the next one is.
   for (int64_t r = 0; r < rows; r += 64) {
     __m512i found[4];
@@ -71,11 +80,49 @@ FRNN_VECTOR void MeasureAcross(const float* a, int64_t lda, int64_t rows, int64_
       found[i] =
           more ? _mm512_maskz_loadu_epi32(mask[i], largest + r + 16 * i) : _mm512_setzero_si512();
     }
-    for (int64_t k = k0; k < k1; k++)
+    for (int64_t k = k0; k < k1; k++) {
+      const __m512 factor = _mm512_set1_ps(factors ? factors[k] : 1);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++)
-        found[i] = Larger(found[i], _mm512_maskz_loadu_ps(mask[i], a + k * lda + r + 16 * i));
+        found[i] =
+            Larger(found[i],
+                   _mm512_mul_ps(factor, _mm512_maskz_loadu_ps(mask[i], a + k * lda + r + 16 * i)));
+    }
     for (int i = 0; i < 4; i++) _mm512_mask_storeu_epi32(largest + r + 16 * i, mask[i], found[i]);
+  }
+}
+
+// Adds 16 elements to sums of exponents and to counts.
+FRNN_VECTOR_INLINE void AddSizes(__m512 x, __m512i& exponents, __m512i& counts) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+  const __mmask16 some = _mm512_test_epi32_mask(bits, bits);
+  exponents =
+      _mm512_mask_add_epi32(exponents, some, exponents,
+                            _mm512_sub_epi32(_mm512_srli_epi32(bits, 23), _mm512_set1_epi32(127)));
+  counts = _mm512_mask_add_epi32(counts, some, counts, _mm512_set1_epi32(1));
+}
+
+// size_of(k) is the logarithm to base 2 of the size of elements k, in sixteenths, or kNoSize. A factor is
+// what lies further than half or twice from their mean: where the other side's elements are alike, what
+// one side gains the other one loses, and balancing all of it would lose by the rounding of factors.
+constexpr int kNoSize = 1 << 30, kMostExponent = 60;
+template <class F>
+void FactorsOf(int64_t K, const F& size_of, float* factors, float* inverse) {
+  int64_t sum = 0, count = 0;
+  for (int64_t k = 0; k < K; k++)
+    if (const int size = size_of(k); size != kNoSize) {
+      sum += size;
+      count++;
+    }
+  const int mean = count > 0 ? int(sum / count) : 0;
+  for (int64_t k = 0; k < K; k++) {
+    const int size = size_of(k);
+    const int excess = size == kNoSize ? 0 : (size - mean) / 16;  // towards 0
+    const int most = excess > kMostExponent ? kMostExponent : excess;
+    const int bounded = most < -kMostExponent ? -kMostExponent : most;
+    const int exponent = bounded > 0 ? bounded - 1 : (bounded < 0 ? bounded + 1 : 0);
+    factors[k] = std::ldexp(1.f, exponent);
+    inverse[k] = std::ldexp(1.f, -exponent);
   }
 }
 
@@ -175,7 +222,7 @@ FRNN_VECTOR_INLINE void Transpose16(__m512i (&v)[16]) {
 // one [k / 4][column][k % 4].
 template <Order kOrder, bool kLeft>
 FRNN_VECTOR_INLINE void PackTile(const float* a, int64_t lda, int64_t rows, int64_t K,
-                                 const float* largest, Digit* out) {
+                                 const float* factors, const float* largest, Digit* out) {
   constexpr bool kAlong = kOrder == Order::kAlong;
   alignas(64) __m512i lines[kDigits][16];
   const Scale across = ScaleOf(_mm512_maskz_loadu_ps(kAlong ? 0 : Lanes16(rows), largest));
@@ -185,8 +232,12 @@ FRNN_VECTOR_INLINE void PackTile(const float* a, int64_t lda, int64_t rows, int6
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       const int64_t k = kAlong ? 16 * j : 4 * i + j;
-      const __mmask16 mask = kAlong ? (i < rows ? Lanes16(K - k) : 0) : (k < K ? Lanes16(rows) : 0);
-      n[j] = Digits(_mm512_maskz_loadu_ps(mask, a + (kAlong ? i * lda + k : k * lda)), scale);
+      if constexpr (kAlong) {
+        n[j] = Digits(LoadAlong(a + i * lda, factors, k, i < rows ? Lanes16(K - k) : 0), scale);
+      } else {
+        const __m512 x = _mm512_maskz_loadu_ps(k < K ? Lanes16(rows) : 0, a + k * lda);
+        n[j] = Digits(_mm512_mul_ps(x, _mm512_set1_ps(factors && k < K ? factors[k] : 1)), scale);
+      }
     }
     if constexpr (kAlong)
       GatherAlong(n, line);
@@ -210,7 +261,8 @@ FRNN_VECTOR void PackBlocks(const float* a, int64_t lda, int64_t rows, int64_t K
       const int64_t along = k * kDepth, across = i * kRows;
       PackTile<kOrder, kLeft>(
           a + (kOrder == Order::kAlong ? across * lda + along : along * lda + across), lda,
-          Least(rows - across, kRows), Least(K - along, kDepth), out.largest + across,
+          Least(rows - across, kRows), Least(K - along, kDepth),
+          out.factors ? out.factors + along : nullptr, out.largest + across,
           Tiles(out.Row(across)) + k * kDigits * kTile);
     }
 }
@@ -226,7 +278,7 @@ FRNN_VECTOR void PackRowsOf(const float* a, int64_t lda, int64_t rows, int64_t k
       for (int j = 0; j < 4; j++) {
         const int64_t k = begin + 16 * j;
         const __mmask16 mask = k < k0 ? 0 : Lanes16(Least(k1, K) - k);
-        n[j] = Digits(_mm512_maskz_loadu_ps(mask, a + r * lda + k), scale);
+        n[j] = Digits(LoadAlong(a + r * lda, out.factors, k, mask), scale);
       }
       GatherAlong(n, line);
       const auto below = [](int64_t n) { return n <= 0 ? 0 : (n >= 64 ? ~0ull : (1ull << n) - 1); };
@@ -352,9 +404,62 @@ bool Available() {
 }
 
 void Measure(const float* a, int64_t lda, Order order, int64_t rows, int64_t k0, int64_t k1,
-             float* largest, bool more) {
-  order == Order::kAlong ? MeasureAlong(a, lda, rows, k0, k1, largest, more)
-                         : MeasureAcross(a, lda, rows, k0, k1, largest, more);
+             const float* factors, float* largest, bool more) {
+  order == Order::kAlong ? MeasureAlong(a, lda, rows, k0, k1, factors, largest, more)
+                         : MeasureAcross(a, lda, rows, k0, k1, factors, largest, more);
+}
+
+FRNN_VECTOR void MeasureRows(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
+                             Size* sizes) {
+  for (int64_t k = 0; k < K; k++) {
+    __m512i exponents = _mm512_setzero_si512(), counts = exponents;
+    for (int64_t i = begin; i < end; i += 16)
+      AddSizes(_mm512_maskz_loadu_ps(Lanes16(end - i), w + k * ldw + i), exponents, counts);
+    sizes[k] = {_mm512_reduce_add_epi32(exponents), _mm512_reduce_add_epi32(counts)};
+  }
+}
+
+FRNN_VECTOR void MeasureColumns(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
+                                Size* sizes, bool more) {
+  for (int64_t k = 0; k < K; k += 64) {  // a line of memory is read before the next one is
+    __m512i exponents[4] = {}, counts[4] = {};
+    for (int64_t r = begin; r < end; r++)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++)
+        AddSizes(_mm512_maskz_loadu_ps(Lanes16(K - k - 16 * i), w + r * ldw + k + 16 * i),
+                 exponents[i], counts[i]);
+    alignas(64) int32_t e[64], n[64];
+    for (int i = 0; i < 4; i++) {
+      _mm512_store_si512(e + 16 * i, exponents[i]);
+      _mm512_store_si512(n + 16 * i, counts[i]);
+    }
+    for (int64_t i = 0; i < 64 && k + i < K; i++) {
+      const Size before = more ? sizes[k + i] : Size{0, 0};
+      sizes[k + i] = {before.exponents + e[i], before.count + n[i]};
+    }
+  }
+}
+
+void Factors(const Size* sizes, int64_t stride, int count, int64_t K, float* factors,
+             float* inverse) {
+  const auto size_of = [&](int64_t k) {
+    Size size{0, 0};
+    for (int i = 0; i < count; i++) {
+      size.exponents += sizes[i * stride + k].exponents;
+      size.count += sizes[i * stride + k].count;
+    }
+    return size.count > 0 ? int(int64_t(size.exponents) * 16 / size.count) : kNoSize;
+  };
+  FactorsOf(K, size_of, factors, inverse);
+}
+
+void Factors(const float* means, int64_t K, float* factors, float* inverse) {
+  const auto size_of = [&](int64_t k) {
+    uint32_t bits;
+    std::memcpy(&bits, means + k, sizeof(bits));
+    return bits == 0 ? kNoSize : 16 * (int(bits >> 23) - 127);
+  };
+  FactorsOf(K, size_of, factors, inverse);
 }
 
 FRNN_VECTOR void Largest(const float* measured, int64_t stride, int count, int64_t rows,
@@ -370,14 +475,15 @@ FRNN_VECTOR void Largest(const float* measured, int64_t stride, int count, int64
 
 bool PackRows(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1, int64_t K,
               const Operand& out, bool measured) {
-  if (!measured) Measure(a, lda, Order::kAlong, rows, k0, Least(k1, K), out.largest, false);
+  if (!measured)
+    Measure(a, lda, Order::kAlong, rows, k0, Least(k1, K), out.factors, out.largest, false);
   if (!Fits(out.largest, rows)) return false;
   PackRowsOf(a, lda, rows, k0, k1, K, out);
   return true;
 }
 
 bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
-  Measure(a, lda, Order::kAcross, rows, 0, K, out.largest, false);
+  Measure(a, lda, Order::kAcross, rows, 0, K, out.factors, out.largest, false);
   if (!Fits(out.largest, rows)) return false;
   PackBlocks<Order::kAcross, true>(a, lda, rows, K, out);
   return true;
@@ -385,7 +491,7 @@ bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const 
 
 bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_t K,
                const Operand& out, bool measured) {
-  if (!measured) Measure(b, ldb, order, columns, 0, K, out.largest, false);
+  if (!measured) Measure(b, ldb, order, columns, 0, K, out.factors, out.largest, false);
   if (!Fits(out.largest, columns)) return false;
   if (order == Order::kAlong)
     PackBlocks<Order::kAlong, false>(b, ldb, columns, K, out);

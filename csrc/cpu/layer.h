@@ -14,6 +14,7 @@
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
 #pragma once
+#include <initializer_list>
 #include <vector>
 
 #include "core/cell.h"
@@ -85,8 +86,29 @@ class Layer {
     const int64_t depth = bf16::DepthBlocks(K, cut);
     const bool fixed = tiled && cut == bf16::Cut::kFixed;
     return {s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, cut) : 0), depth, cut,
-            s.Take<float>(fixed ? RoundUp(rows, bf16::kRows) : 0)};
+            s.Take<float>(fixed ? RoundUp(rows, bf16::kRows) : 0), nullptr};
   }
+  // The factors that balance the two sides of a product in fixed point; nothing for other cuts.
+  struct Balance {
+    int64_t depth;  // or 0
+    float *factors, *inverse;
+
+    void Take(Scratch& s, const bf16::Operand& tiles) {
+      depth = tiles.cut == bf16::Cut::kFixed ? tiles.PaddedDepth() : 0;
+      factors = s.Take<float>(depth);
+      inverse = s.Take<float>(depth);
+    }
+    // From the sizes of `gates` times K elements, which are apart in the depth.
+    void Find(const fixed::Size* sizes, int count, int gates, int64_t K,
+              std::initializer_list<bf16::Operand*> left,
+              std::initializer_list<bf16::Operand*> right) {
+      if (depth == 0) return;
+      for (int64_t at = 0; at < depth; at += depth / gates)
+        fixed::Factors(sizes + at, depth, count, K, factors + at, inverse + at);
+      for (bf16::Operand* a : left) a->factors = factors;
+      for (bf16::Operand* b : right) b->factors = inverse;
+    }
+  };
   // Fixed point needs the largest element of n whole rows, of which each thread has some columns:
   // measure(largest) looks at those. False for other cuts, which need none.
   template <class F>
@@ -321,11 +343,13 @@ void Layer<C, V>::Forward(const LayerParams& p) {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
     bf16::Operand w_ih_tiles, w_hh_tiles, x_tiles;
     bf16::Operand h_tiles[2];  // as below, with the team's measurements
+    Balance x_balance, h_balance;
   };
   std::vector<Own> own(threads);
   // By the parity of the step: h before it, and what each thread measured of its columns.
   bf16::Operand h_tiles[2] = {};
   float* h_largest[2] = {nullptr, nullptr};
+  fixed::Size *w_ih_sizes = nullptr, *w_hh_sizes = nullptr;
   const int64_t batch = RoundUp(p.B, bf16::kRows);
   // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
   // not (counted on over both directions).
@@ -355,6 +379,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].w_ih_tiles = take_tiles(s, own_panels * kXVecs * N, p.I);
       own[i].w_hh_tiles = take_tiles(s, own_panels * kHVecs * N, p.Hout);
       own[i].x_tiles = take_tiles(s, kTiledInput, p.I);
+      own[i].x_balance.Take(s, own[i].x_tiles);
     }
     for (int i = 0; i < 2; i++) {
       h_tiles[i] = take_tiles(s, p.B, p.Hout);
@@ -365,6 +390,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         if (fixed) to.h_tiles[i].largest = s.Take<float>(batch);
       }
     }
+    for (Own& to : own) to.h_balance.Take(s, to.h_tiles[0]);
+    w_ih_sizes = s.Take<fixed::Size>(threads * own[0].x_balance.depth);
+    w_hh_sizes = s.Take<fixed::Size>(threads * own[0].h_balance.depth);
     if (!in_place)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
@@ -385,7 +413,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       if constexpr (kTiles) {
         const bf16::Operand& to = my.h_tiles[step & 1];
         const bool measured = ShareLargest(team, to, h_largest[step & 1], n, [&](float* largest) {
-          fixed::Measure(h, ldh, bf16::Order::kAlong, n, first, first + valid, largest, false);
+          fixed::Measure(h, ldh, bf16::Order::kAlong, n, first, first + valid, to.factors, largest,
+                         false);
         });
         fits = bf16::PackRows(h, kOwn, ldh, n, first,
                               team.id + 1 == team.size ? to.PaddedDepth() : last, p.Hout, to,
@@ -418,6 +447,22 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         }
         packed = true;
       };
+      if constexpr (kTiles)
+        if (tiled) {
+          const int64_t unit = mine.begin * kUnits, end = mine.end * kUnits;
+          const auto measure = [&](const void* w, int gates, const Balance& balance, int64_t K,
+                                   fixed::Size* sizes) {
+            for (int q = 0; q < gates && balance.depth > 0; q++)
+              fixed::MeasureColumns(static_cast<const float*>(w) + q * p.H * K, K, K, unit,
+                                    end < p.H ? end : p.H, sizes + team.id * balance.depth, q > 0);
+          };
+          measure(w.w_ih, C::kX, my.x_balance, p.I, w_ih_sizes);
+          measure(w.w_hh, C::kH, my.h_balance, p.Hout, w_hh_sizes);
+          team.Sync();
+          my.x_balance.Find(w_ih_sizes, team.size, 1, p.I, {&my.x_tiles}, {&my.w_ih_tiles});
+          my.h_balance.Find(w_hh_sizes, team.size, 1, p.Hout, {&my.h_tiles[0], &my.h_tiles[1]},
+                            {&my.w_hh_tiles});
+        }
       T* hs = p.hs ? static_cast<T*>(p.hs) + dir * (p.B + p.rows) * hs_stride : nullptr;
       for (int64_t i = mine.begin; i < mine.end; i++) {
         const int64_t at = i - mine.begin;

@@ -1,5 +1,7 @@
 // The backward of cpu/layer.h, which includes this file.
 #pragma once
+#include <algorithm>
+
 #include "cpu/layer.h"
 
 FRNN_BEGIN
@@ -26,6 +28,9 @@ class WeightGrad {
   // With tiles: the same, and the last block whose right side is out of range, as the number of its
   // first row (counted on over all directions).
   bf16::Operand tiles_a, tiles_b;
+  // In fixed point, how large the gradients of each row are, and this thread's factors of a block.
+  const float* sizes;
+  float *factors, *inverse;
   std::atomic<int64_t>* misfit;
   int64_t number;
   T* sum;    // [gates * H, cols] in the computing type where dw is stored in 16 bits
@@ -64,11 +69,14 @@ class WeightGrad {
       const int64_t low = total * team.id / team.size, high = total * (team.id + 1) / team.size;
       for (int64_t r0 = 0; r0 < x.rows; r0 += Block(x.rows)) {
         const int64_t n = x.Length(r0);
+        if (x.tiles_a.cut == bf16::Cut::kFixed)
+          fixed::Factors(x.sizes + r0, n, x.factors, x.inverse);
         x.PackRight(team, load_x, r0);
         h.PackRight(team, load_h, r0);
         team.Sync();
         const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
-        const bf16::Operand left = OfDepth(x.tiles_a, n);
+        bf16::Operand left = OfDepth(x.tiles_a, n);
+        left.factors = x.inverse;
         int64_t before = 0;  // weight of the gradients so far
         bool back = false;
         for (int q = 0; q < gradients; q++) {
@@ -126,7 +134,11 @@ class WeightGrad {
     tiles.depth_blocks = bf16::DepthBlocks(K, tiles.cut);
     return tiles;
   }
-  bf16::Operand Right(int64_t r0) const { return OfDepth(tiles_b, Length(r0)); }
+  bf16::Operand Right(int64_t r0) const {
+    bf16::Operand right = OfDepth(tiles_b, Length(r0));
+    right.factors = factors;
+    return right;
+  }
   template <class F>
   void PackRight(Team& team, const F& load, int64_t r0) const {
     if (!dw) return;
@@ -273,13 +285,15 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   const int64_t gate_depth = bf16::DepthBlocks(p.H, cut);
   const int64_t padded_gate = gate_depth * bf16::DepthOf(cut), batch = RoundUp(p.B, bf16::kRows);
   const int64_t grad_depth = WeightGrad<V>::Block(p.rows);
-  const bf16::Cut grad_cut = bf16::CutOf(p.storage, grad_depth),
-                  d_grad_cut = bf16::CutBeside(p.storage, grad_depth);
+  // dW in fixed point is balanced by what was measured of d for dh.
+  const bf16::Cut grad_cut = cut == bf16::Cut::kFixed ? bf16::CutOf(p.storage, grad_depth) : cut;
+  const bf16::Cut d_grad_cut = grad_cut == bf16::Cut::kFixed ? grad_cut : d_cut;
 
   struct Own {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
     bf16::Operand w_hh_tiles, dx_tiles, tiles_a;
     bf16::Operand d_tiles[2];  // as below, with the team's measurements
+    Balance d_balance, dx_balance[C::kX], dw_balance;
   };
   std::vector<Own> own(threads);
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
@@ -287,7 +301,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   // d of a step, by its parity, and what each thread measured of its columns; W_ih by gates; the right
   // sides of dW, x and h.
   bf16::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {}, x_right = {}, h_right = {};
-  float* d_largest[2] = {nullptr, nullptr};
+  float *d_largest[2] = {nullptr, nullptr}, *d_sizes = nullptr;
+  fixed::Size *w_hh_sizes = nullptr, *w_ih_sizes[C::kX] = {};
   // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
   std::atomic<bool> fit_w_hh{tiled}, fit_w_ih{tiled}, fit_d{tiled};
   std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block[2] = {{-1}, {-1}};
@@ -314,6 +329,8 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       own[i].dx_rows = s.Take<T>(tiled && narrow && p.dx ? x_rows * p.I : 0);
       own[i].tiles_a =
           take_tiles(s, WeightGrad<V>::kTileGroup * bf16::kRows, grad_depth, d_grad_cut);
+      own[i].dw_balance.Take(s, own[i].tiles_a);
+      for (Balance& balance : own[i].dx_balance) balance.Take(s, own[i].dx_tiles);
     }
     for (int i = 0; i < 2; i++) {
       d_tiles[i] = take_tiles(s, p.B, C::kH * padded_gate, d_cut);
@@ -324,6 +341,11 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         if (fixed) to.d_tiles[i].largest = s.Take<float>(batch);
       }
     }
+    for (Own& to : own) to.d_balance.Take(s, to.d_tiles[0]);
+    w_hh_sizes = s.Take<fixed::Size>(threads * own[0].d_balance.depth);
+    for (fixed::Size*& sizes : w_ih_sizes)
+      sizes = s.Take<fixed::Size>(threads * own[0].dx_balance[0].depth);
+    d_sizes = s.Take<float>(own[0].d_balance.depth > 0 ? p.rows : 0);
     for (bf16::Operand& tiles : w_ih_tiles)
       tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, p.H, cut);
     x_right = take_tiles(s, RoundUp(p.I, kTileWidth), grad_depth, grad_cut);
@@ -370,14 +392,24 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         packed = true;
       };
       if constexpr (kTiles)
-        if (tiled && valid > 0) {
+        if (tiled) {
+          const auto gate = [&](int q) {
+            return static_cast<const char*>(w.w_hh) +
+                   (q * p.H * p.Hout + first) * StorageSize(p.storage);
+          };
           const bool measured = cut == bf16::Cut::kFixed;
-          if (measured)
-            fixed::Measure(static_cast<const float*>(w.w_hh) + first, p.Hout, bf16::Order::kAcross,
-                           valid, 0, C::kH * p.H, my.w_hh_tiles.largest, false);
-          for (int q = 0; q < C::kH; q++)
-            if (!bf16::PackRight(At(w.w_hh, p.storage, q * p.H * p.Hout + first), p.storage, p.Hout,
-                                 bf16::Order::kAcross, valid, p.H,
+          for (int q = 0; q < C::kH && measured; q++)
+            fixed::MeasureRows(reinterpret_cast<const float*>(gate(q)), p.Hout, p.H, 0, valid,
+                               w_hh_sizes + team.id * my.d_balance.depth + q * padded_gate);
+          if (measured) team.Sync();
+          my.d_balance.Find(w_hh_sizes, team.size, C::kH, p.H, {&my.d_tiles[0], &my.d_tiles[1]},
+                            {&my.w_hh_tiles});
+          for (int q = 0; q < C::kH && measured && valid > 0; q++)
+            fixed::Measure(reinterpret_cast<const float*>(gate(q)), p.Hout, bf16::Order::kAcross,
+                           valid, 0, p.H, my.w_hh_tiles.Depth(q * gate_depth).factors,
+                           my.w_hh_tiles.largest, q > 0);
+          for (int q = 0; q < C::kH && valid > 0; q++)
+            if (!bf16::PackRight(gate(q), p.storage, p.Hout, bf16::Order::kAcross, valid, p.H,
                                  my.w_hh_tiles.Depth(q * gate_depth), measured))
               fit_w_hh.store(false, std::memory_order_relaxed);
         }
@@ -512,8 +544,10 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
                 ShareLargest(team, to, d_largest[step & 1], n, [&](float* largest) {
                   for (int q = 0; q < C::kH; q++)
                     fixed::Measure(gate(q), d_stride, bf16::Order::kAlong, n, begin,
-                                   end < p.H ? end : p.H, largest, q > 0);
+                                   end < p.H ? end : p.H, to.Depth(q * gate_depth).factors, largest,
+                                   q > 0);
                 });
+            if (measured && team.id == 0) memcpy(d_sizes + row, to.largest, n * sizeof(float));
             for (int q = 0; q < C::kH; q++)
               bf16::PackRows(gate(q), kOwn, d_stride, n, begin,
                              team.id + 1 == team.size ? padded_gate : end, p.H,
@@ -569,16 +603,26 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
         // few, columns are.
         const bool by_columns = p.rows <= x_rows;
         const auto my_tiles = team.Split(x_tiles);
+        bf16::Operand w_ih_right[C::kX];  // with this thread's factors
+        std::copy(w_ih_tiles, w_ih_tiles + C::kX, w_ih_right);
         bool tiles_fit = tiled && fit_d.load(std::memory_order_relaxed);
         if constexpr (kTiles)
           if (tiles_fit) {
+            const int64_t col = my_tiles.begin * kTileWidth, end = my_tiles.end * kTileWidth;
+            for (int q = 0; q < C::kX && cut == bf16::Cut::kFixed; q++)
+              fixed::MeasureRows(static_cast<const float*>(w.w_ih) + q * p.H * p.I, p.I, p.H, col,
+                                 end < p.I ? end : p.I,
+                                 w_ih_sizes[q] + team.id * my.dx_balance[q].depth);
+            if (cut == bf16::Cut::kFixed) team.Sync();
+            for (int q = 0; q < C::kX; q++)
+              my.dx_balance[q].Find(w_ih_sizes[q], team.size, 1, p.H, {}, {&w_ih_right[q]});
             for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
               for (int q = 0; q < C::kX; q++) {
                 const int64_t col = tile * kTileWidth;
                 if (!bf16::PackRight(At(w.w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
                                      bf16::Order::kAcross,
                                      p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
-                                     w_ih_tiles[q].Row(col)))
+                                     w_ih_right[q].Row(col)))
                   fit_w_ih.store(false, std::memory_order_relaxed);
               }
             team.Sync();
@@ -604,9 +648,10 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
               const int64_t width = (p.I < end ? p.I : end) - col;
               T* out = narrow ? my.dx_rows : static_cast<T*>(p.dx) + r0 * p.I;
               for (int q = 0; q < C::kX && width > 0; q++) {
+                my.dx_tiles.factors = my.dx_balance[q].factors;
                 bf16::PackRows(d + r0 * d_stride + C::kDx[q] * gate_stride, kOwn, d_stride, n, 0,
                                padded_gate, p.H, my.dx_tiles);
-                bf16::Multiply(my.dx_tiles, n, w_ih_tiles[q].Row(col), width, out + col, p.I,
+                bf16::Multiply(my.dx_tiles, n, w_ih_right[q].Row(col), width, out + col, p.I,
                                q > 0 || (dir == 1 && !narrow));
               }
               for (int64_t r = 0; r < n && narrow && width > 0; r++) {
@@ -656,6 +701,9 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       x_grad.pack_b = pack_b;
       x_grad.tiles_a = my.tiles_a;
       x_grad.tiles_b = x_right;
+      x_grad.sizes = d_sizes;
+      x_grad.factors = my.dw_balance.factors;
+      x_grad.inverse = my.dw_balance.inverse;
       x_grad.misfit = &misfit_block[0];
       x_grad.number = dir * p.rows;
       x_grad.sum = sum_ih;
