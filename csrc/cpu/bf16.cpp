@@ -474,7 +474,7 @@ FRNN_BF16 void MultiplyVectors(const Operand& a, int64_t row, const Operand& b, 
 }
 
 // Products of less depth do not repay the sums of digits that each ends with.
-constexpr int64_t kFixedDepth = 192;
+constexpr int64_t kFixedDepth = 96;
 
 Unit TheUnit() {
   static const Unit unit = Detect();

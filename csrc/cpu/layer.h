@@ -73,11 +73,14 @@ class Layer {
     return TeamSize(int(n));
   }
   // A bfloat16 is its own part, and half as many bytes. Splitting weights into more parts is worth it
-  // from so many rows per step, and in all, on.
+  // from so many rows per step, and in all, on; fixed point is fewer bytes than floats are, so that wide
+  // layers stream faster for any batch.
   static bool Tiled(const LayerParams& p) {
     if constexpr (kTiles) {
       if (p.storage == Storage::kBFloat16) return bf16::Available(p.storage);
-      const int64_t batch = p.storage == Storage::kHalf ? 8 : (p.H >= 256 ? 16 : 24);
+      int64_t batch = p.storage == Storage::kHalf ? 8 : (p.H >= 256 ? 16 : 24);
+      if (bf16::CutOf(p.storage, p.Hout) == bf16::Cut::kFixed)
+        batch = p.H >= 1024 ? 1 : (p.H >= 512 ? 4 : (p.H >= 256 ? 8 : 12));
       return p.B >= batch && p.rows >= 256 && bf16::Available(p.storage);
     }
     return false;
