@@ -172,7 +172,10 @@ class Layer {
   static void PackBias(const void* b, Storage s, int gates, int64_t H, int64_t panel, T* dst) {
     for (int q = 0; q < gates; q++) {
       const int64_t unit = panel * kUnits, n = H - unit < kUnits ? H - unit : kUnits;
-      if (b) LoadRow<T>(At(b, s, q * H + unit), s, dst + q * kUnits, n);
+      if (b && s == kOwn && n == kUnits)  // a size that the compiler knows: no call
+        memcpy(dst + q * kUnits, At(b, s, q * H + unit), kUnits * sizeof(T));
+      else if (b)
+        LoadRow<T>(At(b, s, q * H + unit), s, dst + q * kUnits, n);
       for (int64_t i = b ? n : 0; i < kUnits; i++) dst[q * kUnits + i] = 0;
     }
   }

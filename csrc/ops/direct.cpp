@@ -36,6 +36,7 @@
 #pragma weak PyObject_CallFunctionObjArgs
 #pragma weak PyList_GetItem
 #pragma weak PyList_Size
+#pragma weak PyObject_CallNoArgs
 #pragma weak PyObject_IsTrue
 #pragma weak PyTuple_GetItem
 #pragma weak PyTuple_New
@@ -341,7 +342,7 @@ PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
 // Leaves the call to the operator if somebody counts on torch's dispatcher.
 void CheckUnwatched() {
   for (Py_ssize_t i = 0; i < watcher_count; i++) {
-    PyObject* answer = PyObject_CallFunctionObjArgs(watchers[i], nullptr);
+    PyObject* answer = PyObject_CallNoArgs(watchers[i]);
     const int watched = answer == nullptr ? -1 : PyObject_IsTrue(answer);
     Py_DecRef(answer);
     if (watched != 0) throw Unusual();
