@@ -14,12 +14,12 @@ All of them give the results of torch.nn. Tensors are time-first here; layout is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import _VF, Tensor
+from torch import _VF, Tensor, is_grad_enabled
 
 from . import ops, reference
 from .reference import CELLS, Weights
@@ -122,56 +122,69 @@ def _autocast_results(
 def recurrent_directly(
     cell: str,
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
+    hx: Any,
+    parameters: Mapping[str, Tensor | None],
+    names: list[str],
     num_layers: int,
     bidirectional: bool,
     has_biases: bool,
     batch_first: bool,
 ) -> Any:
-    """``recurrent`` without dropout and, if ``batch_first``, for x and y in that layout; or None.
+    """``recurrent`` without dropout, to (y, hx); or None.
 
-    States that are None are zero.
+    hx is h, or a pair (h, c), and comes back in that form; None is zeros. The weights are those
+    parameters that ``names`` says. If ``batch_first``, x and y have that layout.
     """
     calls = ops.direct_calls(x)
     if not calls:
         return None
     directions = 2 if bidirectional else 1
-    if not ops.wants_grad((*weights, x, h0, c0)):
-        return calls.stack_infer(
-            cell, x, h0, c0, weights, num_layers, directions, has_biases, batch_first
-        )
-    if h0 is None or batch_first or num_layers > 1 or x.dim() != 3:
-        return None
-    return ops.layer_directly(cell, x, h0, c0, _runs(weights, directions, has_biases))
+    if is_grad_enabled():
+        h0, c0 = _halves(hx)
+        weights: list[Any] = [parameters[name] for name in names if name in parameters]
+        if ops.wants_grad((*weights, x, h0, c0)):
+            if h0 is None or batch_first or num_layers > 1 or x.dim() != 3:
+                return None
+            if len(weights) < len(names):
+                return None
+            found = ops.layer_directly(cell, x, h0, c0, _runs(weights, directions, has_biases))
+            return found and (found[0], _joined(found[1], found[2]))
+    return calls.stack_infer(
+        cell, x, hx, parameters, names, num_layers, directions, has_biases, batch_first
+    )
 
 
 def step_directly(
-    cell: str,
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
+    cell: str, x: Tensor, hx: Any, parameters: Mapping[str, Tensor | None], names: list[str]
 ) -> Any:
-    """``step``, or None. B may be missing everywhere; states that are None are zero."""
+    """``step``, to hx, or None. B may be missing everywhere; as in ``recurrent_directly``."""
     calls = ops.direct_calls(x)
     if not calls:
         return None
-    if not ops.wants_grad((w_ih, w_hh, b_ih, b_hh, x, h, c)):
-        return calls.step(cell, x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if h is None or x.dim() != 2 or h.dim() != 2:
-        return None
-    c0 = None if c is None else c.unsqueeze(0)
-    weights = (w_ih, w_hh, b_ih, b_hh, None)
-    found = ops.layer_directly(cell, x.unsqueeze(0), h.unsqueeze(0), c0, [weights])
-    if found is None:
-        return None
-    _, h_n, c_n = found
-    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+    if is_grad_enabled():
+        h, c = _halves(hx)
+        weights: list[Any] = [parameters[name] for name in names if name in parameters]
+        if ops.wants_grad((*weights, x, h, c)):
+            if h is None or x.dim() != 2 or h.dim() != 2 or len(weights) < len(names):
+                return None
+            c0 = None if c is None else c.unsqueeze(0)
+            runs: list[Any] = [(*weights, None)]
+            found = ops.layer_directly(cell, x.unsqueeze(0), h.unsqueeze(0), c0, runs)
+            if found is None:
+                return None
+            _, h_n, c_n = found
+            return _joined(h_n.squeeze(0), None if c_n is None else c_n.squeeze(0))
+    return calls.step(cell, x, hx, parameters, names)
+
+
+def _halves(hx: Any) -> tuple[Tensor | None, Tensor | None]:
+    """h and c of hx; neither of what is unusual, which no direct call takes."""
+    pair = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+    return pair if all(isinstance(t, Tensor) for t in pair if t is not None) else (None, None)
+
+
+def _joined(h: Tensor, c: Tensor | None) -> Any:
+    return h if c is None else (h, c)
 
 
 # --- A stack of layers ---------------------------------------------------------------------------

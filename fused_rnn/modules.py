@@ -59,10 +59,6 @@ class _TorchShaped(nn.Module):
         parameter = self._parameters.get(name)
         return getattr(self, name) if parameter is None else parameter
 
-    def _usual_hidden(self, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
-        """``_split_hidden``, also of None, without complaints: None for what is unusual."""
-        return (hx, None) if hx is None or isinstance(hx, Tensor) else None
-
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor | None]:
         return hx, None
 
@@ -74,13 +70,6 @@ class _HiddenPair(_TorchShaped):
     """The LSTMs' form: a pair (h, c)."""
 
     _operator: ClassVar[str]  # the name in error messages
-
-    def _usual_hidden(self, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
-        if hx is None:
-            return None, None
-        if type(hx) is not tuple or len(hx) != 2:
-            return None
-        return hx if isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor) else None
 
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor]:
         if isinstance(hx, Tensor):
@@ -230,22 +219,20 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         """
         if is_dynamo_compiling() or type(x) is not Tensor or not self._own_hooks:
             return None
-        if self.recompute and torch.is_grad_enabled():
+        if self.training and self.dropout or self.recompute and torch.is_grad_enabled():
             return None
-        states = self._usual_hidden(hx) if not (self.training and self.dropout) else None
-        if states is None:
-            return None
-        found = functional.recurrent_directly(
+        found: tuple[Tensor, Any] | None = functional.recurrent_directly(
             self.mode.lower(),
             x,
-            *states,
-            self._weights(),
+            hx,
+            self._parameters,
+            self._flat_weights_names,
             self.num_layers,
             self.bidirectional,
             self.bias,
             self.batch_first,
         )
-        return None if found is None else (found[0], self._join_hidden(found[1], found[2]))
+        return found
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         rows, batch_sizes, sorted_indices, unsorted_indices = input
@@ -519,7 +506,7 @@ class GRU(_Recurrent):
         self.recompute = recompute
 
 
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
 class _Cell(_TorchShaped, nn.RNNCellBase):
@@ -550,11 +537,11 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Return the next state; the class says which shapes."""
-        states = None if is_dynamo_compiling() else self._usual_hidden(hx)
-        if type(input) is Tensor and states is not None:
-            found = functional.step_directly(self._cell(), input, *states, *self._weights())
+        if type(input) is Tensor and not is_dynamo_compiling():
+            parameters = self._parameters
+            found = functional.step_directly(self._cell(), input, hx, parameters, _CELL_WEIGHTS)
             if found is not None:
-                return self._join_hidden(*found)
+                return found
         batched = self._check_dim(input, "input") == 2
         x = input if batched else input.unsqueeze(0)
         h, c = self._split_hidden(self._zero_hidden(x) if hx is None else hx)

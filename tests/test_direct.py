@@ -8,8 +8,9 @@ import pickle
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import emulated
 import pytest
@@ -70,6 +71,17 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     monkeypatch.setattr(ops, "_direct", spy)
     with torch.no_grad():
         yield spy
+
+
+def stack_infer(cell: str, x: Any, hx: Any, weights: list[Any], *rest: Any) -> Any:
+    """The function, of weights without names."""
+    names = [str(i) for i in range(len(weights))]
+    return DIRECT.stack_infer(cell, x, hx, dict(zip(names, weights, strict=True)), names, *rest)
+
+
+def step(cell: str, x: Any, hx: Any, *weights: Any) -> Any:
+    names = [str(i) for i in range(len(weights))]
+    return DIRECT.step(cell, x, hx, dict(zip(names, weights, strict=True)), names)
 
 
 def by_operator(fn: Callable[[], Any]) -> Any:
@@ -257,6 +269,35 @@ def test_cells(cell: str, dtype: torch.dtype, bias: bool, spy: Spy) -> None:
 
 
 @needs_direct
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("hidden", [32, 40, 256])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_single_steps(name: str, hidden: int, batch: int, spy: Spy) -> None:
+    """A loop over steps that carries the states, on any number of threads."""
+    threads = torch.get_num_threads()
+    for layers, both in ((1, False), (2, False), (2, True)):
+        kwargs = {"num_layers": layers, "bidirectional": both, "batch_first": both}
+        theirs, ours = pair(name, 24, hidden, **kwargs)
+        steps = [torch.randn(*((batch, 1) if both else (1, batch)), 24) for _ in range(3)]
+        runs: list[list[Tensor]] = []
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                results, hx, expected_hx = [], None, None
+                for x in steps:
+                    y, hx = ours(x, hx)
+                    expected, expected_hx = theirs(x, expected_hx)
+                    torch.testing.assert_close(flatten((y, hx)), flatten((expected, expected_hx)))
+                    results += flatten((y, hx))
+                runs.append(results)
+        finally:
+            torch.set_num_threads(threads)
+        assert_identical(runs[1], runs[0])
+        assert_identical(runs[2], runs[0])
+    assert all(spy.done) and set(spy.names) == {"stack_infer"}
+
+
+@needs_direct
 def test_large_results(spy: Spy) -> None:
     """Megabytes, which come from a pool and go back to it."""
     module = fused_rnn.LSTM(8, 64, num_layers=3, batch_first=True)
@@ -337,7 +378,7 @@ def test_nothing_is_kept() -> None:
             module(x)
             assert sys.getrefcount(y) == 2 and sys.getrefcount(h_n) == 2
             weights = list(module.parameters())
-            assert DIRECT.stack_infer("gru", x, bad, None, weights, 1, 1, True, False) is None
+            assert stack_infer("gru", x, bad, weights, 1, 1, True, False) is None
         del weights, y, h_n
     after = [sys.getrefcount(t) for t in everything]
     assert [b - a for a, b in zip(before, after, strict=True) if abs(b - a) > 20] == []
@@ -362,6 +403,26 @@ def test_other_threads_run_meanwhile() -> None:
     assert ticks > 3
 
 
+@needs_direct
+def test_weights_live_as_long_as_the_call() -> None:
+    """Another thread may put others in their place meanwhile."""
+    module, x = fused_rnn.LSTM(256, 256), torch.randn(400, 32, 256)
+    with torch.no_grad():
+        expected = module(x)
+        found: list[Any] = []
+        worker = threading.Thread(target=lambda: found.extend(torch.no_grad()(module)(x)))
+        old = weakref.ref(module.weight_hh_l0)
+        worker.start()
+        time.sleep(0.005)
+        module.weight_hh_l0 = nn.Parameter(torch.zeros(4 * 256, 256))
+        kept = old() is not None
+        running = worker.is_alive()
+        worker.join()
+    if running:
+        assert kept and old() is None
+        assert_identical(found, expected)
+
+
 # --- What is left to the operators ---------------------------------------------------------------
 
 
@@ -378,6 +439,11 @@ def negative(t: Tensor) -> Tensor:
 
 def strided(t: Tensor) -> Tensor:
     return torch.stack([t, t], -1)[..., 0]
+
+
+class Pair(NamedTuple):
+    h: Tensor
+    c: Tensor
 
 
 UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
@@ -417,11 +483,11 @@ def test_unusual_tensors(kind: str, place: str, spy: Spy) -> None:
     arguments[index] = UNUSUAL[kind](plain)
     assert DIRECT.layer_infer("lstm", *arguments, None) is None
     weights = [w for w in arguments[3:] if w is not None]
-    assert DIRECT.stack_infer("lstm", *arguments[:3], weights, 1, 1, True, False) is None
-    assert DIRECT.step("lstm", *(arguments[i] for i in range(7))) is None
+    x, h0, c0, *rest = arguments
+    assert stack_infer("lstm", x, (h0, c0), weights, 1, 1, True, False) is None
+    assert step("lstm", x, (h0, c0), *rest[:4]) is None
     if kind in ("negative bit", "imaginary part", "strided"):  # the operator does the work
-        x, h0, c0, *weights = arguments
-        found = ops.layer("lstm", x, h0, c0, [tuple(weights[:5])])
+        found = ops.layer("lstm", x, h0, c0, [tuple(rest[:5])])
         arguments[index] = plain
         assert_identical(found, DIRECT.layer_infer("lstm", *arguments, None))
         assert spy.done == [False]
@@ -451,24 +517,44 @@ def test_unusual_arguments() -> None:
     ):
         assert DIRECT.layer_infer(*bad) is None
     rest = (1, 1, True, False)
-    assert DIRECT.stack_infer("gru", x, h0, None, four, *rest) is not None
+    assert stack_infer("gru", x, h0, four, *rest) is not None
     for bad in (
-        (x, h0, None, tuple(four), *rest),
-        (x, h0, None, four[:3], *rest),
-        (x, h0, None, [], *rest),
-        (x, h0, None, four[:2], *rest),
-        (x, h0, None, four, 2, 1, True, False),
-        (x, h0, None, four, 1, 2, True, False),
-        (x, h0, None, four, 0, 0, True, False),
-        (x, h0, None, four, -1, -1, True, False),
-        (x, h0, None, four, 1, 2**70, True, False),
-        (x, h0, None, four, 1.0, 1, True, False),
-        (x[0], h0[0], None, four, *rest),
+        (x, h0, four[:3], *rest),
+        (x, h0, [], *rest),
+        (x, h0, four[:2], *rest),
+        (x, h0, four, 2, 1, True, False),
+        (x, h0, four, 1, 2, True, False),
+        (x, h0, four, 0, 0, True, False),
+        (x, h0, four, -1, -1, True, False),
+        (x, h0, four, 1, 2**70, True, False),
+        (x, h0, four, 1.0, 1, True, False),
+        (x[0], h0[0], four, *rest),
+        (x, (h0,), four, *rest),
+        (x, (h0, h0), four, *rest),
+        (x, (h0, None), four, *rest),
+        (x, (h0, h0, h0), four, *rest),
+        (x, (), four, *rest),
+        (x, [h0], four, *rest),
+        (x, Pair(h0, h0), four, *rest),
     ):
-        assert DIRECT.stack_infer("gru", *bad) is None
-    assert DIRECT.step("gru", x[0], h0[0], None, *four) is not None
-    assert DIRECT.step("gru", x, h0, None, *four) is None
-    assert DIRECT.step("gru", x[0, 0], h0[0], None, *four) is None
+        assert stack_infer("gru", *bad) is None
+    assert step("gru", x[0], h0[0], *four) is not None
+    assert step("gru", x, h0, *four) is None
+    assert step("gru", x[0, 0], h0[0], *four) is None
+    assert step("gru", x[0], h0[0], *four[:3]) is None
+    assert step("gru", x[0], h0[0], *four, None) is None
+    names = list("abcd")
+    named = dict(zip(names, four, strict=True))
+    for parameters, wanted in (
+        (four, names),
+        (None, names),
+        (named, tuple(names)),
+        (named, "abcd"),
+        (named, [*"abce"]),
+        (named, [*"abc", []]),
+    ):
+        assert DIRECT.stack_infer("gru", x, h0, parameters, wanted, *rest) is None
+        assert DIRECT.step("gru", x[0], h0[0], parameters, wanted) is None
 
 
 @needs_direct
@@ -572,7 +658,7 @@ def test_autocast(name: str, spy: Spy) -> None:
         for value in (x, x.bfloat16()):
             assert_identical(module(value), by_operator(lambda value=value: module(value)))
         weights = [p.detach() for p in module.parameters()]
-        assert DIRECT.step("gru", x, None, None, *weights) is None
+        assert step("gru", x, None, *weights) is None
 
 
 @needs_direct
@@ -605,7 +691,7 @@ def test_fake_tensors_and_devices(spy: Spy) -> None:
         assert fakes(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
     fake = mode.from_tensor(torch.randn(5, 2, 3))
     weights = [mode.from_tensor(p) for p in module.parameters()]
-    assert DIRECT.stack_infer("gru", fake, None, None, weights, 1, 1, True, False) is None
+    assert stack_infer("gru", fake, None, weights, 1, 1, True, False) is None
     assert module.to("meta")(torch.randn(5, 2, 3, device="meta"))[0].device.type == "meta"
     assert not any(spy.done)
 

@@ -216,7 +216,10 @@ class Layer {
   static void PackBias(const void* b, Storage s, int gates, int64_t H, int64_t panel, T* dst) {
     for (int q = 0; q < gates; q++) {
       const int64_t unit = panel * kUnits, n = H - unit < kUnits ? H - unit : kUnits;
-      if (b) LoadRow<T>(At(b, s, q * H + unit), s, dst + q * kUnits, n);
+      if (b && s == kOwn && n == kUnits)  // a size that the compiler knows: no call
+        memcpy(dst + q * kUnits, At(b, s, q * H + unit), kUnits * sizeof(T));
+      else if (b)
+        LoadRow<T>(At(b, s, q * H + unit), s, dst + q * kUnits, n);
       for (int64_t i = b ? n : 0; i < kUnits; i++) dst[q * kUnits + i] = 0;
     }
   }
@@ -341,6 +344,9 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   const bool in_place = p.hs != nullptr && !p.ragged;
   const int64_t hs_stride = HsStride(p.H, p.Hout);
   const bool direct_y = p.storage == kOwn && !projected;
+  // One step of few rows reads all in place: nobody waits for what another thread writes.
+  const bool in_one =
+      p.T == 1 && p.hs == nullptr && direct_y && unpacked_x && unpacked_h && p.Hout % kUnits == 0;
 
   struct Own {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
@@ -507,13 +513,13 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             tape[i] = 0;
         }
       }
-      if (!in_place)
+      if (!in_place && !in_one)
         for (T* buffer : h_buffer) CopyState(p, p.h0, dir, first, last_padded, buffer, h_stride);
       const T* h_first = hs ? hs : h_buffer[0];
       // In both: with the reversed direction of a ragged batch, rows join later.
       for (int64_t i = 0; i < 2 && tiled; i++)
         if (!share_h(h_first, hs ? hs_stride : h_stride, p.B, dir, i)) fit.store(false);
-      team.Sync();
+      if (!in_one) team.Sync();
       const bool tiles = fit.load(std::memory_order_relaxed);
       if (!tiles) pack();
 
@@ -567,8 +573,10 @@ void Layer<C, V>::Forward(const LayerParams& p) {
         for (int64_t k = 0; k < end - begin; k++, step++) {
           const int64_t t = dir == 0 ? begin + k : end - 1 - k;
           const int64_t n = p.batch_sizes[t], row = p.offsets[t];
-          const int64_t ldh = in_place ? hs_stride : h_stride;
-          const T* h = in_place ? hs + PreviousRow(p, dir, t, 0) * hs_stride : h_buffer[step & 1];
+          const int64_t ldh = in_place ? hs_stride : (in_one ? p.Hout : h_stride);
+          const T* h = in_place ? hs + PreviousRow(p, dir, t, 0) * hs_stride
+                       : in_one ? static_cast<const T*>(p.h0) + dir * p.B * p.Hout
+                                : h_buffer[step & 1];
           T* h_new = in_place ? hs + (p.B + row) * hs_stride : h_buffer[(step + 1) & 1];
           T* full =
               !projected ? nullptr : (hs ? hs + (p.B + row) * hs_stride + h_stride : full_buffer);
@@ -650,7 +658,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                             row_h, valid);
             }
           }
-          team.Sync();
+          if (!in_one) team.Sync();
         }
       }
       for (int64_t i = mine.begin; i < mine.end; i++)

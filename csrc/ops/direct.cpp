@@ -26,6 +26,7 @@
 // Python itself has these. Weak, so that the linker still refuses a symbol of ours that is missing.
 // clang-format off
 #pragma weak PyCapsule_GetPointer
+#pragma weak PyDict_GetItemWithError
 #pragma weak PyErr_Clear
 #pragma weak PyErr_Occurred
 #pragma weak PyEval_RestoreThread
@@ -35,9 +36,13 @@
 #pragma weak PyObject_CallFunctionObjArgs
 #pragma weak PyList_GetItem
 #pragma weak PyList_Size
+#pragma weak PyObject_CallNoArgs
 #pragma weak PyObject_IsTrue
+#pragma weak PyTuple_GetItem
 #pragma weak PyTuple_New
 #pragma weak PyTuple_SetItem
+#pragma weak PyTuple_Size
+#pragma weak PyTuple_Type
 #pragma weak PyUnicode_AsUTF8AndSize
 #pragma weak Py_DecRef
 #pragma weak Py_IncRef
@@ -154,26 +159,33 @@ Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
 class Made {
  public:
-  Made(const std::vector<int64_t>& shape, ScalarType dtype, bool pooled = true)
-      : block_(new Block) {
+  Made(const std::vector<int64_t>& shape, ScalarType dtype, bool pooled = true) {
+    const int64_t size = BytesOf(dtype);
+    size_t bytes = size;
+    for (const int64_t n : shape) bytes *= n;
+    pooled = pooled && bytes >= size_t(kPooledBytes);
+    // Small data lie behind their block, in the same allocation.
+    void* memory = std::malloc(sizeof(Block) + (pooled ? 0 : kDataAlign + bytes));
+    if (memory == nullptr) throw std::bad_alloc();
+    block_.reset(new (memory) Block);
     auto& t = block_->managed.tensor;
     t.device = {dlpack::kCpu, 0};
     t.dims = int32_t(shape.size());
     t.shape = block_->shape;
     t.strides = block_->strides;
-    size_t bytes = 1;
-    for (size_t i = shape.size(); i-- > 0; bytes *= shape[i]) {
+    int64_t stride = 1;
+    for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) {
       t.shape[i] = shape[i];
-      t.strides[i] = int64_t(bytes);
+      t.strides[i] = stride;
     }
-    const int64_t size = BytesOf(dtype);
     const uint8_t kind = dtype == ScalarType::BFloat16 ? dlpack::kBfloat : dlpack::kFloat;
     t.dtype = {kind, uint8_t(8 * size), 1};
-    bytes *= size;
-    if (pooled && bytes >= size_t(kPooledBytes))
+    if (pooled) {
       t.data = AcquireScratch(bytes, &block_->pooled);
-    else if (posix_memalign(&t.data, 64, bytes) != 0)
-      throw std::bad_alloc();
+    } else {
+      char* end = reinterpret_cast<char*>(block_.get() + 1);
+      t.data = end + (-reinterpret_cast<uintptr_t>(end) & (kDataAlign - 1));
+    }
   }
   void* data() const { return block_->managed.tensor.data; }
   size_t bytes() const {
@@ -204,18 +216,18 @@ class Made {
   struct Block {
     dlpack::Managed managed = {{1, 0}, this, Free, 0, {}};
     int64_t shape[4], strides[4];
-    size_t pooled = 0;  // bytes, if it is the pool's
+    size_t pooled = 0;  // bytes, if the data are the pool's
 
-    ~Block() {
-      void* data = managed.tensor.data;
-      if (pooled > 0)
-        ReleaseScratch(data, pooled);
-      else
-        std::free(data);
-    }
-    static void Free(dlpack::Managed* m) { delete static_cast<Block*>(m->context); }
+    static void Free(dlpack::Managed* m) { Freed()(static_cast<Block*>(m->context)); }
   };
-  std::unique_ptr<Block> block_;
+  struct Freed {
+    void operator()(Block* block) const {
+      if (block->pooled > 0) ReleaseScratch(block->managed.tensor.data, block->pooled);
+      std::free(block);
+    }
+  };
+  static constexpr size_t kDataAlign = 64;
+  std::unique_ptr<Block, Freed> block_;
 };
 
 // Other Python threads run while this lives.
@@ -229,10 +241,18 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
+struct Hidden {
+  MaybeBorrowed h, c;
+};
+
 // Arguments in the order of the schemas.
 class Reader {
  public:
   Reader(PyObject* const* arguments, Py_ssize_t n) : next_(arguments), end_(arguments + n) {}
+  ~Reader() {
+    for (PyObject* object : kept_) Py_DecRef(object);
+  }
+  Reader(const Reader&) = delete;
   const char* Text() {
     const char* text = PyUnicode_AsUTF8AndSize(Next(), nullptr);
     if (text == nullptr) throw Unusual();
@@ -248,14 +268,28 @@ class Reader {
     return *t;
   }
   Borrowed MaybeEmpty() { return Borrowed(Next(), true); }
-  std::vector<MaybeBorrowed> List() {
-    PyObject* list = Next();
-    std::vector<MaybeBorrowed> tensors;
-    const Py_ssize_t n = PyList_Size(list);
+  // As users write hidden states: h, a pair (h, c), or None.
+  Hidden HiddenState() {
+    PyObject* object = Next();
+    if (object == Py_None) return {};
+    if (Py_TYPE(object) != &PyTuple_Type) return {Borrowed(object), {}};
+    if (PyTuple_Size(object) != 2) throw Unusual();
+    return {Borrowed(PyTuple_GetItem(object, 0)), Borrowed(PyTuple_GetItem(object, 1))};
+  }
+  // A dict, and a list of those of its keys that are wanted. Their values are kept: another thread may
+  // put others there.
+  std::vector<MaybeBorrowed> Named() {
+    PyObject *dict = Next(), *names = Next();
+    const Py_ssize_t n = PyList_Size(names);
     if (n < 0) throw Unusual();
+    std::vector<MaybeBorrowed> tensors;
     tensors.reserve(n);
+    kept_.reserve(n);
     for (Py_ssize_t i = 0; i < n; i++) {
-      PyObject* object = PyList_GetItem(list, i);
+      PyObject* object = PyDict_GetItemWithError(dict, PyList_GetItem(names, i));
+      if (object == nullptr) throw Unusual();
+      Py_IncRef(object);
+      kept_.push_back(object);
       tensors.push_back(object == Py_None ? MaybeBorrowed() : Borrowed(object));
     }
     return tensors;
@@ -280,29 +314,35 @@ class Reader {
     return *next_++;
   }
   PyObject *const *next_, *const *end_;
+  std::vector<PyObject*> kept_;
 };
 
-// A tuple of these, with None for those that are not there.
-PyObject* ToTuple(const std::vector<std::optional<Made>*>& tensors) {
-  PyObject* tuple = PyTuple_New(Py_ssize_t(tensors.size()));
+// A tuple of n objects, which make(i) returns for it to own.
+template <class F>
+PyObject* MakeTuple(size_t n, const F& make) {
+  PyObject* tuple = PyTuple_New(Py_ssize_t(n));
   if (tuple == nullptr) throw Unusual();
   try {
-    for (size_t i = 0; i < tensors.size(); i++) {
-      std::optional<Made>& t = *tensors[i];
-      if (!t.has_value()) Py_IncRef(Py_None);
-      PyTuple_SetItem(tuple, Py_ssize_t(i), t.has_value() ? t->ToPython() : Py_None);
-    }
+    for (size_t i = 0; i < n; i++) PyTuple_SetItem(tuple, Py_ssize_t(i), make(i));
   } catch (...) {
     Py_DecRef(tuple);
     throw;
   }
   return tuple;
 }
+PyObject* ToPythonOrNone(std::optional<Made>& t) {
+  if (t.has_value()) return t->ToPython();
+  Py_IncRef(Py_None);
+  return Py_None;
+}
+PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
+  return MakeTuple(tensors.size(), [&](size_t i) { return ToPythonOrNone(*tensors.begin()[i]); });
+}
 
 // Leaves the call to the operator if somebody counts on torch's dispatcher.
 void CheckUnwatched() {
   for (Py_ssize_t i = 0; i < watcher_count; i++) {
-    PyObject* answer = PyObject_CallFunctionObjArgs(watchers[i], nullptr);
+    PyObject* answer = PyObject_CallNoArgs(watchers[i]);
     const int watched = answer == nullptr ? -1 : PyObject_IsTrue(answer);
     Py_DecRef(answer);
     if (watched != 0) throw Unusual();
@@ -352,12 +392,23 @@ Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& laye
 // Outputs of a stack of layers, before they are Python's.
 struct Outputs {
   std::optional<Made> y, h_n, c_n, hs, saved;
+
+  // The states as a module returns them: h_n, or (h_n, c_n).
+  PyObject* HiddenState() { return c_n.has_value() ? ToTuple({&h_n, &c_n}) : h_n->ToPython(); }
 };
 enum Wanted {
   kStates,  // of one step of one layer and direction, whose y is h_n
   kAll,
   kSaved,  // all, and hs and saved, of one layer
 };
+
+// Whether the layers take some microseconds, by the products they need.
+bool IsBrief(const std::list<DirectCall>& calls) {
+  int64_t macs = 0;
+  for (const DirectCall& call : calls)
+    macs += call.p.dirs * call.p.rows * call.kernels.gates_h * call.p.H * (call.p.I + call.p.Hout);
+  return macs < 1000000;
+}
 
 // Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros.
 Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
@@ -406,7 +457,9 @@ Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
     call.p.hs = outputs.hs->data();
     call.p.saved = outputs.saved->data();
   }
-  const WithoutGil released;
+  // Not for what is done sooner than the lock is passed on and got back.
+  std::optional<WithoutGil> released;
+  if (!IsBrief(calls)) released.emplace();
   for (const DirectCall& call : calls) call.kernels.layer_fwd(call.p);
   return outputs;
 }
@@ -458,7 +511,6 @@ PyObject* LayerBackward(Reader& arguments) {
   if (call.SkipsRowsOf(a.x)) throw Unusual();
   const auto slots = call.GradientSlots();
   std::array<std::optional<Made>, kGradients> gradients;
-  std::vector<std::optional<Made>*> all;
   for (int i = 0; i < kGradients; i++) {
     const MaybeBorrowed like = i == 0 ? a.x : i == 1 ? a.h0 : i == 2 ? a.c0 : a.weights[i - 3];
     if (like.has_value() && (needs >> i & 1)) {
@@ -468,29 +520,28 @@ PyObject* LayerBackward(Reader& arguments) {
                            i == 0);
       *slots[i] = gradients[i]->data();
     }
-    all.push_back(&gradients[i]);
   }
   {
     const WithoutGil released;
     call.kernels.layer_bwd(call.p);
   }
-  return ToTuple(all);
+  return MakeTuple(kGradients, [&](size_t i) { return ToPythonOrNone(gradients[i]); });
 }
 
-// (cell, x, h0, c0, weights, layers, directions, has_biases, batch_first) -> (y, h_n, c_n or None):
-// a stack of layers without dropout, with its weights in torch.nn's order.
+// (cell, x, hx, parameters, names, layers, directions, has_biases, batch_first) -> (y, hx): a stack
+// of layers without dropout, its weights named in torch.nn's order. hx is h, or a pair (h, c).
 PyObject* StackInfer(Reader& arguments) {
   const char* cell = arguments.Text();
   Borrowed x = arguments.Present();
-  const MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
-  const std::vector<MaybeBorrowed> flat = arguments.List();
+  const Hidden hx = arguments.HiddenState();
+  const std::vector<MaybeBorrowed> flat = arguments.Named();
   const int64_t count = arguments.Integer(), dirs = arguments.Integer();
   const bool has_biases = arguments.Flag(), batch_first = arguments.Flag();
   arguments.End();
   const int64_t runs = count * dirs, per_run = runs != 0 ? int64_t(flat.size()) / runs : 0;
   if (x.dim() != 3 || count < 1 || dirs < 1 || dirs > 2 || per_run < 2 || per_run > kWeights ||
       per_run * runs != int64_t(flat.size()) || (per_run >= 4) != has_biases ||
-      (h0.has_value() && h0->size(0) != runs))
+      (hx.h.has_value() && hx.h->size(0) != runs))
     throw Unusual();
   std::vector<Weights> layers(count);
   for (int64_t i = 0; i < runs; i++) {
@@ -500,20 +551,23 @@ PyObject* StackInfer(Reader& arguments) {
     if (per_run % 2 == 1) to[kWeights - 1] = from[per_run - 1];
   }
   if (batch_first) x.SwapLeading();
-  Outputs outputs = Run(cell, x, h0, c0, layers, std::nullopt, kAll);
+  Outputs outputs = Run(cell, x, hx.h, hx.c, layers, std::nullopt, kAll);
   if (batch_first) outputs.y->SwapLeading();
-  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
+  return MakeTuple(
+      2, [&](size_t i) { return i == 0 ? outputs.y->ToPython() : outputs.HiddenState(); });
 }
 
-// (cell, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h, c or None): a step of a cell, where x and the
-// states are [B, features], or [features] alone.
+// (cell, x, hx, parameters, names) -> hx: a step of a cell, whose four parameters are named in the
+// schemas' order. x and the states are [B, features], or [features] alone.
 PyObject* Step(Reader& arguments) {
   const char* cell = arguments.Text();
   Borrowed x = arguments.Present();
-  MaybeBorrowed h = arguments.Tensor(), c = arguments.Tensor();
-  Weights weights;
-  for (int i = 0; i < 4; i++) weights[i] = arguments.Tensor();
+  auto [h, c] = arguments.HiddenState();
+  const std::vector<MaybeBorrowed> named = arguments.Named();
   arguments.End();
+  if (named.size() != 4) throw Unusual();
+  Weights weights;
+  std::copy(named.begin(), named.end(), weights.begin());
   const int added = 3 - int(x.dim());
   if (added != 1 && added != 2) throw Unusual();
   for (int i = 0; i < added; i++) {
@@ -526,7 +580,7 @@ PyObject* Step(Reader& arguments) {
     outputs.h_n->Squeeze();
     if (outputs.c_n.has_value()) outputs.c_n->Squeeze();
   }
-  return ToTuple({&outputs.h_n, &outputs.c_n});
+  return outputs.HiddenState();
 }
 
 // (exchange, Tensor, Parameter, Tensor.is_neg, watchers...) -> True, or None where this torch has
