@@ -193,7 +193,7 @@ def test_agrees_with_float64_at_length(index: int, seed: int) -> None:
     test_agrees_with_float64(1000 + index, seed)
 
 
-CAPABILITIES = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
+CAPABILITIES = ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx"]
 
 
 @cpu_engine_only

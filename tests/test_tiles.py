@@ -1,4 +1,4 @@
-"""Products on units for bfloat16 (csrc/cpu/bf16.h), where the processor has one."""
+"""Products on units for bfloat16 and int8 (csrc/cpu/bf16.h, fixed.h), where the processor has them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,18 @@ def layers(cell: str, inputs: int, hidden: int, **kwargs):
     return pair(LAYERS[cell], inputs, hidden, **options)
 
 
-# Whole tiles and ragged edges, chunks of rows and less than one, one gate that ends inside a tile.
-SHAPES = [(5, 64, 64, 64), (9, 33, 50, 100), (40, 17, 130, 31), (3, 200, 33, 65)]
+# Whole tiles and ragged edges, chunks of rows and less than one, one gate that ends inside a tile; depths
+# for bfloat16 (below 96) and for fixed point, of one cut and several, and of each side its own.
+SHAPES = [
+    (5, 64, 64, 64),
+    (9, 33, 50, 100),
+    (40, 17, 130, 31),
+    (3, 200, 33, 65),
+    (30, 12, 130, 97),
+    (5, 64, 300, 256),
+    (70, 5, 64, 520),
+    (17, 40, 600, 160),
+]
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "two"])
@@ -47,8 +57,9 @@ def test_accuracy(
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_projection_and_packed_rows(dtype: torch.dtype) -> None:
-    theirs, ours = layers("lstm", 48, 96, proj_size=40, bidirectional=True, dtype=dtype)
+@pytest.mark.parametrize("hidden, proj", [(96, 40), (200, 130)], ids=str)
+def test_projection_and_packed_rows(hidden: int, proj: int, dtype: torch.dtype) -> None:
+    theirs, ours = layers("lstm", 48, hidden, proj_size=proj, bidirectional=True, dtype=dtype)
     lengths = torch.randint(1, 30, (40,))
     rows = torch.randn(30, 40, 48, dtype=dtype)
     x = pack_padded_sequence(rows, lengths, enforce_sorted=False)
@@ -82,10 +93,11 @@ OUTSIDE = [(w, v) for w in WHERE for v in (LARGE if w == "dy" else LARGE + HUGE)
 
 
 @pytest.mark.parametrize("where, value", OUTSIDE)
+@pytest.mark.parametrize("I, H", [(40, 48), (100, 130)], ids=["bfloat16", "fixed"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_values_outside_the_range(cell: str, where: str, value: float) -> None:
+def test_values_outside_the_range(cell: str, I: int, H: int, where: str, value: float) -> None:  # noqa: E741
     """One element that tiles cannot hold: in its step or everywhere, vectors do the work."""
-    T, B, I, H = 12, 32, 40, 48  # noqa: E741
+    T, B = 12, 32
     found = []
     for module in layers(cell, I, H):
         torch.manual_seed(1)
@@ -103,13 +115,14 @@ def test_values_outside_the_range(cell: str, where: str, value: float) -> None:
     same(found[1], found[0])
 
 
-def test_growing_state() -> None:
+@pytest.mark.parametrize("hidden", [64, 128])
+def test_growing_state(hidden: int) -> None:
     """A relu layer whose h leaves the range on the way. No summand is negative: no cancellation."""
     found = []
-    for module in layers("rnn_relu", 32, 64, bias=False):
+    for module in layers("rnn_relu", 32, hidden, bias=False):
         with torch.no_grad():
             module.weight_ih_l0.abs_()
-            module.weight_hh_l0.copy_(4 * torch.eye(64))
+            module.weight_hh_l0.copy_(4 * torch.eye(hidden))
         torch.manual_seed(1)
         found.append(module(torch.rand(40, 32, 32))[0].detach())
     assert found[0].max() > 2**40
@@ -117,9 +130,10 @@ def test_growing_state() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-30, 1e-38])
-def test_small_gradients(scale: float) -> None:
+@pytest.mark.parametrize("hidden", [48, 128])
+def test_small_gradients(hidden: int, scale: float) -> None:
     """Gradients keep their precision until they near the smallest normal number, 1.2e-38."""
-    theirs, ours = layers("gru", 32, 48)
+    theirs, ours = layers("gru", 32, hidden)
     x = torch.randn(10, 32, 32)
     grads = []
     for module in (theirs, ours):
@@ -128,6 +142,68 @@ def test_small_gradients(scale: float) -> None:
     for name, want in grads[0].items():
         tol = max(1e-5, 1e-36 / scale) * want.abs().max().item()
         torch.testing.assert_close(grads[1][name], want, rtol=0, atol=tol, msg=name)
+
+
+def relative_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The median over elements: what is small counts as much as what is large."""
+    found = {}
+    for name, want in exact.items():
+        some = want != 0
+        found[name] = ((actual[name].double() - want)[some] / want[some]).abs().median().item()
+    return found
+
+
+def one_hot(x: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)
+
+
+def outweigh_features(module: torch.nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    scales = 10 ** (6 * torch.rand(x.shape[-1]) - 3)
+    module.weight_ih_l0.data /= scales
+    return x * scales, dy
+
+
+def outweigh_one_feature(module: torch.nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    scales = torch.ones(x.shape[-1])
+    scales[3] = 1e6
+    module.weight_ih_l0.data /= scales
+    return x * scales, dy
+
+
+def outweigh_a_sequence(module: torch.nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one-hot vectors: other sequences alone have most columns of W_ih."""
+    scales = torch.ones(x.shape[1], 1)
+    scales[3] = 1e6
+    return one_hot(x), dy * scales
+
+
+def only_last_step(module: torch.nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Vanishing gradients, of which each one-hot vector has its own."""
+    module.weight_hh_l0.data *= 0.3
+    return one_hot(x), torch.cat([torch.zeros_like(dy[1:]), dy[:1]])
+
+
+@pytest.mark.parametrize(
+    "change", [outweigh_features, outweigh_one_feature, outweigh_a_sequence, only_last_step]
+)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_unlike_scales(cell: str, change) -> None:
+    """What is small beside other elements of its row keeps its digits: fixed point is balanced."""
+    T, B, I, H = 20, 40, 300, 128  # noqa: E741
+    theirs, ours = layers(cell, I, H)
+    x, dy = change(theirs, torch.randn(T, B, I), torch.randn(T, B, H))
+    ours.load_state_dict(theirs.state_dict())
+    found = []
+    for module in (copy.deepcopy(theirs).double(), theirs, ours):
+        dtype = module.weight_ih_l0.dtype
+        inputs = x.to(dtype).requires_grad_()
+        y, _ = module(inputs)
+        y.backward(dy.to(dtype))
+        grads = {n: p.grad for n, p in module.named_parameters()}
+        found.append({"y": y.detach(), "dx": inputs.grad} | grads)
+    expected, errors = relative_errors(found[1], found[0]), relative_errors(found[2], found[0])
+    for name, error in errors.items():
+        assert error <= 16 * expected[name] + 2e-7, f"{name}: {error:.2g}, {expected[name]:.2g}"
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -144,7 +220,11 @@ def test_cells_with_many_rows(cell: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("shape", [(9, 33, 50, 100), (1, 13, 64, 80), (3, 2, 40, 600)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(9, 33, 50, 100), (1, 13, 64, 80), (3, 2, 40, 600), (40, 8, 260, 272), (7, 48, 120, 140)],
+    ids=str,
+)
 @pytest.mark.parametrize("cell", LAYERS)
 def test_same_for_any_number_of_threads(
     cell: str, shape: tuple[int, int, int, int], dtype: torch.dtype

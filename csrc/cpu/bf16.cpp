@@ -60,13 +60,14 @@ FRNN_BF16 double Seconds() {
 bool PairsPay() { return Seconds<true>() < 1.5 * Seconds<false>(); }
 
 // What this machine and system let the process use. FUSED_RNN_CPU_CAPABILITY asks for less:
-// avx512_bf16 for vectors, avx512 for none.
+// amx_bf16 for tiles without fixed point, avx512_bf16 for vectors, avx512 for none.
 enum class Unit { kNone, kVectors, kTiles };
 
 Unit Detect() {
   const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
   const auto wished = [&](const char* name) { return wish && !std::strcmp(wish, name); };
-  if (wish && *wish && !wished("amx") && !wished("avx512_bf16")) return Unit::kNone;
+  if (wish && *wish && !wished("amx") && !wished("amx_bf16") && !wished("avx512_bf16"))
+    return Unit::kNone;
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return Unit::kNone;
   unsigned enabled, high;  // register states that the system keeps
@@ -496,8 +497,8 @@ Cut CutOf(Storage s, int64_t K) {
 }
 
 const char* Capability() {
-  constexpr const char* kNames[] = {nullptr, "avx512_bf16", "amx"};
-  return kNames[int(TheUnit())];
+  constexpr const char* kNames[] = {nullptr, "avx512_bf16", "amx_bf16"};
+  return TheUnit() == Unit::kTiles && fixed::Available() ? "amx" : kNames[int(TheUnit())];
 }
 
 Session::Session(bool on) : on_(on && TheUnit() == Unit::kTiles) {

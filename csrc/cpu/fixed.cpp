@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "core/sanitize.h"
@@ -24,6 +25,7 @@ namespace fixed {
 namespace {
 
 using bf16::Blocks;
+using bf16::kLargest;
 using bf16::kRows;
 using Digit = int8_t;
 constexpr int kDepth = 64, kDigits = 3, kTile = kRows * kDepth;
@@ -32,8 +34,6 @@ constexpr int kBytesPerRow = 64;  // of a tile
 constexpr float kMost = 127 * 65536 + 127 * 256;
 // Rows whose largest element is below kTiny are scaled up before they are divided by it.
 constexpr float kTiny = 0x1p-100f, kUp = 0x1p80f;
-// Operands with a larger one, times its factor, are refused: inf and NaN are, and products stay finite.
-constexpr float kLargest = 0x1p84f;
 
 Digit* Tiles(const Operand& a) { return reinterpret_cast<Digit*>(a.tiles); }
 int64_t DepthBlocks(int64_t K) { return (K + kDepth - 1) / kDepth; }
@@ -396,6 +396,8 @@ FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t k, int6
 
 bool Available() {
   static const bool available = [] {
+    const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
+    if (wish && !std::strcmp(wish, "amx_bf16")) return false;
     unsigned a, b, c, d;
     constexpr unsigned kAmxInt8 = 1u << 25;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxInt8);
@@ -477,27 +479,27 @@ bool PackRows(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
               const Operand& out, bool measured) {
   if (!measured)
     Measure(a, lda, Order::kAlong, rows, k0, Least(k1, K), out.factors, out.largest, false);
-  if (!Fits(out.largest, rows)) return false;
   PackRowsOf(a, lda, rows, k0, k1, K, out);
-  return true;
+  return Fits(out.largest, rows);
 }
 
 bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
   Measure(a, lda, Order::kAcross, rows, 0, K, out.factors, out.largest, false);
-  if (!Fits(out.largest, rows)) return false;
   PackBlocks<Order::kAcross, true>(a, lda, rows, K, out);
-  return true;
+  return Fits(out.largest, rows);
 }
 
 bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_t K,
                const Operand& out, bool measured) {
   if (!measured) Measure(b, ldb, order, columns, 0, K, out.factors, out.largest, false);
-  if (!Fits(out.largest, columns)) return false;
+  // The padding of c may be computed too: zero times this.
+  const int64_t padded = (columns > 0 ? Blocks(columns) : 1) * kRows;
+  for (int64_t r = columns > 0 ? columns : 0; r < padded; r++) out.largest[r] = 0;
   if (order == Order::kAlong)
     PackBlocks<Order::kAlong, false>(b, ldb, columns, K, out);
   else
     PackBlocks<Order::kAcross, false>(b, ldb, columns, K, out);
-  return true;
+  return Fits(out.largest, columns);
 }
 
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,

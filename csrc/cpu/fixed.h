@@ -22,9 +22,11 @@ namespace fixed {
 using bf16::Operand;
 using bf16::Order;
 
+// Whether tiles, where there are any, may be used so.
 bool Available();
 
-// Each as in cpu/bf16.h. What is `measured` has out.largest already, for a row of which the caller packs
+// Each as in cpu/bf16.h. An element times its factor may be larger than bf16::kLargest: the answer is false,
+// and the tiles are as good as any if it is finite. What is `measured` has out.largest already, for a row of which the caller packs
 // a part only.
 bool PackRows(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1, int64_t K,
               const Operand& out, bool measured);

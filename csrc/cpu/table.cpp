@@ -46,7 +46,8 @@ const Entry kTable[] = {
 #undef CELL
 };
 
-// FUSED_RNN_CPU_CAPABILITY=generic|avx2|avx512|avx512_bf16 asks for less than the machine has (never for more).
+// FUSED_RNN_CPU_CAPABILITY=generic|avx2|avx512|avx512_bf16|amx_bf16 asks for less than the machine has
+// (never for more).
 Tier Detect() {
   Tier tier = kGeneric;
 #ifdef __x86_64__
