@@ -40,14 +40,27 @@ constexpr int Chains(int rows, int nv) {
   return fits >= wanted ? wanted : (fits >= 2 && wanted >= 2 ? 2 : 1);
 }
 
+// A wide tile has few rows: products with it read their right operand many times over, and wait for the
+// first of these reads where it comes from the third-level cache. Such a tile calls what comes next into
+// the second-level cache beside its own work, a line of memory in so many steps along K: where the
+// registers are full one in 24 cycles, which leaves buffers to the tile's own reads (one in 12 does not).
+// Tall tiles have no registers left for it, and less need.
+template <class V>
+constexpr bool CallsAhead(int nv) {
+  return TileRows<V>(nv) < 2 * nv;
+}
+constexpr int StepsOfLine(int rows, int nv) { return rows * nv > 12 ? 2 : 4; }
+constexpr int64_t kLine = 64;
+
 // c[m][v] (+)= sum_k a(m, k) * w[k * ldw + v], m < MR, v < NV vectors. a(m, k) is a[k * a_stride + m]
-// if kPackedA, else a[m * a_stride + k].
+// if kPackedA, else a[m * a_stride + k]. Lines called ahead begin at `ahead` and are `stride` apart.
 template <class V, int MR, int NV, bool kPackedA>
 FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
                             const typename Lanes<V>::T* w, int64_t ldw, int64_t K,
-                            typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
+                            typename Lanes<V>::T* c, int64_t ldc, bool accumulate,
+                            const char* ahead, int64_t stride) {
   constexpr int N = Lanes<V>::kSize;
-  constexpr int kChains = Chains<V>(MR, NV);
+  constexpr int kChains = Chains<V>(MR, NV), kSteps = StepsOfLine(MR, NV);
   V acc[kChains][MR][NV];
   FRNN_UNROLL
   for (int u = 0; u < kChains; u++) {
@@ -91,6 +104,12 @@ FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
     }
   };
   int64_t k = 0;
+  if constexpr (!kPackedA && CallsAhead<V>(NV) && kSteps % kChains == 0)
+    for (; k + kSteps <= K; k += kSteps, ahead += stride) {
+      __builtin_prefetch(ahead, 0, 2);
+      FRNN_UNROLL
+      for (int u = 0; u < kSteps; u++) step(k + u, acc[u % kChains]);
+    }
   // Unrolled: the loop's own instructions compete with the multiply-adds for ports (5 %).
 #pragma GCC unroll 2
   for (; k + kChains <= K; k += kChains) {
@@ -137,15 +156,22 @@ FRNN_INLINE void ForRowBlocks(int64_t M, const F& f) {
   }
 }
 
-// c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], rows of w ldw apart.
+// c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], rows of w ldw apart. As much as w is called ahead from
+// its end on, where the next right operand lies as a rule: a share by each tile, beginning behind those
+// of the `before` rows that were multiplied with w in earlier calls.
 template <class V, int NV>
 void GemmRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
-              int64_t ldw, int64_t K, typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
+              int64_t ldw, int64_t K, typename Lanes<V>::T* c, int64_t ldc, bool accumulate,
+              int64_t before = 0) {
   constexpr int kRows = TileRows<V>(NV);
+  const int64_t bytes = K * ldw * sizeof(*w), share = K / StepsOfLine(kRows, NV) * kLine;
   ForRowBlocks<kRows>(M, [&](int rows, int64_t r) {
+    const int64_t called = (before + r) * share / kRows;
+    const bool more = CallsAhead<V>(NV) && called < bytes;  // else a line of w again, which is near
+    const char* ahead = reinterpret_cast<const char*>(w) + (more ? bytes + called : 0);
     WithConstant<kRows>(rows, [&](auto mr) {
       GemmTile<V, decltype(mr)::value, NV, false>(a + r * lda, lda, w, ldw, K, c + r * ldc, ldc,
-                                                  accumulate);
+                                                  accumulate, ahead, more ? kLine : 0);
     });
   });
 }
@@ -157,7 +183,7 @@ void GemmPacked(int rows, const typename Lanes<V>::T* a, const typename Lanes<V>
                 typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   WithConstant<kTileRows<V>>(rows, [&](auto mr) {
     GemmTile<V, decltype(mr)::value, kTileVecs<V>, true>(
-        a, kPackedRow, b, kTileVecs<V> * Lanes<V>::kSize, K, c, ldc, accumulate);
+        a, kPackedRow, b, kTileVecs<V> * Lanes<V>::kSize, K, c, ldc, accumulate, nullptr, 0);
   });
 }
 
@@ -335,7 +361,7 @@ using OwnVec = Vec<FRNN_SCALAR, kVectorBytes / sizeof(FRNN_SCALAR)>;
 #define FRNN_GEMM_ROWS(NV)                                                                  \
   FRNN_DEFINE_GEMM template void GemmRows<OwnVec, NV>(int64_t, const FRNN_SCALAR*, int64_t, \
                                                       const FRNN_SCALAR*, int64_t, int64_t, \
-                                                      FRNN_SCALAR*, int64_t, bool);
+                                                      FRNN_SCALAR*, int64_t, bool, int64_t);
 FRNN_GEMM_ROWS(1)
 FRNN_GEMM_ROWS(2)
 FRNN_GEMM_ROWS(3)

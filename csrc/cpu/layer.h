@@ -225,13 +225,14 @@ class Layer {
   }
 
   // gates [n][gate][unit] of one panel, rows `stride` apart, = a w^T, w packed for the panel or
-  // (unpacked) whole.
+  // (unpacked) whole; `before` as in GemmRows.
   template <int kGates>
   static void Product(const LayerParams& p, bool unpacked, int64_t n, const T* a, int64_t lda,
                       const void* w, const T* packed, int64_t K, int64_t panel, T* gates,
-                      int64_t stride) {
+                      int64_t stride, int64_t before) {
     if (!unpacked) {
-      GemmRows<V, kGates * kPanelVecs>(n, a, lda, packed, kGates * kUnits, K, gates, stride, false);
+      GemmRows<V, kGates * kPanelVecs>(n, a, lda, packed, kGates * kUnits, K, gates, stride, false,
+                                       before);
       return;
     }
     for (int q = 0; q < kGates; q++)
@@ -560,7 +561,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           for (int64_t i = 0; i < count && !x_tiles; i++)
             Product<C::kX>(p, unpacked_x, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih,
                            my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i,
-                           gates_x(i) + r * gates_x_stride, gates_x_stride);
+                           gates_x(i) + r * gates_x_stride, gates_x_stride, 0);
           if constexpr (kTiles)
             for (int64_t g = 0; g < groups && x_tiles; g++) {
               const int64_t i = group * (r / block % 2 ? groups - 1 - g : g);
@@ -625,7 +626,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             ForRowBlocks<TileRows<V>(kHVecs)>(n, [&](int rows, int64_t r) {
               Product<C::kH>(p, unpacked_h, rows, h + r * ldh, ldh, w.w_hh,
                              my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, mine.begin + at,
-                             my.gates_h + at % group * C::kH * kUnits, gates_h_stride);
+                             my.gates_h + at % group * C::kH * kUnits, gates_h_stride, r);
               GateMath(s, r, rows);
             });
           }
