@@ -1,7 +1,8 @@
 // Products of matrices on a processor's units for bfloat16, whose sums are float: tiles (AMX), or
 // vectors (AVX512-BF16).
 //
-// A float is the exact sum of three bfloat16, a = a_0 + a_1 + a_2, of eight bits each. Of the nine
+// Floats of deep products are cut into int8 instead, cpu/fixed.h. Else a float is the exact sum of three
+// bfloat16, a = a_0 + a_1 + a_2, of eight bits each. Of the nine
 // products a_i b_j the six with i + j <= 2 are summed: the others are below 2^-25 |a b|, less than
 // what float rounds away. A tile sums 32 terms of a product in few roundings: the error against float64
 // is about half of that of a sum of floats (K from 100 to 2048, uniform numbers). The order of the sum

@@ -9,7 +9,7 @@
 // barrier), then per step gates_h = h W_hh^T, gate math, one barrier.
 // Few rows in all (a decoding step) are not worth packing weights for: they read W as it lies.
 // Where the processor multiplies bfloat16, products come from cpu/bf16.h: those of 16-bit types, and
-// on a tile unit those of float with many rows. It refuses operands with elements out of its range,
+// on a tile unit those of float with many rows, in fixed point (cpu/fixed.h) where they are deep. It refuses operands with elements out of its range,
 // which then go through the vectors as elsewhere.
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
