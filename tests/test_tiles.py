@@ -1,4 +1,4 @@
-"""Products on units for bfloat16 and int8 (csrc/cpu/bf16.h, fixed.h), where the processor has them."""
+"""Products on units for bfloat16 and int8 (csrc/cpu/bf16.h, fixed.h), where there are any."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def layers(cell: str, inputs: int, hidden: int, **kwargs):
     return pair(LAYERS[cell], inputs, hidden, **options)
 
 
-# Whole tiles and ragged edges, chunks of rows and less than one, one gate that ends inside a tile; depths
-# for bfloat16 (below 96) and for fixed point, of one cut and several, and of each side its own.
+# Whole tiles and ragged edges, chunks of rows and less than one, one gate that ends inside a tile;
+# depths for bfloat16 (below 96) and for fixed point, of one cut and several, or of each side its
+# own.
 SHAPES = [
     (5, 64, 64, 64),
     (9, 33, 50, 100),
@@ -95,7 +96,7 @@ OUTSIDE = [(w, v) for w in WHERE for v in (LARGE if w == "dy" else LARGE + HUGE)
 @pytest.mark.parametrize("where, value", OUTSIDE)
 @pytest.mark.parametrize("I, H", [(40, 48), (100, 130)], ids=["bfloat16", "fixed"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_values_outside_the_range(cell: str, I: int, H: int, where: str, value: float) -> None:  # noqa: E741
+def test_values_outside_the_range(cell: str, I: int, H: int, where: str, value: float) -> None:  # noqa: E501, E741
     """One element that tiles cannot hold: in its step or everywhere, vectors do the work."""
     T, B = 12, 32
     found = []
