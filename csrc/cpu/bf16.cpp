@@ -4,7 +4,6 @@
 
 #ifdef FRNN_HAS_BF16
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -15,11 +14,7 @@
 #include <type_traits>
 
 #include "core/sanitize.h"
-
-#ifndef __clang__  // gcc's own vector headers (bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "cpu/unit.h"
 
 // The functions that use vectors of bfloat16, and those that use tiles besides; the rest of this file
 // runs anywhere.
@@ -32,8 +27,6 @@
 namespace frnn {
 namespace bf16 {
 namespace {
-
-constexpr int kBytesPerRow = 64;  // of a tile
 
 // The best of a few measurements of 12 chains of multiply-adds, of bfloat16 pairs or of floats.
 template <bool kPairs>
@@ -61,7 +54,7 @@ bool PairsPay() { return Seconds<true>() < 1.5 * Seconds<false>(); }
 
 // What this machine and system let the process use. FUSED_RNN_CPU_CAPABILITY asks for less:
 // amx_bf16 for tiles without fixed point, avx512_bf16 for vectors, avx512 for none.
-enum class Unit { kNone, kVectors, kTiles };
+enum class Unit { kNone, kVectors, kTiles, kFixedTiles };
 
 Unit Detect() {
   const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
@@ -73,7 +66,8 @@ Unit Detect() {
   unsigned enabled, high;  // register states that the system keeps
   asm volatile("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
   constexpr unsigned kVectorState = 0xe6, kTileState = 3u << 17;
-  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24,
+                     kAmxInt8 = 1u << 25;
   if ((enabled & kVectorState) != kVectorState) return Unit::kNone;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return Unit::kNone;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Unit::kNone;
@@ -81,7 +75,8 @@ Unit Detect() {
                      (d & (kAmxBf16 | kAmxTile)) == (kAmxBf16 | kAmxTile) && !wished("avx512_bf16");
   // Linux gives the 8 KB of state per thread on request only (arch_prctl(2)).
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  if (tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return Unit::kTiles;
+  if (tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0)
+    return d & kAmxInt8 && !wished("amx_bf16") ? Unit::kFixedTiles : Unit::kTiles;
   return wished("avx512_bf16") || PairsPay() ? Unit::kVectors : Unit::kNone;
 }
 
@@ -154,49 +149,9 @@ FRNN_BF16_INLINE void Split(__m512 low, __m512 high, __m512i (&parts)[kParts]) {
   }
 }
 
-FRNN_BF16_INLINE void TrackLargest(__m512i& largest, __m512 x) {
-  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
-  largest = _mm512_max_epu32(largest, magnitude);
-}
 FRNN_BF16_INLINE bool Fits(__m512i largest) {
   return _mm512_cmp_epu32_mask(largest, _mm512_castps_si512(_mm512_set1_ps(kLargest)),
                                _MM_CMPINT_NLE) == 0;
-}
-
-// Lanes [begin, end) of 32.
-inline uint32_t Mask(int64_t begin, int64_t end) {
-  const auto below = [](int64_t n) { return n <= 0 ? 0u : (n >= 32 ? ~0u : (1u << n) - 1); };
-  return below(end) & ~below(begin);
-}
-
-FRNN_BF16_INLINE void Transpose16(__m512i (&v)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  // v[4 g + j] has column 4 l + j of rows 4 g .. 4 g + 3 in its 128-bit lane l.
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);  // lanes 0 2 of both
-    const __m512i b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);  // lanes 1 3
-    const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
 // The tiles of one block of rows and depth; `a` is its first element. Pairs of adjacent k are 32 bits:
@@ -209,7 +164,7 @@ FRNN_BF16_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_
   const __m512i interleave =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const uint32_t mask = kAlong ? Mask(0, K) : Mask(0, rows);
+  const uint32_t mask = uint32_t(kAlong ? Mask(0, K) : Mask(0, rows));
   const __mmask16 low_mask = __mmask16(mask), high_mask = kAlong ? __mmask16(mask >> 16) : low_mask;
   alignas(64) __m512i lines[kParts][16];
   for (int i = 0; i < 16; i++) {
@@ -227,8 +182,8 @@ FRNN_BF16_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_
       if (2 * i < K) low = LoadFloats<kStorage>(a, first + 2 * i * lda, low_mask);
       if (2 * i + 1 < K) high = LoadFloats<kStorage>(a, first + (2 * i + 1) * lda, high_mask);
     }
-    TrackLargest(largest, low);
-    TrackLargest(largest, high);
+    largest = Larger(largest, low);
+    largest = Larger(largest, high);
     __m512i parts[kParts];
     Split(low, high, parts);
 #pragma GCC unroll 3
@@ -263,12 +218,13 @@ FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, 
   for (int64_t r = 0; r < rows; r++)  // outside, so that rows of memory are read in one go
     for (int64_t k = k0 / kDepth; k * kDepth < k1; k++) {
       const int64_t begin = k * kDepth;
-      const uint32_t stored = Mask(k0 - begin, k1 - begin), mask = stored & Mask(0, K - begin);
+      const uint32_t stored = uint32_t(Mask(k0 - begin, k1 - begin)),
+                     mask = stored & uint32_t(Mask(0, K - begin));
       const __mmask16 low_mask = __mmask16(mask), high_mask = __mmask16(mask >> 16);
       const __m512 low = LoadFloats<kStorage>(a, r * lda + begin, low_mask);
       const __m512 high = LoadFloats<kStorage>(a, r * lda + begin + 16, high_mask);
-      TrackLargest(largest, low);
-      TrackLargest(largest, high);
+      largest = Larger(largest, low);
+      largest = Larger(largest, high);
       __m512i parts[kParts];
       Split(low, high, parts);
       Part* line =
@@ -280,9 +236,6 @@ FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, 
 }
 
 // ---- products ----
-
-// The tile intrinsics do not tell the compiler which memory they read and write.
-inline void MemoryFence() { asm volatile("" ::: "memory"); }
 
 // Not inlined into lambdas, which have no target.
 FRNN_BF16 void CopyMasked(const float* from, float* to, __mmask16 mask) {
@@ -486,22 +439,21 @@ Unit TheUnit() {
 
 bool Available(Storage storage) {
   // Vectors multiply two bfloat16 in the time of one float, which six products per float do not repay.
-  return TheUnit() == Unit::kTiles ||
+  return TheUnit() >= Unit::kTiles ||
          (TheUnit() == Unit::kVectors && storage == Storage::kBFloat16);
 }
 
 Cut CutOf(Storage s, int64_t K) {
   if (s != Storage::kFloat) return s == Storage::kBFloat16 ? Cut::kOne : Cut::kTwo;
-  const bool fixed = K >= kFixedDepth && TheUnit() == Unit::kTiles && fixed::Available();
-  return fixed ? Cut::kFixed : Cut::kThree;
+  return K >= kFixedDepth && TheUnit() == Unit::kFixedTiles ? Cut::kFixed : Cut::kThree;
 }
 
 const char* Capability() {
-  constexpr const char* kNames[] = {nullptr, "avx512_bf16", "amx_bf16"};
-  return TheUnit() == Unit::kTiles && fixed::Available() ? "amx" : kNames[int(TheUnit())];
+  constexpr const char* kNames[] = {nullptr, "avx512_bf16", "amx_bf16", "amx"};
+  return kNames[int(TheUnit())];
 }
 
-Session::Session(bool on) : on_(on && TheUnit() == Unit::kTiles) {
+Session::Session(bool on) : on_(on && TheUnit() >= Unit::kTiles) {
   if (on_) LoadConfig();
 }
 Session::~Session() {

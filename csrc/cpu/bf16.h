@@ -1,12 +1,12 @@
 // Products of matrices on a processor's units for bfloat16, whose sums are float: tiles (AMX), or
 // vectors (AVX512-BF16).
 //
-// Floats of deep products are cut into int8 instead, cpu/fixed.h. Else a float is the exact sum of three
-// bfloat16, a = a_0 + a_1 + a_2, of eight bits each. Of the nine
-// products a_i b_j the six with i + j <= 2 are summed: the others are below 2^-25 |a b|, less than
-// what float rounds away. A tile sums 32 terms of a product in few roundings: the error against float64
-// is about half of that of a sum of floats (K from 100 to 2048, uniform numbers). The order of the sum
-// depends on K alone. A float16 is two parts, a bfloat16 is one.
+// Floats of deep products are cut into int8 instead, cpu/fixed.h. Else a float is the exact sum of
+// three bfloat16, a = a_0 + a_1 + a_2, of eight bits each. Of the nine products a_i b_j the six with
+// i + j <= 2 are summed: the others are below 2^-25 |a b|, less than what float rounds away. A tile sums
+// 32 terms of a product in few roundings: the error against float64 is about half of that of a sum of
+// floats (K from 100 to 2048, uniform numbers). The order of the sum depends on K alone. A float16 is two
+// parts, a bfloat16 is one.
 //
 // The units flush what is smaller than 2^-126 to zero, and inf has no such parts. Operands with an
 // element above kLargest (inf and NaN are) are refused by the packing, for the caller to take another
@@ -97,10 +97,9 @@ class Session {
 // at k * ld + r.
 enum class Order { kAlong, kAcross };
 
-// `measured`: see cpu/fixed.h.
 // Each packs elements [0, rows) x [0, K) into `out`, the last block of the depth padded with zeros,
 // and at least one block of rows. False if an element is out of range. PackRows writes the columns k0
-// .. k1 only, multiples of 16, of which those from K on are zero.
+// .. k1 only, multiples of 16, of which those from K on are zero. For `measured` see cpu/fixed.h.
 bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
               int64_t K, const Operand& out, bool measured = false);
 bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out);

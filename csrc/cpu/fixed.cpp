@@ -1,22 +1,12 @@
 #include "cpu/fixed.h"
 
 #ifdef FRNN_HAS_BF16
-#include <cpuid.h>
-#include <immintrin.h>
-
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
-#include "core/sanitize.h"
+#include "cpu/unit.h"
 
-#ifndef __clang__  // gcc's own vector headers (bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#define FRNN_VECTOR __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#define FRNN_VECTOR_INLINE FRNN_VECTOR inline __attribute__((always_inline))
 #define FRNN_TILE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-int8")))
 #define FRNN_TILE_INLINE FRNN_TILE inline __attribute__((always_inline))
 
@@ -24,31 +14,21 @@ namespace frnn {
 namespace fixed {
 namespace {
 
-using bf16::Blocks;
-using bf16::kLargest;
-using bf16::kRows;
+using namespace bf16;
 using Digit = int8_t;
-constexpr int kDepth = 64, kDigits = 3, kTile = kRows * kDepth;
-constexpr int kBytesPerRow = 64;  // of a tile
+constexpr int kDepth = DepthOf(Cut::kFixed), kDigits = TilesOf(Cut::kFixed), kTile = kRows * kDepth;
 // n of the largest element: its digits are 127, 127 and, with a rounding more or less, nearly 0.
 constexpr float kMost = 127 * 65536 + 127 * 256;
 // Rows whose largest element is below kTiny are scaled up before they are divided by it.
 constexpr float kTiny = 0x1p-100f, kUp = 0x1p80f;
 
 Digit* Tiles(const Operand& a) { return reinterpret_cast<Digit*>(a.tiles); }
-int64_t DepthBlocks(int64_t K) { return (K + kDepth - 1) / kDepth; }
 int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The first n of 16 lanes.
-__mmask16 Lanes16(int64_t n) { return n <= 0 ? 0 : (n >= 16 ? 0xffff : (1u << n) - 1); }
+__mmask16 Lanes16(int64_t n) { return __mmask16(Mask(0, n)); }
 
 // ---- measuring ----
-
-// Magnitudes as integers are ordered as floats are, with NaN above inf.
-FRNN_VECTOR_INLINE __m512i Larger(__m512i largest, __m512 x) {
-  return _mm512_max_epu32(largest,
-                          _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
-}
 
 // 16 elements along the depth, times their factors.
 FRNN_VECTOR_INLINE __m512 LoadAlong(const float* a, const float* factors, int64_t k,
@@ -118,8 +98,7 @@ void FactorsOf(int64_t K, const F& size_of, float* factors, float* inverse) {
   for (int64_t k = 0; k < K; k++) {
     const int size = size_of(k);
     const int excess = size == kNoSize ? 0 : (size - mean) / 16;  // towards 0
-    const int most = excess > kMostExponent ? kMostExponent : excess;
-    const int bounded = most < -kMostExponent ? -kMostExponent : most;
+    const int bounded = std::clamp(excess, -kMostExponent, kMostExponent);
     const int exponent = bounded > 0 ? bounded - 1 : (bounded < 0 ? bounded + 1 : 0);
     factors[k] = std::ldexp(1.f, exponent);
     inverse[k] = std::ldexp(1.f, -exponent);
@@ -189,35 +168,6 @@ FRNN_VECTOR_INLINE void GatherAcross(const __m512i (&n)[4], __m512i (&line)[kDig
                   _mm512_slli_epi32(n[3], 8));
 }
 
-FRNN_VECTOR_INLINE void Transpose16(__m512i (&v)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);
-    const __m512i b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) v[i] = t[i];
-}
-
 // The tiles of one block of rows and depth; `a` is its first element. A left tile is [row][k], a right
 // one [k / 4][column][k % 4].
 template <Order kOrder, bool kLeft>
@@ -257,7 +207,7 @@ template <Order kOrder, bool kLeft>
 FRNN_VECTOR void PackBlocks(const float* a, int64_t lda, int64_t rows, int64_t K,
                             const Operand& out) {
   for (int64_t i = 0; i == 0 || i < Blocks(rows); i++)
-    for (int64_t k = 0; k < DepthBlocks(K); k++) {
+    for (int64_t k = 0; k < DepthBlocks(K, Cut::kFixed); k++) {
       const int64_t along = k * kDepth, across = i * kRows;
       PackTile<kOrder, kLeft>(
           a + (kOrder == Order::kAlong ? across * lda + along : along * lda + across), lda,
@@ -281,8 +231,7 @@ FRNN_VECTOR void PackRowsOf(const float* a, int64_t lda, int64_t rows, int64_t k
         n[j] = Digits(LoadAlong(a + r * lda, out.factors, k, mask), scale);
       }
       GatherAlong(n, line);
-      const auto below = [](int64_t n) { return n <= 0 ? 0 : (n >= 64 ? ~0ull : (1ull << n) - 1); };
-      const __mmask64 stored = below(k1 - begin) & ~below(k0 - begin);
+      const __mmask64 stored = Mask(k0 - begin, k1 - begin);
 #pragma GCC unroll 3
       for (int p = 0; p < kDigits; p++)
         _mm512_mask_storeu_epi8(row + (begin / kDepth * kDigits + p) * kTile, stored, line[p]);
@@ -291,9 +240,6 @@ FRNN_VECTOR void PackRowsOf(const float* a, int64_t lda, int64_t rows, int64_t k
 }
 
 // ---- products ----
-
-// The tile intrinsics do not tell the compiler which memory they read and write.
-inline void MemoryFence() { asm volatile("" ::: "memory"); }
 
 // The sums of the three orders of one or two blocks of c, in registers 2 * order and 2 * order + 1.
 // Each block of the depth adds them in an order in which none waits for the one before. kTwoLeft: two
@@ -373,7 +319,7 @@ FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t k, int6
   const Digit *left = Tiles(a) + k * kDigits * kTile, *right = Tiles(b) + k * kDigits * kTile;
   MemoryFence();
   SumDigits<kTwo, kTwoLeft>(kTwoLeft ? right : left, kTwoLeft ? left : right,
-                            (kTwoLeft ? a : b).BlockSize() * int64_t(sizeof(bf16::Part)), depth);
+                            (kTwoLeft ? a : b).BlockSize() * int64_t(sizeof(Part)), depth);
   _tile_stored(0, sums[0][0], kBytesPerRow);
   _tile_stored(2, sums[0][1], kBytesPerRow);
   _tile_stored(4, sums[0][2], kBytesPerRow);
@@ -393,17 +339,6 @@ FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t k, int6
 }
 
 }  // namespace
-
-bool Available() {
-  static const bool available = [] {
-    const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
-    if (wish && !std::strcmp(wish, "amx_bf16")) return false;
-    unsigned a, b, c, d;
-    constexpr unsigned kAmxInt8 = 1u << 25;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxInt8);
-  }();
-  return available;
-}
 
 void Measure(const float* a, int64_t lda, Order order, int64_t rows, int64_t k0, int64_t k1,
              const float* factors, float* largest, bool more) {

@@ -22,9 +22,6 @@ namespace fixed {
 using bf16::Operand;
 using bf16::Order;
 
-// Whether tiles, where there are any, may be used so.
-bool Available();
-
 // Each as in cpu/bf16.h. An element times its factor may be larger than bf16::kLargest: the answer is false,
 // and the tiles are as good as any if it is finite. What is `measured` has out.largest already, for a row of which the caller packs
 // a part only.

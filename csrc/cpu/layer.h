@@ -9,8 +9,8 @@
 // barrier), then per step gates_h = h W_hh^T, gate math, one barrier.
 // Few rows in all (a decoding step) are not worth packing weights for: they read W as it lies.
 // Where the processor multiplies bfloat16, products come from cpu/bf16.h: those of 16-bit types, and
-// on a tile unit those of float with many rows, in fixed point (cpu/fixed.h) where they are deep. It refuses operands with elements out of its range,
-// which then go through the vectors as elsewhere.
+// on a tile unit those of float with many rows, in fixed point (cpu/fixed.h) where they are deep. It
+// refuses operands with elements out of its range, which then go through the vectors as elsewhere.
 // Backward, per step: gate gradients of the own units, one barrier, dh += d W_hh for the own units.
 // Then dX, dW and db of the whole sequence as large products.
 #pragma once
@@ -85,11 +85,29 @@ class Layer {
     }
     return false;
   }
+  // Nothing where tiles are not used.
   static bf16::Operand TakeTiles(Scratch& s, bool tiled, int64_t rows, int64_t K, bf16::Cut cut) {
+    if (!tiled) return {nullptr, 0, bf16::Cut::kThree, nullptr, nullptr};
     const int64_t depth = bf16::DepthBlocks(K, cut);
-    const bool fixed = tiled && cut == bf16::Cut::kFixed;
-    return {s.Take<bf16::Part>(tiled ? bf16::Size(rows, depth, cut) : 0), depth, cut,
-            s.Take<float>(fixed ? RoundUp(rows, bf16::kRows) : 0), nullptr};
+    return {s.Take<bf16::Part>(bf16::Size(rows, depth, cut)), depth, cut,
+            s.Take<float>(cut == bf16::Cut::kFixed ? RoundUp(rows, bf16::kRows) : 0), nullptr};
+  }
+  // The tiles of a step's left operand, by the parity of the step, which the threads share. In fixed
+  // point each has what the team measured (ShareLargest) for itself; `measured` is for what each did.
+  template <class Own>
+  static void TakeStepTiles(Scratch& s, bool tiled, int64_t batch, int64_t K, bf16::Cut cut,
+                            std::vector<Own>& own, bf16::Operand (Own::*tiles)[2],
+                            float* (&measured)[2]) {
+    for (int parity = 0; parity < 2; parity++) {
+      const bf16::Operand shared = TakeTiles(s, tiled, batch, K, cut);
+      const int64_t rows = shared.cut == bf16::Cut::kFixed ? RoundUp(batch, bf16::kRows) : 0;
+      measured[parity] = s.Take<float>(int64_t(own.size()) * rows);
+      for (Own& to : own) {
+        bf16::Operand& mine = (to.*tiles)[parity];
+        mine = shared;
+        if (rows > 0) mine.largest = s.Take<float>(rows);
+      }
+    }
   }
   // The factors that balance the two sides of a product in fixed point; nothing for other cuts.
   struct Balance {
@@ -352,15 +370,12 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   struct Own {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
     bf16::Operand w_ih_tiles, w_hh_tiles, x_tiles;
-    bf16::Operand h_tiles[2];  // as below, with the team's measurements
+    bf16::Operand h_tiles[2];  // h before a step
     Balance x_balance, h_balance;
   };
   std::vector<Own> own(threads);
-  // By the parity of the step: h before it, and what each thread measured of its columns.
-  bf16::Operand h_tiles[2] = {};
   float* h_largest[2] = {nullptr, nullptr};
   fixed::Size *w_ih_sizes = nullptr, *w_hh_sizes = nullptr;
-  const int64_t batch = RoundUp(p.B, bf16::kRows);
   // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
   // not (counted on over both directions).
   std::atomic<bool> fit{tiled};
@@ -391,15 +406,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].x_tiles = take_tiles(s, kTiledInput, p.I);
       own[i].x_balance.Take(s, own[i].x_tiles);
     }
-    for (int i = 0; i < 2; i++) {
-      h_tiles[i] = take_tiles(s, p.B, p.Hout);
-      const bool fixed = tiled && h_tiles[i].cut == bf16::Cut::kFixed;
-      h_largest[i] = s.Take<float>(fixed ? threads * batch : 0);
-      for (Own& to : own) {
-        to.h_tiles[i] = h_tiles[i];
-        if (fixed) to.h_tiles[i].largest = s.Take<float>(batch);
-      }
-    }
+    TakeStepTiles(s, tiled, p.B, p.Hout, bf16::CutOf(p.storage, p.Hout), own, &Own::h_tiles,
+                  h_largest);
     for (Own& to : own) to.h_balance.Take(s, to.h_tiles[0]);
     w_ih_sizes = s.Take<fixed::Size>(threads * own[0].x_balance.depth);
     w_hh_sizes = s.Take<fixed::Size>(threads * own[0].h_balance.depth);

@@ -283,7 +283,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   // summed one by one, so that an operand stays in the second-level cache.
   const bf16::Cut cut = bf16::CutOf(p.storage, p.H), d_cut = bf16::CutBeside(p.storage, p.H);
   const int64_t gate_depth = bf16::DepthBlocks(p.H, cut);
-  const int64_t padded_gate = gate_depth * bf16::DepthOf(cut), batch = RoundUp(p.B, bf16::kRows);
+  const int64_t padded_gate = gate_depth * bf16::DepthOf(cut);
   const int64_t grad_depth = WeightGrad<V>::Block(p.rows);
   // dW in fixed point is balanced by what was measured of d for dh.
   const bf16::Cut grad_cut = cut == bf16::Cut::kFixed ? bf16::CutOf(p.storage, grad_depth) : cut;
@@ -292,15 +292,14 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
   struct Own {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
     bf16::Operand w_hh_tiles, dx_tiles, tiles_a;
-    bf16::Operand d_tiles[2];  // as below, with the team's measurements
+    bf16::Operand d_tiles[2];  // d of a step
     Balance d_balance, dx_balance[C::kX], dw_balance;
   };
   std::vector<Own> own(threads);
   T *d = nullptr, *dh = nullptr, *dh_seq = nullptr, *dh_full = nullptr, *w_ih = nullptr,
     *pack_b = nullptr, *sum_ih = nullptr, *sum_hh = nullptr, *dx_sum = nullptr;
-  // d of a step, by its parity, and what each thread measured of its columns; W_ih by gates; the right
-  // sides of dW, x and h.
-  bf16::Operand d_tiles[2] = {}, w_ih_tiles[C::kX] = {}, x_right = {}, h_right = {};
+  // W_ih by gates; the right sides of dW, x and h.
+  bf16::Operand w_ih_tiles[C::kX] = {}, x_right = {}, h_right = {};
   float *d_largest[2] = {nullptr, nullptr}, *d_sizes = nullptr;
   fixed::Size *w_hh_sizes = nullptr, *w_ih_sizes[C::kX] = {};
   // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
@@ -332,15 +331,7 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       own[i].dw_balance.Take(s, own[i].tiles_a);
       for (Balance& balance : own[i].dx_balance) balance.Take(s, own[i].dx_tiles);
     }
-    for (int i = 0; i < 2; i++) {
-      d_tiles[i] = take_tiles(s, p.B, C::kH * padded_gate, d_cut);
-      const bool fixed = tiled && d_cut == bf16::Cut::kFixed;
-      d_largest[i] = s.Take<float>(fixed ? threads * batch : 0);
-      for (Own& to : own) {
-        to.d_tiles[i] = d_tiles[i];
-        if (fixed) to.d_tiles[i].largest = s.Take<float>(batch);
-      }
-    }
+    TakeStepTiles(s, tiled, p.B, C::kH * padded_gate, d_cut, own, &Own::d_tiles, d_largest);
     for (Own& to : own) to.d_balance.Take(s, to.d_tiles[0]);
     w_hh_sizes = s.Take<fixed::Size>(threads * own[0].d_balance.depth);
     for (fixed::Size*& sizes : w_ih_sizes)
@@ -393,20 +384,17 @@ void Layer<C, V>::Backward(const LayerGradParams& p) {
       };
       if constexpr (kTiles)
         if (tiled) {
-          const auto gate = [&](int q) {
-            return static_cast<const char*>(w.w_hh) +
-                   (q * p.H * p.Hout + first) * StorageSize(p.storage);
-          };
+          const auto gate = [&](int q) { return At(w.w_hh, p.storage, q * p.H * p.Hout + first); };
           const bool measured = cut == bf16::Cut::kFixed;
           for (int q = 0; q < C::kH && measured; q++)
-            fixed::MeasureRows(reinterpret_cast<const float*>(gate(q)), p.Hout, p.H, 0, valid,
+            fixed::MeasureRows(static_cast<const float*>(gate(q)), p.Hout, p.H, 0, valid,
                                w_hh_sizes + team.id * my.d_balance.depth + q * padded_gate);
           if (measured) team.Sync();
           my.d_balance.Find(w_hh_sizes, team.size, C::kH, p.H, {&my.d_tiles[0], &my.d_tiles[1]},
                             {&my.w_hh_tiles});
           for (int q = 0; q < C::kH && measured && valid > 0; q++)
-            fixed::Measure(reinterpret_cast<const float*>(gate(q)), p.Hout, bf16::Order::kAcross,
-                           valid, 0, p.H, my.w_hh_tiles.Depth(q * gate_depth).factors,
+            fixed::Measure(static_cast<const float*>(gate(q)), p.Hout, bf16::Order::kAcross, valid,
+                           0, p.H, my.w_hh_tiles.Depth(q * gate_depth).factors,
                            my.w_hh_tiles.largest, q > 0);
           for (int q = 0; q < C::kH && valid > 0; q++)
             if (!bf16::PackRight(gate(q), p.storage, p.Hout, bf16::Order::kAcross, valid, p.H,
