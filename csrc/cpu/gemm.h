@@ -400,8 +400,27 @@ FRNN_INLINE V LoadVec(const void* row, Storage s, int64_t i, int n) {
 template <class V>
 FRNN_NOINLINE void PackTransposed(const void* w, Storage s, int64_t row0, int64_t rows, int64_t K,
                                   typename Lanes<V>::T* dst, int64_t k_stride) {
+  using T = typename Lanes<V>::T;
   constexpr int N = Lanes<V>::kSize;
-  for (int64_t k = 0; k < K; k += N) {
+  // Whole lines of memory: rows may be a power of two apart, and then few of them stay in the cache.
+  constexpr int kVecs = sizeof(V) < kLine ? kLine / sizeof(V) : 1;
+  int64_t k = 0;
+  if (s == StorageOf<T>::kValue && row0 + N <= rows)
+    for (const T* first = static_cast<const T*>(w) + row0 * K; k + kVecs * N <= K; k += kVecs * N) {
+      V block[kVecs][N];
+      FRNN_UNROLL
+      for (int lane = 0; lane < N; lane++) {
+        FRNN_UNROLL
+        for (int j = 0; j < kVecs; j++) block[j][lane] = load<V>(first + lane * K + k + j * N);
+      }
+      FRNN_UNROLL
+      for (int j = 0; j < kVecs; j++) {
+        Transpose(block[j]);
+        FRNN_UNROLL
+        for (int i = 0; i < N; i++) store<V>(dst + (k + j * N + i) * k_stride, block[j][i]);
+      }
+    }
+  for (; k < K; k += N) {
     const int n = int(K - k < N ? K - k : N);
     V block[N];
     for (int lane = 0; lane < N; lane++)
