@@ -147,13 +147,13 @@ class Layer {
   // lanes. So few rows, in all or of a step, do not repay that; long rows of W have fewer such sums,
   // and where they are whole vectors they stream faster than narrow panels do.
   static bool UnpackedX(const LayerParams& p) {
-    return p.storage == kOwn && p.rows <= (p.I >= 256 ? 32 : 16);
+    return p.storage == kOwn && p.rows <= (p.I >= 256 ? 16 : 12);
   }
   static bool UnpackedH(const LayerParams& p) {
     if (p.storage != kOwn) return false;
     if (p.rows <= 16) return true;
     if (p.Hout % N != 0) return false;
-    if (p.B == 1) return p.Hout >= 512 || (p.Hout >= 256 && (p.T <= 50 || kHVecs <= 2));
+    if (p.B == 1) return p.T <= p.Hout / 8 || (sizeof(V) == 64 && p.Hout >= 512);
     return p.B == 2 && p.T <= 32 && p.Hout >= 512;
   }
   static bool UnpackedGrad(const LayerParams& p) {
@@ -356,6 +356,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   const int64_t group = tiled ? kTiledGroup : 1, own_groups = (own_panels + group - 1) / group;
   const int64_t gates_x_stride = group * C::kX * kUnits, gates_h_stride = group * C::kH * kUnits;
   const int64_t capacity = p.rows < chunk_rows ? p.rows : (p.B > chunk_rows ? p.B : chunk_rows);
+  // One chunk needs each panel of W_ih once: it is packed just before, and never leaves the cache.
+  const bool one_chunk = !tiled && p.rows <= capacity;
   const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout),
                 full_stride = RowStride(p.H);
   // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of
@@ -383,7 +385,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
   const auto take_weights = [&](Scratch& s, Own& to) {
-    to.w_ih = s.Take<T>(unpacked_x ? 0 : own_panels * p.I * C::kX * kUnits);
+    to.w_ih = s.Take<T>(unpacked_x ? 0 : (one_chunk ? 1 : own_panels) * p.I * C::kX * kUnits);
     to.w_hh = s.Take<T>(unpacked_h ? 0 : own_panels * p.Hout * C::kH * kUnits);
   };
   const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K) {
@@ -457,7 +459,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           spare[team.id].Build([&](Scratch& s) { take_weights(s, my); });
         for (int64_t i = mine.begin; i < mine.end; i++) {
           const int64_t at = i - mine.begin;
-          if (!unpacked_x)
+          if (!unpacked_x && !one_chunk)
             PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, i, my.w_ih + at * p.I * C::kX * kUnits);
           if (!unpacked_h)
             PackGates(w.w_hh, p.storage, C::kH, p.H, p.Hout, i,
@@ -566,10 +568,13 @@ void Layer<C, V>::Forward(const LayerParams& p) {
                                               my.x_tiles.PaddedDepth(), p.I, my.x_tiles);
           if (!x_tiles) pack();
           if (!x_tiles && x_storage != kOwn) stage();
-          for (int64_t i = 0; i < count && !x_tiles; i++)
-            Product<C::kX>(p, unpacked_x, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih,
-                           my.w_ih + i * p.I * C::kX * kUnits, p.I, mine.begin + i,
-                           gates_x(i) + r * gates_x_stride, gates_x_stride, 0);
+          for (int64_t i = 0; i < count && !x_tiles; i++) {
+            T* panel = my.w_ih + (one_chunk ? 0 : i) * p.I * C::kX * kUnits;
+            if (one_chunk && !unpacked_x)
+              PackGates(w.w_ih, p.storage, C::kX, p.H, p.I, mine.begin + i, panel);
+            Product<C::kX>(p, unpacked_x, n, static_cast<const T*>(x) + r * ldx, ldx, w.w_ih, panel,
+                           p.I, mine.begin + i, gates_x(i) + r * gates_x_stride, gates_x_stride, 0);
+          }
           if constexpr (kTiles)
             for (int64_t g = 0; g < groups && x_tiles; g++) {
               const int64_t i = group * (r / block % 2 ? groups - 1 - g : g);
