@@ -11,3 +11,10 @@
 #define FRNN_INLINE inline __attribute__((always_inline))
 #define FRNN_NOINLINE __attribute__((noinline))
 #define FRNN_INLINE_LAMBDA __attribute__((always_inline))
+// For a vector that several instructions use: compilers may read it from memory in each of them, as an
+// operand, and then loads run short before multiply-adds do.
+#if defined(__x86_64__) && !defined(__CUDACC__)
+#define FRNN_KEEP_IN_REGISTER(v) asm("" : "+v"(v))
+#else
+#define FRNN_KEEP_IN_REGISTER(v)
+#endif

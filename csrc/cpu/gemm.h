@@ -84,7 +84,11 @@ FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
     if constexpr (MR <= RowsByRow<V>(NV)) {
       V row[NV];
       FRNN_UNROLL
-      for (int v = 0; v < NV; v++) row[v] = load<V>(w + k * ldw + v * N);
+      for (int v = 0; v < NV; v++) {
+        row[v] = load<V>(w + k * ldw + v * N);
+        if constexpr (MR > 1 && kChains * MR * NV + NV + 2 <= kRegisters<V>)
+          FRNN_KEEP_IN_REGISTER(row[v]);
+      }
       FRNN_UNROLL
       for (int m = 0; m < MR; m++) {
         const V value = left(m, k);
