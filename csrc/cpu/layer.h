@@ -54,7 +54,7 @@ class Layer {
   static constexpr bool kTiles = bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
   static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
   static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
-  static constexpr int64_t kTiledBlock = 64;   // rows of gates_h that wait for the gate math
+  static constexpr int64_t kRowBlock = 64;     // rows of gates_h that wait for the gate math
   // Panels of one product on tiles: an even number of tiles wide.
   static constexpr int kTiledGroup = kXVecs % 2 || kHVecs % 2 ? 2 : 1;
   static constexpr Storage kOwn = StorageOf<T>::kValue;
@@ -400,7 +400,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
       own[i].b_hh = s.Take<T>(own_panels * C::kH * kUnits);
       own[i].w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
       own[i].gates_x = s.Take<T>(own_groups * capacity * gates_x_stride);
-      own[i].gates_h = s.Take<T>((tiled ? kTiledBlock : TileRows<V>(kHVecs)) * gates_h_stride);
+      own[i].gates_h = s.Take<T>(kRowBlock * gates_h_stride);
       own[i].c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       own[i].x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
       own[i].w_ih_tiles = take_tiles(s, own_panels * kXVecs * N, p.I);
@@ -625,8 +625,8 @@ void Layer<C, V>::Forward(const LayerParams& p) {
           if constexpr (kTiles)
             for (int64_t g = 0; g < groups && step_tiles; g++) {
               const int64_t at = group * (step % 2 ? groups - 1 - g : g);
-              for (int64_t r = 0; r < n; r += kTiledBlock) {
-                const int64_t rows = n - r < kTiledBlock ? n - r : kTiledBlock;
+              for (int64_t r = 0; r < n; r += kRowBlock) {
+                const int64_t rows = n - r < kRowBlock ? n - r : kRowBlock;
                 const int64_t panels_now = count - at < group ? count - at : group;
                 bf16::Multiply(my.h_tiles[step & 1].Row(r), rows,
                                my.w_hh_tiles.Row(at * kHVecs * N), panels_now * kHVecs * N,
@@ -636,7 +636,7 @@ void Layer<C, V>::Forward(const LayerParams& p) {
             }
           for (int64_t at = 0; at < count && !step_tiles; at++) {
             const StepRows s = step_rows(at);
-            ForRowBlocks<TileRows<V>(kHVecs)>(n, [&](int rows, int64_t r) {
+            ForRowBlocks<kRowBlock>(n, [&](int rows, int64_t r) {
               Product<C::kH>(p, unpacked_h, rows, h + r * ldh, ldh, w.w_hh,
                              my.w_hh + at * p.Hout * C::kH * kUnits, p.Hout, mine.begin + at,
                              my.gates_h + at % group * C::kH * kUnits, gates_h_stride, r);
