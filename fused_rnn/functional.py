@@ -91,13 +91,25 @@ def _autocast_dtype(
     return torch.get_autocast_dtype(device)
 
 
+@torch.compiler.assume_constant_result
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether torch.nn hands a padded LSTM whose input is of this dtype to oneDNN, here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
 def _autocast_results(
     cell: str, low: torch.dtype, h: Tensor, c: Tensor | None, *, projected: bool, fused: bool
 ) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of h and c that torch.nn returns under autocast to ``low``.
 
     Products come out in ``low``; a state that is mixed in elementwise promotes the result to its
-    own dtype, and a projection is one more product. ``fused``: torch.nn hands a padded LSTM without
+    own dtype, and a projection is one more product. ``fused``: torch.nn hands an LSTM without
     projection to oneDNN, which stays in ``low``. On CUDA everything is cast first.
     """
     if h.is_cuda:
@@ -245,7 +257,12 @@ def recurrent(
     # Weights come in pairs, but for weight_hr.
     projected = len(weights) // (num_layers * directions) % 2 == 1
     h_dtype, c_dtype = _autocast_results(
-        cell, low, h0, c0, projected=projected, fused=batch_sizes is None
+        cell,
+        low,
+        h0,
+        c0,
+        projected=projected,
+        fused=batch_sizes is None and _onednn_takes(x.dtype),
     )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
     with torch.autocast(x.device.type, enabled=False):

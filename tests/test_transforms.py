@@ -261,11 +261,16 @@ def test_autocast(case: Case, layout: str, input_dtype: torch.dtype, state_dtype
     x = x.to(input_dtype)
     hx = hx if hx is None else tuple(h.to(state_dtype) for h in flatten(hx))
     hx = hx[0] if hx is not None and len(hx) == 1 else hx
-    results = [flatten(exact(x.double(), None if hx is None else tuple_or_one(hx, Tensor.double)))]
-    for module in (theirs, ours):
-        with torch.autocast("cpu", torch.bfloat16):
-            results.append(flatten(module(x, hx)))
-    truth, expected, actual = results
+    truth = flatten(exact(x.double(), None if hx is None else tuple_or_one(hx, Tensor.double)))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = flatten(ours(x, hx))
+        try:
+            expected = flatten(theirs(x, hx))
+        except RuntimeError as failure:  # a processor for which oneDNN has no LSTM in bfloat16
+            assert "could not create a primitive" in str(failure)
+            assert {o.dtype for o in actual} == {torch.bfloat16}
+            pytest.skip("torch.nn cannot do this here")
+    results = truth, expected, actual
     assert [o.dtype for o in actual] == [o.dtype for o in expected]
     for outputs in results:
         sum(o.to(torch.promote_types(o.dtype, torch.float32)).sum() for o in outputs).backward()
