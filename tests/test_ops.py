@@ -201,21 +201,6 @@ CAPABILITIES = ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx"]
 def test_lesser_instruction_sets(capability: str, seed: int) -> None:
     """The same checks on the code for machines that have less, chosen when it is loaded."""
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        str(Path(__file__).with_name("test_tiles.py")),
-        "-k",
-        "test_agrees_with_float64 or test_tiles and bfloat16",
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
     library = build.library()
     library.frnn_cpu_capability.restype = ctypes.c_char_p
     probe = subprocess.run(
@@ -232,7 +217,25 @@ def test_lesser_instruction_sets(capability: str, seed: int) -> None:
         check=True,
     )
     machine = library.frnn_cpu_capability().decode()
-    assert probe.stdout.strip() == min(capability, machine, key=CAPABILITIES.index)
+    found = probe.stdout.strip()
+    assert found == min(capability, machine, key=CAPABILITIES.index)
+    if found == machine:
+        return  # whose code the other tests run
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        str(Path(__file__).with_name("test_tiles.py")),
+        "-k",
+        "test_agrees_with_float64 or test_tiles and bfloat16",
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("cell", GATES)
