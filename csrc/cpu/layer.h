@@ -44,9 +44,9 @@ class Layer {
   static constexpr int kTape =
       C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
   static constexpr int kTileWidth = kTileVecs<V> * N;
-  static constexpr int64_t kChunkRows = 128;        // rows of gates_x computed ahead
-  static constexpr int64_t kMacsPerThread = 16384;  // less work per step than this pays no barrier
-  static constexpr int64_t kMacsPerTeam = 200000;   // and less in all no team
+  static constexpr int64_t kChunkRows = 128;  // rows of gates_x computed ahead
+  // What a thread could do while a team of two waits at a barrier, and while a team starts.
+  static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 200000;
   static constexpr int64_t kMacsOfShortCall = 100000000;  // a few milliseconds, see Crowd
   // The backward of so few rows in all reads weights as they lie, at a stride that caches do not like
   // twice.
@@ -64,11 +64,12 @@ class Layer {
   static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
   static int64_t Macs(const LayerParams& p) { return p.rows * C::kH * p.H * (p.Hout + p.I); }
   static bool IsShort(const LayerParams& p) { return Macs(p) < kMacsOfShortCall; }
+  // As many as do a step sooner than one fewer would: each adds to what all wait for at the barrier.
   static int Threads(const LayerParams& p) {
-    int64_t n = p.B * C::kH * p.H * p.Hout / kMacsPerThread;
-    if (Macs(p) < kMacsPerTeam) n = 1;
-    n = n < p.threads ? n : p.threads;
-    n = n < Panels(p) ? n : Panels(p);
+    const int64_t most = p.threads < Panels(p) ? p.threads : Panels(p);
+    const int64_t macs = Macs(p) < kMacsPerTeam ? 0 : p.B * C::kH * p.H * p.Hout;
+    int64_t n = 1;
+    while (n < most && n * (n + 1) * kMacsPerBarrier <= macs) n++;
     if (n > 1 && IsShort(p) && Crowd::Here()) n--;
     return TeamSize(int(n));
   }
