@@ -14,7 +14,7 @@ import pytest
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 # The bounds that csrc/core/math.h states.
-BOUNDS = {"tanh": 3.5, "sigmoid": 3.0}
+BOUNDS = {"tanh": 3.0, "sigmoid": 3.0}
 
 PROGRAM = r"""
 #include <cmath>

@@ -2,7 +2,7 @@
 // for this file.
 //
 // Largest error over all floats: tanh 2.7, sigmoid 2.5 ulp; over a dense sweep of doubles
-// (tests/test_math.py): 3.4, 2.5. Special values are those of libm: sigmoid(-inf) = 0,
+// (tests/test_math.py): 2.5, 2.1. Special values are those of libm: sigmoid(-inf) = 0,
 // tanh(+-inf) = +-1, tanh(-0) = -0, NaN stays NaN.
 #pragma once
 #include <limits>
@@ -59,7 +59,7 @@ struct ExpConstants<double> {
   FRNN_HD static V P(V r) {
     constexpr double kP[] = {
         0.50000000000000000441,     0.1666666666666668349,    0.04166666666666609176,
-        0.0083333333333330198769,   0.0013888888889116431275, 0.00019841269896519699497,
+        0.0083333333333169803769,   0.0013888888889116431275, 0.00019841269896519699497,
         0.000024801586925622791954, 2.7557234723813174451e-6, 2.7557582338831296606e-7,
         2.5112085745614438384e-8,   2.0826570383926599069e-9};
     return horner(r, kP);

@@ -145,8 +145,8 @@ class Layer {
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   // Packing W is one pass over it and makes its rows columns, so that a product needs no sums over
-  // lanes. So few rows, in all or of a step, do not repay that; long rows of W have fewer such sums,
-  // and where they are whole vectors they stream faster than narrow panels do.
+  // lanes. So few rows, in all or of a step, do not repay that (some Hout / 8 steps of one row do); long
+  // rows of W have fewer such sums, and in vectors of a whole line they stream as fast as panels do.
   static bool UnpackedX(const LayerParams& p) {
     return p.storage == kOwn && p.rows <= (p.I >= 256 ? 16 : 12);
   }
