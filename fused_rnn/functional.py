@@ -91,18 +91,6 @@ def _autocast_dtype(
     return torch.get_autocast_dtype(device)
 
 
-@torch.compiler.assume_constant_result
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether torch.nn hands a padded LSTM whose input is of this dtype to oneDNN, here."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
-
-
 def _autocast_results(
     cell: str, low: torch.dtype, h: Tensor, c: Tensor | None, *, projected: bool, fused: bool
 ) -> tuple[torch.dtype, torch.dtype]:
@@ -262,7 +250,7 @@ def recurrent(
         h0,
         c0,
         projected=projected,
-        fused=batch_sizes is None and _onednn_takes(x.dtype),
+        fused=batch_sizes is None and ops.onednn_takes(x.dtype),
     )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
     with torch.autocast(x.device.type, enabled=False):

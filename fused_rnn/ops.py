@@ -100,6 +100,18 @@ def transformed() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
+@torch.compiler.assume_constant_result
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether torch.nn hands a padded LSTM whose input is of this dtype to oneDNN, here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
 # ---- direct calls: the CPU's kernels without torch's dispatcher, which takes longer than one step
 # of a small layer. The functions (csrc/ops/direct.cpp) take plain tensors in the usual layouts and
 # return None for all else, which then goes the ordinary way: to be refused, copied, converted. ----
