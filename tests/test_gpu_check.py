@@ -40,7 +40,7 @@ def check(folder: Path, tests: Path, *arguments: str) -> tuple[int, str]:
     """Exit code and output of the command."""
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--tiny"]
     command += ["--out", str(folder), "--tests", str(tests), "--stall", "3", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
 

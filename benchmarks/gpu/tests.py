@@ -18,7 +18,8 @@ from typing import Any
 
 from .rows import ROOT, Clock, Rows, Settings, kill, last_lines, say
 
-START_S = 300  # until the first test is over: the library may have to be built
+BUILD_S = 300  # until the first test of all is over: the library may have to be built
+START_S = 60  # until a later process is at its first test: imports, on a machine that is busy
 
 
 def measure(settings: Settings, rows: Rows, clock: Clock) -> None:
@@ -57,7 +58,7 @@ def _session(
                 start_new_session=True,
             )
             try:
-                session = _Session(rows, settings.stall_s if tried else START_S, settings.stall_s)
+                session = _Session(rows, not tried, settings.stall_s)
                 while process.poll() is None and not session.hangs and not clock.over:
                     session.read(events.read())
                     time.sleep(0.05)
@@ -77,9 +78,10 @@ def _session(
 class _Session:
     """What the recorder in a process of pytest has told so far."""
 
-    def __init__(self, rows: Rows, first_s: float, stall_s: float) -> None:
-        """Seconds that may pass until the first test is over, and between signs of life later."""
-        self.rows, self.limit_s, self.stall_s = rows, first_s, stall_s
+    def __init__(self, rows: Rows, builds: bool, stall_s: float) -> None:
+        """Whether its first test may have to build, and the seconds that any other may take."""
+        self.rows, self.builds, self.stall_s = rows, builds, stall_s
+        self.limit_s: float = BUILD_S if builds else START_S  # between two signs of life
         self.tried: set[str] = set()
         self.running: str | None = None
         self.finished = False
@@ -101,11 +103,13 @@ class _Session:
             elif kind == "start":
                 self.running = event["id"]
                 self.tried.add(self.running)
+                if not self.builds:
+                    self.limit_s = self.stall_s
             else:
                 self._put(event)
 
     def _put(self, event: dict[str, Any]) -> None:
-        self.running, self.limit_s = None, self.stall_s
+        self.running, self.limit_s, self.builds = None, self.stall_s, False
         key, message = event["id"], last_lines(event["message"])
         if event["event"] == "broken" or event["outcome"] == "failed":
             self.rows.put(key, {"error": message})
