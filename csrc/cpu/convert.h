@@ -112,6 +112,17 @@ FRNN_NOINLINE void LoadRow(const void* src, Storage s, T* __restrict dst, int64_
     }
   }
 }
+// dst[0 .. kN) = n <= kN elements of src, then zeros. A whole row is a copy of a size that the compiler
+// knows: no call.
+template <int kN, class T>
+FRNN_INLINE void LoadPadded(const void* src, Storage s, int64_t n, T* dst) {
+  if (s == StorageOf<T>::kValue && n == kN) {
+    memcpy(dst, src, kN * sizeof(T));
+    return;
+  }
+  if (n > 0) LoadRow<T>(src, s, dst, n);
+  for (int64_t i = n; i < kN; i++) dst[i] = 0;
+}
 template <class T>
 FRNN_NOINLINE void StoreRow(void* dst, Storage s, const T* __restrict src, int64_t n) {
   if (s == StorageOf<T>::kValue) {

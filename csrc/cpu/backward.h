@@ -1,0 +1,655 @@
+// The backward of cpu/layer.h.
+//
+// Per step, from the last one on: gate gradients d of the own units, one barrier, dh = d W_hh for the
+// own units (with a projection, dh_full = dh W_hr and a barrier before that). Then dX, dW and db of the
+// whole sequence as large products.
+#pragma once
+#include <algorithm>
+
+#include "cpu/layer.h"
+#include "cpu/weight_grad.h"
+
+FRNN_BEGIN
+
+// Whether magnitudes, as bits, are at most those of `limit`; inf and NaN are not.
+template <class I>
+FRNN_INLINE bool Below(const I& magnitudes, float limit) {
+  bool below = true;
+  for (size_t i = 0; i < sizeof(I) / sizeof(int32_t); i++)
+    below &= magnitudes[i] <= bit_cast<int32_t>(limit);
+  return below;
+}
+
+// One call. What the threads share are its members, what each has is Own.
+template <class C, class V>
+class Layer<C, V>::BackwardPass {
+ public:
+  BackwardPass(const LayerGradParams& p, int threads);
+  void Run(Team& team);
+
+ private:
+  using Magnitude = typename Lanes<V>::I;
+  static constexpr int kIdentity[1] = {0};
+  // So few rows in all read weights as they lie, at a stride that caches do not like twice.
+  static constexpr int64_t kUnpackedRows = 12;
+
+  const LayerGradParams& p;
+  const int threads;
+  const bool projected = Projected(p), tiled = Tiled(p);
+  const bool narrow = p.storage != kOwn, stage_dy = p.dy != nullptr && narrow;
+  const bool unpacked = !narrow && p.rows <= kUnpackedRows;
+  const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
+  const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
+  const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
+  const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H),
+                hs_stride = HsStride(p.H, p.Hout);
+  const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
+  const int64_t x_tiles = (p.I + kTileWidth - 1) / kTileWidth;
+  // Rows of dX at a time, whole blocks of them to a thread.
+  const int64_t x_rows = (p.rows < 768 ? 48 : 96) * (tiled ? 2 : 1);
+  // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
+  // summed one by one, so that an operand stays in the second-level cache.
+  const bf16::Cut cut = bf16::CutOf(p.storage, p.H), d_cut = bf16::CutBeside(p.storage, p.H);
+  const int64_t gate_depth = bf16::DepthBlocks(p.H, cut);
+  const int64_t padded_gate = gate_depth * bf16::DepthOf(cut);
+  const int64_t grad_depth = WeightGrad<V>::Block(p.rows);
+  // dW in fixed point is balanced by what was measured of d for dh.
+  const bf16::Cut grad_cut = cut == bf16::Cut::kFixed ? bf16::CutOf(p.storage, grad_depth) : cut;
+  const bf16::Cut d_grad_cut = grad_cut == bf16::Cut::kFixed ? grad_cut : d_cut;
+
+  // A thread's memory, its part of the layer, and the direction it is at.
+  struct Own {
+    T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
+    bf16::Operand w_hh_tiles, dx_tiles, tiles_a;
+    bf16::Operand d_tiles[2];  // d of a step
+    Balance d_balance, dx_balance[C::kX], dw_balance;
+    bf16::Operand w_ih_right[C::kX];  // W_ih's tiles with this thread's factors
+    Scratch spare;                    // W_hh as vectors, where tiles do not fit
+
+    Team::Range mine, columns;    // panels; vectors of the projection's output
+    int64_t first_vec, last_vec;  // columns of dh that this thread sums, in vectors
+    int64_t first, last;          // and in units
+    int64_t valid;                // of these below Hout
+
+    int dir;
+    const DirectionWeights* w;
+    const DirectionGrads* dw;
+    const T* hs;
+    bool packed;  // w_hh, for vectors
+  };
+  std::vector<Own> own = std::vector<Own>(threads);
+  T *d, *dh, *dh_seq, *dh_full, *w_ih = nullptr, *pack_b, *sum_ih, *sum_hh, *dx_sum;
+  // W_ih by gates; the right sides of dW, x and h.
+  bf16::Operand w_ih_tiles[C::kX], x_right, h_right;
+  float *d_largest[2], *d_sizes;
+  fixed::Size *w_hh_sizes, *w_ih_sizes[C::kX];
+  // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
+  std::atomic<bool> fit_w_hh{tiled}, fit_w_ih{tiled}, fit_d{tiled};
+  std::atomic<int64_t> misfit_d[2] = {{-1}, {-1}}, misfit_block[2] = {{-1}, {-1}};
+  Scratch scratch, spare_w_ih;  // spare: W_ih as vectors
+
+  struct Step {
+    int64_t number, t;
+    int64_t n, row;  // its rows, from `row` on
+    // Of the own columns of dh; null: zero.
+    const T* dy;
+    int64_t dy_stride;
+  };
+  // The right operand of a product: a tile of columns of w, as it lies in memory or packed.
+  struct Columns {
+    const T* w;
+    int64_t stride;
+  };
+
+  T* TakeHh(Scratch& s) const { return s.Take<T>(C::kH * p.H * own_columns); }
+  T* TakeIh(Scratch& s) const { return s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0); }
+  // Columns col .. col + width of a w [K, cols]. Unpacked they are read in place, unless they reach past
+  // the last column.
+  bool ReadInPlace(int64_t cols, int64_t col, int64_t width) const {
+    return unpacked && col + width <= cols;
+  }
+  Columns RightOperand(const void* w, int64_t cols, int64_t col, int64_t width,
+                       const T* packed) const {
+    if (ReadInPlace(cols, col, width)) return {static_cast<const T*>(w) + col, cols};
+    return {packed, width};
+  }
+  // W_hr's columns of the own units: f(first vector, number of them, where they are packed).
+  template <class F>
+  void ForUnits(const Own& my, const F& f) const {
+    const int64_t begin = my.mine.begin * kPanelVecs, end = my.mine.end * kPanelVecs;
+    ForColumnTiles<V>(begin, end,
+                      [&](int64_t v, auto nv) { f(v, nv, my.w_hr + (v - begin) * N * p.Hout); });
+  }
+  const T* Gate(int q, int64_t row) const { return d + row * d_stride + q * gate_stride; }
+
+  void Direction(Team& team, Own& my);
+  void PackTiles(Team& team, Own& my);
+  void PackVectors(Own& my) const;
+  void PackProjection(Own& my) const;
+  void Start(Own& my) const;
+  Step StepAt(Own& my, int64_t number) const;
+  void Unproject(Team& team, Own& my, const Step& step) const;
+  Magnitude GateGrads(Own& my, const Step& step) const;
+  void ShareGrads(Team& team, Own& my, const Step& step, const Magnitude& largest);
+  void RecurrentGrad(Own& my, const Step& step) const;
+  void StoreGrads(Own& my) const;
+  void InputGrad(Team& team, Own& my);
+  bool PackInputTiles(Team& team, Own& my);
+  void PackInputVectors(Team& team, Own& my);
+  void InputRowsOnTiles(Own& my, int64_t r0, int64_t n, const Team::Range& tiles) const;
+  void InputRows(Own& my, int64_t r0, int64_t n, const Team::Range& tiles) const;
+  void WeightGrads(Team& team, Own& my);
+};
+
+template <class C, class V>
+Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
+    : p(p), threads(threads) {
+  const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
+  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K, bf16::Cut cut) {
+    return TakeTiles(s, tiled, rows, K, cut);
+  };
+  scratch.Build([&](Scratch& s) {
+    for (Own& my : own) {
+      if (!tiled) my.w_hh = TakeHh(s);
+      my.w_hr = s.Take<T>(projected ? p.Hout * own_panels * kUnits : 0);
+      my.dc = s.Take<T>(own_panels * p.B * kExtra * kUnits);
+      my.dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
+      my.db = s.Take<T>(own_panels * C::kD * kUnits);
+      my.dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
+      my.pack_a = s.Take<T>(WeightGrad<V>::PackASize(p.rows));
+      my.w_hh_tiles = take_tiles(s, own_columns, C::kH * padded_gate, cut);
+      my.dx_tiles = take_tiles(s, p.dx ? x_rows : 0, p.H, d_cut);
+      my.dx_rows = s.Take<T>(tiled && narrow && p.dx ? x_rows * p.I : 0);
+      my.tiles_a = take_tiles(s, WeightGrad<V>::kTileGroup * bf16::kRows, grad_depth, d_grad_cut);
+      my.dw_balance.Take(s, my.tiles_a);
+      for (Balance& balance : my.dx_balance) balance.Take(s, my.dx_tiles);
+    }
+    TakeStepTiles(s, tiled, p.B, C::kH * padded_gate, d_cut, own, &Own::d_tiles, d_largest);
+    for (Own& my : own) my.d_balance.Take(s, my.d_tiles[0]);
+    w_hh_sizes = s.Take<fixed::Size>(threads * own[0].d_balance.depth);
+    for (fixed::Size*& sizes : w_ih_sizes)
+      sizes = s.Take<fixed::Size>(threads * own[0].dx_balance[0].depth);
+    d_sizes = s.Take<float>(own[0].d_balance.depth > 0 ? p.rows : 0);
+    for (bf16::Operand& tiles : w_ih_tiles)
+      tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, p.H, cut);
+    x_right = take_tiles(s, RoundUp(p.I, kTileWidth), grad_depth, grad_cut);
+    h_right = take_tiles(s, RoundUp(p.Hout, kTileWidth), grad_depth, grad_cut);
+    d = s.Take<T>(p.rows * d_stride);
+    dh = s.Take<T>(p.B * h_stride);
+    dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
+    dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
+    if (!tiled) w_ih = TakeIh(s);
+    pack_b = s.Take<T>(WeightGrad<V>::PackBSize(p.rows, widest));
+    sum_ih = s.Take<T>(narrow ? C::kX * p.H * p.I : 0);
+    sum_hh = s.Take<T>(narrow ? C::kH * p.H * p.Hout : 0);  // and W_hr's
+    dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
+  });
+}
+
+template <class C, class V>
+void Layer<C, V>::BackwardPass::Run(Team& team) {
+  Own& my = own[team.id];
+  my.mine = team.Split(panels);
+  my.columns = team.Split(hout_vecs);
+  my.first_vec = projected ? my.columns.begin : my.mine.begin * kPanelVecs;
+  my.last_vec = projected ? my.columns.end : my.mine.end * kPanelVecs;
+  my.first = my.first_vec * N;
+  my.last = my.last_vec * N;
+  my.valid = (my.last < p.Hout ? my.last : p.Hout) - my.first;
+  const bf16::Session session(tiled);
+  for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
+}
+
+template <class C, class V>
+void Layer<C, V>::BackwardPass::Direction(Team& team, Own& my) {
+  my.w = &p.w[my.dir];
+  my.dw = &p.dw[my.dir];
+  my.hs = static_cast<const T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride;
+  my.packed = false;
+  if (tiled) PackTiles(team, my);
+  if (projected) PackProjection(my);
+  Start(my);
+
+  for (int64_t number = 0; number < p.T; number++) {
+    const Step step = StepAt(my, number);
+    if (projected) Unproject(team, my, step);
+    const Magnitude largest = GateGrads(my, step);
+    if (tiled) ShareGrads(team, my, step, largest);
+    team.Sync();
+    RecurrentGrad(my, step);
+  }
+  team.Sync();
+
+  StoreGrads(my);
+  if (p.dx) InputGrad(team, my);
+  WeightGrads(team, my);
+  team.Sync();
+}
+
+// ---- once per direction ----
+
+// W_hh as the right operand of dh = d W_hh: per gate [H][own columns].
+template <class C, class V>
+void Layer<C, V>::BackwardPass::PackVectors(Own& my) const {
+  if (my.packed) return;
+  if (tiled && my.w_hh == nullptr) my.spare.Build([&](Scratch& s) { my.w_hh = TakeHh(s); });
+  ForColumnTiles<V>(my.first_vec, my.last_vec, [&](int64_t v, auto nv) {
+    constexpr int kWidth = decltype(nv)::value * N;
+    if (v * N < p.Hout && !ReadInPlace(p.Hout, v * N, kWidth))
+      PackColumns<kWidth>(my.w->w_hh, p.storage, C::kH * p.H, p.Hout, v * N,
+                          my.w_hh + (v - my.first_vec) * N * C::kH * p.H);
+  });
+  my.packed = true;
+}
+
+// The same as tiles, with what balances them. Misfits are noted in fit_w_hh.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::PackTiles(Team& team, Own& my) {
+  if constexpr (kTiles) {
+    const auto gate = [&](int q) { return At(my.w->w_hh, p.storage, q * p.H * p.Hout + my.first); };
+    const bool measured = cut == bf16::Cut::kFixed;
+    for (int q = 0; q < C::kH && measured; q++)
+      fixed::MeasureRows(static_cast<const float*>(gate(q)), p.Hout, p.H, 0, my.valid,
+                         w_hh_sizes + team.id * my.d_balance.depth + q * padded_gate);
+    if (measured) team.Sync();
+    my.d_balance.Find(w_hh_sizes, team.size, C::kH, p.H, {&my.d_tiles[0], &my.d_tiles[1]},
+                      {&my.w_hh_tiles});
+    if (my.valid <= 0) return;
+    for (int q = 0; q < C::kH && measured; q++)
+      fixed::Measure(static_cast<const float*>(gate(q)), p.Hout, bf16::Order::kAcross, my.valid, 0,
+                     p.H, my.w_hh_tiles.Depth(q * gate_depth).factors, my.w_hh_tiles.largest,
+                     q > 0);
+    for (int q = 0; q < C::kH; q++)
+      if (!bf16::PackRight(gate(q), p.storage, p.Hout, bf16::Order::kAcross, my.valid, p.H,
+                           my.w_hh_tiles.Depth(q * gate_depth), measured))
+        fit_w_hh.store(false, std::memory_order_relaxed);
+  }
+}
+
+template <class C, class V>
+void Layer<C, V>::BackwardPass::PackProjection(Own& my) const {
+  ForUnits(my, [&](int64_t v, auto nv, T* packed) {
+    if (v * N < p.H)
+      PackColumns<decltype(nv)::value * N>(my.w->w_hr, p.storage, p.Hout, p.H, v * N, packed);
+  });
+}
+
+// db = 0; dc and dh from what comes after the last step.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::Start(Own& my) const {
+  for (int64_t i = 0; i < (my.mine.end - my.mine.begin) * C::kD * kUnits; i++) my.db[i] = 0;
+  for (int64_t i = my.mine.begin; i < my.mine.end; i++)
+    for (int64_t r = 0; r < p.B * kExtra; r++) {
+      const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
+      const int64_t at = (my.dir * p.B * kExtra + r) * p.H + unit;
+      LoadPadded<kUnits>(p.dc_n ? At(p.dc_n, p.storage, at) : nullptr, p.storage, p.dc_n ? n : 0,
+                         my.dc + ((i - my.mine.begin) * p.B * kExtra + r) * kUnits);
+    }
+  CopyState(p, p.dh_n, my.dir, my.first, my.last, dh, h_stride);
+}
+
+// ---- per step ----
+
+template <class C, class V>
+auto Layer<C, V>::BackwardPass::StepAt(Own& my, int64_t number) const -> Step {
+  const int64_t t = my.dir == 0 ? p.T - 1 - number : number;
+  Step step{number, t, p.batch_sizes[t], p.offsets[t], nullptr, 0};
+  if (!p.dy || my.valid <= 0) return step;
+  const auto source = [&](int64_t b) {
+    const int64_t at =
+        p.ragged ? (step.row + b) * p.dy_b_stride : t * p.dy_t_stride + b * p.dy_b_stride;
+    return At(p.dy, p.storage, at + my.dir * p.Hout + my.first);
+  };
+  step.dy = static_cast<const T*>(source(0));
+  step.dy_stride = p.dy_b_stride;
+  if (stage_dy) {
+    for (int64_t b = 0; b < step.n; b++)
+      LoadRow<T>(source(b), p.storage, my.dy + b * own_columns, my.valid);
+    step.dy = my.dy;
+    step.dy_stride = own_columns;
+  }
+  return step;
+}
+
+// dh_full = (dh + dy) W_hr for the own units; dh_seq keeps the left side for dW_hr.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::Unproject(Team& team, Own& my, const Step& step) const {
+  for (int64_t b = 0; b < step.n; b++) {
+    T* out = dh_seq + (step.row + b) * h_stride + my.first;
+    const T* in = dh + b * h_stride + my.first;
+    for (int64_t u = 0; u < my.valid; u++)
+      out[u] = in[u] + (step.dy ? step.dy[b * step.dy_stride + u] : T(0));
+  }
+  team.Sync();
+  ForUnits(my, [&](int64_t v, auto nv, const T* packed) {
+    constexpr int NV = decltype(nv)::value;
+    GemmRows<V, NV>(step.n, dh_seq + step.row * h_stride, h_stride, packed, NV * N, p.Hout,
+                    dh_full + v * N, full_stride, false);
+  });
+}
+
+// d of the own units, from dh, dc and what the forward saved; dc and the elementwise path of dh are
+// replaced by those of the step before. The largest |d|, as bits.
+template <class C, class V>
+auto Layer<C, V>::BackwardPass::GateGrads(Own& my, const Step& step) const -> Magnitude {
+  const LayerGradParams& p = this->p;
+  const bool projected = this->projected;
+  const int dir = my.dir;
+  const int64_t first = my.first, n = step.n, t = step.t, row = step.row;
+  const T* dy = step.dy;
+  Magnitude largest{};
+  for (int64_t i = my.mine.begin; i < my.mine.end; i++) {
+    const int64_t unit = i * kUnits;
+    const T* tape = Tape(p, dir, t, i);
+    T* db = my.db + (i - my.mine.begin) * C::kD * kUnits;
+    T* dc_panel = my.dc + (i - my.mine.begin) * p.B * kExtra * kUnits;
+    FRNN_UNROLL
+    for (int j = 0; j < kPanelVecs; j++) {
+      const int64_t left = p.H - unit - j * N;
+      const int lanes = int(left < 0 ? 0 : (left < N ? left : N));
+      V bias[C::kD];
+      FRNN_UNROLL
+      for (int q = 0; q < C::kD; q++) bias[q] = V{};
+      for (int64_t b = 0; b < n; b++) {
+        Pack<V, C::kSaved> saved;
+        Pack<V, C::kStates> state, dstate_new, dstate;
+        Pack<V, C::kD> grad;
+        const T* tape_b = tape + b * kTape * kUnits + j * N;
+        FRNN_UNROLL
+        for (int q = 0; q < C::kSaved; q++) saved[q] = load<V>(tape_b + q * kUnits);
+        T* dh_b = dh + b * h_stride + unit + j * N;
+        if (projected) {
+          dstate_new[0] = load<V>(dh_full + b * full_stride + unit + j * N);
+        } else {
+          dstate_new[0] = load<V>(dh_b);
+          if (dy) dstate_new[0] += load_n<V>(dy + b * step.dy_stride + unit - first + j * N, lanes);
+        }
+        state[0] =
+            C::kUsesH ? load<V>(my.hs + PreviousRow(p, dir, t, b) * hs_stride + unit + j * N) : V{};
+        T* dc = dc_panel + b * kExtra * kUnits + j * N;
+        FRNN_UNROLL
+        for (int e = 0; e < kExtra; e++) {
+          state[1 + e] = load<V>(tape_b + (C::kSaved + e) * kUnits);
+          dstate_new[1 + e] = load<V>(dc + e * kUnits);
+        }
+
+        const V h_new =
+            C::kUsesNewH ? load<V>(my.hs + (p.B + row + b) * hs_stride + unit + j * N) : V{};
+        C::backward(saved, state, h_new, dstate_new, grad, dstate);
+
+        T* d_b = d + (row + b) * d_stride + unit + j * N;
+        FRNN_UNROLL
+        for (int q = 0; q < C::kD; q++) {
+          store<V>(d_b + q * gate_stride, grad[q]);
+          bias[q] += grad[q];
+          if constexpr (kTiles) {
+            const auto magnitude = bit_cast<Magnitude>(grad[q]) & 0x7fffffff;
+            largest = magnitude > largest ? magnitude : largest;
+          }
+        }
+        if (!projected) store<V>(dh_b, dstate[0]);
+        FRNN_UNROLL
+        for (int e = 0; e < kExtra; e++) store<V>(dc + e * kUnits, dstate[1 + e]);
+      }
+      FRNN_UNROLL
+      for (int q = 0; q < C::kD; q++)
+        store<V>(db + q * kUnits + j * N, load<V>(db + q * kUnits + j * N) + bias[q]);
+    }
+  }
+  return largest;
+}
+
+// d of the own units as tiles, for the whole team.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::ShareGrads(Team& team, Own& my, const Step& step,
+                                           const Magnitude& largest) {
+  if constexpr (kTiles) {
+    const int64_t parity = step.number & 1;
+    const bf16::Operand& to = my.d_tiles[parity];
+    const int64_t begin = my.mine.begin * kUnits, end = my.mine.end * kUnits;
+    const bool measured = ShareLargest(team, to, d_largest[parity], step.n, [&](float* largest) {
+      for (int q = 0; q < C::kH; q++)
+        fixed::Measure(Gate(C::kDh[q], step.row), d_stride, bf16::Order::kAlong, step.n, begin,
+                       end < p.H ? end : p.H, to.Depth(q * gate_depth).factors, largest, q > 0);
+    });
+    if (measured && team.id == 0) memcpy(d_sizes + step.row, to.largest, step.n * sizeof(float));
+    for (int q = 0; q < C::kH; q++)
+      bf16::PackRows(Gate(C::kDh[q], step.row), kOwn, d_stride, step.n, begin,
+                     team.id + 1 == team.size ? padded_gate : end, p.H, to.Depth(q * gate_depth),
+                     measured);
+    if (!Below(largest, bf16::kLargest)) {
+      misfit_d[parity].store(my.dir * p.T + step.number, std::memory_order_relaxed);
+      fit_d.store(false, std::memory_order_relaxed);
+    }
+  }
+}
+
+// dh += d W_hh for the own columns (with a projection dh has no elementwise path, and is replaced).
+template <class C, class V>
+void Layer<C, V>::BackwardPass::RecurrentGrad(Own& my, const Step& step) const {
+  const bool go_on = step.number + 1 < p.T || p.dh0;
+  const bool tiles =
+      tiled && fit_w_hh.load(std::memory_order_relaxed) &&
+      misfit_d[step.number & 1].load(std::memory_order_relaxed) != my.dir * p.T + step.number;
+  if (!tiles) PackVectors(my);
+  if (!go_on || my.valid <= 0) return;
+  if constexpr (kTiles)
+    if (tiles) {
+      bf16::Multiply(my.d_tiles[step.number & 1], step.n, my.w_hh_tiles, my.valid, dh + my.first,
+                     h_stride, !projected, step.number % 2);
+      return;
+    }
+  ForColumnTiles<V>(my.first_vec, my.last_vec, [&](int64_t v, auto nv) {
+    constexpr int NV = decltype(nv)::value;
+    if (v * N >= p.Hout) return;
+    const Columns right = RightOperand(my.w->w_hh, p.Hout, v * N, NV * N,
+                                       my.w_hh + (v - my.first_vec) * N * C::kH * p.H);
+    for (int q = 0; q < C::kH; q++)
+      GemmRows<V, NV>(step.n, Gate(C::kDh[q], step.row), d_stride, right.w + q * p.H * right.stride,
+                      right.stride, p.H, dh + v * N, h_stride, q > 0 || !projected);
+  });
+}
+
+// ---- of the whole sequence ----
+
+// dh0, dc0 and db, the own parts.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::StoreGrads(Own& my) const {
+  for (int64_t b = 0; b < p.B && p.dh0 && my.valid > 0; b++)
+    StoreRow<T>(At(p.dh0, p.storage, (my.dir * p.B + b) * p.Hout + my.first), p.storage,
+                dh + b * h_stride + my.first, my.valid);
+  for (int64_t i = my.mine.begin; i < my.mine.end; i++) {
+    const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
+    const T* db = my.db + (i - my.mine.begin) * C::kD * kUnits;
+    for (int q = 0; q < C::kX && my.dw->b_ih; q++)
+      StoreRow<T>(At(my.dw->b_ih, p.storage, q * p.H + unit), p.storage, db + C::kDx[q] * kUnits,
+                  n);
+    for (int q = 0; q < C::kH && my.dw->b_hh; q++)
+      StoreRow<T>(At(my.dw->b_hh, p.storage, q * p.H + unit), p.storage, db + C::kDh[q] * kUnits,
+                  n);
+    for (int64_t r = 0; r < p.B * kExtra && p.dc0; r++)
+      StoreRow<T>(At(p.dc0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
+                  my.dc + ((i - my.mine.begin) * p.B * kExtra + r) * kUnits, n);
+  }
+}
+
+// dX = d W_ih, to which the second direction adds. Rows are split over the team, which shares the packed
+// weights; where there are few, columns are.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::InputGrad(Team& team, Own& my) {
+  const bool by_columns = p.rows <= x_rows;
+  const bool on_tiles = PackInputTiles(team, my);
+  if (!on_tiles) {
+    PackInputVectors(team, my);
+    if (!by_columns) team.Sync();
+  }
+  const auto rows = by_columns ? Team::Range{0, p.rows} : team.Split(p.rows, x_rows);
+  const auto tiles = by_columns ? team.Split(x_tiles) : Team::Range{0, x_tiles};
+  for (int64_t r0 = rows.begin; r0 < rows.end; r0 += x_rows) {
+    const int64_t n = rows.end - r0 < x_rows ? rows.end - r0 : x_rows;
+    if (on_tiles)
+      InputRowsOnTiles(my, r0, n, tiles);
+    else
+      InputRows(my, r0, n, tiles);
+  }
+}
+
+// W_ih as the team's right operands of dX. False if W_ih or any d is out of the range of tiles.
+template <class C, class V>
+bool Layer<C, V>::BackwardPass::PackInputTiles(Team& team, Own& my) {
+  if constexpr (kTiles)
+    if (tiled && fit_d.load(std::memory_order_relaxed)) {
+      const auto my_tiles = team.Split(x_tiles);
+      const int64_t first = my_tiles.begin * kTileWidth, end = my_tiles.end * kTileWidth;
+      std::copy(w_ih_tiles, w_ih_tiles + C::kX, my.w_ih_right);
+      for (int q = 0; q < C::kX && cut == bf16::Cut::kFixed; q++)
+        fixed::MeasureRows(static_cast<const float*>(my.w->w_ih) + q * p.H * p.I, p.I, p.H, first,
+                           end < p.I ? end : p.I, w_ih_sizes[q] + team.id * my.dx_balance[q].depth);
+      if (cut == bf16::Cut::kFixed) team.Sync();
+      for (int q = 0; q < C::kX; q++)
+        my.dx_balance[q].Find(w_ih_sizes[q], team.size, 1, p.H, {}, {&my.w_ih_right[q]});
+      for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
+        for (int q = 0; q < C::kX; q++) {
+          const int64_t col = tile * kTileWidth;
+          if (!bf16::PackRight(At(my.w->w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
+                               bf16::Order::kAcross,
+                               p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
+                               my.w_ih_right[q].Row(col)))
+            fit_w_ih.store(false, std::memory_order_relaxed);
+        }
+      team.Sync();
+      return fit_w_ih.load(std::memory_order_relaxed);
+    }
+  return false;
+}
+
+template <class C, class V>
+void Layer<C, V>::BackwardPass::PackInputVectors(Team& team, Own& my) {
+  if (tiled) {
+    if (team.id == 0 && w_ih == nullptr) spare_w_ih.Build([&](Scratch& s) { w_ih = TakeIh(s); });
+    team.Sync();
+  }
+  const auto my_tiles = team.Split(x_tiles);
+  for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
+    if (!ReadInPlace(p.I, tile * kTileWidth, kTileWidth))
+      PackColumns<kTileWidth>(my.w->w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth,
+                              w_ih + tile * kTileWidth * C::kX * p.H);
+}
+
+// n rows of dX from r0 on, some tiles of columns.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::InputRowsOnTiles(Own& my, int64_t r0, int64_t n,
+                                                 const Team::Range& tiles) const {
+  const int64_t col = tiles.begin * kTileWidth, end = tiles.end * kTileWidth;
+  const int64_t width = (p.I < end ? p.I : end) - col;
+  if (width <= 0) return;
+  T* out = narrow ? my.dx_rows : static_cast<T*>(p.dx) + r0 * p.I;
+  if constexpr (kTiles)
+    for (int q = 0; q < C::kX; q++) {
+      my.dx_tiles.factors = my.dx_balance[q].factors;
+      bf16::PackRows(Gate(C::kDx[q], r0), kOwn, d_stride, n, 0, padded_gate, p.H, my.dx_tiles);
+      bf16::Multiply(my.dx_tiles, n, my.w_ih_right[q].Row(col), width, out + col, p.I,
+                     q > 0 || (my.dir == 1 && !narrow));
+    }
+  for (int64_t r = 0; r < n && narrow; r++) {
+    T *row = out + r * p.I + col, *total = dx_sum + (r0 + r) * p.I + col;
+    for (int64_t i = 0; i < width && my.dir == 1; i++) row[i] += total[i];
+    if (my.dir + 1 < p.dirs)
+      memcpy(total, row, width * sizeof(T));
+    else
+      StoreRow<T>(At(p.dx, p.storage, (r0 + r) * p.I + col), p.storage, row, width);
+  }
+}
+
+template <class C, class V>
+void Layer<C, V>::BackwardPass::InputRows(Own& my, int64_t r0, int64_t n,
+                                          const Team::Range& tiles) const {
+  for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
+    const int64_t col = tile * kTileWidth, width = p.I - col < kTileWidth ? p.I - col : kTileWidth;
+    const Columns right =
+        RightOperand(my.w->w_ih, p.I, col, kTileWidth, w_ih + tile * kTileWidth * C::kX * p.H);
+    for (int q = 0; q < C::kX; q++)
+      GemmRows<V, kTileVecs<V>>(n, Gate(C::kDx[q], r0), d_stride, right.w + q * p.H * right.stride,
+                                right.stride, p.H, my.dx, kTileWidth, q > 0);
+    for (int64_t r = 0; r < n; r++) {
+      T* out = my.dx + r * kTileWidth;
+      const int64_t at = (r0 + r) * p.I + col;
+      const T* total = narrow ? dx_sum : static_cast<T*>(p.dx);
+      if (my.dir == 1)
+        for (int64_t i = 0; i < width; i++) out[i] += total[at + i];
+      if (narrow && my.dir + 1 < p.dirs)
+        memcpy(dx_sum + at, out, width * sizeof(T));
+      else
+        StoreRow<T>(At(p.dx, p.storage, at), p.storage, out, width);
+    }
+  }
+}
+
+// dW_ih = d^T x, dW_hh = d^T h_{t-1}, dW_hr = (dh + dy)^T h_full.
+template <class C, class V>
+void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
+  WeightGrad<V> x_grad;
+  x_grad.gates = C::kX;
+  x_grad.H = p.H;
+  x_grad.column = C::kDx;
+  x_grad.gate_stride = gate_stride;
+  x_grad.d = d;
+  x_grad.d_stride = d_stride;
+  x_grad.rows = p.rows;
+  x_grad.cols = p.I;
+  x_grad.pack_a = my.pack_a;
+  x_grad.pack_b = pack_b;
+  x_grad.tiles_a = my.tiles_a;
+  x_grad.tiles_b = x_right;
+  x_grad.sizes = d_sizes;
+  x_grad.factors = my.dw_balance.factors;
+  x_grad.inverse = my.dw_balance.inverse;
+  x_grad.misfit = &misfit_block[0];
+  x_grad.number = my.dir * p.rows;
+  x_grad.sum = sum_ih;
+  x_grad.dw = my.dw->w_ih;
+  x_grad.storage = p.storage;
+  const auto load_x = [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+    RowCursor cursor(p, r0);
+    for (int64_t r = 0; r < n; r++, cursor.Next())
+      LoadPadded<kTileWidth>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage,
+                             width, dst + r * kTileWidth);
+  };
+  WeightGrad<V> h_grad = x_grad;
+  h_grad.gates = C::kH;
+  h_grad.column = C::kDh;
+  h_grad.cols = p.Hout;
+  h_grad.tiles_b = h_right;
+  h_grad.misfit = &misfit_block[1];
+  h_grad.sum = sum_hh;
+  h_grad.dw = my.dw->w_hh;
+  const auto load_h = [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+    RowCursor cursor(p, r0);
+    for (int64_t r = 0; r < n; r++, cursor.Next())
+      LoadPadded<kTileWidth>(my.hs + PreviousRow(p, my.dir, cursor.t, cursor.b) * hs_stride + col,
+                             kOwn, width, dst + r * kTileWidth);
+  };
+  if (tiled && fit_d.load(std::memory_order_relaxed)) {
+    WeightGrad<V>::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
+  } else {
+    x_grad.Run(team, load_x);
+    h_grad.Run(team, load_h);
+  }
+  if (projected) {
+    WeightGrad<V> projection_grad = h_grad;
+    projection_grad.gates = 1;
+    projection_grad.H = p.Hout;
+    projection_grad.column = kIdentity;
+    projection_grad.d = dh_seq;
+    projection_grad.d_stride = h_stride;
+    projection_grad.cols = p.H;
+    projection_grad.dw = my.dw->w_hr;
+    projection_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+      for (int64_t r = 0; r < n; r++)
+        LoadPadded<kTileWidth>(my.hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width,
+                               dst + r * kTileWidth);
+    });
+  }
+}
+
+FRNN_END

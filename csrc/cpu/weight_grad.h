@@ -1,0 +1,230 @@
+// dW of the backward: one large product over all rows of a sequence.
+#pragma once
+#include <atomic>
+
+#include "cpu/gemm.h"
+#include "cpu/tiles.h"
+
+FRNN_BEGIN
+
+// dw[gates * H, cols] = sum over rows r of d[r]^T b[r], in blocks of rows. The team packs the right side
+// of a block together; each thread owns rows of dw and packs its left side group by group. Within a
+// group the sum runs in steps that keep a right tile in the first-level cache, and dw in the second.
+template <class V>
+class WeightGrad {
+ public:
+  using T = typename Lanes<V>::T;
+  static constexpr int N = Lanes<V>::kSize;
+  static constexpr int kWidth = kTileVecs<V> * N, kRows = kTileRows<V>;
+  static constexpr int64_t kBlock = 512, kDepth = 128, kGroup = 16 * kRows;
+  static constexpr int64_t kTileGroup = 12;  // blocks of rows of dw
+
+  int64_t gates, H;   // rows of dw: gate q, unit u, at q * H + u
+  const int* column;  // gate q's gradients start at column[q] * gate_stride of d
+  int64_t gate_stride;
+  const T* d;  // [rows, ..], d_stride apart
+  int64_t d_stride;
+  int64_t rows, cols;
+  T *pack_a, *pack_b;  // this thread's; the team's
+  // With tiles: the same, and the last block whose right side is out of range, as the number of its
+  // first row (counted on over all directions).
+  bf16::Operand tiles_a, tiles_b;
+  // In fixed point, how large the gradients of each row are, and this thread's factors of a block.
+  const float* sizes;
+  float *factors, *inverse;
+  std::atomic<int64_t>* misfit;
+  int64_t number;
+  T* sum;    // [gates * H, cols] in the computing type where dw is stored in 16 bits
+  void* dw;  // null: not wanted
+  Storage storage;
+
+  static int64_t Block(int64_t rows) { return rows < kBlock ? rows : kBlock; }
+  static int64_t PackASize(int64_t rows) { return kGroup / kRows * kPackedRow * Block(rows); }
+  static int64_t PackBSize(int64_t rows, int64_t cols) {
+    return RoundUp(cols, kWidth) * Block(rows);
+  }
+  // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width,
+  // into dst [n][kWidth].
+  template <class F>
+  void Run(Team& team, const F& load) const {
+    if (!dw) return;
+    for (int64_t r0 = 0; r0 < rows; r0 += Block(rows)) RunBlock(team, load, r0);
+    Store(team);
+  }
+
+  // Two products on tiles. The gradients that they share, out of `gradients`, are packed once; d is
+  // known to be in the range of tiles. Where a right side is not, vectors do the block.
+  template <class F, class G>
+  static void RunTiles(Team& team, int gradients, const WeightGrad& x, const F& load_x,
+                       const WeightGrad& h, const G& load_h) {
+    if constexpr (bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
+      const int64_t blocks = bf16::Blocks(x.H);
+      // Blocks of rows of dw are split over the team, weighed by what is done with them: one packing,
+      // and products that take about three times as long.
+      const auto weight_of = [&](int q) {
+        const int64_t uses = x.Uses(q) + h.Uses(q);
+        return uses > 0 ? 1 + 3 * uses : 0;
+      };
+      int64_t total = 0;
+      for (int q = 0; q < gradients; q++) total += weight_of(q) * blocks;
+      const int64_t low = total * team.id / team.size, high = total * (team.id + 1) / team.size;
+      for (int64_t r0 = 0; r0 < x.rows; r0 += Block(x.rows)) {
+        const int64_t n = x.Length(r0);
+        if (x.tiles_a.cut == bf16::Cut::kFixed)
+          fixed::Factors(x.sizes + r0, n, x.factors, x.inverse);
+        x.PackRight(team, load_x, r0);
+        h.PackRight(team, load_h, r0);
+        team.Sync();
+        const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
+        bf16::Operand left = OfDepth(x.tiles_a, n);
+        left.factors = x.inverse;
+        int64_t before = 0;  // weight of the gradients so far
+        bool back = false;
+        for (int q = 0; q < gradients; q++) {
+          const int64_t weight = weight_of(q);
+          if (weight == 0) continue;
+          const auto first_from = [&](int64_t bound) {
+            const int64_t block = (bound - before + weight - 1) / weight;
+            return bound <= before ? 0 : (block < blocks ? block : blocks);
+          };
+          const int64_t begin = first_from(low), end = first_from(high);
+          before += weight * blocks;
+          for (int64_t m = begin; m < end; m += kTileGroup) {
+            const int64_t unit = m * bf16::kRows,
+                          last = (end - m < kTileGroup ? end : m + kTileGroup) * bf16::kRows;
+            const int64_t units = (last < x.H ? last : x.H) - unit;
+            bf16::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride,
+                                 units, n, left);
+            // There and back, see bf16::Multiply.
+            if (x_fits && !back) x.MultiplyTiles(left, q, unit, units, r0, back);
+            if (h_fits) h.MultiplyTiles(left, q, unit, units, r0, back);
+            if (x_fits && back) x.MultiplyTiles(left, q, unit, units, r0, back);
+            back = !back;
+          }
+        }
+        team.Sync();
+        if (!x_fits) x.RunBlock(team, load_x, r0);
+        if (!h_fits) h.RunBlock(team, load_h, r0);
+      }
+      x.Store(team);
+      h.Store(team);
+    }
+  }
+
+ private:
+  bool Own() const { return storage == StorageOf<T>::kValue; }
+  T* Result() const { return Own() ? static_cast<T*>(dw) : sum; }
+  int64_t Length(int64_t r0) const {
+    return rows - r0 < Block(rows) ? rows - r0 : Block(rows);  // of the block from r0 on
+  }
+  void Store(Team& team) const {
+    if (!dw || Own()) return;
+    const auto my_rows = team.Split(gates * H);
+    for (int64_t m = my_rows.begin; m < my_rows.end; m++)
+      StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
+  }
+
+  // The products in which gradient q is (all gradients are).
+  int64_t Uses(int q) const {
+    int64_t uses = 0;
+    for (int gate = 0; gate < gates && dw; gate++) uses += column[gate] == q;
+    return uses;
+  }
+
+  static bf16::Operand OfDepth(bf16::Operand tiles, int64_t K) {
+    tiles.depth_blocks = bf16::DepthBlocks(K, tiles.cut);
+    return tiles;
+  }
+  bf16::Operand Right(int64_t r0) const {
+    bf16::Operand right = OfDepth(tiles_b, Length(r0));
+    right.factors = factors;
+    return right;
+  }
+  template <class F>
+  void PackRight(Team& team, const F& load, int64_t r0) const {
+    if (!dw) return;
+    static_assert(kWidth <= kGroup / kRows * kPackedRow, "a tile of columns fits in pack_a");
+    const int64_t n = Length(r0);
+    const auto my_tiles = team.Split((cols + kWidth - 1) / kWidth);
+    for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
+      const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+      load(r0, n, col, width, pack_a);
+      if (!bf16::PackRight(pack_a, StorageOf<T>::kValue, kWidth, bf16::Order::kAcross, kWidth, n,
+                           Right(r0).Row(col)))
+        misfit->store(number + r0, std::memory_order_relaxed);
+    }
+  }
+  bool Fits(int64_t r0) const {
+    return dw && misfit->load(std::memory_order_relaxed) != number + r0;
+  }
+  void MultiplyTiles(const bf16::Operand& left, int q, int64_t unit, int64_t units, int64_t r0,
+                     bool backwards) const {
+    for (int gate = 0; gate < gates; gate++)
+      if (column[gate] == q)
+        bf16::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
+                       r0 > 0, backwards);
+  }
+
+  // The block of rows from r0 on, by vectors.
+  template <class F>
+  void RunBlock(Team& team, const F& load, int64_t r0) const {
+    if (!dw) return;
+    const int64_t block = Block(rows), n = Length(r0), tiles = (cols + kWidth - 1) / kWidth;
+    const auto my_tiles = team.Split(tiles);
+    for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
+      const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+      load(r0, n, col, width, pack_b + tile * kWidth * block);
+    }
+    team.Sync();
+    const auto my_rows = team.Split(gates * H, kRows);
+    for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += kGroup) {
+      const int64_t m1 = my_rows.end - m0 < kGroup ? my_rows.end : m0 + kGroup;
+      PackLeft(m0, m1, r0, n);
+      for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t k = 0; k < n; k += kDepth)
+          for (int64_t m = m0; m < m1; m += kRows)
+            Tile(Result(), m, int(m1 - m < kRows ? m1 - m : kRows), tile,
+                 pack_a + ((m - m0) / kRows * block + k) * kPackedRow,
+                 pack_b + (tile * block + k) * kWidth, n - k < kDepth ? n - k : kDepth, r0 + k > 0);
+    }
+    team.Sync();
+  }
+
+  void Tile(T* c, int64_t m, int count, int64_t tile, const T* a, const T* b, int64_t depth,
+            bool accumulate) const {
+    const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
+    T* out = c + m * cols + col;
+    if (width == kWidth) {
+      GemmPacked<V>(count, a, b, depth, out, cols, accumulate);
+      return;
+    }
+    T edge[kRows * kWidth];
+    GemmPacked<V>(count, a, b, depth, edge, kWidth, false);
+    for (int i = 0; i < count; i++)
+      for (int64_t j = 0; j < width; j++) {
+        T& value = out[i * cols + j];
+        value = accumulate ? value + edge[i * kWidth + j] : edge[i * kWidth + j];
+      }
+  }
+
+  // pack_a: [block of kRows gate rows][row][kPackedRow]
+  void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n) const {
+    for (int64_t m = m0; m < m1; m += kRows) {
+      const int64_t count = m1 - m < kRows ? m1 - m : kRows;
+      T* dst = pack_a + (m - m0) / kRows * kPackedRow * Block(rows);
+      const T* src = d + r0 * d_stride;
+      const int64_t first = Column(m);
+      if (m / H == (m + count - 1) / H) {  // columns of one gate are adjacent, and rows of d padded
+        for (int64_t r = 0; r < n; r++)
+          memcpy(dst + r * kPackedRow, src + r * d_stride + first, kPackedRow * sizeof(T));
+      } else {
+        for (int i = 0; i < count; i++)
+          for (int64_t r = 0; r < n; r++)
+            dst[r * kPackedRow + i] = src[r * d_stride + Column(m + i)];
+      }
+    }
+  }
+  int64_t Column(int64_t row) const { return column[row / H] * gate_stride + row % H; }
+};
+
+FRNN_END
