@@ -6,7 +6,10 @@ and graphs are stand-ins (tests/cpp/host.cpp). emulated-asan: with accesses to m
 
 cpu-asan: the CPU's engine, with accesses to memory and undefined behaviour checked.
 
-A process that runs on the last two must preload the sanitizer, see ``sanitizer``.
+cpu-tiles: the CPU's engine on a processor with AVX-512 and tiles, whose instructions are emulated
+(tests/cpp/tile_unit). cpu-tiles-asan: both.
+
+A process that runs on an engine with -asan must preload the sanitizer, see ``sanitizer``.
 """
 
 from __future__ import annotations
@@ -45,18 +48,28 @@ def sanitizer(engine: str) -> dict[str, str] | None:
     return {**os.environ, **own, **options}
 
 
-def compile_sanitized() -> Path:
+def compile_cpu(engine: str) -> Path:
     """The CPU's library by the package's own build, with other flags."""
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    before = build.BASE_FLAGS, build.LINK_FLAGS
-    build.BASE_FLAGS = [*build.BASE_FLAGS, "-O1", "-g1", *flags, "-Wno-maybe-uninitialized"]
-    build.LINK_FLAGS = ["-shared", "-fopenmp", *flags]
+    before = build.BASE_FLAGS, build.LINK_FLAGS, build.X86_TIERS
+    digest = ""
+    if engine.endswith("-asan"):
+        flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        build.BASE_FLAGS = [*build.BASE_FLAGS, "-O1", "-g1", *flags, "-Wno-maybe-uninitialized"]
+        build.LINK_FLAGS = ["-shared", "-fopenmp", *flags]
+    if "tiles" in engine:
+        unit = ROOT / "tests/cpp/tile_unit"
+        digest = _digest(sorted(unit.iterdir()))
+        # Vectors of 64 bytes, of whatever instructions there are; such a vector fits in no register.
+        wide = ["-D__AVX512F__", "-DFRNN_KEEP_IN_REGISTER(v)="]
+        build.X86_TIERS = {**build.X86_TIERS, "avx512": [*build.AVX2_FLAGS, *wide]}
+        features = ["-D__builtin_cpu_supports(feature)=1", "-mavx2", "-mfma"]
+        build.BASE_FLAGS = [*build.BASE_FLAGS, f"-I{unit}", *features]
     try:
-        folder = ROOT / "build" / f"cpu-asan-{build.cache_key(build.find_compiler())}"
+        folder = ROOT / "build" / f"{engine}-{build.cache_key(build.find_compiler())}{digest}"
         library = folder / f"{build.LIBRARY['cpu']}.so"
         return library if library.is_file() else build.compile_library(folder)
     finally:
-        build.BASE_FLAGS, build.LINK_FLAGS = before
+        build.BASE_FLAGS, build.LINK_FLAGS, build.X86_TIERS = before
 
 
 def compile_emulated() -> Path:
@@ -101,6 +114,13 @@ def compile_race_check() -> Path:
 Units = list[tuple[Path, list[str]]]  # a source and its flags
 
 
+def _digest(sources: Sequence[Path], facts: str = "") -> str:
+    digest = hashlib.sha256(facts.encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return f"-{digest.hexdigest()[:12]}"
+
+
 def _compile(
     name: str,
     sources: Sequence[Path],
@@ -110,10 +130,7 @@ def _compile(
 ) -> Path:
     """``name`` in a folder of ``build/``, from there if it was made of the same sources before."""
     facts = [flags, torch.__version__, build.find_compiler()]
-    digest = hashlib.sha256(repr(facts).encode())
-    for path in sources:
-        digest.update(path.read_bytes())
-    folder = ROOT / "build" / f"{Path(name).stem}-{digest.hexdigest()[:12]}"
+    folder = ROOT / "build" / f"{Path(name).stem}{_digest(sources, repr(facts))}"
     made = folder / name
     if made.is_file():
         return made
@@ -142,6 +159,6 @@ def _compile(
 
 def use() -> None:
     """Have the package use it, from now on, for CPU tensors."""
-    library = compile_emulated() if WANTED else compile_sanitized()
+    library = compile_emulated() if WANTED else compile_cpu(ENGINE)
     torch.ops.load_library(str(library))
     build._states["cpu"] = build.State("native", "the tests ask for it", library, "built now")

@@ -69,7 +69,7 @@ def main() -> None:
     env = emulated.sanitizer("cpu-asan")
     if env is None:
         sys.exit("this compiler has no address sanitizer")
-    emulated.compile_sanitized()
+    emulated.compile_cpu("cpu-asan")
 
     compiler = [*build.find_compiler().command, "-std=c++17", "-fsanitize=address"]
     with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,10 @@
 #define FRNN_INLINE_LAMBDA __attribute__((always_inline))
 // For a vector that several instructions use: compilers may read it from memory in each of them, as an
 // operand, and then loads run short before multiply-adds do.
+#ifndef FRNN_KEEP_IN_REGISTER
 #if defined(__x86_64__) && !defined(__CUDACC__)
 #define FRNN_KEEP_IN_REGISTER(v) asm("" : "+v"(v))
 #else
 #define FRNN_KEEP_IN_REGISTER(v)
+#endif
 #endif

@@ -56,15 +56,14 @@ bool PairsPay() { return Seconds<true>() < 1.5 * Seconds<false>(); }
 // amx_bf16 for tiles without fixed point, avx512_bf16 for vectors, avx512 for none.
 enum class Unit { kNone, kVectors, kTiles, kFixedTiles };
 
-Unit Detect() {
+__attribute__((target("xsave"))) Unit Detect() {
   const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
   const auto wished = [&](const char* name) { return wish && !std::strcmp(wish, name); };
   if (wish && *wish && !wished("amx") && !wished("amx_bf16") && !wished("avx512_bf16"))
     return Unit::kNone;
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return Unit::kNone;
-  unsigned enabled, high;  // register states that the system keeps
-  asm volatile("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
+  const uint64_t enabled = _xgetbv(0);  // register states that the system keeps
   constexpr unsigned kVectorState = 0xe6, kTileState = 3u << 17;
   constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24,
                      kAmxInt8 = 1u << 25;
