@@ -368,26 +368,28 @@ inline void _tile_dpbssd(int sum, int left, int right) {
     memcpy(At(sum).row[m], row, sizeof(row));
   }
 }
+// Of each c the products of even k and of odd k are summed apart, and then added to it.
 inline void _tile_dpbf16ps(int sum, int left, int right) {
   using namespace emulated;
-  float b[2][16][16];  // elements 1 and 0 of each pair, in the order in which they are added
-  for (int k = 0; k < 16; k++)
-    for (int n = 0; n < 32; n++) {
+  float b[32][16];
+  for (int k = 0; k < 32; k++)
+    for (int n = 0; n < 16; n++) {
       uint16_t part;
-      memcpy(&part, At(right).row[k] + 2 * n, sizeof(part));
-      b[1 - n % 2][k][n / 2] = FromBFloat16(part);
+      memcpy(&part, At(right).row[k / 2] + 4 * n + k % 2 * 2, sizeof(part));
+      b[k][n] = FromBFloat16(part);
     }
   for (int m = 0; m < 16; m++) {
-    float row[16];
+    float row[16], sums[2][16] = {};
     uint16_t a[32];
     memcpy(row, At(sum).row[m], sizeof(row));
     memcpy(a, At(left).row[m], sizeof(a));
-    for (int k = 0; k < 16; k++)
-      for (int i = 0; i < 2; i++) {
-        const float x = FromBFloat16(a[2 * k + 1 - i]);
+    for (int k = 0; k < 32; k++) {
+      const float x = FromBFloat16(a[k]);
 #pragma omp simd
-        for (int n = 0; n < 16; n++) row[n] = Flushed(std::fma(x, b[i][k][n], Flushed(row[n])));
-      }
+      for (int n = 0; n < 16; n++) sums[k % 2][n] = Flushed(std::fma(x, b[k][n], sums[k % 2][n]));
+    }
+    for (int n = 0; n < 16; n++)
+      row[n] = Flushed(Flushed(row[n]) + Flushed(sums[0][n] + sums[1][n]));
     memcpy(At(sum).row[m], row, sizeof(row));
   }
 }
