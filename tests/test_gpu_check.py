@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,24 @@ def test_the_whole_grid_is_measured_once_and_in_bearable_sizes() -> None:
     assert any(c.layers == 2 for c in cases[:150]) and any(c.phase == "decode" for c in cases[:150])
 
 
+@pytest.fixture(scope="module")
+def latency(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Future[None]]]:
+    """By architecture, the program and its compilation. All begin at once: each takes one core."""
+    folder, archs = tmp_path_factory.mktemp("latency"), ("sm_80", "sm_90a")
+    programs = {arch: folder / arch for arch in archs}
+    with ThreadPoolExecutor(len(archs)) as pool:
+        return {
+            arch: (program, pool.submit(device.compile_latency, program, arch, 120))
+            for arch, program in programs.items()
+        }
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_latency_compiles(arch: str, tmp_path: Path) -> None:
-    device.compile_latency(tmp_path / "latency", arch, 120)
-    assert (tmp_path / "latency").exists()
+def test_latency_compiles(arch: str, latency: dict[str, tuple[Path, Future[None]]]) -> None:
+    program, compiled = latency[arch]
+    compiled.result()
+    assert program.exists()
 
 
 def test_a_clock_gives_no_row_more_than_is_left() -> None:
