@@ -292,6 +292,13 @@ def test_fewer_threads_than_asked_for(setting: str, seed: int) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    def marked(mark: Any) -> dict[str, Any]:
+        return vars(mark(lambda: 0))
+
+    assert marked(ops._constant) == marked(torch.compiler.assume_constant_result) != {}
+
+
 OPCHECK = [
     Case("gru", dtype=torch.float32),
     Case("lstm", D=2, P=2, dtype=torch.float32),
