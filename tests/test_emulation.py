@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,7 +65,7 @@ def compile_with(target: Path, *arguments: str) -> Path:
 
 def works(folder: Path, flag: str) -> bool:
     """Whether programs built with the flag compile, link and run here."""
-    source, program = folder / f"probe{flag}.cpp", folder / f"probe{flag}"
+    source, program = folder / "probe.cpp", folder / "probe"
     source.write_text("int main() {}\n")
     for command in ([*COMPILER, flag, str(source), "-o", str(program)], [str(program)]):
         if subprocess.run(command, capture_output=True, timeout=60).returncode:
@@ -86,13 +84,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("emulation")
 
 
-def compile_plain(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Path:
     """-rdynamic: reports name kernels by their symbols."""
     sources = [str(FOLDER / "test_emulation.cpp"), str(FOLDER / "emulate.cpp")]
     return compile_with(folder / "plain", "-O1", "-rdynamic", *sources)
 
 
-def compile_sanitized(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def sanitized(folder: Path) -> Path:
     # A store through null is a case of "reports", and goes on to the fault that it expects.
     flag = "-fsanitize=address,undefined"
     if not works(folder, flag):
@@ -102,7 +102,8 @@ def compile_sanitized(folder: Path) -> Path:
     return compile_with(folder / "sanitized", "-O0", *options, *sources)
 
 
-def compile_races(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def races(folder: Path) -> Path:
     """The kernels are instrumented, the machine under them is not."""
     flag = "-fsanitize=thread"
     if not works(folder, flag):
@@ -115,29 +116,6 @@ def compile_races(folder: Path) -> Path:
     return compile_with(
         folder / "races", *options, str(FOLDER / "test_emulation.cpp"), str(machine)
     )
-
-
-@pytest.fixture(scope="module")
-def programs(folder: Path) -> Iterator[dict[str, Future[Path]]]:
-    """All are compiled at once: each takes one core."""
-    jobs = {"plain": compile_plain, "sanitized": compile_sanitized, "races": compile_races}
-    with ThreadPoolExecutor(build.max_jobs()) as pool:
-        yield {name: pool.submit(job, folder) for name, job in jobs.items()}
-
-
-@pytest.fixture(scope="module")
-def plain(programs: dict[str, Future[Path]]) -> Path:
-    return programs["plain"].result()
-
-
-@pytest.fixture(scope="module")
-def sanitized(programs: dict[str, Future[Path]]) -> Path:
-    return programs["sanitized"].result()
-
-
-@pytest.fixture(scope="module")
-def races(programs: dict[str, Future[Path]]) -> Path:
-    return programs["races"].result()
 
 
 def test_all_cases_are_run(plain: Path) -> None:
