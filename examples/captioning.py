@@ -382,9 +382,12 @@ def draw_attention(
     found = search(model, maps)
     sentences = [vocabulary.decode(row) for row in found.tokens.tolist()]
     longest = max(map(len, sentences))
-    with picture(run.path("attention.png"), figsize=(1.3 * longest, 1.6 * len(maps))) as figure:
+    size = (1.3 * longest, 1.6 * len(maps))
+    with picture(run.path("attention.png"), figsize=size, layout="none") as figure:
         figure.suptitle("Where attention looks while it writes each word")
         rows = figure.subplots(len(maps), longest, squeeze=False)
+        # All axes are alike: to find out where they go would take longer than to draw them.
+        figure.subplots_adjust(0.01, 0.01, 0.99, 0.91, wspace=0.05, hspace=0.25)
         for i, row in enumerate(rows):
             for t, axes in enumerate(row):
                 axes.axis("off")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.library
@@ -25,6 +25,8 @@ from torch.compiler import is_dynamo_compiling
 
 from . import build, reference
 from .reference import Weights
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WEIGHT_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
@@ -62,8 +64,14 @@ _ops = torch.ops.fused_rnn
 # ---- what the package calls ----
 
 
+def _constant(fn: _F) -> _F:
+    """torch.compiler.assume_constant_result, without its import of Dynamo, which takes seconds."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 # Dynamo asks once and keeps the answer: it must not trace into a build.
-@torch.compiler.assume_constant_result
+@_constant
 def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
@@ -100,7 +108,7 @@ def transformed() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether torch.nn hands a padded LSTM whose input is of this dtype to oneDNN, here."""
     if not torch.backends.mkldnn.is_available():
@@ -207,7 +215,7 @@ def _ten(weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
     return (*weights[0], *(weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)))
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _rnn_allows_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +67,34 @@ def unigram_entropy(text: str) -> float:
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn"])
-def test_char_lm_learns_a_text_the_same_way_twice(tmp_path: Path, cell: str) -> None:
-    text = "Größe, δοκιμή, 試験\n" * 10
-    text += Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8") * 4
-    file = tmp_path / "text.txt"
-    file.write_text(text, encoding="utf-8")
-    figures, printed = run_char_lm(
-        tmp_path, "--cell", cell, "--text", str(file), "--steps", "150", "--layers", "2"
-    )
+TEXT = "Größe, δοκιμή, 試験\n" * 10
+TEXT += Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8") * 4
+CELLS = ["gru", "lstm", "rnn"]
+Runs = dict[str, Future[tuple[dict[str, Any], str]]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """All runs, by name; two at a time, as each keeps one core busy."""
+    folder = tmp_path_factory.mktemp("char_lm")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "short.txt").write_text("too short", encoding="utf-8")
+    learn = ["--text", str(folder / "text.txt"), "--steps", "150", "--layers", "2"]
+    arguments = {cell: ["--cell", cell, *learn] for cell in CELLS}
+    arguments["default"] = ["--steps", "10", "--control"]
+    arguments["short"] = ["--text", str(folder / "short.txt")]
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(run_char_lm, tmp_path_factory.mktemp(name), *own)
+            for name, own in arguments.items()
+        }
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_char_lm_learns_a_text_the_same_way_twice(runs: Runs, cell: str) -> None:
+    figures, printed = runs[cell].result()
     check(figures, steps=150)
-    baseline = unigram_entropy(text)
+    baseline = unigram_entropy(TEXT)
     assert figures["unigram_bits"] == pytest.approx(baseline, abs=0.1)
     for contender in figures["contenders"].values():
         assert contender["final_bits"] < baseline - 1
@@ -83,15 +102,14 @@ def test_char_lm_learns_a_text_the_same_way_twice(tmp_path: Path, cell: str) -> 
     assert figures["sample"] in printed
 
 
-def test_char_lm_reads_the_standard_library_by_default(tmp_path: Path) -> None:
-    figures, printed = run_char_lm(tmp_path, "--steps", "10", "--control")
+def test_char_lm_reads_the_standard_library_by_default(runs: Runs) -> None:
+    figures, printed = runs["default"].result()
     check(figures, steps=10)
     assert figures["characters"] > 1_000_000
     assert figures["control_largest_difference_bits"] <= 1e-5
     assert "largest difference" in printed and "fused_rnn / torch.nn" in printed
 
 
-def test_char_lm_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
+def test_char_lm_refuses_a_text_that_is_too_short(runs: Runs) -> None:
     with pytest.raises(AssertionError, match="too short for"):
-        run_char_lm(tmp_path, "--text", str(tmp_path / "short.txt"))
+        runs["short"].result()

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import gpu_check
 from benchmarks.cases import Case
 from benchmarks.gpu import device, versus
 from benchmarks.gpu.rows import ROOT, Clock, Rows, Settings, output
@@ -53,12 +55,14 @@ def rows_in(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.skipif(
     os.environ.get("FUSED_RNN_BACKEND") == "reference", reason="it runs the native kernels anyway"
 )
-def test_dry_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_dry_run_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, tests = tmp_path / "out", tmp_path / "test_these.py"
     tests.write_text(TESTS)
 
-    code, _ = check(out, tests, "--budget", "0")
-    assert code == 0 and not rows_in(out)
+    without_time = ["--device", "cpu", "--tiny", "--out", str(out), "--budget", "0"]
+    assert gpu_check.main(without_time) == 0 and not rows_in(out)
 
     code, text = check(out, tests)
     first = rows_in(out)
@@ -98,8 +102,9 @@ def test_dry_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert not any("error" in row for row in second[part].values())
 
     # Without time there is the table and nothing else.
-    code, text = check(out, tests, "--budget", "0")
-    assert code == 0 and rows_in(out) == second
+    capsys.readouterr()
+    assert gpu_check.main(without_time) == 0 and rows_in(out) == second
+    text = capsys.readouterr().out
     assert "5 passed, 1 skipped, 0 failed" in text and "ours against torch_nn" in text
     assert text.strip() == (out / "gpu_check.txt").read_text().strip()
 
@@ -181,11 +186,24 @@ def test_the_whole_grid_is_measured_once_and_in_bearable_sizes() -> None:
     assert any(c.layers == 2 for c in cases[:150]) and any(c.phase == "decode" for c in cases[:150])
 
 
+@pytest.fixture(scope="module")
+def latency(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Future[None]]]:
+    """By architecture, the program and its compilation. All begin at once: each takes one core."""
+    folder, archs = tmp_path_factory.mktemp("latency"), ("sm_80", "sm_90a")
+    programs = {arch: folder / arch for arch in archs}
+    with ThreadPoolExecutor(len(archs)) as pool:
+        return {
+            arch: (program, pool.submit(device.compile_latency, program, arch, 120))
+            for arch, program in programs.items()
+        }
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_latency_compiles(arch: str, tmp_path: Path) -> None:
-    device.compile_latency(tmp_path / "latency", arch, 120)
-    assert (tmp_path / "latency").exists()
+def test_latency_compiles(arch: str, latency: dict[str, tuple[Path, Future[None]]]) -> None:
+    program, compiled = latency[arch]
+    compiled.result()
+    assert program.exists()
 
 
 def test_a_clock_gives_no_row_more_than_is_left() -> None:

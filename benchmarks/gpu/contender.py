@@ -164,6 +164,7 @@ def serve(connection: Connection, name: str) -> None:
         os.environ["FUSED_RNN_VARIANT"] = variant
     torch.backends.cudnn.allow_tf32 = True  # torch's default; ours follows it
     own = Worker(peer)
+    gc.freeze()  # imports: no garbage that each row would have to look through
     while True:
         try:
             command, arguments = connection.recv()

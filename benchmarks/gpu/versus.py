@@ -45,8 +45,8 @@ BOTH = ("inference", "training")
 def cases(settings: Settings) -> list[Case]:
     """Each once, the most telling first."""
     if settings.tiny:
-        found = _grid(("lstm", "gru", "rnn"), ("float32",), (8,), (2,), BOTH, T=4)
-        found += _special(("lstm",), ("bfloat16",), ((8, 2),), T=4)
+        found = _grid(("lstm", "gru", "rnn"), ("float32",), (8,), (2,), ("training",), T=4)
+        found += _special(("lstm",), ("bfloat16",), ((8, 2),), T=4, phases=("inference",))
     else:
         found = list(_order())
     own = [replace(case, device=settings.device) for case in found]
@@ -87,12 +87,16 @@ def _grid(
 
 
 def _special(
-    cells: tuple[str, ...], dtypes: tuple[str, ...], sizes: Iterable[tuple[int, int]], T: int = 256
+    cells: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    sizes: Iterable[tuple[int, int]],
+    T: int = 256,
+    phases: tuple[str, ...] = BOTH,
 ) -> list[Case]:
     found = []
     for H, B in sizes:
         for kind in ({"shortest": 0.25}, {"bidirectional": True}, {"layers": 2}):
-            found += _grid(cells, dtypes, (H,), (B,), BOTH, T, **kind)
+            found += _grid(cells, dtypes, (H,), (B,), phases, T, **kind)
         found += _grid(cells, dtypes, (H,), (1,), ("decode",), T=1)
     return found
 
