@@ -105,7 +105,7 @@ def _target(device: torch.device) -> str:
 
 # A constant, since Dynamo of torch 2.10 and 2.11 cannot trace the call. It compiles anew for the
 # tensors of a transform.
-@torch.compiler.assume_constant_result
+@_constant
 def _transforms() -> int:
     return torch._C._functorch.get_dynamic_layer_stack_depth()
 
