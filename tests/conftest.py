@@ -36,7 +36,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     if emulated.WANTED:
         backend = "the CUDA engine, emulated"
     elif emulated.ENGINE:
-        backend = "the CPU's engine, under sanitizers"
+        backend = f"the CPU's engine, as {emulated.ENGINE}"
     return f"fused_rnn: backend {backend}, torch {torch.__version__}, {REPEAT}"
 
 

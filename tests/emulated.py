@@ -59,7 +59,7 @@ def compile_cpu(engine: str) -> Path:
     if "tiles" in engine:
         unit = ROOT / "tests/cpp/tile_unit"
         digest = _digest(sorted(unit.iterdir()))
-        # Vectors of 64 bytes, of whatever instructions there are; such a vector fits in no register.
+        # Vectors of 64 bytes, of whatever instructions there are: they fit in no register.
         wide = ["-D__AVX512F__", "-DFRNN_KEEP_IN_REGISTER(v)="]
         build.X86_TIERS = {**build.X86_TIERS, "avx512": [*build.AVX2_FLAGS, *wide]}
         features = ["-D__builtin_cpu_supports(feature)=1", "-mavx2", "-mfma"]

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/macros.h"
 #include "core/sanitize.h"
 #include "cpu/unit.h"
 
@@ -41,8 +42,9 @@ FRNN_BF16 double Seconds() {
       for (__m512& sum : sums) {
         sum = kPairs ? _mm512_dpbf16_ps(sum, (__m512bh)one, (__m512bh)one)
                      : _mm512_fmadd_ps(one, one, sum);
-        asm volatile("" : "+v"(sum));
+        FRNN_KEEP_IN_REGISTER(sum);
       }
+    for (const __m512& sum : sums) asm volatile("" : : "m"(sum));  // a result that is used
     const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
     if (passed.count() < best) best = passed.count();
   }
