@@ -20,6 +20,11 @@
 
 #include "core/params.h"
 
+// Newer torch defines it, with the cause in the message.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace frnn {
 
 using torch::headeronly::ScalarType;
