@@ -95,9 +95,16 @@ def _target(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpu"
 
 
+# A constant, since Dynamo of torch 2.10 and 2.11 cannot trace the call. It compiles anew for the
+# tensors of a transform.
+@torch.compiler.assume_constant_result
+def _transforms() -> int:
+    return torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
 def transformed() -> bool:
     """Whether a ``torch.func`` transform or forward mode is under way, which no kernel knows."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+    return _transforms() > 0 or forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result
