@@ -205,9 +205,12 @@ BAD_CALLS: dict[str, Callable[[nn.Module, str], Any]] = {
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_call_errors(call: str, name: str) -> None:
     theirs, ours = pair(name, 3, 4)
-    assert outcome(lambda: BAD_CALLS[call](ours, name)) == outcome(
-        lambda: BAD_CALLS[call](theirs, name)
-    )
+    found = outcome(lambda: BAD_CALLS[call](ours, name))
+    expected = outcome(lambda: BAD_CALLS[call](theirs, name))
+    if expected[1].startswith("input must have the type"):  # torch 2.10; newer ones say it as we do
+        assert found[0] == expected[0] and found[1].startswith("RNN input dtype (")
+    else:
+        assert found == expected
 
 
 # torch.nn's own text comes from oneDNN, or is a list of overloads, or there is no check at all.
