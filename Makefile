@@ -61,8 +61,8 @@ test: setup
 	FUSED_RNN_TEST_ENGINE=emulated $(BIN)/python -m pytest -q \
 	  tests/test_ops.py tests/test_parity.py tests/test_ragged.py tests/test_transforms.py
 
-# On demand, about ten minutes: the CPU's engine under gcc's sanitizers of memory, of undefined
-# behaviour and of threads, with each instruction set that the machine has.
+# On demand, a quarter of an hour or more: the CPU's engine under gcc's sanitizers of memory, of
+# undefined behaviour and of threads, with each instruction set, emulated where the machine lacks it.
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
 

@@ -60,10 +60,9 @@ def compile_cpu(engine: str) -> Path:
         unit = ROOT / "tests/cpp/tile_unit"
         digest = _digest(sorted(unit.iterdir()))
         # Vectors of 64 bytes, of whatever instructions there are: they fit in no register.
-        wide = ["-D__AVX512F__", "-DFRNN_KEEP_IN_REGISTER(v)="]
-        build.X86_TIERS = {**build.X86_TIERS, "avx512": [*build.AVX2_FLAGS, *wide]}
-        features = ["-D__builtin_cpu_supports(feature)=1", "-mavx2", "-mfma"]
-        build.BASE_FLAGS = [*build.BASE_FLAGS, f"-I{unit}", *features]
+        build.X86_TIERS = {**build.X86_TIERS, "avx512": [*build.AVX2_FLAGS, "-D__AVX512F__"]}
+        features = ["-D__builtin_cpu_supports(feature)=1", "-DFRNN_KEEP_IN_REGISTER(v)="]
+        build.BASE_FLAGS = [*build.BASE_FLAGS, f"-I{unit}", *features, "-mavx2", "-mfma"]
     try:
         folder = ROOT / "build" / f"{engine}-{build.cache_key(build.find_compiler())}{digest}"
         library = folder / f"{build.LIBRARY['cpu']}.so"

@@ -396,6 +396,20 @@ def test_compile_inside_a_model(fresh_dynamo: Any) -> None:
         assert_all_close(compiled(tokens, hx), model(tokens, hx), tol=1e-2)
 
 
+def test_compiled_in_transforms(fresh_dynamo: Any) -> None:
+    """What was compiled outside a transform is right inside, and outside again."""
+    _, ours = double_pair("GRU")
+    eager = lambda x: ours(x)[0]  # noqa: E731
+    compiled = torch.compile(eager, backend="eager", fullgraph=True)
+    x = torch.randn(6, 5, 2, 3, dtype=torch.float64)
+    expected = torch.stack([eager(part) for part in x])
+    assert_close(compiled(x[0]), expected[0])
+    assert_close(torch.vmap(compiled)(x), expected)
+    grads = [torch.func.grad(lambda x, f=f: f(x).sum())(x[0]) for f in (compiled, eager)]
+    assert_close(*grads)
+    assert_close(compiled(x[0]), expected[0])
+
+
 @pytest.mark.slow  # Inductor compiles C++
 def test_compile_inductor(fresh_dynamo: Any) -> None:
     _, ours = pair("GRU", 3, 4)
