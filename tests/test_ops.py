@@ -146,9 +146,12 @@ def check(case: Case, threads: int, seed: int) -> None:
             limit = terms * eps * max(scale, 1.0)
         else:
             # 16-bit types round h once per step, which the reference (float32 inside) does not. And
-            # where terms cancel, a sum is rounded by the size of the terms, not of the result.
+            # where terms cancel, a sum is rounded by the size of the terms, not of the result: over
+            # draws, one number of 100 terms is off by 11 eps (the reference: 9), and half of that
+            # by luck. Among a few numbers none may be where the reference is as unlucky.
             roundings = 16 if case.dtype == torch.float32 else 4 * (case.T + 2)
-            limit = 2 * theirs + eps * max(roundings * scale, 2 * terms**0.5)
+            cancelled = (5 if want.numel() < 16 else 2) * terms**0.5
+            limit = 2 * theirs + eps * max(roundings * scale, cancelled)
         assert error <= limit, f"{name}: error {error:.2e}, limit {limit:.2e}, scale {scale:.2e}"
 
 
@@ -159,10 +162,8 @@ def random_case(generator: Any) -> Case:
     cell = pick("rnn_tanh", "lstm", "lstm", "gru", "gru", "rnn_relu")
     H = pick(1, 3, 16, 17, 33, 64, 65, 130, 193)
     dtype = pick(*DTYPES)
-    if cell == "rnn_relu" and dtype in (torch.bfloat16, torch.float16):
-        dtype = (
-            torch.float32
-        )  # a rounded h flips the derivative of relu: no bound on the difference
+    if cell == "rnn_relu":  # any rounding may flip its derivative; test_parity keeps off the kink
+        dtype = torch.float64
     return Case(
         cell,
         T=pick(1, 2, 5, 9),
