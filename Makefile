@@ -61,8 +61,8 @@ test: setup
 	FUSED_RNN_TEST_ENGINE=emulated $(BIN)/python -m pytest -q \
 	  tests/test_ops.py tests/test_parity.py tests/test_ragged.py tests/test_transforms.py
 
-# On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's engine
-# under gcc's sanitizers of memory, of undefined behaviour and of threads, with each instruction set.
+# On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
+# engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
 
