@@ -38,8 +38,8 @@ class Layer<C, V>::BackwardPass {
   const bool projected = Projected(p), tiled = Tiled(p);
   const bool narrow = p.storage != kOwn, stage_dy = p.dy != nullptr && narrow;
   const bool unpacked = !narrow && p.rows <= kUnpackedRows;
-  const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
-  const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
+  const int64_t own_panels = (Panels(p) + threads - 1) / threads;
+  const int64_t own_vecs = (HoutVecs(p) + threads - 1) / threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
   const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H),
                 hs_stride = HsStride(p.H, p.Hout);
@@ -58,18 +58,13 @@ class Layer<C, V>::BackwardPass {
   const bf16::Cut d_grad_cut = grad_cut == bf16::Cut::kFixed ? grad_cut : d_cut;
 
   // A thread's memory, its part of the layer, and the direction it is at.
-  struct Own {
+  struct Own : Part {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
     bf16::Operand w_hh_tiles, dx_tiles, tiles_a;
     bf16::Operand d_tiles[2];  // d of a step
     Balance d_balance, dx_balance[C::kX], dw_balance;
     bf16::Operand w_ih_right[C::kX];  // W_ih's tiles with this thread's factors
     Scratch spare;                    // W_hh as vectors, where tiles do not fit
-
-    Team::Range mine, columns;    // panels; vectors of the projection's output
-    int64_t first_vec, last_vec;  // columns of dh that this thread sums, in vectors
-    int64_t first, last;          // and in units
-    int64_t valid;                // of these below Hout
 
     int dir;
     const DirectionWeights* w;
@@ -189,13 +184,7 @@ Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
 template <class C, class V>
 void Layer<C, V>::BackwardPass::Run(Team& team) {
   Own& my = own[team.id];
-  my.mine = team.Split(panels);
-  my.columns = team.Split(hout_vecs);
-  my.first_vec = projected ? my.columns.begin : my.mine.begin * kPanelVecs;
-  my.last_vec = projected ? my.columns.end : my.mine.end * kPanelVecs;
-  my.first = my.first_vec * N;
-  my.last = my.last_vec * N;
-  my.valid = (my.last < p.Hout ? my.last : p.Hout) - my.first;
+  my.Take(p, team);
   const bf16::Session session(tiled);
   for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
 }
@@ -233,11 +222,11 @@ template <class C, class V>
 void Layer<C, V>::BackwardPass::PackVectors(Own& my) const {
   if (my.packed) return;
   if (tiled && my.w_hh == nullptr) my.spare.Build([&](Scratch& s) { my.w_hh = TakeHh(s); });
-  ForColumnTiles<V>(my.first_vec, my.last_vec, [&](int64_t v, auto nv) {
+  ForColumnTiles<V>(my.first / N, my.last / N, [&](int64_t v, auto nv) {
     constexpr int kWidth = decltype(nv)::value * N;
     if (v * N < p.Hout && !ReadInPlace(p.Hout, v * N, kWidth))
       PackColumns<kWidth>(my.w->w_hh, p.storage, C::kH * p.H, p.Hout, v * N,
-                          my.w_hh + (v - my.first_vec) * N * C::kH * p.H);
+                          my.w_hh + (v * N - my.first) * C::kH * p.H);
   });
   my.packed = true;
 }
@@ -439,11 +428,11 @@ void Layer<C, V>::BackwardPass::RecurrentGrad(Own& my, const Step& step) const {
                      h_stride, !projected, step.number % 2);
       return;
     }
-  ForColumnTiles<V>(my.first_vec, my.last_vec, [&](int64_t v, auto nv) {
+  ForColumnTiles<V>(my.first / N, my.last / N, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value;
     if (v * N >= p.Hout) return;
-    const Columns right = RightOperand(my.w->w_hh, p.Hout, v * N, NV * N,
-                                       my.w_hh + (v - my.first_vec) * N * C::kH * p.H);
+    const Columns right =
+        RightOperand(my.w->w_hh, p.Hout, v * N, NV * N, my.w_hh + (v * N - my.first) * C::kH * p.H);
     for (int q = 0; q < C::kH; q++)
       GemmRows<V, NV>(step.n, Gate(C::kDh[q], step.row), d_stride, right.w + q * p.H * right.stride,
                       right.stride, p.H, dh + v * N, h_stride, q > 0 || !projected);

@@ -46,7 +46,7 @@ class Layer<C, V>::ForwardPass {
   const bool unpacked_x = UnpackedX(p), unpacked_h = UnpackedH(p);
   const Input input{p};
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
-  const int64_t hout_vecs = (p.Hout + N - 1) / N, own_vecs = (hout_vecs + threads - 1) / threads;
+  const int64_t own_vecs = (HoutVecs(p) + threads - 1) / threads;
   // gates_x of a thread is [groups of panels][rows][panel of the group][gate][unit].
   const int64_t group = tiled ? kTiledGroup : 1, own_groups = (own_panels + group - 1) / group;
   const int64_t gates_x_stride = group * C::kX * kUnits, gates_h_stride = group * C::kH * kUnits;
@@ -66,17 +66,14 @@ class Layer<C, V>::ForwardPass {
       p.T == 1 && p.hs == nullptr && direct_y && unpacked_x && unpacked_h && p.Hout % kUnits == 0;
 
   // A thread's memory, its part of the layer, and the direction it is at.
-  struct Own {
+  struct Own : Part {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
     bf16::Operand w_ih_tiles, w_hh_tiles, x_tiles;
     bf16::Operand h_tiles[2];  // h before a step
     Balance x_balance, h_balance;
     Scratch spare;  // the weights as vectors, where tiles do not fit
 
-    Team::Range mine, columns;  // panels; vectors of the projection's output
-    int64_t count, groups;      // of the panels
-    int64_t first, last;        // columns of h that this thread writes
-    int64_t valid;              // of these below Hout
+    int64_t count, groups;  // of the panels
 
     int dir;
     const DirectionWeights* w;
@@ -231,13 +228,9 @@ Layer<C, V>::ForwardPass::ForwardPass(const LayerParams& p, int threads) : p(p),
 template <class C, class V>
 void Layer<C, V>::ForwardPass::Run(Team& team) {
   Own& my = own[team.id];
-  my.mine = team.Split(panels);
-  my.columns = team.Split(hout_vecs);
+  my.Take(p, team);
   my.count = my.mine.end - my.mine.begin;
   my.groups = (my.count + group - 1) / group;
-  my.first = projected ? my.columns.begin * N : my.mine.begin * kUnits;
-  my.last = projected ? my.columns.end * N : my.mine.end * kUnits;
-  my.valid = (my.last < p.Hout ? my.last : p.Hout) - my.first;
   const bf16::Session session(tiled);
   for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
 }

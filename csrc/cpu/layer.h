@@ -83,6 +83,21 @@ class Layer {
     return false;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
+  static int64_t HoutVecs(const LayerParams& p) { return (p.Hout + N - 1) / N; }
+  // What a thread owns of a layer, in both passes.
+  struct Part {
+    Team::Range mine, columns;  // panels; vectors of the projection's output
+    int64_t first, last;        // columns of h: those of its units, or of the projection
+    int64_t valid;              // of these below Hout
+
+    void Take(const LayerParams& p, const Team& team) {
+      mine = team.Split(Panels(p));
+      columns = team.Split(HoutVecs(p));
+      first = Projected(p) ? columns.begin * N : mine.begin * kUnits;
+      last = Projected(p) ? columns.end * N : mine.end * kUnits;
+      valid = (last < p.Hout ? last : p.Hout) - first;
+    }
+  };
   struct Rows {
     const void* first;
     Storage storage;
