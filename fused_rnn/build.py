@@ -67,6 +67,12 @@ AHEAD_OF_TIME = "_native"  # the CPU's, beside the package
 
 SOURCE_SUFFIXES = {".h", ".cuh", ".cpp", ".def", ".in"}
 SCALARS = ("float", "double")
+CUDA_STORAGES = {
+    "float": "float",
+    "double": "double",
+    "bfloat16": "__nv_bfloat16",
+    "half": "__half",
+}  # in the order of enum Storage; the second is the type in C++
 
 # No -march=native: caches are shared between machines. No -ffast-math: it breaks inf and NaN.
 BASE_FLAGS = (
@@ -438,12 +444,12 @@ def _write_instances(work: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _write_cuda_instances(work: Path) -> Iterator[Path]:
-    """One file for each cell, with all types."""
+    """One file for each cell and type in memory."""
     text = (CSRC / "cuda" / "instance.cu.in").read_text(encoding="utf-8")
-    for cell in cells():
-        path = work / f"cuda_{cell.name}.cu"
+    for cell, (storage, scalar) in itertools.product(cells(), CUDA_STORAGES.items()):
+        path = work / f"cuda_{cell.name}_{storage}.cu"
         instance = text
-        for key, value in cell._asdict().items():
+        for key, value in {**cell._asdict(), "storage": storage, "scalar": scalar}.items():
             instance = instance.replace(f"@{key.upper()}@", value)
         path.write_text(instance, encoding="utf-8")
         yield path

@@ -91,7 +91,9 @@ struct CpuKernels : CellFacts {
 // A card, as far as plans depend on it.
 struct CudaDevice {
   int multiprocessors;
+  int major;  // of the compute capability
   int64_t l2_bytes;
+  int64_t shared_bytes;  // of a block, at most
 };
 
 CudaDevice FactsOfDevice(int index);
@@ -117,8 +119,8 @@ struct CudaCall {
 
 // An engine instance: one cell, one type in memory.
 struct CudaKernels : CellFacts {
-  int64_t (*fwd_workspace)(const LayerParams&, const CudaDevice&);
-  int64_t (*bwd_workspace)(const LayerGradParams&, const CudaDevice&);
+  int64_t (*fwd_workspace)(const LayerParams&, const CudaCall&);  // reads device and allow_tf32
+  int64_t (*bwd_workspace)(const LayerGradParams&, const CudaCall&);
   void (*layer_fwd)(const LayerParams&, const CudaCall&);
   void (*layer_bwd)(const LayerGradParams&, const CudaCall&);
 };

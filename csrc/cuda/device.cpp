@@ -11,12 +11,15 @@ CudaDevice FactsOfDevice(int index) {
   static std::map<int, CudaDevice> known;
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = known.find(index); found != known.end()) return found->second;
-  int multiprocessors = 0, l2_bytes = 0;
-  cuda::Check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
-              "cudaDeviceGetAttribute");
-  cuda::Check(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, index),
-              "cudaDeviceGetAttribute");
-  return known[index] = {multiprocessors, l2_bytes};
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    cuda::Check(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return known[index] = {attribute(cudaDevAttrMultiProcessorCount),
+                         attribute(cudaDevAttrComputeCapabilityMajor),
+                         attribute(cudaDevAttrL2CacheSize),
+                         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 }  // namespace frnn

@@ -19,12 +19,12 @@
 namespace frnn {
 namespace cuda {
 
-#ifndef FUSED_RNN_EMULATE
 inline void Check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(status));
 }
 
+#ifndef FUSED_RNN_EMULATE
 #ifdef __CUDACC__
 template <class... P, class... A>
 void Launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
@@ -32,7 +32,29 @@ void Launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
   kernel<<<grid, block, shared, stream>>>(args...);
   Check(cudaGetLastError(), "launching a kernel");
 }
+// All blocks at the same time on the card, so that they may wait for each other.
+template <class... P, class... A>
+void LaunchResident(void (*kernel)(P...), unsigned grid, unsigned block, size_t shared,
+                    cudaStream_t stream, const A&... args) {
+  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+        "asking for shared memory");
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
+  config.stream = stream, config.attrs = &cooperative, config.numAttrs = 1;
+  Check(cudaLaunchKernelEx(&config, kernel, args...), "launching a resident kernel");
+}
 #endif
+#else
+template <class... P, class... A>
+void LaunchResident(void (*kernel)(P...), unsigned grid, unsigned block, size_t shared,
+                    cudaStream_t stream, const A&... args) {
+  LaunchConfig config;
+  config.grid = grid, config.block = block, config.shared = shared, config.cooperative = true;
+  Launch(kernel, config, stream, args...);
+}
 #endif
 
 // T: type of a tensor in memory. Wide<T>: type it is computed in.

@@ -11,10 +11,15 @@ template <class C, class T>
 struct Engine {
   static_assert(CheckCell<C>());
 
-  static Plan PlanOf(const LayerParams& p, const CudaDevice& device, bool training) {
-    const Problem problem{C::kX,  C::kH,          p.H,     p.B, p.T, kStorage<T>,
-                          p.dirs, bool(p.ragged), training};
-    return MakePlan(device, problem, std::getenv("FUSED_RNN_VARIANT"));
+  static Plan PlanOf(const LayerParams& p, const CudaCall& call) {
+    Problem problem{C::kX, C::kH, p.H, p.B, p.T, kStorage<T>, p.dirs};
+    problem.ragged = p.ragged;
+    problem.projected = p.H != p.Hout;
+    problem.allow_tf32 = call.allow_tf32;
+    problem.aligned = true;
+    for (int d = 0; d < p.dirs; d++)
+      problem.aligned &= reinterpret_cast<uintptr_t>(p.w[d].w_hh) % 16 == 0;
+    return MakePlan(call.device, problem, std::getenv("FUSED_RNN_VARIANT"));
   }
 
   // Two calls with equal keys do the same work on the same memory. Batch sizes are compared by value.
@@ -29,8 +34,8 @@ struct Engine {
   }
 
   template <class P, class Work>
-  static void Run(const P& p, const CudaCall& call, bool training, const Work& work) {
-    const Plan plan = PlanOf(p, call.device, training);
+  static void Run(const P& p, const CudaCall& call, const Work& work) {
+    const Plan plan = PlanOf(p, call);
     if (plan.variant == Variant::kSteps) return work(p, plan, call);
     LayerGradParams all{};
     static_cast<P&>(all) = p;
@@ -38,17 +43,17 @@ struct Engine {
                [&](const CudaCall& c) { work(p, plan, c); });
   }
 
-  static int64_t ForwardWorkspace(const LayerParams& p, const CudaDevice& device) {
-    return Steps<C, T>::ForwardWorkspace(p, PlanOf(p, device, p.hs != nullptr));
+  static int64_t ForwardWorkspace(const LayerParams& p, const CudaCall& call) {
+    return Steps<C, T>::ForwardWorkspace(p, PlanOf(p, call));
   }
-  static int64_t BackwardWorkspace(const LayerGradParams& p, const CudaDevice& device) {
-    return Steps<C, T>::BackwardWorkspace(p, PlanOf(p, device, true));
+  static int64_t BackwardWorkspace(const LayerGradParams& p, const CudaCall& call) {
+    return Steps<C, T>::BackwardWorkspace(p, PlanOf(p, call));
   }
   static void Forward(const LayerParams& p, const CudaCall& call) {
-    Run(p, call, p.hs != nullptr, &Steps<C, T>::Forward);
+    Run(p, call, &Steps<C, T>::Forward);
   }
   static void Backward(const LayerGradParams& p, const CudaCall& call) {
-    Run(p, call, true, &Steps<C, T>::Backward);
+    Run(p, call, &Steps<C, T>::Backward);
   }
 
   static constexpr CudaKernels Kernels() {

@@ -30,10 +30,43 @@ void Tile(const CudaDevice& device, const Problem& problem, Plan* plan) {
   plan->threads_y = int(std::max<int64_t>(1, threads / plan->threads_x));
 }
 
+// Input products of a resident kernel may take so much memory; a new launch costs some steps.
+constexpr int64_t kResidentGates = int64_t{256} << 20;
+// Fewer steps do not pay for loading the weights.
+constexpr int64_t kResidentSteps = 8;
+
+// The shape of resident kernels for this problem, if there is one.
+bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
+  const int64_t size = StorageSize(problem.storage), row = problem.H * size;
+  const bool products = size == 2 || (problem.storage == Storage::kFloat && problem.allow_tf32);
+  if (device.major < 8 || !products || problem.ragged || problem.projected || row == 0 ||
+      row % 16 != 0 || !problem.aligned || problem.B == 0)
+    return false;
+  const int64_t all_tiles = (problem.B + 7) / 8, per_warp = (row + 511) / 512;
+  plan->tiles = 0;
+  for (int64_t groups : {1, 2}) {
+    int64_t blocks = 1;
+    while (blocks < per_warp) blocks *= 2;
+    if (problem.gates_h * blocks * groups > kResidentTiles) continue;
+    const int64_t ctas = (problem.H + 16 * groups - 1) / (16 * groups) * problem.dirs;
+    const int64_t copies = std::min(all_tiles, device.multiprocessors / ctas);
+    if (copies == 0) continue;
+    int64_t tiles = 1;
+    while (tiles * copies < all_tiles) tiles *= 2;
+    const int64_t shared = 8192 * problem.gates_h * groups * tiles;
+    if (tiles > 4 || shared > device.shared_bytes) continue;
+    if (plan->tiles != 0 && tiles >= plan->tiles) continue;  // fewer units in a block are faster
+    plan->blocks = int(blocks), plan->groups = int(groups), plan->tiles = int(tiles);
+    plan->copies = int((all_tiles + tiles - 1) / tiles);
+  }
+  return plan->tiles != 0;
+}
+
 }  // namespace
 
 Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force) {
-  Plan plan;
+  Plan plan{};
+  plan.dirs = problem.dirs;
   Tile(device, problem, &plan);
 
   const int64_t tiles =
@@ -48,14 +81,22 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
 
   const int64_t launches = 2 * problem.T * problem.dirs;
   plan.variant = launches >= kGraphLaunches ? Variant::kGraph : Variant::kSteps;
+  bool resident = problem.T >= kResidentSteps;
   if (force != nullptr && *force != '\0') {
+    resident = !std::strcmp(force, "resident");
     if (!std::strcmp(force, "steps"))
       plan.variant = Variant::kSteps;
-    else if (!std::strcmp(force, "graph"))
+    else if (resident || !std::strcmp(force, "graph"))
       plan.variant = Variant::kGraph;
     else
       throw std::invalid_argument(std::string("FUSED_RNN_VARIANT is '") + force +
-                                  "': use steps or graph");
+                                  "': use steps, graph or resident");
+  }
+  if (resident && FitResident(device, problem, &plan)) {
+    plan.variant = Variant::kResident;
+    plan.streams = 1;
+    const int64_t step_bytes = problem.gates_x * problem.H * problem.B * problem.dirs * 4;
+    plan.chunk_steps = std::clamp<int64_t>(kResidentGates / step_bytes, 1, problem.T);
   }
   return plan;
 }

@@ -8,24 +8,36 @@
 namespace frnn {
 namespace cuda {
 
-enum class Variant { kSteps, kGraph };  // launch every step; or replay them from a CUDA graph
+enum class Variant {
+  kSteps,     // launch every step
+  kGraph,     // replay them from a CUDA graph
+  kResident,  // one launch, the weights in registers (resident.cuh); replayed from a graph, too
+};
 
 struct Problem {
   int64_t gates_x, gates_h;  // per unit
   int64_t H, B, T;
   Storage storage;
   int dirs;
-  bool ragged, training;  // neither makes a difference to the variants that there are
+  bool ragged = false, projected = false, allow_tf32 = false;
+  bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
 };
+
+// Of a resident kernel: tiles of weights, 16 units by 64 bytes, that a warp can hold.
+constexpr int64_t kResidentTiles = 16;
 
 struct Plan {
   Variant variant;
   int threads_x, threads_y;  // a block of a gate kernel: units by rows
   int streams;               // 2: both directions side by side
   int64_t chunk_steps;       // steps whose input products are computed ahead, together
+  // Of a resident kernel: a warp's blocks of k in h W_hh^T, groups of 16 units of a block, tiles of 8
+  // rows of a copy, copies of all units, directions.
+  int blocks, groups, tiles, copies, dirs;
 };
 
-// `force`: "steps" or "graph" (FUSED_RNN_VARIANT), or null. Throws std::invalid_argument otherwise.
+// `force`: "steps", "graph" or "resident" (FUSED_RNN_VARIANT), or null. What cannot be resident is a
+// graph all the same. Throws std::invalid_argument for other words.
 Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force);
 
 }  // namespace cuda

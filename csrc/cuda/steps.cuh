@@ -1,6 +1,6 @@
-// The `steps` engine: one recurrent layer on a card, for any cell. Per step one matrix product and
-// one kernel with the gate math; everything that does not depend on the step before is one product
-// over many steps.
+// One recurrent layer on a card, for any cell. Everything that does not depend on the step before is
+// one product over many steps. What does: per step one product and one kernel with the gate math, or
+// where the weights fit into registers one kernel for all steps (resident.cuh).
 //
 // Forward, per chunk of steps: gx = x W_ih^T; per step: gh = h W_hh^T, gates.
 // Backward, per step from the last: gate gradients, dh += dgh W_hh. Then dX, dW and db over all rows.
@@ -14,6 +14,7 @@
 #include "cuda/kernels.cuh"
 #include "cuda/plan.h"
 #include "cuda/product.h"
+#include "cuda/resident.cuh"
 
 namespace frnn {
 namespace cuda {
@@ -38,19 +39,16 @@ class Workspace {
 template <class C, class T>
 class Steps {
  public:
-  // The tape's values per unit: what the cell saved, h_t if its backward reads that, c_{t-1}.
-  static constexpr int kExtra = C::kStates - 1;
-  static constexpr int kCell = C::kSaved + (C::kUsesNewH ? 1 : 0);
-  static constexpr int kTape = kCell + kExtra;
+  static constexpr int kExtra = Tape<C>::kExtra, kCell = Tape<C>::kCell, kTape = Tape<C>::kTape;
 
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
     for (int d = 0; d < p.dirs; d++) ForwardBuffers(p, plan, count);
     return count.used();
   }
-  static int64_t BackwardWorkspace(const LayerGradParams& p, const Plan&) {
+  static int64_t BackwardWorkspace(const LayerGradParams& p, const Plan& plan) {
     Workspace count(nullptr);
-    for (int d = 0; d < p.dirs; d++) BackwardBuffers(p, count);
+    for (int d = 0; d < p.dirs; d++) BackwardBuffers(p, plan, count);
     return count.used();
   }
 
@@ -59,10 +57,20 @@ class Steps {
     Workspace workspace(call.workspace);
     ForwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
+    const bool resident = plan.variant == Variant::kResident;
+    for (int d = 0; resident && d < p.dirs; d++)
+      Direction(p, plan, call, d).StartStates(buffers[d]);
     for (int64_t begin = 0; begin < p.T; begin += plan.chunk_steps) {
       const int64_t end = std::min(begin + plan.chunk_steps, p.T);
+      int64_t first[2];
       for (int d = 0; d < p.dirs; d++)
-        Direction(p, plan, call, d).ForwardChunk(buffers[d], begin, end);
+        first[d] = Direction(p, plan, call, d).InputProduct(buffers[d], begin, end);
+      if (resident) {
+        ForwardResident(p, plan, call, buffers, first, begin, end);
+        continue;
+      }
+      for (int d = 0; d < p.dirs; d++)
+        Direction(p, plan, call, d).ForwardSteps(buffers[d], first[d], begin, end);
     }
     if (plan.streams == 2) Join(call);
   }
@@ -70,13 +78,16 @@ class Steps {
   static void Backward(const LayerGradParams& p, const Plan& plan, const CudaCall& call) {
     if (plan.streams == 2) Fork(call);
     Workspace workspace(call.workspace);
-    BackwardBuffers buffers[2] = {{p, workspace}, {}};
-    if (p.dirs == 2) buffers[1] = {p, workspace};
+    BackwardBuffers buffers[2] = {{p, plan, workspace}, {}};
+    if (p.dirs == 2) buffers[1] = {p, plan, workspace};
     for (int d = 0; d < p.dirs; d++) GradDirection(p, plan, call, d).StartCarry(buffers[d]);
-    for (int64_t end = p.T; end > 0; end -= std::min(end, plan.chunk_steps))
-      for (int d = 0; d < p.dirs; d++)
-        GradDirection(p, plan, call, d)
-            .BackwardChunk(buffers[d], end - std::min(end, plan.chunk_steps), end);
+    if (plan.variant == Variant::kResident)
+      BackwardResident(p, plan, call, buffers);
+    else
+      for (int64_t end = p.T; end > 0; end -= std::min(end, plan.chunk_steps))
+        for (int d = 0; d < p.dirs; d++)
+          GradDirection(p, plan, call, d)
+              .BackwardChunk(buffers[d], end - std::min(end, plan.chunk_steps), end);
     for (int d = 0; d < p.dirs; d++) GradDirection(p, plan, call, d).Weights(buffers[d]);
     if (plan.streams == 2) Join(call);
     if (p.dx == nullptr) return;
@@ -101,14 +112,21 @@ class Steps {
   struct ForwardBuffers {
     ForwardBuffers() = default;
     ForwardBuffers(const LayerParams& p, const Plan& plan, Workspace& w)
-        : gx(w.Take<A>(std::min(plan.chunk_steps * p.B, p.rows) * C::kX * p.H)),
-          gh(w.Take<A>(p.B * C::kH * p.H)) {
+        : gx(w.Take<A>(std::min(plan.chunk_steps * p.B, p.rows) * C::kX * p.H)) {
+      if (plan.variant == Variant::kResident) {
+        hs = w.Take<T>(p.hs == nullptr ? p.rows * p.Hout : 0);
+        c = w.Take<A>(p.B * kExtra * p.H);
+        return;
+      }
+      gh = w.Take<A>(p.B * C::kH * p.H);
       if (p.hs != nullptr) return;
       h_ring = w.Take<T>(2 * p.B * p.Hout);
       c_ring = w.Take<A>(2 * p.B * kExtra * p.H);
       h_full = w.Take<T>(Projected(p) ? p.B * p.H : 0);
     }
     A *gx, *gh;  // [rows of a chunk, kX H], [B, kH H]
+    T* hs;       // [rows, Hout]: of a resident kernel, where none are kept for the backward
+    A* c;        // [B, kExtra H]: of resident kernels, from one launch to the next
     T* h_ring;   // [2, B, Hout]: states of two steps, where none are kept for the backward
     A* c_ring;   // [2, B, kExtra H]
     T* h_full;   // [B, H]: before the projection
@@ -116,19 +134,21 @@ class Steps {
 
   struct BackwardBuffers {
     BackwardBuffers() = default;
-    BackwardBuffers(const LayerParams& p, Workspace& w)
+    BackwardBuffers(const LayerParams& p, const Plan& plan, Workspace& w)
         : dgx(w.Take<T>(p.rows * C::kX * p.H)),
           dgh(Same() ? nullptr : w.Take<T>(p.rows * C::kH * p.H)),
           dh(w.Take<A>(p.B * p.Hout)),
           dc(w.Take<A>(p.B * kExtra * p.H)),
           dhp(w.Take<T>(Projected(p) ? p.rows * p.Hout : 0)),
           dh_full(w.Take<A>(Projected(p) ? p.B * p.H : 0)),
-          partial(w.Take<A>(kSumParts * std::max(C::kX, C::kH) * p.H)) {}
+          partial(w.Take<A>(kSumParts * std::max(C::kX, C::kH) * p.H)),
+          w_hh_t(w.Take<T>(plan.variant == Variant::kResident ? C::kH * p.H * p.H : 0)) {}
     T *dgx, *dgh;  // [rows, kX H], [rows, kH H]: gate gradients; dgh null if it is the same
     A *dh, *dc;    // [B, Hout], [B, kExtra H]: what the steps already seen pass back
     T* dhp;        // [rows, Hout]: gradient of the projected h
     A* dh_full;    // [B, H]: and of h before the projection
     A* partial;    // [kSumParts, gates H]
+    T* w_hh_t;     // [H, kH H]: W_hh^T, for a resident kernel
   };
   static constexpr int64_t kSumParts = 64;
 
@@ -147,8 +167,8 @@ class Steps {
       return static_cast<T*>(p.hs) + d * p.rows * (p.Hout + (Projected(p) ? p.H : 0));
     }
     T* HsFull() const { return Hs() + p.rows * p.Hout; }
-    A* Tape() const { return static_cast<A*>(p.saved) + d * p.rows * kTape * p.H; }
-    A* TapeOf(int64_t s) const { return Tape() + Row(s) * kTape * p.H; }
+    A* Saved() const { return static_cast<A*>(p.saved) + d * p.rows * kTape * p.H; }
+    A* TapeOf(int64_t s) const { return Saved() + Row(s) * kTape * p.H; }
 
     Rows<T> HPrev(const ForwardBuffers& w, int64_t s) const {  // [batch, Hout]: where step s starts
       return {p.hs ? Hs() + Row(s) * p.Hout : w.h_ring + (s & 1) * p.B * p.Hout, p.Hout};
@@ -181,16 +201,36 @@ class Steps {
       if (product.m > 0 && product.n > 0) Multiply(queue, product, call.allow_tf32);
     }
 
-    void ForwardChunk(const ForwardBuffers& w, int64_t begin, int64_t end) const {
-      // gx = x W_ih^T of the chunk. Backwards in time its first row is that of its last step.
+    // gx = x W_ih^T of steps [begin, end): the row that gx begins with. Backwards in time that is the
+    // first row of the last step.
+    int64_t InputProduct(const ForwardBuffers& w, int64_t begin, int64_t end) const {
       const int64_t first = std::min(Row(begin), Row(end - 1));
       const int64_t last = std::max(Row(begin) + Batch(begin), Row(end - 1) + Batch(end - 1));
       const int64_t x_stride = XStride();
       Product({kStorage<T>, kStorage<A>, false, true, last - first, C::kX * p.H, p.I,
                static_cast<const T*>(p.x) + first * x_stride, x_stride, p.w[d].w_ih, p.I, false,
                w.gx, C::kX * p.H});
+      return first;
+    }
+
+    void ForwardSteps(const ForwardBuffers& w, int64_t first, int64_t begin, int64_t end) const {
       for (int64_t s = begin; s < end; s++)
         ForwardStep(w, s, w.gx + (Row(s) - first) * C::kX * p.H);
+    }
+
+    // What resident kernels start from, and the words by which they see what is not written yet.
+    void StartStates(const ForwardBuffers& w) const {
+      T* hs = States(w);
+      Unwritten(hs, p.rows * p.Hout);
+      Run(Convert<T, T>, p.B, p.Hout, p.B, p.Hout, {hs + Row(0) * p.Hout, p.Hout},
+          {State(static_cast<const T*>(p.h0), p.Hout), p.Hout});
+      Run(Convert<A, T>, p.B, kExtra * p.H, p.B, kExtra * p.H, {w.c, kExtra * p.H},
+          {State(static_cast<const T*>(p.c0), kExtra * p.H), kExtra * p.H});
+    }
+    T* States(const ForwardBuffers& w) const { return p.hs ? Hs() : w.hs; }
+    void Unwritten(T* data, int64_t n) const {
+      Check(cudaMemsetAsync(data, 0xFF, n * sizeof(T), static_cast<cudaStream_t>(queue.stream)),
+            "cudaMemsetAsync");
     }
 
     void ForwardStep(const ForwardBuffers& w, int64_t s, const A* gx) const {
@@ -340,6 +380,59 @@ class Steps {
 
     const LayerGradParams& g;
   };
+
+  // first[d]: the row that gx of direction d begins with.
+  static void ForwardResident(const LayerParams& p, const Plan& plan, const CudaCall& call,
+                              const ForwardBuffers* buffers, const int64_t* first, int64_t begin,
+                              int64_t end) {
+    if constexpr (kStorage<T> != Storage::kDouble) {
+      ResidentForwardArgs<T> args{};
+      args.steps = {p.H, p.B, p.T, begin, end, plan.copies};
+      for (int d = 0; d < p.dirs; d++) {
+        const Direction on(p, plan, call, d);
+        const DirectionWeights& w = p.w[d];
+        args.dir[d] = {on.Time(0),
+                       d == 0 ? 1 : -1,
+                       static_cast<const T*>(w.w_hh),
+                       static_cast<const T*>(w.b_ih),
+                       static_cast<const T*>(w.b_hh),
+                       buffers[d].gx,
+                       first[d] / p.B,
+                       on.States(buffers[d]),
+                       static_cast<T*>(p.y) + d * p.Hout,
+                       p.dirs * p.Hout,
+                       buffers[d].c,
+                       on.State(static_cast<T*>(p.h_n), p.Hout),
+                       on.State(static_cast<T*>(p.c_n), kExtra * p.H),
+                       p.saved ? on.Saved() : nullptr};
+      }
+      Resident<C, T>::Forward(plan, args, static_cast<cudaStream_t>(call.streams[0]));
+    }
+  }
+
+  static void BackwardResident(const LayerGradParams& p, const Plan& plan, const CudaCall& call,
+                               const BackwardBuffers* buffers) {
+    if constexpr (kStorage<T> != Storage::kDouble) {
+      ResidentBackwardArgs<T> args{};
+      args.steps = {p.H, p.B, p.T, 0, p.T, plan.copies};
+      args.first_dh = p.dh0 != nullptr;
+      const cudaStream_t stream = static_cast<cudaStream_t>(call.streams[0]);
+      for (int d = 0; d < p.dirs; d++) {
+        const Direction on(p, plan, call, d);
+        T* dgh = Same() ? buffers[d].dgx : buffers[d].dgh;
+        on.Unwritten(dgh, p.rows * C::kH * p.H);
+        Launch(Transpose<T>, dim3((p.H + 31) / 32, (C::kH * p.H + 31) / 32), dim3(32, 8), 0, stream,
+               C::kH * p.H, p.H, static_cast<const T*>(p.w[d].w_hh), buffers[d].w_hh_t);
+        args.dir[d] = {on.Time(0),        d == 0 ? 1 : -1,
+                       buffers[d].w_hh_t, p.dy ? static_cast<const T*>(p.dy) + d * p.Hout : nullptr,
+                       p.dy_t_stride,     p.dy_b_stride,
+                       on.Hs(),           on.Saved(),
+                       buffers[d].dgx,    dgh,
+                       buffers[d].dh,     buffers[d].dc};
+      }
+      Resident<C, T>::Backward(plan, args, stream);
+    }
+  }
 };
 
 }  // namespace cuda

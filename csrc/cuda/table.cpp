@@ -5,13 +5,18 @@
 
 namespace frnn {
 
-#define CELL(name, type, header) extern const CudaKernels k_cuda_##name[4];
+#define CELL(name, type, header)                                                  \
+  extern const CudaKernels k_cuda_##name##_float, k_cuda_##name##_double,         \
+      k_cuda_##name##_bfloat16, k_cuda_##name##_half;                             \
+  static const CudaKernels* const k_cuda_##name[] = {                             \
+      &k_cuda_##name##_float, &k_cuda_##name##_double, &k_cuda_##name##_bfloat16, \
+      &k_cuda_##name##_half};
 #include "cells/registry.def"
 #undef CELL
 
 const CudaKernels* FindCudaKernels(const char* cell, Storage storage) {
 #define CELL(name, type, header) \
-  if (!std::strcmp(cell, #name)) return &k_cuda_##name[int(storage)];
+  if (!std::strcmp(cell, #name)) return k_cuda_##name[int(storage)];
 #include "cells/registry.def"
 #undef CELL
   return nullptr;

@@ -113,14 +113,14 @@ struct Cuda {
 
  private:
   template <class P>
-  static void Run(int64_t (*size)(const P&, const CudaDevice&),
+  static void Run(int64_t (*size)(const P&, const CudaCall&),
                   void (*engine)(const P&, const CudaCall&), const P& p, const Tensor& x,
                   bool allow_tf32) {
     Streams streams(Index(x));
     CudaCall call{};
     call.device = FactsOfDevice(Index(x));
     call.allow_tf32 = allow_tf32;
-    const Tensor workspace = Fresh(New(x, {size(p, call.device)}, ScalarType::Byte));
+    const Tensor workspace = Fresh(New(x, {size(p, call)}, ScalarType::Byte));
     call.workspace = workspace.mutable_data_ptr();
     streams.Lend(&call);
     engine(p, call);

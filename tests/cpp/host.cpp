@@ -7,7 +7,7 @@
 
 namespace frnn {
 
-CudaDevice FactsOfDevice(int) { return {132, 50 << 20}; }  // an H100
+CudaDevice FactsOfDevice(int) { return {132, 9, 50 << 20, 227 << 10}; }  // an H100
 
 namespace cuda {
 namespace {
