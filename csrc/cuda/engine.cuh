@@ -23,11 +23,13 @@ struct Engine {
   }
 
   // Two calls with equal keys do the same work on the same memory. Batch sizes are compared by value.
-  static std::string Key(LayerGradParams p, const CudaCall& call, const void* which) {
+  static std::string Key(LayerGradParams p, const Plan& plan, const CudaCall& call,
+                         const void* which) {
     std::string key(reinterpret_cast<const char*>(p.batch_sizes), p.T * sizeof(int64_t));
     p.batch_sizes = p.offsets = nullptr;
     const void* rest[] = {which, call.workspace, call.streams[0],
-                          reinterpret_cast<void*>(uintptr_t(call.allow_tf32))};
+                          reinterpret_cast<void*>(uintptr_t(call.allow_tf32)),
+                          reinterpret_cast<void*>(uintptr_t(plan.variant))};
     key.append(reinterpret_cast<const char*>(&p), sizeof(p));
     key.append(reinterpret_cast<const char*>(rest), sizeof(rest));
     return key;
@@ -39,7 +41,7 @@ struct Engine {
     if (plan.variant == Variant::kSteps) return work(p, plan, call);
     LayerGradParams all{};
     static_cast<P&>(all) = p;
-    RunAsGraph(call, Key(all, call, reinterpret_cast<const void*>(work)),
+    RunAsGraph(call, Key(all, plan, call, reinterpret_cast<const void*>(work)),
                [&](const CudaCall& c) { work(p, plan, c); });
   }
 
