@@ -74,9 +74,10 @@ def compile_cpu(engine: str) -> Path:
 def compile_emulated() -> Path:
     """The CUDA engine's library."""
     flags = [*build.BASE_FLAGS, "-DFUSED_RNN_EMULATE", f"-I{ROOT / 'tests/cpp'}", f"-I{build.CSRC}"]
+    flags += ["-O1"]  # half the time of compiling; the products are small
     link_flags = build.LINK_FLAGS
     if ENGINE.endswith("-asan"):
-        flags += ["-O1", "-g1", "-fsanitize=address", "-Wno-maybe-uninitialized"]
+        flags += ["-g1", "-fsanitize=address", "-Wno-maybe-uninitialized"]
         link_flags = ["-shared", "-fopenmp", "-fsanitize=address"]
     torch_flags = [build.TORCH_TARGET]
     for include in include_paths():

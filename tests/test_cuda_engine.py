@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import emulated
 import pytest
@@ -21,17 +22,45 @@ from fused_rnn import build
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler")
 
-# Multiprocessors and bytes of second-level cache, from the vendor's data sheets.
+# Multiprocessors, compute capability (major), bytes of second-level cache and of shared memory of a
+# block, from the vendor's data sheets.
 CARDS = {
-    "A100": (108, 40 << 20),
-    "H100": (132, 50 << 20),
-    "H200": (132, 60 << 20),
-    "RTX 4090": (128, 72 << 20),
-    "RTX 3060": (28, 3 << 20),
+    "V100": (80, 7, 6 << 20, 96 << 10),
+    "A100": (108, 8, 40 << 20, 163 << 10),
+    "H100": (132, 9, 50 << 20, 227 << 10),
+    "H200": (132, 9, 60 << 20, 227 << 10),
+    "RTX 4090": (128, 8, 72 << 20, 99 << 10),
+    "RTX 3060": (28, 8, 3 << 20, 99 << 10),
 }
 GATES = {"rnn": (1, 1), "gru": (3, 3), "lstm": (4, 4)}
 STORAGES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
-STEPS, GRAPH = 0, 1
+STEPS, GRAPH, RESIDENT, LOCAL = range(4)
+
+
+class Plan(NamedTuple):
+    variant: int
+    threads_x: int
+    threads_y: int
+    streams: int
+    chunk_steps: int
+    blocks: int
+    groups: int
+    tiles: int
+    copies: int
+
+
+class Problem(NamedTuple):
+    card: str = "H100"
+    cell: str = "lstm"
+    H: int = 512
+    B: int = 64
+    T: int = 256
+    storage: str = "bfloat16"
+    dirs: int = 1
+    ragged: bool = False
+    projected: bool = False
+    allow_tf32: bool = True
+    force: str | None = None
 
 
 def compiled(folder: Path, *sources: str, flags: tuple[str, ...] = ()) -> Path:
@@ -48,70 +77,114 @@ def compiled(folder: Path, *sources: str, flags: tuple[str, ...] = ()) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    """Plans for many problems: (card, cell, H, B, T, storage, dirs, ragged, training, force)."""
+def plans(tmp_path_factory):
+    """The plans for many problems; what MakePlan throws, as text."""
     program = compiled(
         tmp_path_factory.mktemp("plan"), "tests/cpp/plan_main.cpp", "csrc/cuda/plan.cpp"
     )
 
     def make(problems):
         lines = []
-        for card, cell, hidden, batch, time, storage, dirs, ragged, training, force in problems:
-            words = [*CARDS[card], *GATES[cell], hidden, batch, time, STORAGES[storage], dirs]
-            lines.append(" ".join(map(str, [*words, int(ragged), int(training), force or "-"])))
+        for p in problems:
+            words = [*CARDS[p.card], *GATES[p.cell], p.H, p.B, p.T, STORAGES[p.storage], p.dirs]
+            words += [int(p.ragged), int(p.projected), int(p.allow_tf32), p.force or "-"]
+            lines.append(" ".join(map(str, words)))
         done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        plans = done.stdout.splitlines()
-        assert len(plans) == len(lines)
+        answers = done.stdout.splitlines()
+        assert len(answers) == len(lines)
         return [
-            tuple(map(int, line.split())) if not line.startswith("invalid") else line
-            for line in plans
+            Plan(*map(int, line.split())) if not line.startswith("invalid") else line
+            for line in answers
         ]
 
     return make
 
 
-def test_plans_are_possible(plan):
-    """Blocks that every card can launch, chunks that cover the sequence, streams that exist."""
-    shapes = list(itertools.product((1, 65, 128, 1024, 8192), (1, 7, 256, 70000), (1, 9, 5000)))
-    flags = itertools.product(CARDS, GATES, STORAGES, (1, 2), (False, True), (False, True))
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def test_plans_are_possible(plans):
+    """Blocks that every card can launch, chunks that cover the sequence, streams that exist; for
+    kernels that keep their weights, instances that exist, and blocks that fit on the card."""
+    shapes = list(itertools.product((1, 64, 65, 128, 1024, 8192), (1, 7, 256, 70000), (1, 9, 5000)))
+    flags = itertools.product(CARDS, GATES, STORAGES, (1, 2), *[(False, True)] * 3)
     problems = [
-        (card, cell, *random.choice(shapes), storage, dirs, ragged, training, None)
-        for card, cell, storage, dirs, ragged, training in flags
-        for _ in range(6)
+        Problem(card, cell, *random.choice(shapes), storage, *flags, force)
+        for card, cell, storage, *flags in flags
+        for force in (None, None, None, "resident", "local")
     ]
-    for problem, (variant, x, y, streams, chunk) in zip(problems, plan(problems), strict=True):
-        _, _, hidden, _, time, _, dirs, *_ = problem
-        assert variant in (STEPS, GRAPH), problem
-        assert x % 32 == 0 and 32 <= x * y <= 256 and x < hidden + 32, problem
-        assert 1 <= streams <= dirs, problem
-        assert 1 <= chunk <= time, problem
+    seen = set()
+    for problem, found in zip(problems, plans(problems), strict=True):
+        x, y = found.threads_x, found.threads_y
+        assert x % 32 == 0 and 32 <= x * y <= 256 and x < problem.H + 32, problem
+        assert 1 <= found.streams <= problem.dirs, problem
+        assert 1 <= found.chunk_steps <= problem.T, problem
+        seen.add(found.variant)
+        if found.variant not in (RESIDENT, LOCAL):
+            continue
+        multiprocessors, major, _, shared = CARDS[problem.card]
+        size = {"float32": 4, "bfloat16": 2, "float16": 2}[problem.storage]  # never float64
+        gates = GATES[problem.cell][1]
+        assert major >= 8 and not problem.projected and problem.H * size % 16 == 0, problem
+        assert size == 2 or problem.allow_tf32, problem
+        assert (found.copies - 1) * found.tiles * 8 < problem.B <= found.copies * found.tiles * 8
+        if found.variant == LOCAL:
+            assert found.groups in (1, 2, 4, 8) and problem.H <= 16 * found.groups, problem
+            words = gates * found.groups * ceil(16 * found.groups * size, 64)
+            assert words <= 128, problem  # 16 tiles of 8 registers in each of 8 warps
+        else:
+            assert found.blocks in (1, 2, 4, 8) and found.tiles in (1, 2, 4), problem
+            assert found.blocks * 8 * 64 >= problem.H * size, problem
+            assert gates * found.blocks * found.groups <= 16, problem
+            blocks = ceil(problem.H, 16 * found.groups) * found.copies * problem.dirs
+            assert blocks <= multiprocessors, problem
+            assert 8192 * gates * found.groups * found.tiles <= shared, problem
+    assert seen == {STEPS, GRAPH, RESIDENT, LOCAL}
 
 
-def test_plans_of_known_shapes(plan):
-    def one(card="H100", cell="lstm", H=512, B=64, T=256, storage="bfloat16", dirs=1, force=None):
-        return plan([(card, cell, H, B, T, storage, dirs, False, True, force)])[0]
+def test_plans_of_known_shapes(plans):
+    def one(**arguments) -> Plan:
+        return plans([Problem(**arguments)])[0]
 
-    # A single step is launched as it is; a sequence is worth a graph.
-    assert one(T=1)[0] == STEPS and one(T=256)[0] == GRAPH
+    # A single step is launched as it is; a sequence is worth a graph, or one kernel.
+    assert one(T=1).variant == STEPS
+    assert one(T=256).variant == RESIDENT and one(T=256, storage="float64").variant == GRAPH
+    # Exact float32 products are no work for tensor cores, nor are large layers for registers.
+    assert one(storage="float32", H=256).variant == RESIDENT
+    assert one(storage="float32", H=256, allow_tf32=False).variant == GRAPH
+    assert one(H=2048).variant == GRAPH and one(H=2048, cell="rnn", B=16).variant == RESIDENT
+    assert one(card="V100").variant == GRAPH and one(projected=True).variant == GRAPH
+    # Small layers need one block for some rows of the batch.
+    assert one(H=64).variant == LOCAL and one(H=128).variant == LOCAL
+    assert one(H=128, storage="float32").variant == RESIDENT
+    # More rows of the batch: more copies, then more units in a block, then more rows.
+    assert one(B=8)[-3:] == (1, 1, 1) and one(B=32)[-3:] == (1, 1, 4)
+    assert one(B=64)[-3:] == (2, 1, 8) and one(B=128)[-3:] == (2, 2, 8)
     # Two directions run side by side unless one fills the card.
-    assert one(dirs=2)[3] == 2 and one(dirs=2, H=2048, B=512)[3] == 1 and one(dirs=1)[3] == 1
-    assert one(dirs=2, H=1024, B=128)[3] == 2 and one("RTX 3060", dirs=2, H=1024, B=128)[3] == 1
+    steps = {"force": "graph", "dirs": 2}
+    assert one(**steps).streams == 2 and one(**steps, H=2048, B=512).streams == 1
+    assert one(force="graph").streams == 1 and one(**steps, H=1024, B=128).streams == 2
+    assert one(**steps, card="RTX 3060", H=1024, B=128).streams == 1
     # Few units: small blocks, so that more multiprocessors have work. Many: large ones.
     assert one(B=1)[1:3] == (64, 1) and one(B=256, H=1024)[1:3] == (256, 1)
     # Short rows share a block.
     assert one(B=4096, H=32)[1:3] == (32, 8)
     # Gates that fit into half of the cache are computed for all steps at once.
-    assert one(H=64, B=16, T=1000)[4] == 1000
+    assert one(H=64, B=16, T=1000, force="graph").chunk_steps == 1000
     # Otherwise for as many steps as fill the card with their product.
-    assert one(H=2048, B=256, T=1000)[4] == 4096 // 256
+    assert one(H=2048, B=256, T=1000).chunk_steps == 4096 // 256
 
 
-def test_variant_can_be_forced(plan):
-    problem = ("A100", "gru", 128, 8, 100, "float32", 1, False, False)
-    steps, graph, bad = plan([(*problem, "steps"), (*problem, "graph"), (*problem, "fast")])
-    assert (steps[0], graph[0]) == (STEPS, GRAPH) and steps[1:] == graph[1:]
-    assert bad == "invalid: FUSED_RNN_VARIANT is 'fast': use steps or graph"
+def test_variant_can_be_forced(plans):
+    problem = Problem("A100", "gru", 64, 8, 100, "float16")
+    words = ("steps", "graph", "resident", "local", "fast")
+    *found, bad = plans([problem._replace(force=word) for word in words])
+    assert [plan.variant for plan in found] == [STEPS, GRAPH, RESIDENT, LOCAL]
+    assert found[0][1:] == found[1][1:]
+    assert bad == "invalid: FUSED_RNN_VARIANT is 'fast': use steps, graph, resident or local"
+    assert plans([problem._replace(H=65, force="local")])[0].variant == GRAPH
 
 
 def test_stays_in_bounds() -> None:

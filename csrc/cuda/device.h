@@ -32,15 +32,15 @@ void Launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
   kernel<<<grid, block, shared, stream>>>(args...);
   Check(cudaGetLastError(), "launching a kernel");
 }
-// All blocks at the same time on the card, so that they may wait for each other.
+// together: all blocks at the same time on the card, so that they may wait for each other.
 template <class... P, class... A>
-void LaunchResident(void (*kernel)(P...), unsigned grid, unsigned block, size_t shared,
-                    cudaStream_t stream, const A&... args) {
+void LaunchResident(void (*kernel)(P...), bool together, unsigned grid, unsigned block,
+                    size_t shared, cudaStream_t stream, const A&... args) {
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
         "asking for shared memory");
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  cooperative.val.cooperative = together;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
   config.stream = stream, config.attrs = &cooperative, config.numAttrs = 1;
@@ -49,10 +49,10 @@ void LaunchResident(void (*kernel)(P...), unsigned grid, unsigned block, size_t 
 #endif
 #else
 template <class... P, class... A>
-void LaunchResident(void (*kernel)(P...), unsigned grid, unsigned block, size_t shared,
-                    cudaStream_t stream, const A&... args) {
+void LaunchResident(void (*kernel)(P...), bool together, unsigned grid, unsigned block,
+                    size_t shared, cudaStream_t stream, const A&... args) {
   LaunchConfig config;
-  config.grid = grid, config.block = block, config.shared = shared, config.cooperative = true;
+  config.grid = grid, config.block = block, config.shared = shared, config.cooperative = together;
   Launch(kernel, config, stream, args...);
 }
 #endif

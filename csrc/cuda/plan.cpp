@@ -30,23 +30,41 @@ void Tile(const CudaDevice& device, const Problem& problem, Plan* plan) {
   plan->threads_y = int(std::max<int64_t>(1, threads / plan->threads_x));
 }
 
-// Input products of a resident kernel may take so much memory; a new launch costs some steps.
+// Input products of a kernel that keeps its weights may take so much memory; a new launch costs some steps.
 constexpr int64_t kResidentGates = int64_t{256} << 20;
 // Fewer steps do not pay for loading the weights.
 constexpr int64_t kResidentSteps = 8;
 
-// The shape of resident kernels for this problem, if there is one.
-bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
-  const int64_t size = StorageSize(problem.storage), row = problem.H * size;
+// Whether a warp's tensor cores can do the products, from rows that are read 16 bytes at a time.
+bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
+  const int64_t size = StorageSize(problem.storage);
   const bool products = size == 2 || (problem.storage == Storage::kFloat && problem.allow_tf32);
-  if (device.major < 8 || !products || problem.ragged || problem.projected || row == 0 ||
-      row % 16 != 0 || !problem.aligned || problem.B == 0)
-    return false;
-  const int64_t all_tiles = (problem.B + 7) / 8, per_warp = (row + 511) / 512;
+  return device.major >= 8 && products && !problem.projected && problem.aligned &&
+         problem.H * size % 16 == 0 && problem.H > 0 && problem.B > 0;
+}
+
+// The shape of a local kernel, if there is one.
+bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
+  if (!FitsTensorCores(device, problem)) return false;
+  for (int groups : {1, 2, 4, 8}) {
+    const int64_t blocks = (16 * groups * StorageSize(problem.storage) + 63) / 64;
+    if (problem.gates_h * groups * blocks > 8 * kResidentTiles) return false;
+    if (problem.H > 16 * groups) continue;
+    plan->groups = groups, plan->tiles = 1, plan->copies = int((problem.B + 7) / 8);
+    return true;
+  }
+  return false;
+}
+
+// The shape of a resident kernel, if there is one: as few tiles as can be, since a block reads and adds
+// up each in turn, then as few units.
+bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
+  if (!FitsTensorCores(device, problem)) return false;
+  int64_t blocks = 1;
+  while (blocks * 512 < problem.H * StorageSize(problem.storage)) blocks *= 2;
+  const int64_t all_tiles = (problem.B + 7) / 8;
   plan->tiles = 0;
   for (int64_t groups : {1, 2}) {
-    int64_t blocks = 1;
-    while (blocks < per_warp) blocks *= 2;
     if (problem.gates_h * blocks * groups > kResidentTiles) continue;
     const int64_t ctas = (problem.H + 16 * groups - 1) / (16 * groups) * problem.dirs;
     const int64_t copies = std::min(all_tiles, device.multiprocessors / ctas);
@@ -54,8 +72,8 @@ bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
     int64_t tiles = 1;
     while (tiles * copies < all_tiles) tiles *= 2;
     const int64_t shared = 8192 * problem.gates_h * groups * tiles;
-    if (tiles > 4 || shared > device.shared_bytes) continue;
-    if (plan->tiles != 0 && tiles >= plan->tiles) continue;  // fewer units in a block are faster
+    if (groups * tiles > kResidentRows || shared > device.shared_bytes) continue;
+    if (plan->tiles != 0 && tiles >= plan->tiles) continue;
     plan->blocks = int(blocks), plan->groups = int(groups), plan->tiles = int(tiles);
     plan->copies = int((all_tiles + tiles - 1) / tiles);
   }
@@ -81,19 +99,22 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
 
   const int64_t launches = 2 * problem.T * problem.dirs;
   plan.variant = launches >= kGraphLaunches ? Variant::kGraph : Variant::kSteps;
-  bool resident = problem.T >= kResidentSteps;
+  bool resident = problem.T >= kResidentSteps, local = resident;
   if (force != nullptr && *force != '\0') {
-    resident = !std::strcmp(force, "resident");
+    resident = !std::strcmp(force, "resident"), local = !std::strcmp(force, "local");
     if (!std::strcmp(force, "steps"))
       plan.variant = Variant::kSteps;
-    else if (resident || !std::strcmp(force, "graph"))
+    else if (resident || local || !std::strcmp(force, "graph"))
       plan.variant = Variant::kGraph;
     else
       throw std::invalid_argument(std::string("FUSED_RNN_VARIANT is '") + force +
-                                  "': use steps, graph or resident");
+                                  "': use steps, graph, resident or local");
   }
-  if (resident && FitResident(device, problem, &plan)) {
+  if (local && FitLocal(device, problem, &plan))
+    plan.variant = Variant::kLocal;
+  else if (resident && FitResident(device, problem, &plan))
     plan.variant = Variant::kResident;
+  if (plan.keeps_weights()) {
     plan.streams = 1;
     const int64_t step_bytes = problem.gates_x * problem.H * problem.B * problem.dirs * 4;
     plan.chunk_steps = std::clamp<int64_t>(kResidentGates / step_bytes, 1, problem.T);

@@ -9,9 +9,11 @@ namespace frnn {
 namespace cuda {
 
 enum class Variant {
-  kSteps,     // launch every step
-  kGraph,     // replay them from a CUDA graph
-  kResident,  // one launch, the weights in registers (resident.cuh); replayed from a graph, too
+  kSteps,  // launch every step
+  kGraph,  // replay them from a CUDA graph
+  // One launch with the weights in registers (resident.cuh), replayed from a graph, too: units are
+  kResident,  // shared by blocks that talk through memory
+  kLocal,     // all in one block
 };
 
 struct Problem {
@@ -25,19 +27,22 @@ struct Problem {
 
 // Of a resident kernel: tiles of weights, 16 units by 64 bytes, that a warp can hold.
 constexpr int64_t kResidentTiles = 16;
+// And groups of 16 units times tiles of 8 rows of a block, at most.
+constexpr int64_t kResidentRows = 4;
 
 struct Plan {
   Variant variant;
   int threads_x, threads_y;  // a block of a gate kernel: units by rows
   int streams;               // 2: both directions side by side
   int64_t chunk_steps;       // steps whose input products are computed ahead, together
-  // Of a resident kernel: a warp's blocks of k in h W_hh^T, groups of 16 units of a block, tiles of 8
+  // Of a resident kernel: a warp's blocks of 64 bytes of k in h W_hh^T, groups of 16 units of a block, tiles of 8
   // rows of a copy, copies of all units, directions.
   int blocks, groups, tiles, copies, dirs;
+  bool keeps_weights() const { return variant == Variant::kResident || variant == Variant::kLocal; }
 };
 
-// `force`: "steps", "graph" or "resident" (FUSED_RNN_VARIANT), or null. What cannot be resident is a
-// graph all the same. Throws std::invalid_argument for other words.
+// `force`: "steps", "graph", "resident" or "local" (FUSED_RNN_VARIANT), or null. Where the last two
+// cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
 Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force);
 
 }  // namespace cuda

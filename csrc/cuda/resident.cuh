@@ -8,6 +8,9 @@
 // word vouches for itself alone, so relaxed accesses do. All blocks must be resident: a cooperative
 // launch.
 //
+// Where a block has all units it talks to itself alone, through shared memory: a local kernel, whose
+// copies need not be resident together.
+//
 //   forward   a block has kGroups * 16 units; h_{t-1} [B, H] by W_hh [kH H, H], all gates of a unit
 //             in one block. Published: h_t, into the rows that the backward reads.
 //   backward  the same units; dgh_t [B, kH H] by W_hh^T [H, kH H]. Published: the gate gradients.
@@ -74,31 +77,43 @@ __device__ __forceinline__ void PublishUnit(T* p, T v, bool valid) {
   if (writes) StoreRelaxed(reinterpret_cast<uint32_t*>(p), word);
 }
 
-// The weights of a warp: of 16 kM rows of A and its own kBlocks blocks of k, all in registers.
-// kSums floats of each block of shared memory: [kWarps][kM][kTiles][4][32].
-template <class T, int kM, int kBlocks, int kTiles>
+// D [16 kM, 8 kTiles] = A B by all warps: kSplit of them share the blocks of k, kBlocks each, the
+// others the tiles of A. A is in registers.
+template <class T, int kM, int kBlocks, int kTiles, int kSplit>
 struct ResidentProduct {
   using O = Operand<T>;
-  static constexpr int kSums = kWarps * kM * kTiles * 4 * 32;
+  static constexpr int kOwn = kM * kSplit / kWarps;            // tiles of A of a warp
+  static constexpr int kSums = kSplit * kM * kTiles * 4 * 32;  // floats, for the sums of the warps
+  static_assert(kOwn * kWarps == kM * kSplit, "every warp has as many");
   // What is under way at once: kLoad blocks of kChunk tiles, at most 8 loads of 16 bytes and 64 sums.
   static constexpr int Divisor(int of, int most) {
     return of % most == 0 ? most : Divisor(of, most - 1);
   }
   static constexpr int kLoad = Divisor(kBlocks, 8);
-  static constexpr int kChunk = Divisor(kTiles, std::max(1, std::min(8 / kLoad, 16 / kM)));
+  static constexpr int kChunk = Divisor(kTiles, std::max(1, std::min(8 / kLoad, 16 / kOwn)));
 
-  uint32_t w[kM][kBlocks][2][4];
+  uint32_t w[kOwn][kBlocks][2][4];
+
+  __device__ static int FirstTile() { return int(threadIdx.x / 32) / kSplit * kOwn; }
+  __device__ static int K(int block) {  // of this lane's 16 bytes
+    return (int(threadIdx.x / 32) % kSplit * kBlocks + block) * O::kBlock +
+           int(threadIdx.x % 4) * O::kLane;
+  }
+  // Of the sums of warp `part` of those that share k.
+  __device__ static int SumAt(int part, int m, int tile, int j) {
+    return (((part * kM + m) * kTiles + tile) * 4 + j) * 32 + int(threadIdx.x % 32);
+  }
 
   // row_of(m, row): where that row of A begins, or null for zeros. `depth` of them exist.
   template <class F>
   __device__ __forceinline__ void Load(const F& row_of, int depth) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
+    const int r = threadIdx.x % 32 / 4;
     FRNN_UNROLL
-    for (int m = 0; m < kM; m++) {
-      const T *low = row_of(m, r), *high = row_of(m, r + 8);
+    for (int m = 0; m < kOwn; m++) {
+      const T *low = row_of(FirstTile() + m, r), *high = row_of(FirstTile() + m, r + 8);
       FRNN_UNROLL
       for (int block = 0; block < kBlocks; block++) {
-        const int k = (warp * kBlocks + block) * O::kBlock + q * O::kLane;
+        const int k = K(block);
         uint4 a{}, b{};
         if (low && k < depth) a = *reinterpret_cast<const uint4*>(low + k);
         if (high && k < depth) b = *reinterpret_cast<const uint4*>(high + k);
@@ -109,17 +124,18 @@ struct ResidentProduct {
     }
   }
 
-  // sums = A B, B[k][row] = from[row * stride + k], waiting until that is written. Rows and k beyond
-  // `rows` and `depth` count as zero.
+  // sums = A B, B[k][row] = from[row * stride + k]. Rows and k beyond `rows` and `depth` count as
+  // zero. kPolls: other blocks write it, wait until they have.
+  template <bool kPolls>
   __device__ __forceinline__ void Multiply(const T* from, int64_t stride, int rows, int depth,
                                            float* sums) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
+    const int r = threadIdx.x % 32 / 4, part = int(threadIdx.x / 32) % kSplit;
     unsigned polls = 0;
     FRNN_UNROLL
     for (int tile = 0; tile < kTiles; tile += kChunk) {
-      float d[kChunk][kM][4];
+      float d[kChunk][kOwn][4];
       FRNN_UNROLL
-      for (int i = 0; i < kChunk * kM * 4; i++) d[i / (kM * 4)][i / 4 % kM][i % 4] = 0;
+      for (int i = 0; i < kChunk * kOwn * 4; i++) d[i / (kOwn * 4)][i / 4 % kOwn][i % 4] = 0;
       FRNN_UNROLL
       for (int first = 0; first < kBlocks; first += kLoad) {
         uint4 b[kChunk][kLoad];
@@ -128,13 +144,15 @@ struct ResidentProduct {
           ready = true;
           FRNN_UNROLL
           for (int i = 0; i < kChunk * kLoad; i++) {
-            const int row = (tile + i / kLoad) * kTileRows + r;
-            const int k = (warp * kBlocks + first + i % kLoad) * O::kBlock + q * O::kLane;
+            const int row = (tile + i / kLoad) * kTileRows + r, k = K(first + i % kLoad);
             uint4 v{};
-            if (row < rows && k < depth)
-              v = LoadRelaxed(reinterpret_cast<const uint4*>(from + row * stride + k));
+            if (row < rows && k < depth) {
+              const uint4* at = reinterpret_cast<const uint4*>(from + row * stride + k);
+              v = kPolls ? LoadRelaxed(at) : *at;
+            }
             b[i / kLoad][i % kLoad] = v;
           }
+          if (!kPolls) break;
           FRNN_UNROLL
           for (int i = 0; i < kChunk * kLoad; i++) {
             const uint4& v = b[i / kLoad][i % kLoad];
@@ -150,7 +168,7 @@ struct ResidentProduct {
           for (int c = 0; c < kChunk; c++) {
             const uint4& v = b[c][i];
             FRNN_UNROLL
-            for (int m = 0; m < kM; m++) {
+            for (int m = 0; m < kOwn; m++) {
               O::Multiply(d[c][m], w[m][first + i][0], O::Word(v.x), O::Word(v.y));
               O::Multiply(d[c][m], w[m][first + i][1], O::Word(v.z), O::Word(v.w));
             }
@@ -158,23 +176,32 @@ struct ResidentProduct {
         }
       }
       FRNN_UNROLL
-      for (int i = 0; i < kChunk * kM * 4; i++) {
-        const int c = i / (kM * 4), m = i / 4 % kM, j = i % 4;
-        sums[(((warp * kM + m) * kTiles + tile + c) * 4 + j) * 32 + lane] = d[c][m][j];
+      for (int i = 0; i < kChunk * kOwn * 4; i++) {
+        const int c = i / (kOwn * 4), m = i / 4 % kOwn, j = i % 4;
+        sums[SumAt(part, FirstTile() + m, tile + c, j)] = d[c][m][j];
       }
     }
   }
 
   // Element j of this lane's fragment, over all warps.
   __device__ __forceinline__ static float Sum(const float* sums, int m, int tile, int j) {
-    const int lane = threadIdx.x % 32;
     float sum = 0;
     FRNN_UNROLL
-    for (int warp = 0; warp < kWarps; warp++)
-      sum += sums[(((warp * kM + m) * kTiles + tile) * 4 + j) * 32 + lane];
+    for (int part = 0; part < kSplit; part++) sum += sums[SumAt(part, m, tile, j)];
     return sum;
   }
 };
+
+// How a kernel shares its work. Local: a block has all units, and of the tiles of A each warp as many.
+template <int kM, bool kLocal>
+constexpr int kSplitOf =
+    kLocal ? kWarps / (kM % 8 == 0 ? 8 : (kM % 4 == 0 ? 4 : (kM % 2 == 0 ? 2 : 1))) : kWarps;
+
+// What a local kernel keeps in shared memory of what it published: [2][kTiles * 8 rows][stride].
+template <class T>
+FRNN_HD int64_t LocalStride(int64_t width) {  // + 16 bytes: rows begin in different banks
+  return RoundUp(width, 16 / sizeof(T)) + 16 / sizeof(T);
+}
 
 // Which elements a thread does the gate math of: item i is one of (group, tile, element j of the
 // fragment). Lanes of a warp have 8 units by 4 rows.
@@ -194,24 +221,61 @@ struct Items {
   }
 };
 
-// Where a block works: its direction, the first of its units and of its rows.
+// Where a block works: its direction, the first of its units and of its rows of the batch.
 struct ResidentPlace {
-  int dir, unit, row, rows;
+  int dir, unit, row;
 };
 template <int kGroups, int kTiles>
-__device__ __forceinline__ ResidentPlace PlaceOf(int64_t H, int64_t B, int copies) {
+__device__ __forceinline__ ResidentPlace PlaceOf(int64_t H, int copies) {
   const int blocks = int((H + kGroups * kUnits - 1) / (kGroups * kUnits));
   const int copy = blockIdx.x / blocks;
-  const int row = copy % copies * kTiles * kTileRows;
-  return {copy / copies, int(blockIdx.x) % blocks * kGroups * kUnits, row, int(B) - row};
+  return {copy / copies, int(blockIdx.x) % blocks * kGroups * kUnits,
+          copy % copies * kTiles * kTileRows};
 }
 
-// Steps [begin, end) of padded sequences, both directions. Rows of step s are those of time
-// start + s * way.
+// Steps [begin, end) of both directions. Step s of a direction is time start + s * way.
 struct ResidentSteps {
   int64_t H, B, T, begin, end;
+  const int64_t* offsets;  // [T + 1] on the card, of ragged sequences: rows of time t; else null
   int copies;
 };
+
+// The rows of a time: from `first` on, one for each running sequence.
+struct TimeRows {
+  int64_t first;
+  int running;
+};
+__device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time) {
+  if (time < 0 || time >= n.T) return {0, 0};
+  if (n.offsets == nullptr) return {time * n.B, int(n.B)};
+  return {n.offsets[time], int(n.offsets[time + 1] - n.offsets[time])};
+}
+
+// Numbers that a launch carries, so that a graph keeps them.
+struct OffsetsPart {
+  static constexpr int kSize = 448;
+  int64_t values[kSize];
+};
+inline __global__ void StoreOffsets(const __grid_constant__ OffsetsPart part, int count,
+                                    int64_t* to) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = part.values[i];
+}
+
+// hs of the row in which each sequence starts = h0. Backwards in time that is its last one.
+template <class T>
+__global__ void StartStates(ResidentSteps n, bool backwards, const T* h0, T* hs) {
+  ForEach(n.B, n.H, [&](int64_t b, int64_t unit) {
+    int64_t start = 0, end = backwards ? n.T : 1;  // b runs at `start`, and no more at `end`
+    while (end - start > 1) {
+      const int64_t middle = (start + end) / 2;
+      (b < RowsOf(n, middle).running ? start : end) = middle;
+    }
+    T h = h0 ? h0[b * n.H + unit] : Narrow<T>(0);
+    if (Widen(h) != Widen(h)) h = Narrow<T>(__int_as_float(0x7FFFFFFF));  // a NaN, not kUnwritten
+    hs[(RowsOf(n, start).first + b) * n.H + unit] = h;
+  });
+}
 
 // to [columns, rows] = from^T, in squares of 32 by 32.
 template <class T>
@@ -227,25 +291,6 @@ __global__ void Transpose(int64_t rows, int64_t columns, const T* from, T* to) {
       to[(column + i) * rows + row + threadIdx.x] = square[threadIdx.x][i];
 }
 
-template <class T>
-struct ResidentForwardDirection {
-  int64_t start, way;           // the time of step 0, +1 or -1
-  const T *w_hh, *b_ih, *b_hh;  // [kH H, H], [kX H] or null, [kH H] or null
-  const Wide<T>* gx;            // [.., kX H], from the row of time gx_time on
-  int64_t gx_time;
-  T* hs;  // [T B, H]: what a row starts from; that of step `begin` is there, later ones kUnwritten
-  T* y;   // row (t, b) at (t B + b) y_stride
-  int64_t y_stride;
-  Wide<T>* c;          // [B, kExtra H]: before step begin, then after the last
-  T *h_last, *c_last;  // [B, H], [B, kExtra H]: after step T - 1
-  Wide<T>* tape;       // [T B, kTape H] or null
-};
-template <class T>
-struct ResidentForwardArgs {
-  ResidentSteps steps;
-  ResidentForwardDirection<T> dir[2];
-};
-
 // The tape of a row, in values per unit: what the cell saved, h_t if its backward reads that, c_{t-1}.
 template <class C>
 struct Tape {
@@ -254,15 +299,38 @@ struct Tape {
   static constexpr int kTape = kCell + kExtra;
 };
 
-template <class C, class T, int kBlocks, int kGroups, int kTiles>
+template <class T>
+struct ResidentForwardDirection {
+  int64_t start, way;           // the time of step 0, +1 or -1
+  const T* h0;                  // [B, H] or null
+  const T *w_hh, *b_ih, *b_hh;  // [kH H, H], [kX H] or null, [kH H] or null
+  const Wide<T>* gx;            // [.., kX H], from row gx_row on
+  int64_t gx_row;
+  T* hs;  // [rows, H]: what a row starts from. Those of step `begin` and those in which sequences
+          // start are there, others are kUnwritten
+  T* y;   // row r at r y_stride
+  int64_t y_stride;
+  Wide<T>* c;          // [B, kExtra H]: before step begin, then after step end - 1
+  T *h_last, *c_last;  // [B, H], [B, kExtra H]
+  Wide<T>* tape;       // [rows, kTape H] or null
+};
+template <class T>
+struct ResidentForwardArgs {
+  ResidentSteps steps;
+  ResidentForwardDirection<T> dir[2];
+};
+
+template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentForward(const __grid_constant__ ResidentForwardArgs<T> args) {
-  using Product = ResidentProduct<T, kGroups * C::kH, kBlocks, kTiles>;
+  constexpr int kM = kGroups * C::kH;
+  using Product = ResidentProduct<T, kM, kBlocks, kTiles, kSplitOf<kM, kLocal>>;
   using I = Items<kGroups, kTiles>;
   constexpr int kItems = I::kItems, kExtra = C::kStates - 1;
-  float* sums = DynamicShared<float>();  // [2][kSums]
+  float* sums = DynamicShared<float>();                            // [2][kSums]
+  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
   const ResidentSteps n = args.steps;
-  const ResidentPlace at = PlaceOf<kGroups, kTiles>(n.H, n.B, n.copies);
+  const ResidentPlace at = PlaceOf<kGroups, kTiles>(n.H, n.copies);
   const ResidentForwardDirection<T>& a = args.dir[at.dir];
   const int64_t H = n.H;
 
@@ -274,92 +342,113 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       },
       int(H));
 
-  float c[kItems][kExtra > 0 ? kExtra : 1], h[kItems], gx[kItems][C::kX];
-  float b_ih[kItems][C::kX], b_hh[kItems][C::kH];
-  const auto valid = [&](int i) {
-    return I::Exists(i) && I::Row(i) < at.rows && at.unit + I::Unit(i) < H;
-  };
   const auto unit = [&](int i) { return at.unit + I::Unit(i); };
-  const auto row = [&](int i, int64_t s) {
-    return (a.start + s * a.way) * n.B + at.row + I::Row(i);
-  };
-  const auto fetch = [&](int64_t s) {  // does not depend on other blocks: ahead of its step
+  const auto batch = [&](int i) { return at.row + I::Row(i); };
+  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H; };
+  const auto fetch = [&](TimeRows rows, float (&gx)[kItems][C::kX]) {
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!valid(i)) continue;
-      const float* from = a.gx + (row(i, s) - a.gx_time * n.B) * C::kX * H + unit(i);
+      if (!exists(i) || batch(i) >= rows.running) continue;
+      const float* from = a.gx + (rows.first + batch(i) - a.gx_row) * C::kX * H + unit(i);
       FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++) gx[i][q] = from[q * H];
+      for (int q = 0; q < C::kX; q++)
+        gx[i][q] = from[q * H] + (a.b_ih ? Widen(a.b_ih[q * H + unit(i)]) : 0);
     }
   };
+
+  TimeRows rows = RowsOf(n, a.start + n.begin * a.way);
+  const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
+    if (b < rows.running) return Widen(a.hs[(rows.first + b) * H + u]);
+    return a.h0 ? Widen(a.h0[b * H + u]) : 0;
+  };
+  float c[kItems][kExtra > 0 ? kExtra : 1], h[kItems], gx[kItems][C::kX] = {};
+  float b_hh[kItems][C::kH];
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
     FRNN_UNROLL
-    for (int q = 0; q < C::kX; q++)
-      b_ih[i][q] = valid(i) && a.b_ih ? Widen(a.b_ih[q * H + unit(i)]) : 0;
-    FRNN_UNROLL
     for (int q = 0; q < C::kH; q++)
-      b_hh[i][q] = valid(i) && a.b_hh ? Widen(a.b_hh[q * H + unit(i)]) : 0;
+      b_hh[i][q] = exists(i) && a.b_hh ? Widen(a.b_hh[q * H + unit(i)]) : 0;
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
-      c[i][j] = valid(i) ? a.c[((at.row + I::Row(i)) * kExtra + j) * H + unit(i)] : 0;
-    h[i] = C::kUsesH && valid(i) ? Widen(a.hs[row(i, n.begin) * H + unit(i)]) : 0;
+      c[i][j] = exists(i) && batch(i) < n.B ? a.c[(batch(i) * kExtra + j) * H + unit(i)] : 0;
+    h[i] = C::kUsesH && exists(i) && batch(i) < n.B ? start(batch(i), unit(i)) : 0;
   }
-  fetch(n.begin);
+  const int64_t stride = LocalStride<T>(H), half = kTiles * kTileRows * stride;
+  if constexpr (kLocal) {
+    for (int64_t at_ = threadIdx.x; at_ < kTiles * kTileRows * H; at_ += kWarps * 32) {
+      const int64_t row = at_ / H, u = at_ % H;
+      const T v = Narrow<T>(at.row + row < n.B ? start(at.row + row, u) : 0);
+      published[row * stride + u] = published[half + row * stride + u] = v;
+    }
+    __syncthreads();
+  }
+  fetch(rows, gx);
 
   for (int64_t s = n.begin; s < n.end; s++) {
+    const TimeRows next = RowsOf(n, a.start + (s + 1) * a.way);
     // Two sets of sums in turn: a warp that is ahead writes the one that no other still reads.
     float* now = sums + (s & 1) * Product::kSums;
-    product.Multiply(a.hs + ((a.start + s * a.way) * n.B + at.row) * H, H, at.rows, int(H), now);
+    if constexpr (kLocal)
+      product.template Multiply<false>(published + (s & 1) * half, stride, rows.running - at.row,
+                                       int(H), now);
+    else
+      product.template Multiply<true>(a.hs + (rows.first + at.row) * H, H, rows.running - at.row,
+                                      int(H), now);
     __syncthreads();
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!I::Exists(i)) continue;
+      const bool runs = unit(i) < H && batch(i) < rows.running;
+      const bool goes_on = batch(i) < next.running;
+      const int64_t row = rows.first + batch(i);
       Pack<float, C::kX> x;
       Pack<float, C::kH> g;
-      Pack<float, C::kStates> before, after;
+      Pack<float, C::kStates> old, fresh;
       Pack<float, C::kSaved> saved;
       FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++) x[q] = gx[i][q] + b_ih[i][q];
+      for (int q = 0; q < C::kX; q++) x[q] = gx[i][q];
       FRNN_UNROLL
       for (int q = 0; q < C::kH; q++)
         g[q] = Product::Sum(now, I::Group(i) * C::kH + q, I::Tile(i), I::J(i)) + b_hh[i][q];
-      before[0] = h[i];
+      old[0] = h[i];
       FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) before[j + 1] = c[i][j];
+      for (int j = 0; j < kExtra; j++) old[j + 1] = c[i][j];
 
-      C::forward(x, g, before, after, saved);
+      C::forward(x, g, old, fresh, saved);
 
-      const bool writes = valid(i);
-      const T h_new = Narrow<T>(after[0]);
-      if (s + 1 < n.T) PublishUnit(a.hs + row(i, s + 1) * H + unit(i), h_new, writes);
+      const T h_new = Narrow<T>(fresh[0]);
+      PublishUnit(a.hs + (next.first + batch(i)) * H + unit(i), h_new, runs && goes_on);
+      if (!runs) continue;
+      if constexpr (kLocal) published[(~s & 1) * half + I::Row(i) * stride + unit(i)] = h_new;
       h[i] = Widen(h_new);
       FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) c[i][j] = after[j + 1];
-      if (!writes) continue;
-      a.y[row(i, s) * a.y_stride + unit(i)] = h_new;
+      for (int j = 0; j < kExtra; j++) c[i][j] = fresh[j + 1];
+      a.y[row * a.y_stride + unit(i)] = h_new;
+      if (!goes_on) {
+        a.h_last[batch(i) * H + unit(i)] = h_new;
+        FRNN_UNROLL
+        for (int j = 0; j < kExtra; j++)
+          a.c_last[(batch(i) * kExtra + j) * H + unit(i)] = Narrow<T>(c[i][j]);
+      }
       if (a.tape) {
-        float* tape = a.tape + row(i, s) * Tape<C>::kTape * H + unit(i);
+        float* tape = a.tape + row * Tape<C>::kTape * H + unit(i);
         FRNN_UNROLL
         for (int k = 0; k < C::kSaved; k++) tape[k * H] = saved[k];
         if constexpr (C::kUsesNewH) tape[C::kSaved * H] = h[i];
         FRNN_UNROLL
-        for (int j = 0; j < kExtra; j++) tape[(Tape<C>::kCell + j) * H] = before[j + 1];
+        for (int j = 0; j < kExtra; j++) tape[(Tape<C>::kCell + j) * H] = old[j + 1];
       }
     }
-    if (s + 1 < n.end) fetch(s + 1);
+    rows = next;
+    if (s + 1 < n.end) fetch(rows, gx);  // ahead of the wait for other blocks
+    if constexpr (kLocal) __syncthreads();
   }
 
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    if (!valid(i)) continue;
-    const int64_t b = at.row + I::Row(i);
-    if (n.end == n.T) a.h_last[b * H + unit(i)] = Narrow<T>(h[i]);
     FRNN_UNROLL
-    for (int j = 0; j < kExtra; j++) {
-      a.c[(b * kExtra + j) * H + unit(i)] = c[i][j];
-      if (n.end == n.T) a.c_last[(b * kExtra + j) * H + unit(i)] = Narrow<T>(c[i][j]);
-    }
+    for (int j = 0; j < kExtra; j++)
+      if (exists(i) && batch(i) < n.B) a.c[(batch(i) * kExtra + j) * H + unit(i)] = c[i][j];
   }
 }
 
@@ -367,29 +456,30 @@ template <class T>
 struct ResidentBackwardDirection {
   int64_t start, way;
   const T* w_hh_t;  // [H, kH H] = W_hh^T
-  const T* dy;      // row (t, b) at t dy_t_stride + b dy_b_stride, or null
+  const T*
+      dy;  // row (t, b) at t dy_t_stride + b dy_b_stride, ragged row r at r dy_b_stride; or null
   int64_t dy_t_stride, dy_b_stride;
-  const T* hs;          // [T B, H]
-  const Wide<T>* tape;  // [T B, kTape H]
-  T *dgx, *dgh;         // [T B, kX H], [T B, kH H]; dgh is kUnwritten. The same for some cells
-  Wide<T>*dh, *dc;  // [B, H], [B, kExtra H]: of the states after step end - 1, then before begin
+  const T* hs;          // [rows, H]
+  const Wide<T>* tape;  // [rows, kTape H]
+  T *dgx, *dgh;         // [rows, kX H], [rows, kH H]; dgh is kUnwritten. The same for some cells
+  Wide<T>*dh, *dc;      // [B, H], [B, kExtra H]: of the last states, then of the first
 };
 template <class T>
 struct ResidentBackwardArgs {
   ResidentSteps steps;
-  bool first_dh;  // whether the gradient of the state before step 0 is wanted
   ResidentBackwardDirection<T> dir[2];
 };
 
-template <class C, class T, int kBlocks, int kGroups, int kTiles>
+template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentBackward(const __grid_constant__ ResidentBackwardArgs<T> args) {
-  using Product = ResidentProduct<T, kGroups, kBlocks, kTiles>;
+  using Product = ResidentProduct<T, kGroups, kBlocks, kTiles, kSplitOf<kGroups, kLocal>>;
   using I = Items<kGroups, kTiles>;
   constexpr int kItems = I::kItems, kExtra = C::kStates - 1, kTape = Tape<C>::kTape;
-  float* sums = DynamicShared<float>();  // [2][kSums]
+  float* sums = DynamicShared<float>();                            // [2][kSums]
+  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
   const ResidentSteps n = args.steps;
-  const ResidentPlace at = PlaceOf<kGroups, kTiles>(n.H, n.B, n.copies);
+  const ResidentPlace at = PlaceOf<kGroups, kTiles>(n.H, n.copies);
   const ResidentBackwardDirection<T>& a = args.dir[at.dir];
   const int64_t H = n.H;
 
@@ -401,134 +491,163 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       },
       int(C::kH * H));
 
-  const auto valid = [&](int i) {
-    return I::Exists(i) && I::Row(i) < at.rows && at.unit + I::Unit(i) < H;
-  };
   const auto unit = [&](int i) { return at.unit + I::Unit(i); };
-  const auto row = [&](int i, int64_t s) {
-    return (a.start + s * a.way) * n.B + at.row + I::Row(i);
-  };
+  const auto batch = [&](int i) { return at.row + I::Row(i); };
+  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H; };
   float dh[kItems], dc[kItems][kExtra > 0 ? kExtra : 1];
   float dy[kItems], h_prev[kItems], tape[kItems][kTape];
-  const auto fetch = [&](int64_t s) {
+  const auto fetch = [&](int64_t time, TimeRows rows) {
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!valid(i)) continue;
-      dy[i] = a.dy ? Widen(a.dy[(a.start + s * a.way) * a.dy_t_stride +
-                                (at.row + I::Row(i)) * a.dy_b_stride + unit(i)])
-                   : 0;
-      if constexpr (C::kUsesH) h_prev[i] = Widen(a.hs[row(i, s) * H + unit(i)]);
-      const float* from = a.tape + row(i, s) * kTape * H + unit(i);
+      if (!exists(i) || batch(i) >= rows.running) continue;
+      const int64_t row = rows.first + batch(i);
+      const int64_t dy_at =
+          n.offsets ? row * a.dy_b_stride : time * a.dy_t_stride + batch(i) * a.dy_b_stride;
+      if (a.dy) dy[i] = Widen(a.dy[dy_at + unit(i)]);
+      if constexpr (C::kUsesH) h_prev[i] = Widen(a.hs[row * H + unit(i)]);
+      const float* from = a.tape + row * kTape * H + unit(i);
       FRNN_UNROLL
       for (int k = 0; k < kTape; k++) tape[i][k] = from[k * H];
     }
   };
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    const int64_t b = at.row + I::Row(i);
-    dh[i] = valid(i) ? a.dh[b * H + unit(i)] : 0;
+    const bool valid = exists(i) && batch(i) < n.B;
+    dh[i] = valid ? a.dh[batch(i) * H + unit(i)] : 0;
     FRNN_UNROLL
-    for (int j = 0; j < kExtra; j++) dc[i][j] = valid(i) ? a.dc[(b * kExtra + j) * H + unit(i)] : 0;
+    for (int j = 0; j < kExtra; j++)
+      dc[i][j] = valid ? a.dc[(batch(i) * kExtra + j) * H + unit(i)] : 0;
     dy[i] = h_prev[i] = 0;
     FRNN_UNROLL
     for (int k = 0; k < kTape; k++) tape[i][k] = 0;
   }
-  fetch(n.end - 1);
+  const int64_t stride = LocalStride<T>(C::kH * H), half = kTiles * kTileRows * stride;
+  TimeRows rows = RowsOf(n, a.start + (n.end - 1) * a.way);
+  fetch(a.start + (n.end - 1) * a.way, rows);
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!I::Exists(i)) continue;
+      const bool runs = unit(i) < H && batch(i) < rows.running;
+      const int64_t row = rows.first + batch(i);
       Pack<float, C::kSaved> saved;
-      Pack<float, C::kStates> before, d_after, d_before;
+      Pack<float, C::kStates> old, d_new, d_old;
       Pack<float, C::kD> d;
       FRNN_UNROLL
       for (int k = 0; k < C::kSaved; k++) saved[k] = tape[i][k];
-      before[0] = C::kUsesH ? h_prev[i] : 0;
-      d_after[0] = dh[i] + dy[i];
+      old[0] = C::kUsesH ? h_prev[i] : 0;
+      d_new[0] = dh[i] + dy[i];
       FRNN_UNROLL
       for (int j = 0; j < kExtra; j++) {
-        before[j + 1] = tape[i][Tape<C>::kCell + j];
-        d_after[j + 1] = dc[i][j];
+        old[j + 1] = tape[i][Tape<C>::kCell + j];
+        d_new[j + 1] = dc[i][j];
       }
 
-      C::backward(saved, before, C::kUsesNewH ? tape[i][C::kSaved] : 0.0f, d_after, d, d_before);
+      C::backward(saved, old, C::kUsesNewH ? tape[i][C::kSaved] : 0.0f, d_new, d, d_old);
 
-      const bool writes = valid(i);
-      T* dgh = a.dgh + row(i, s) * C::kH * H + unit(i);
-      ForGatesH<C>(std::make_integer_sequence<int, C::kH>(), [&](int q, auto index) {
-        PublishUnit(dgh + q * H, Narrow<T>(d[index]), writes);
-      });
-      dh[i] = C::kUsesH ? d_before[0] : 0;
+      T* dgh = a.dgh + row * C::kH * H + unit(i);
+      if constexpr (kLocal)
+        ForGatesH<C>(std::make_integer_sequence<int, C::kH>(), [&](int q, auto index) {
+          if (runs)
+            published[(s & 1) * half + I::Row(i) * stride + q * H + unit(i)] = Narrow<T>(d[index]);
+        });
+      ForGatesH<C>(std::make_integer_sequence<int, C::kH>(),
+                   [&](int q, auto index) { PublishUnit(dgh + q * H, Narrow<T>(d[index]), runs); });
+      if (!runs) continue;
+      dh[i] = C::kUsesH ? d_old[0] : 0;
       FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) dc[i][j] = d_before[j + 1];
-      if (writes && a.dgx != a.dgh) {
-        T* dgx = a.dgx + row(i, s) * C::kX * H + unit(i);
+      for (int j = 0; j < kExtra; j++) dc[i][j] = d_old[j + 1];
+      if (a.dgx != a.dgh) {
+        T* dgx = a.dgx + row * C::kX * H + unit(i);
         ForGatesX<C>(std::make_integer_sequence<int, C::kX>(),
                      [&](int q, auto index) { dgx[q * H] = Narrow<T>(d[index]); });
       }
     }
-    if (s == 0 && !args.first_dh) break;
-    if (s > n.begin) fetch(s - 1);
+    const TimeRows now_rows = rows;
+    const int64_t before = a.start + (s - 1) * a.way;
+    rows = RowsOf(n, before);
+    if (s > n.begin) fetch(before, rows);
     float* now = sums + (s & 1) * Product::kSums;
-    product.Multiply(a.dgh + ((a.start + s * a.way) * n.B + at.row) * C::kH * H, C::kH * H, at.rows,
-                     int(C::kH * H), now);
+    if constexpr (kLocal) {
+      __syncthreads();
+      product.template Multiply<false>(published + (s & 1) * half, stride,
+                                       now_rows.running - at.row, int(C::kH * H), now);
+    } else {
+      product.template Multiply<true>(a.dgh + (now_rows.first + at.row) * C::kH * H, C::kH * H,
+                                      now_rows.running - at.row, int(C::kH * H), now);
+    }
     __syncthreads();
     FRNN_UNROLL
-    for (int i = 0; i < kItems; i++)
+    for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
       if (I::Exists(i)) dh[i] += Product::Sum(now, I::Group(i), I::Tile(i), I::J(i));
   }
 
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    if (!valid(i)) continue;
-    const int64_t b = at.row + I::Row(i);
-    a.dh[b * H + unit(i)] = dh[i];
+    if (!exists(i) || batch(i) >= n.B) continue;
+    a.dh[batch(i) * H + unit(i)] = dh[i];
     FRNN_UNROLL
-    for (int j = 0; j < kExtra; j++) a.dc[(b * kExtra + j) * H + unit(i)] = dc[i][j];
+    for (int j = 0; j < kExtra; j++) a.dc[(batch(i) * kExtra + j) * H + unit(i)] = dc[i][j];
   }
 }
 
-// The instances: what a plan may ask for. A thread holds kH kBlocks kGroups * 8 words of weights.
-template <class C, int kBlocks, int kGroups>
-constexpr bool kHasResident = C::kH * kBlocks * kGroups <= kResidentTiles;
+// The instances: what a plan may ask for. blocks: of k in h W_hh^T, of a warp; of a local kernel, all.
+template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
+struct ResidentInstance {
+  static constexpr int kM = C::kH * kGroups, kSplit = kSplitOf<kM, kLocal>,
+                       kSplitBack = kSplitOf<kGroups, kLocal>;
+  static constexpr int kOwn = kLocal ? (kBlocks + kSplit - 1) / kSplit : kBlocks;
+  static constexpr int kOwnBack =
+      kLocal ? (C::kH * kBlocks + kSplitBack - 1) / kSplitBack : C::kH * kBlocks;
+  using Product = ResidentProduct<T, kM, kOwn, kTiles, kSplit>;
+  using ProductBack = ResidentProduct<T, kGroups, kOwnBack, kTiles, kSplitBack>;
 
+  static size_t Shared(int sums, int64_t width) {
+    return 2 * sums * sizeof(float) +
+           (kLocal ? 2 * kTiles * kTileRows * LocalStride<T>(width) * sizeof(T) : 0);
+  }
+  static void Forward(unsigned copies, const ResidentForwardArgs<T>& args, cudaStream_t stream) {
+    LaunchResident(ResidentForward<C, T, kOwn, kGroups, kTiles, kLocal>, !kLocal,
+                   Grid(copies, args.steps.H), kWarps * 32, Shared(Product::kSums, args.steps.H),
+                   stream, args);
+  }
+  static void Backward(unsigned copies, const ResidentBackwardArgs<T>& args, cudaStream_t stream) {
+    LaunchResident(ResidentBackward<C, T, kOwnBack, kGroups, kTiles, kLocal>, !kLocal,
+                   Grid(copies, args.steps.H), kWarps * 32,
+                   Shared(ProductBack::kSums, C::kH * args.steps.H), stream, args);
+  }
+  static unsigned Grid(unsigned copies, int64_t H) {
+    return copies * unsigned((H + kGroups * kUnits - 1) / (kGroups * kUnits));
+  }
+};
+
+// f(instance) for the instance of the plan.
 template <class C, class T>
 class Resident {
  public:
-  static void Forward(const Plan& plan, const ResidentForwardArgs<T>& args, cudaStream_t stream) {
-    Select(plan, [&](auto blocks, auto groups, auto tiles) {
-      using Product = ResidentProduct<T, groups * C::kH, blocks, tiles>;
-      LaunchResident(ResidentForward<C, T, blocks, groups, tiles>, Grid(plan, args.steps, groups),
-                     kWarps * 32, 2 * Product::kSums * sizeof(float), stream, args);
-    });
-  }
-  static void Backward(const Plan& plan, const ResidentBackwardArgs<T>& args, cudaStream_t stream) {
-    Select(plan, [&](auto blocks, auto groups, auto tiles) {
-      using Product = ResidentProduct<T, groups, C::kH * blocks, tiles>;
-      LaunchResident(ResidentBackward<C, T, C::kH * blocks, groups, tiles>,
-                     Grid(plan, args.steps, groups), kWarps * 32,
-                     2 * Product::kSums * sizeof(float), stream, args);
-    });
-  }
-
- private:
-  static unsigned Grid(const Plan& plan, const ResidentSteps& steps, int groups) {
-    return unsigned((steps.H + groups * kUnits - 1) / (groups * kUnits) * plan.copies * plan.dirs);
-  }
-  // f(blocks, groups, tiles), as constants, for the instance of the plan.
   template <class F>
   static void Select(const Plan& plan, const F& f) {
     ForEachOf<1, 2, 4, 8>([&](auto blocks) {
       ForEachOf<1, 2>([&](auto groups) {
-        if constexpr (kHasResident<C, blocks, groups>)
-          ForEachOf<1, 2, 4>([&](auto tiles) {
-            if (plan.blocks == blocks && plan.groups == groups && plan.tiles == tiles)
-              f(blocks, groups, tiles);
-          });
+        ForEachOf<1, 2, 4>([&](auto tiles) {
+          if constexpr (C::kH * blocks * groups <= kResidentTiles &&
+                        groups * tiles <= kResidentRows)
+            if (plan.variant == Variant::kResident && plan.blocks == blocks &&
+                plan.groups == groups && plan.tiles == tiles)
+              f(ResidentInstance<C, T, blocks, groups, tiles, false>());
+        });
       });
     });
+    ForEachOf<1, 2, 4, 8>([&](auto groups) {
+      constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + 63) / 64;
+      if constexpr (C::kH * kBlocks * groups <= kWarps * kResidentTiles)
+        if (plan.variant == Variant::kLocal && plan.groups == groups)
+          f(ResidentInstance<C, T, kBlocks, groups, 1, true>());
+    });
   }
+
+ private:
   template <int... k, class F>
   static void ForEachOf(const F& f) {
     (f(std::integral_constant<int, k>()), ...);

@@ -44,11 +44,13 @@ class Steps {
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
     for (int d = 0; d < p.dirs; d++) ForwardBuffers(p, plan, count);
+    if (plan.keeps_weights()) count.Take<int64_t>(p.T + 1);  // StepsOf
     return count.used();
   }
   static int64_t BackwardWorkspace(const LayerGradParams& p, const Plan& plan) {
     Workspace count(nullptr);
     for (int d = 0; d < p.dirs; d++) BackwardBuffers(p, plan, count);
+    if (plan.keeps_weights()) count.Take<int64_t>(p.T + 1);  // StepsOf
     return count.used();
   }
 
@@ -57,16 +59,19 @@ class Steps {
     Workspace workspace(call.workspace);
     ForwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
-    const bool resident = plan.variant == Variant::kResident;
+    const bool resident = plan.keeps_weights();
+    ResidentSteps steps{};
+    if (resident) steps = StepsOf(p, plan, call, workspace);
     for (int d = 0; resident && d < p.dirs; d++)
-      Direction(p, plan, call, d).StartStates(buffers[d]);
+      Direction(p, plan, call, d).StartStates(buffers[d], steps);
     for (int64_t begin = 0; begin < p.T; begin += plan.chunk_steps) {
       const int64_t end = std::min(begin + plan.chunk_steps, p.T);
       int64_t first[2];
       for (int d = 0; d < p.dirs; d++)
         first[d] = Direction(p, plan, call, d).InputProduct(buffers[d], begin, end);
       if (resident) {
-        ForwardResident(p, plan, call, buffers, first, begin, end);
+        steps.begin = begin, steps.end = end;
+        ForwardResident(p, plan, call, buffers, first, steps);
         continue;
       }
       for (int d = 0; d < p.dirs; d++)
@@ -81,8 +86,8 @@ class Steps {
     BackwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
     for (int d = 0; d < p.dirs; d++) GradDirection(p, plan, call, d).StartCarry(buffers[d]);
-    if (plan.variant == Variant::kResident)
-      BackwardResident(p, plan, call, buffers);
+    if (plan.keeps_weights())
+      BackwardResident(p, plan, call, buffers, StepsOf(p, plan, call, workspace));
     else
       for (int64_t end = p.T; end > 0; end -= std::min(end, plan.chunk_steps))
         for (int d = 0; d < p.dirs; d++)
@@ -113,7 +118,7 @@ class Steps {
     ForwardBuffers() = default;
     ForwardBuffers(const LayerParams& p, const Plan& plan, Workspace& w)
         : gx(w.Take<A>(std::min(plan.chunk_steps * p.B, p.rows) * C::kX * p.H)) {
-      if (plan.variant == Variant::kResident) {
+      if (plan.keeps_weights()) {
         hs = w.Take<T>(p.hs == nullptr ? p.rows * p.Hout : 0);
         c = w.Take<A>(p.B * kExtra * p.H);
         return;
@@ -142,7 +147,7 @@ class Steps {
           dhp(w.Take<T>(Projected(p) ? p.rows * p.Hout : 0)),
           dh_full(w.Take<A>(Projected(p) ? p.B * p.H : 0)),
           partial(w.Take<A>(kSumParts * std::max(C::kX, C::kH) * p.H)),
-          w_hh_t(w.Take<T>(plan.variant == Variant::kResident ? C::kH * p.H * p.H : 0)) {}
+          w_hh_t(w.Take<T>(plan.keeps_weights() ? C::kH * p.H * p.H : 0)) {}
     T *dgx, *dgh;  // [rows, kX H], [rows, kH H]: gate gradients; dgh null if it is the same
     A *dh, *dc;    // [B, Hout], [B, kExtra H]: what the steps already seen pass back
     T* dhp;        // [rows, Hout]: gradient of the projected h
@@ -219,16 +224,17 @@ class Steps {
     }
 
     // What resident kernels start from, and the words by which they see what is not written yet.
-    void StartStates(const ForwardBuffers& w) const {
+    void StartStates(const ForwardBuffers& w, const ResidentSteps& steps) const {
       T* hs = States(w);
       Unwritten(hs, p.rows * p.Hout);
-      Run(Convert<T, T>, p.B, p.Hout, p.B, p.Hout, {hs + Row(0) * p.Hout, p.Hout},
-          {State(static_cast<const T*>(p.h0), p.Hout), p.Hout});
+      Run(cuda::StartStates<T>, p.B, p.H, steps, d == 1, State(static_cast<const T*>(p.h0), p.H),
+          hs);
       Run(Convert<A, T>, p.B, kExtra * p.H, p.B, kExtra * p.H, {w.c, kExtra * p.H},
           {State(static_cast<const T*>(p.c0), kExtra * p.H), kExtra * p.H});
     }
     T* States(const ForwardBuffers& w) const { return p.hs ? Hs() : w.hs; }
     void Unwritten(T* data, int64_t n) const {
+      if (plan.variant == Variant::kLocal) return;  // nobody waits for it
       Check(cudaMemsetAsync(data, 0xFF, n * sizeof(T), static_cast<cudaStream_t>(queue.stream)),
             "cudaMemsetAsync");
     }
@@ -381,23 +387,41 @@ class Steps {
     const LayerGradParams& g;
   };
 
+  // All steps, for resident kernels. What they read of a ragged batch is brought to the card.
+  static ResidentSteps StepsOf(const LayerParams& p, const Plan& plan, const CudaCall& call,
+                               Workspace& workspace) {
+    ResidentSteps steps{p.H, p.B, p.T, 0, p.T, nullptr, plan.copies};
+    if (!p.ragged) return steps;
+    int64_t* offsets = workspace.Take<int64_t>(p.T + 1);
+    for (int64_t i = 0; i <= p.T; i += OffsetsPart::kSize) {
+      OffsetsPart part;
+      const int count = int(std::min<int64_t>(OffsetsPart::kSize, p.T + 1 - i));
+      std::copy_n(p.offsets + i, count, part.values);
+      Launch(StoreOffsets, dim3((count + 127) / 128), dim3(128), 0,
+             static_cast<cudaStream_t>(call.streams[0]), part, count, offsets + i);
+    }
+    steps.offsets = offsets;
+    return steps;
+  }
+
   // first[d]: the row that gx of direction d begins with.
   static void ForwardResident(const LayerParams& p, const Plan& plan, const CudaCall& call,
-                              const ForwardBuffers* buffers, const int64_t* first, int64_t begin,
-                              int64_t end) {
+                              const ForwardBuffers* buffers, const int64_t* first,
+                              const ResidentSteps& steps) {
     if constexpr (kStorage<T> != Storage::kDouble) {
       ResidentForwardArgs<T> args{};
-      args.steps = {p.H, p.B, p.T, begin, end, plan.copies};
+      args.steps = steps;
       for (int d = 0; d < p.dirs; d++) {
         const Direction on(p, plan, call, d);
         const DirectionWeights& w = p.w[d];
         args.dir[d] = {on.Time(0),
                        d == 0 ? 1 : -1,
+                       on.State(static_cast<const T*>(p.h0), p.Hout),
                        static_cast<const T*>(w.w_hh),
                        static_cast<const T*>(w.b_ih),
                        static_cast<const T*>(w.b_hh),
                        buffers[d].gx,
-                       first[d] / p.B,
+                       first[d],
                        on.States(buffers[d]),
                        static_cast<T*>(p.y) + d * p.Hout,
                        p.dirs * p.Hout,
@@ -406,16 +430,17 @@ class Steps {
                        on.State(static_cast<T*>(p.c_n), kExtra * p.H),
                        p.saved ? on.Saved() : nullptr};
       }
-      Resident<C, T>::Forward(plan, args, static_cast<cudaStream_t>(call.streams[0]));
+      Resident<C, T>::Select(plan, [&](auto instance) {
+        instance.Forward(plan.copies * p.dirs, args, static_cast<cudaStream_t>(call.streams[0]));
+      });
     }
   }
 
   static void BackwardResident(const LayerGradParams& p, const Plan& plan, const CudaCall& call,
-                               const BackwardBuffers* buffers) {
+                               const BackwardBuffers* buffers, const ResidentSteps& steps) {
     if constexpr (kStorage<T> != Storage::kDouble) {
       ResidentBackwardArgs<T> args{};
-      args.steps = {p.H, p.B, p.T, 0, p.T, plan.copies};
-      args.first_dh = p.dh0 != nullptr;
+      args.steps = steps;
       const cudaStream_t stream = static_cast<cudaStream_t>(call.streams[0]);
       for (int d = 0; d < p.dirs; d++) {
         const Direction on(p, plan, call, d);
@@ -430,7 +455,8 @@ class Steps {
                        buffers[d].dgx,    dgh,
                        buffers[d].dh,     buffers[d].dc};
       }
-      Resident<C, T>::Backward(plan, args, stream);
+      Resident<C, T>::Select(
+          plan, [&](auto instance) { instance.Backward(plan.copies * p.dirs, args, stream); });
     }
   }
 };
