@@ -59,7 +59,8 @@ test: setup
 	$(BIN)/python -m pytest -q
 	FUSED_RNN_BACKEND=reference $(BIN)/python -m pytest -q $(NO_BACKEND:%=--ignore=tests/test_%.py)
 	FUSED_RNN_TEST_ENGINE=emulated $(BIN)/python -m pytest -q \
-	  tests/test_ops.py tests/test_parity.py tests/test_ragged.py tests/test_transforms.py
+	  tests/test_ops.py tests/test_parity.py tests/test_ragged.py tests/test_transforms.py \
+	  tests/test_resident.py
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.

@@ -12,8 +12,8 @@ on another machine too if DIR goes with it, but not on another kind of card: tak
 The table is printed last, and stands whole in DIR/gpu_check.txt; --budget 0 only prints it.
 
     build      the CUDA library, seconds to build it, compile gate, versions, properties of the card
-    tests      every test of tests/test_cuda.py; one that hangs or crashes is named, and the others
-               go on without it
+    tests      every test of the CUDA engine; one that hangs or crashes is named, and the others go
+               on without it
     device     barriers, latencies, broadcast, launches, mma.sync; where a step of ours spends time
     sanitizer  memcheck and racecheck over the smallest layers
     peers      ours against torch.nn (cuDNN), FlashRNN and haste, results checked against float64
@@ -57,7 +57,12 @@ def parser() -> argparse.ArgumentParser:
         default=["graph", "steps"],
         help="of ours, as FUSED_RNN_VARIANT has them; `plan`: what our own plan chooses",
     )
-    p.add_argument("--tests", default="tests/test_cuda.py", help="what pytest is given")
+    p.add_argument(
+        "--tests",
+        nargs="+",
+        default=["tests/test_cuda.py", "tests/test_resident.py"],
+        help="what pytest is given",
+    )
     p.add_argument("--stall", type=float, default=60, help="seconds after which a test hangs")
     return p
 
@@ -87,7 +92,7 @@ def table(parts: dict[str, Rows]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     a = parser().parse_args(arguments)
-    settings = Settings(a.device, a.tiny, tuple(a.variants), a.tests, a.stall)
+    settings = Settings(a.device, a.tiny, tuple(a.variants), tuple(a.tests), a.stall)
     clock = Clock(a.budget)
     names = list(PARTS) if a.part == "all" else [a.part]
     try:

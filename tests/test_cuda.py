@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,16 @@ def test_equal_to_the_cpu(case: Case) -> None:
     assert_all_close({name: t.cpu() for name, t in card.items()}, expected)
 
 
-@pytest.mark.parametrize("case", small(bidirectional=True), ids=lambda c: c.cell)
-def test_repeatable(case: Case) -> None:
-    """The same bits every time, whatever the variant."""
-    _, ours, x, hx = on_card(case, torch.float32)
+# Hidden sizes and types that take another variant each: a graph of steps, a local kernel and a
+# resident one, of which test_resident.py has more.
+KINDS = [(7, torch.float32), (32, torch.bfloat16), (80, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("hidden", "dtype"), KINDS)
+@pytest.mark.parametrize("case", small(bidirectional=True, time=9), ids=lambda c: c.cell)
+def test_repeatable(case: Case, hidden: int, dtype: torch.dtype) -> None:
+    """The same bits every time: as it is, captured, replayed."""
+    _, ours, x, hx = on_card(replace(case, hidden_size=hidden), dtype)
     runs = [run(ours, x, hx) for _ in range(4)]
     for later in runs[1:]:
         for name, tensor in later.items():
@@ -123,9 +130,10 @@ def test_compiles_into_one_graph(case: Case) -> None:
     assert_all_close(found, expected, tol=1e-6)
 
 
+@pytest.mark.parametrize(("hidden", "dtype"), KINDS)
 @pytest.mark.parametrize("case", small(bidirectional=True, time=9), ids=lambda c: c.cell)
-def test_in_a_graph_of_the_user(case: Case) -> None:
-    _, ours, x, hx = on_card(case, torch.float32)
+def test_in_a_graph_of_the_user(case: Case, hidden: int, dtype: torch.dtype) -> None:
+    _, ours, x, hx = on_card(replace(case, hidden_size=hidden), dtype)
     with torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -157,9 +165,10 @@ def test_new_data_in_old_places() -> None:
             assert_all_close(ours(x), theirs(x))
 
 
-def test_other_streams_and_threads() -> None:
-    ours = fused_rnn.LSTM(32, 64, bidirectional=True).cuda()
-    inputs = [torch.randn(30, 5, 32, device="cuda") for _ in range(4)]
+@pytest.mark.parametrize(("hidden", "dtype"), KINDS)
+def test_other_streams_and_threads(hidden: int, dtype: torch.dtype) -> None:
+    ours = fused_rnn.LSTM(32, hidden, bidirectional=True).to("cuda", dtype)
+    inputs = [torch.randn(30, 5, 32, device="cuda", dtype=dtype) for _ in range(4)]
     with torch.no_grad():
         expected = [flatten(ours(x)) for x in inputs]
     torch.cuda.synchronize()

@@ -25,7 +25,7 @@ class Settings:
     device: str  # "cuda", or "cpu" for a dry run
     tiny: bool  # a few small rows
     variants: tuple[str, ...]  # of ours: values of FUSED_RNN_VARIANT, or "plan" to force none
-    tests: str  # what pytest is given
+    tests: tuple[str, ...]  # what pytest is given
     stall_s: float  # a test that takes longer hangs
 
 

@@ -42,7 +42,7 @@ def _session(
         record, skip, log = (folder / part for part in ("record", "skip", "log"))
         record.touch()
         skip.write_text(json.dumps([*rows.good(), *tried]))
-        command = [sys.executable, "-m", "pytest", settings.tests, "-q", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", *settings.tests, "-q", "--tb=short"]
         command += ["-p", "benchmarks.gpu.recorder", "-p", "no:cacheprovider"]
         if find_spec("hypothesis") is None:
             command.append("--noconftest")  # tests/conftest.py imports it

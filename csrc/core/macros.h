@@ -6,7 +6,11 @@
 #define FRNN_UNROLL _Pragma("unroll")
 #else
 #define FRNN_HD inline __attribute__((always_inline))
+#ifdef FUSED_RNN_EMULATE
+#define FRNN_UNROLL  // nothing but time to compile
+#else
 #define FRNN_UNROLL _Pragma("GCC unroll 32")
+#endif
 #endif
 #define FRNN_INLINE inline __attribute__((always_inline))
 #define FRNN_NOINLINE __attribute__((noinline))

@@ -48,7 +48,7 @@ bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
   if (!FitsTensorCores(device, problem)) return false;
   for (int groups : {1, 2, 4, 8}) {
     const int64_t blocks = (16 * groups * StorageSize(problem.storage) + 63) / 64;
-    if (problem.gates_h * groups * blocks > 8 * kResidentTiles) return false;
+    if (problem.gates_h * groups * blocks > kLocalTiles) return false;
     if (problem.H > 16 * groups) continue;
     plan->groups = groups, plan->tiles = 1, plan->copies = int((problem.B + 7) / 8);
     return true;

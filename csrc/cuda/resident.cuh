@@ -33,6 +33,34 @@ constexpr int kWarps = 8, kUnits = 16, kTileRows = 8;
 constexpr uint32_t kUnwritten = ~0u;      // a NaN in every type
 constexpr unsigned kPatience = 1u << 27;  // polls, some ten seconds: then something is broken
 
+// A float whose gate functions take the card's approximations of exp and 1 / x: within 1e-6 of their
+// value, far below what operands of tensor cores are rounded to, in a third of the instructions. Gate
+// math stands between a step and the next.
+struct Quick;
+}  // namespace cuda
+template <>
+struct Lanes<cuda::Quick> : Lanes<float> {};
+namespace cuda {
+struct Quick {
+  float v;
+  FRNN_HD Quick() : v(0) {}
+  FRNN_HD Quick(float v) : v(v) {}
+  friend FRNN_HD Quick operator+(Quick a, Quick b) { return a.v + b.v; }
+  friend FRNN_HD Quick operator-(Quick a, Quick b) { return a.v - b.v; }
+  friend FRNN_HD Quick operator*(Quick a, Quick b) { return a.v * b.v; }
+  friend FRNN_HD bool operator<(Quick a, Quick b) { return a.v < b.v; }
+  friend FRNN_HD bool operator>(Quick a, Quick b) { return a.v > b.v; }
+};
+// 1 / (1 + e^-x)
+__device__ __forceinline__ Quick sigmoid(Quick x) { return __fdividef(1.0f, 1.0f + __expf(-x.v)); }
+// (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x; near 0, where that cancels, a series.
+__device__ __forceinline__ Quick tanh(Quick x) {
+  const float e = __expf(-2.0f * fabsf(x.v)), u = x.v * x.v;
+  const float far = copysignf(__fdividef(1.0f - e, 1.0f + e), x.v);
+  const float near = x.v + x.v * u * (-1 / 3.0f + u * (2 / 15.0f + u * (-17 / 315.0f)));
+  return fabsf(x.v) < 0.25f ? near : far;
+}
+
 // How a type goes through mma.sync. A lane takes 16 bytes of a row at a time, a block of k is 64
 // bytes; which k an instruction calls by which name does not matter as long as A and B agree.
 template <class T>
@@ -192,10 +220,15 @@ struct ResidentProduct {
   }
 };
 
-// How a kernel shares its work. Local: a block has all units, and of the tiles of A each warp as many.
+// How many warps share the blocks of k. In a local kernel as few as can be, since what is read lies in
+// shared memory.
+constexpr int kMostSplit = 8;
 template <int kM, bool kLocal>
-constexpr int kSplitOf =
-    kLocal ? kWarps / (kM % 8 == 0 ? 8 : (kM % 4 == 0 ? 4 : (kM % 2 == 0 ? 2 : 1))) : kWarps;
+constexpr int kSplitOf = kLocal ? kWarps / (kM % 8 == 0   ? 8
+                                            : kM % 4 == 0 ? 4
+                                            : kM % 2 == 0 ? 2
+                                                          : 1)
+                                : (kM % (kWarps / kMostSplit) == 0 ? kMostSplit : kWarps);
 
 // What a local kernel keeps in shared memory of what it published: [2][kTiles * 8 rows][stride].
 template <class T>
@@ -209,7 +242,9 @@ template <int kGroups, int kTiles>
 struct Items {
   static constexpr int kAll = kGroups * kTiles * 4, kItems = (kAll + kWarps - 1) / kWarps;
   __device__ static int Index(int i) { return int(threadIdx.x / 32) + i * kWarps; }
-  __device__ static bool Exists(int i) { return Index(i) < kAll; }  // the same for a warp
+  __device__ static bool Exists(int i) {  // the same for a warp
+    return kAll % kWarps == 0 || Index(i) < kAll;
+  }
   __device__ static int J(int i) { return Index(i) % 4; }
   __device__ static int Tile(int i) { return Index(i) / 4 % kTiles; }
   __device__ static int Group(int i) { return Index(i) / 4 / kTiles; }
@@ -237,7 +272,7 @@ __device__ __forceinline__ ResidentPlace PlaceOf(int64_t H, int copies) {
 struct ResidentSteps {
   int64_t H, B, T, begin, end;
   const int64_t* offsets;  // [T + 1] on the card, of ragged sequences: rows of time t; else null
-  int copies;
+  int copies, dirs;
 };
 
 // The rows of a time: from `first` on, one for each running sequence.
@@ -256,7 +291,7 @@ struct OffsetsPart {
   static constexpr int kSize = 448;
   int64_t values[kSize];
 };
-inline __global__ void StoreOffsets(const __grid_constant__ OffsetsPart part, int count,
+static __global__ void StoreOffsets(const __grid_constant__ OffsetsPart part, int count,
                                     int64_t* to) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < count) to[i] = part.values[i];
@@ -308,8 +343,7 @@ struct ResidentForwardDirection {
   int64_t gx_row;
   T* hs;  // [rows, H]: what a row starts from. Those of step `begin` and those in which sequences
           // start are there, others are kUnwritten
-  T* y;   // row r at r y_stride
-  int64_t y_stride;
+  T* y;   // [rows, dirs H], from the first unit of this direction on
   Wide<T>* c;          // [B, kExtra H]: before step begin, then after step end - 1
   T *h_last, *c_last;  // [B, H], [B, kExtra H]
   Wide<T>* tape;       // [rows, kTape H] or null
@@ -344,48 +378,54 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 
   const auto unit = [&](int i) { return at.unit + I::Unit(i); };
   const auto batch = [&](int i) { return at.row + I::Row(i); };
-  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H; };
-  const auto fetch = [&](TimeRows rows, float (&gx)[kItems][C::kX]) {
-    FRNN_UNROLL
-    for (int i = 0; i < kItems; i++) {
-      if (!exists(i) || batch(i) >= rows.running) continue;
-      const float* from = a.gx + (rows.first + batch(i) - a.gx_row) * C::kX * H + unit(i);
-      FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++)
-        gx[i][q] = from[q * H] + (a.b_ih ? Widen(a.b_ih[q * H + unit(i)]) : 0);
-    }
+  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H && batch(i) < n.B; };
+  // Where item i has its gate 0 in rows of `width` values per unit, from its place in rows of one.
+  const auto wide = [&](int64_t place, int i, int width) {
+    return (place - unit(i)) * width + unit(i);
   };
-
   TimeRows rows = RowsOf(n, a.start + n.begin * a.way);
   const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
     if (b < rows.running) return Widen(a.hs[(rows.first + b) * H + u]);
     return a.h0 ? Widen(a.h0[b * H + u]) : 0;
   };
-  float c[kItems][kExtra > 0 ? kExtra : 1], h[kItems], gx[kItems][C::kX] = {};
-  float b_hh[kItems][C::kH];
+
+  int64_t place[kItems];  // row * H + unit, of the rows of a step
+  float c[kItems][kExtra > 0 ? kExtra : 1], h[kItems], gx[kItems][C::kX] = {}, b_hh[kItems][C::kH];
+  const auto fetch = [&] {  // does not depend on other blocks
+    FRNN_UNROLL
+    for (int i = 0; i < kItems; i++) {
+      if (!exists(i) || batch(i) >= rows.running) continue;
+      const float* from = a.gx + wide(place[i] - a.gx_row * H, i, C::kX);
+      FRNN_UNROLL
+      for (int q = 0; q < C::kX; q++)
+        gx[i][q] = from[q * H] + (a.b_ih ? Widen(a.b_ih[q * H + unit(i)]) : 0);
+    }
+  };
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
+    place[i] = (rows.first + batch(i)) * H + unit(i);
     FRNN_UNROLL
     for (int q = 0; q < C::kH; q++)
       b_hh[i][q] = exists(i) && a.b_hh ? Widen(a.b_hh[q * H + unit(i)]) : 0;
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
-      c[i][j] = exists(i) && batch(i) < n.B ? a.c[(batch(i) * kExtra + j) * H + unit(i)] : 0;
-    h[i] = C::kUsesH && exists(i) && batch(i) < n.B ? start(batch(i), unit(i)) : 0;
+      c[i][j] = exists(i) ? a.c[(batch(i) * kExtra + j) * H + unit(i)] : 0;
+    h[i] = C::kUsesH && exists(i) ? start(batch(i), unit(i)) : 0;
   }
-  const int64_t stride = LocalStride<T>(H), half = kTiles * kTileRows * stride;
+  const int stride = int(LocalStride<T>(H)), half = kTiles * kTileRows * stride;
   if constexpr (kLocal) {
-    for (int64_t at_ = threadIdx.x; at_ < kTiles * kTileRows * H; at_ += kWarps * 32) {
-      const int64_t row = at_ / H, u = at_ % H;
+    for (int k = threadIdx.x; k < kTiles * kTileRows * int(H); k += kWarps * 32) {
+      const int row = k / int(H), u = k % int(H);
       const T v = Narrow<T>(at.row + row < n.B ? start(at.row + row, u) : 0);
       published[row * stride + u] = published[half + row * stride + u] = v;
     }
     __syncthreads();
   }
-  fetch(rows, gx);
+  fetch();
 
   for (int64_t s = n.begin; s < n.end; s++) {
     const TimeRows next = RowsOf(n, a.start + (s + 1) * a.way);
+    const int64_t step = (next.first - rows.first) * H;
     // Two sets of sums in turn: a warp that is ahead writes the one that no other still reads.
     float* now = sums + (s & 1) * Product::kSums;
     if constexpr (kLocal)
@@ -395,52 +435,62 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       product.template Multiply<true>(a.hs + (rows.first + at.row) * H, H, rows.running - at.row,
                                       int(H), now);
     __syncthreads();
+
+    // Math without branches first, so that items overlap; then what others wait for; then the rest.
+    Pack<Quick, C::kSaved> saved[kItems];
+    Pack<Quick, C::kStates> old[kItems], fresh[kItems];
+    T h_new[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!I::Exists(i)) continue;
-      const bool runs = unit(i) < H && batch(i) < rows.running;
-      const bool goes_on = batch(i) < next.running;
-      const int64_t row = rows.first + batch(i);
-      Pack<float, C::kX> x;
-      Pack<float, C::kH> g;
-      Pack<float, C::kStates> old, fresh;
-      Pack<float, C::kSaved> saved;
+      Pack<Quick, C::kX> x;
+      Pack<Quick, C::kH> g;
       FRNN_UNROLL
       for (int q = 0; q < C::kX; q++) x[q] = gx[i][q];
       FRNN_UNROLL
       for (int q = 0; q < C::kH; q++)
         g[q] = Product::Sum(now, I::Group(i) * C::kH + q, I::Tile(i), I::J(i)) + b_hh[i][q];
-      old[0] = h[i];
+      old[i][0] = h[i];
       FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) old[j + 1] = c[i][j];
+      for (int j = 0; j < kExtra; j++) old[i][j + 1] = c[i][j];
 
-      C::forward(x, g, old, fresh, saved);
+      C::forward(x, g, old[i], fresh[i], saved[i]);
 
-      const T h_new = Narrow<T>(fresh[0]);
-      PublishUnit(a.hs + (next.first + batch(i)) * H + unit(i), h_new, runs && goes_on);
-      if (!runs) continue;
-      if constexpr (kLocal) published[(~s & 1) * half + I::Row(i) * stride + unit(i)] = h_new;
-      h[i] = Widen(h_new);
+      h_new[i] = Narrow<T>(fresh[i][0].v);
+    }
+    FRNN_UNROLL
+    for (int i = 0; i < kItems; i++) {
+      if (!I::Exists(i)) continue;
+      const bool runs = unit(i) < H && batch(i) < rows.running;
+      PublishUnit(a.hs + place[i] + step, h_new[i], runs && batch(i) < next.running);
+      if (kLocal && runs) published[(~s & 1) * half + I::Row(i) * stride + unit(i)] = h_new[i];
+    }
+    FRNN_UNROLL
+    for (int i = 0; i < kItems; i++) {
+      if (!I::Exists(i) || unit(i) >= H || batch(i) >= rows.running) continue;
+      h[i] = Widen(h_new[i]);
       FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) c[i][j] = fresh[j + 1];
-      a.y[row * a.y_stride + unit(i)] = h_new;
-      if (!goes_on) {
-        a.h_last[batch(i) * H + unit(i)] = h_new;
+      for (int j = 0; j < kExtra; j++) c[i][j] = fresh[i][j + 1].v;
+      a.y[wide(place[i], i, n.dirs)] = h_new[i];
+      if (batch(i) >= next.running) {  // the sequence ends
+        a.h_last[batch(i) * H + unit(i)] = h_new[i];
         FRNN_UNROLL
         for (int j = 0; j < kExtra; j++)
           a.c_last[(batch(i) * kExtra + j) * H + unit(i)] = Narrow<T>(c[i][j]);
       }
       if (a.tape) {
-        float* tape = a.tape + row * Tape<C>::kTape * H + unit(i);
+        float* tape = a.tape + wide(place[i], i, Tape<C>::kTape);
         FRNN_UNROLL
-        for (int k = 0; k < C::kSaved; k++) tape[k * H] = saved[k];
+        for (int k = 0; k < C::kSaved; k++) tape[k * H] = saved[i][k].v;
         if constexpr (C::kUsesNewH) tape[C::kSaved * H] = h[i];
         FRNN_UNROLL
-        for (int j = 0; j < kExtra; j++) tape[(Tape<C>::kCell + j) * H] = old[j + 1];
+        for (int j = 0; j < kExtra; j++) tape[(Tape<C>::kCell + j) * H] = old[i][j + 1].v;
       }
     }
+    FRNN_UNROLL
+    for (int i = 0; i < kItems; i++) place[i] += step;
     rows = next;
-    if (s + 1 < n.end) fetch(rows, gx);  // ahead of the wait for other blocks
+    if (s + 1 < n.end) fetch();  // ahead of the wait for other blocks
     if constexpr (kLocal) __syncthreads();
   }
 
@@ -448,7 +498,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   for (int i = 0; i < kItems; i++) {
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
-      if (exists(i) && batch(i) < n.B) a.c[(batch(i) * kExtra + j) * H + unit(i)] = c[i][j];
+      if (exists(i)) a.c[(batch(i) * kExtra + j) * H + unit(i)] = c[i][j];
   }
 }
 
@@ -493,89 +543,95 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 
   const auto unit = [&](int i) { return at.unit + I::Unit(i); };
   const auto batch = [&](int i) { return at.row + I::Row(i); };
-  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H; };
+  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H && batch(i) < n.B; };
+  const auto wide = [&](int64_t place, int i, int width) {
+    return (place - unit(i)) * width + unit(i);
+  };
+  int64_t time = a.start + (n.end - 1) * a.way;
+  TimeRows rows = RowsOf(n, time);
+
+  int64_t place[kItems];
   float dh[kItems], dc[kItems][kExtra > 0 ? kExtra : 1];
-  float dy[kItems], h_prev[kItems], tape[kItems][kTape];
-  const auto fetch = [&](int64_t time, TimeRows rows) {
+  float dy[kItems] = {}, h_prev[kItems] = {}, tape[kItems][kTape] = {};
+  const auto fetch = [&] {
+    const int64_t dy_at = n.offsets ? rows.first * a.dy_b_stride : time * a.dy_t_stride;
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!exists(i) || batch(i) >= rows.running) continue;
-      const int64_t row = rows.first + batch(i);
-      const int64_t dy_at =
-          n.offsets ? row * a.dy_b_stride : time * a.dy_t_stride + batch(i) * a.dy_b_stride;
-      if (a.dy) dy[i] = Widen(a.dy[dy_at + unit(i)]);
-      if constexpr (C::kUsesH) h_prev[i] = Widen(a.hs[row * H + unit(i)]);
-      const float* from = a.tape + row * kTape * H + unit(i);
+      if (a.dy) dy[i] = Widen(a.dy[dy_at + batch(i) * a.dy_b_stride + unit(i)]);
+      if constexpr (C::kUsesH) h_prev[i] = Widen(a.hs[place[i]]);
+      const float* from = a.tape + wide(place[i], i, kTape);
       FRNN_UNROLL
       for (int k = 0; k < kTape; k++) tape[i][k] = from[k * H];
     }
   };
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    const bool valid = exists(i) && batch(i) < n.B;
-    dh[i] = valid ? a.dh[batch(i) * H + unit(i)] : 0;
+    place[i] = (rows.first + batch(i)) * H + unit(i);
+    dh[i] = exists(i) ? a.dh[batch(i) * H + unit(i)] : 0;
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
-      dc[i][j] = valid ? a.dc[(batch(i) * kExtra + j) * H + unit(i)] : 0;
-    dy[i] = h_prev[i] = 0;
-    FRNN_UNROLL
-    for (int k = 0; k < kTape; k++) tape[i][k] = 0;
+      dc[i][j] = exists(i) ? a.dc[(batch(i) * kExtra + j) * H + unit(i)] : 0;
   }
-  const int64_t stride = LocalStride<T>(C::kH * H), half = kTiles * kTileRows * stride;
-  TimeRows rows = RowsOf(n, a.start + (n.end - 1) * a.way);
-  fetch(a.start + (n.end - 1) * a.way, rows);
+  const int stride = int(LocalStride<T>(C::kH * H)), half = kTiles * kTileRows * stride;
+  fetch();
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
+    Pack<Quick, C::kStates> d_old[kItems];
+    Pack<Quick, C::kD> d[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!I::Exists(i)) continue;
-      const bool runs = unit(i) < H && batch(i) < rows.running;
-      const int64_t row = rows.first + batch(i);
-      Pack<float, C::kSaved> saved;
-      Pack<float, C::kStates> old, d_new, d_old;
-      Pack<float, C::kD> d;
+      Pack<Quick, C::kSaved> saved;
+      Pack<Quick, C::kStates> old, d_new;
       FRNN_UNROLL
       for (int k = 0; k < C::kSaved; k++) saved[k] = tape[i][k];
-      old[0] = C::kUsesH ? h_prev[i] : 0;
+      old[0] = h_prev[i];
       d_new[0] = dh[i] + dy[i];
       FRNN_UNROLL
       for (int j = 0; j < kExtra; j++) {
         old[j + 1] = tape[i][Tape<C>::kCell + j];
         d_new[j + 1] = dc[i][j];
       }
-
-      C::backward(saved, old, C::kUsesNewH ? tape[i][C::kSaved] : 0.0f, d_new, d, d_old);
-
-      T* dgh = a.dgh + row * C::kH * H + unit(i);
-      if constexpr (kLocal)
-        ForGatesH<C>(std::make_integer_sequence<int, C::kH>(), [&](int q, auto index) {
-          if (runs)
-            published[(s & 1) * half + I::Row(i) * stride + q * H + unit(i)] = Narrow<T>(d[index]);
-        });
-      ForGatesH<C>(std::make_integer_sequence<int, C::kH>(),
-                   [&](int q, auto index) { PublishUnit(dgh + q * H, Narrow<T>(d[index]), runs); });
-      if (!runs) continue;
-      dh[i] = C::kUsesH ? d_old[0] : 0;
-      FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) dc[i][j] = d_old[j + 1];
-      if (a.dgx != a.dgh) {
-        T* dgx = a.dgx + row * C::kX * H + unit(i);
-        ForGatesX<C>(std::make_integer_sequence<int, C::kX>(),
-                     [&](int q, auto index) { dgx[q * H] = Narrow<T>(d[index]); });
-      }
+      C::backward(saved, old, Quick(C::kUsesNewH ? tape[i][C::kSaved] : 0), d_new, d[i], d_old[i]);
     }
-    const TimeRows now_rows = rows;
-    const int64_t before = a.start + (s - 1) * a.way;
-    rows = RowsOf(n, before);
-    if (s > n.begin) fetch(before, rows);
+    FRNN_UNROLL
+    for (int i = 0; i < kItems; i++) {
+      if (!I::Exists(i)) continue;
+      const bool runs = unit(i) < H && batch(i) < rows.running;
+      T* dgh = a.dgh + wide(place[i], i, C::kH);
+      T* own = published + (s & 1) * half + I::Row(i) * stride + unit(i);
+      ForGatesH<C>(std::make_integer_sequence<int, C::kH>(), [&](int q, auto index) {
+        const T v = Narrow<T>(d[i][index].v);
+        PublishUnit(dgh + q * H, v, runs);
+        if (kLocal && runs) own[q * H] = v;
+      });
+    }
+    FRNN_UNROLL
+    for (int i = 0; i < kItems; i++) {
+      if (!I::Exists(i) || unit(i) >= H || batch(i) >= rows.running) continue;
+      dh[i] = C::kUsesH ? d_old[i][0].v : 0;
+      FRNN_UNROLL
+      for (int j = 0; j < kExtra; j++) dc[i][j] = d_old[i][j + 1].v;
+      if (a.dgx == a.dgh) continue;
+      T* dgx = a.dgx + wide(place[i], i, C::kX);
+      ForGatesX<C>(std::make_integer_sequence<int, C::kX>(),
+                   [&](int q, auto index) { dgx[q * H] = Narrow<T>(d[i][index].v); });
+    }
+    const TimeRows seen = rows;
+    time -= a.way;
+    rows = RowsOf(n, time);
+    FRNN_UNROLL
+    for (int i = 0; i < kItems; i++) place[i] += (rows.first - seen.first) * H;
+    if (s > n.begin) fetch();
     float* now = sums + (s & 1) * Product::kSums;
     if constexpr (kLocal) {
       __syncthreads();
-      product.template Multiply<false>(published + (s & 1) * half, stride,
-                                       now_rows.running - at.row, int(C::kH * H), now);
+      product.template Multiply<false>(published + (s & 1) * half, stride, seen.running - at.row,
+                                       int(C::kH * H), now);
     } else {
-      product.template Multiply<true>(a.dgh + (now_rows.first + at.row) * C::kH * H, C::kH * H,
-                                      now_rows.running - at.row, int(C::kH * H), now);
+      product.template Multiply<true>(a.dgh + (seen.first + at.row) * C::kH * H, C::kH * H,
+                                      seen.running - at.row, int(C::kH * H), now);
     }
     __syncthreads();
     FRNN_UNROLL
@@ -585,7 +641,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    if (!exists(i) || batch(i) >= n.B) continue;
+    if (!exists(i)) continue;
     a.dh[batch(i) * H + unit(i)] = dh[i];
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++) a.dc[(batch(i) * kExtra + j) * H + unit(i)] = dc[i][j];
@@ -597,9 +653,9 @@ template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 struct ResidentInstance {
   static constexpr int kM = C::kH * kGroups, kSplit = kSplitOf<kM, kLocal>,
                        kSplitBack = kSplitOf<kGroups, kLocal>;
-  static constexpr int kOwn = kLocal ? (kBlocks + kSplit - 1) / kSplit : kBlocks;
-  static constexpr int kOwnBack =
-      kLocal ? (C::kH * kBlocks + kSplitBack - 1) / kSplitBack : C::kH * kBlocks;
+  static constexpr int kOwn = kLocal ? (kBlocks + kSplit - 1) / kSplit : kBlocks * kWarps / kSplit;
+  static constexpr int kOwnBack = kLocal ? (C::kH * kBlocks + kSplitBack - 1) / kSplitBack
+                                         : C::kH * kBlocks * kWarps / kSplitBack;
   using Product = ResidentProduct<T, kM, kOwn, kTiles, kSplit>;
   using ProductBack = ResidentProduct<T, kGroups, kOwnBack, kTiles, kSplitBack>;
 
@@ -641,7 +697,7 @@ class Resident {
     });
     ForEachOf<1, 2, 4, 8>([&](auto groups) {
       constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + 63) / 64;
-      if constexpr (C::kH * kBlocks * groups <= kWarps * kResidentTiles)
+      if constexpr (C::kH * kBlocks * groups <= kLocalTiles)
         if (plan.variant == Variant::kLocal && plan.groups == groups)
           f(ResidentInstance<C, T, kBlocks, groups, 1, true>());
     });

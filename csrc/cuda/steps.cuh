@@ -390,7 +390,7 @@ class Steps {
   // All steps, for resident kernels. What they read of a ragged batch is brought to the card.
   static ResidentSteps StepsOf(const LayerParams& p, const Plan& plan, const CudaCall& call,
                                Workspace& workspace) {
-    ResidentSteps steps{p.H, p.B, p.T, 0, p.T, nullptr, plan.copies};
+    ResidentSteps steps{p.H, p.B, p.T, 0, p.T, nullptr, plan.copies, p.dirs};
     if (!p.ragged) return steps;
     int64_t* offsets = workspace.Take<int64_t>(p.T + 1);
     for (int64_t i = 0; i <= p.T; i += OffsetsPart::kSize) {
@@ -424,7 +424,6 @@ class Steps {
                        first[d],
                        on.States(buffers[d]),
                        static_cast<T*>(p.y) + d * p.Hout,
-                       p.dirs * p.Hout,
                        buffers[d].c,
                        on.State(static_cast<T*>(p.h_n), p.Hout),
                        on.State(static_cast<T*>(p.c_n), kExtra * p.H),
