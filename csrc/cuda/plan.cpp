@@ -43,17 +43,12 @@ bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
          problem.H * size % 16 == 0 && problem.H > 0 && problem.B > 0;
 }
 
-// The shape of a local kernel, if there is one.
+// The shape of a local kernel, if there is one. With 64 units, a block that has all of them was slower
+// than four that share them.
 bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
-  if (!FitsTensorCores(device, problem)) return false;
-  for (int groups : {1, 2, 4, 8}) {
-    const int64_t blocks = (16 * groups * StorageSize(problem.storage) + 63) / 64;
-    if (problem.gates_h * groups * blocks > kLocalTiles) return false;
-    if (problem.H > 16 * groups) continue;
-    plan->groups = groups, plan->tiles = 1, plan->copies = int((problem.B + 7) / 8);
-    return true;
-  }
-  return false;
+  if (problem.H > 32 || !FitsTensorCores(device, problem)) return false;
+  plan->groups = problem.H > 16 ? 2 : 1, plan->tiles = 1, plan->copies = int((problem.B + 7) / 8);
+  return true;
 }
 
 // The shape of a resident kernel, if there is one: as few tiles as can be, since a block reads and adds

@@ -27,8 +27,6 @@ struct Problem {
 
 // Of a resident kernel: tiles of weights, 16 units by 64 bytes, that a warp can hold.
 constexpr int64_t kResidentTiles = 16;
-// Of a local kernel: those of all warps. With more units a block has too much gate math to do.
-constexpr int64_t kLocalTiles = 64;
 // Of a resident kernel: groups of 16 units times tiles of 8 rows of a block, at most.
 constexpr int64_t kResidentRows = 4;
 

@@ -220,15 +220,14 @@ struct ResidentProduct {
   }
 };
 
-// How many warps share the blocks of k. In a local kernel as few as can be, since what is read lies in
-// shared memory.
-constexpr int kMostSplit = 8;
+// How many warps share the blocks of k: all, or in a local kernel, where every block is read from shared
+// memory, as few as can be.
 template <int kM, bool kLocal>
 constexpr int kSplitOf = kLocal ? kWarps / (kM % 8 == 0   ? 8
                                             : kM % 4 == 0 ? 4
                                             : kM % 2 == 0 ? 2
                                                           : 1)
-                                : (kM % (kWarps / kMostSplit) == 0 ? kMostSplit : kWarps);
+                                : kWarps;
 
 // What a local kernel keeps in shared memory of what it published: [2][kTiles * 8 rows][stride].
 template <class T>
@@ -653,9 +652,9 @@ template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 struct ResidentInstance {
   static constexpr int kM = C::kH * kGroups, kSplit = kSplitOf<kM, kLocal>,
                        kSplitBack = kSplitOf<kGroups, kLocal>;
-  static constexpr int kOwn = kLocal ? (kBlocks + kSplit - 1) / kSplit : kBlocks * kWarps / kSplit;
-  static constexpr int kOwnBack = kLocal ? (C::kH * kBlocks + kSplitBack - 1) / kSplitBack
-                                         : C::kH * kBlocks * kWarps / kSplitBack;
+  static constexpr int kOwn = kLocal ? (kBlocks + kSplit - 1) / kSplit : kBlocks;
+  static constexpr int kOwnBack =
+      kLocal ? (C::kH * kBlocks + kSplitBack - 1) / kSplitBack : C::kH * kBlocks;
   using Product = ResidentProduct<T, kM, kOwn, kTiles, kSplit>;
   using ProductBack = ResidentProduct<T, kGroups, kOwnBack, kTiles, kSplitBack>;
 
@@ -695,11 +694,10 @@ class Resident {
         });
       });
     });
-    ForEachOf<1, 2, 4, 8>([&](auto groups) {
+    ForEachOf<1, 2>([&](auto groups) {
       constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + 63) / 64;
-      if constexpr (C::kH * kBlocks * groups <= kLocalTiles)
-        if (plan.variant == Variant::kLocal && plan.groups == groups)
-          f(ResidentInstance<C, T, kBlocks, groups, 1, true>());
+      if (plan.variant == Variant::kLocal && plan.groups == groups)
+        f(ResidentInstance<C, T, kBlocks, groups, 1, true>());
     });
   }
 
