@@ -43,6 +43,7 @@ class _TorchShaped(nn.Module):
     """
 
     torch_class: ClassVar[type[nn.Module]]
+    _usual_forward: ClassVar[Any]  # what ``called_directly`` may do the work of, or None
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles instead: torch.nn's module, sharing all we have."""
@@ -108,6 +109,15 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         hooks = [getattr(cls, name) for name in _HOOKS if hasattr(cls, name)]
         homes = (__name__, nn.RNNBase.__module__)
         cls._own_hooks = all(getattr(hook, "__module__", None) in homes for hook in hooks)
+        cls._usual_forward = _Recurrent.forward if cls._own_hooks else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module's, which takes as long as a small step and mostly finds nothing to do."""
+        if not kwargs:
+            found = functional.called_directly(self, args)
+            if found is not None:
+                return found
+        return super().__call__(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
@@ -514,6 +524,14 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
 
     _hidden_name: ClassVar[str] = "hidden"
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``_Recurrent.__call__``."""
+        if not kwargs:
+            found = functional.called_directly(self, args, self._cell())
+            if found is not None:
+                return found
+        return super().__call__(*args, **kwargs)
+
     def _cell(self) -> str:
         raise NotImplementedError
 
@@ -561,6 +579,8 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
         return self._join_hidden(h, c)
+
+    _usual_forward = forward
 
 
 class RNNCell(_Cell):

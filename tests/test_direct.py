@@ -49,7 +49,10 @@ def test_where_there_are_direct_calls() -> None:
 
 
 class Spy:
-    """The functions, and how the calls of them ended: with results, or with None."""
+    """The functions, and how the calls of them ended: with results, or with None.
+
+    Of a module whose call is not a direct one its forward is asked next, so that goes unsaid.
+    """
 
     def __init__(self) -> None:
         self.done: list[bool] = []
@@ -58,6 +61,8 @@ class Spy:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = getattr(DIRECT, name)(*args)
+            if name == "called" and result is None:
+                return None
             self.done.append(result is not None)
             self.names.append(name)
             return result
@@ -294,7 +299,7 @@ def test_single_steps(name: str, hidden: int, batch: int, spy: Spy) -> None:
             torch.set_num_threads(threads)
         assert_identical(runs[1], runs[0])
         assert_identical(runs[2], runs[0])
-    assert all(spy.done) and set(spy.names) == {"stack_infer"}
+    assert all(spy.done) and set(spy.names) == {"called"}
 
 
 @needs_direct
@@ -590,7 +595,7 @@ def test_gradients_are_asked_for(spy: Spy) -> None:
     with torch.enable_grad():
         assert module(x)[0].requires_grad and spy.names == ["layer"]
         module.requires_grad_(False)
-        assert not module(x)[0].requires_grad and spy.names == ["layer", "stack_infer"]
+        assert not module(x)[0].requires_grad and spy.names == ["layer", "called"]
         assert module(x.requires_grad_())[0].requires_grad and spy.names.pop() == "layer"
 
 
