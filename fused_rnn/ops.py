@@ -77,7 +77,8 @@ def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        _direct = build.direct_calls(*_MODULES, vars(forward_ad), _WATCHERS) or False
+        facts = (*_MODULES, vars(forward_ad), Tensor().is_neg, _WATCHERS)
+        _direct = build.direct_calls(*facts) or False
     return native
 
 

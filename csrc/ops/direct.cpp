@@ -25,6 +25,10 @@
 
 // Python itself has these. Weak, so that the linker still refuses a symbol of ours that is missing.
 // clang-format off
+#pragma weak PyCFunction_GetFlags
+#pragma weak PyCFunction_GetFunction
+#pragma weak PyCFunction_GetSelf
+#pragma weak PyCFunction_Type
 #pragma weak PyCapsule_GetPointer
 #pragma weak PyDict_GetItemWithError
 #pragma weak PyDict_Size
@@ -60,14 +64,40 @@ namespace {
 
 struct Unusual {};  // thrown where the operator has to take over
 
+// A function of torch without arguments. Of one that is C alone, Python has no part in the call, which
+// then takes half as long.
+struct Question {
+  PyObject *callable, *self;
+  PyCFunction function;  // null: not C alone
+
+  Question() = default;
+  explicit Question(PyObject* callable) : callable(callable), self(nullptr), function(nullptr) {
+    if (Py_TYPE(callable) != &PyCFunction_Type || PyCFunction_GetFlags(callable) != METH_NOARGS)
+      return;
+    self = PyCFunction_GetSelf(callable);
+    function = PyCFunction_GetFunction(callable);
+  }
+  // Whether the answer is other than False or 0; an error is.
+  static bool IsYes(PyObject* answer) {
+    const bool yes = answer == nullptr || PyObject_IsTrue(answer) != 0;
+    Py_DecRef(answer);
+    return yes;
+  }
+  bool Ask() const {
+    return IsYes(function ? function(self, nullptr) : PyObject_CallNoArgs(callable));
+  }
+};
+
 // Set once, by Setup.
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type, *parameter_type;
 PyObject* is_negative;                                   // torch.Tensor.is_neg
+Question is_this_negative;                               // is_neg of some tensor
 PyObject *module_type, *module_call, *module_call_impl;  // torch.nn.Module, and what it came with
 PyObject* global_hooks;                                  // those of all modules: a tuple of dicts
 PyObject* forward_mode;                                  // the dict of torch.autograd.forward_ad
-PyObject* watchers;                                      // a tuple
+Question watchers[8];
+Py_ssize_t watcher_count = 0;
 
 // Interned: a dict finds them by their address.
 struct Names {
@@ -169,10 +199,9 @@ class Borrowed {
 
   // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
   static bool IsNegative(PyObject* object) {
-    PyObject* negative = PyObject_CallFunctionObjArgs(is_negative, object, nullptr);
-    const bool plain = negative == Py_False;
-    Py_DecRef(negative);
-    return !plain;
+    return Question::IsYes(is_this_negative.function
+                               ? is_this_negative.function(object, nullptr)
+                               : PyObject_CallFunctionObjArgs(is_negative, object, nullptr));
   }
   // The question takes longer than all others. A parameter is not asked again while its memory is the
   // same: what could then be negative is a view of itself.
@@ -419,12 +448,8 @@ PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
 bool IsWatched() {
   PyObject* level = PyDict_GetItemWithError(forward_mode, names().current_level);
   if (level == nullptr || PyLong_AsLongLong(level) >= 0) return true;
-  for (Py_ssize_t i = 0, n = PyTuple_Size(watchers); i < n; i++) {
-    PyObject* answer = PyObject_CallNoArgs(PyTuple_GetItem(watchers, i));
-    const int watched = answer == nullptr ? -1 : PyObject_IsTrue(answer);
-    Py_DecRef(answer);
-    if (watched != 0) return true;
-  }
+  for (Py_ssize_t i = 0; i < watcher_count; i++)
+    if (watchers[i].Ask()) return true;
   return false;
 }
 
@@ -781,24 +806,30 @@ PyObject* Called(Reader& arguments) {
   return stack.Run(name.c_str(), Borrowed(input), HiddenState(hx), weights.Tensors());
 }
 
-// What torch has to offer, in the order of the fields below -> True, or None where this torch has another
-// way of exchange. A watcher is called before anything else: one that returns a true value wants to
-// see the operator.
+// What torch has to offer -> True, or None where this torch has another way of exchange. A watcher is
+// asked before anything else: one that says yes wants to see the operator.
 PyObject* Setup(Reader& arguments) {
   const auto* found = static_cast<const dlpack::Exchange*>(
       PyCapsule_GetPointer(arguments.Object(), "dlpack_exchange_api"));
   if (found == nullptr || found->version.major != 1 || found->from_python == nullptr ||
       found->to_python == nullptr)
     return nullptr;
+  const auto keep = [](PyObject* object) {
+    Py_IncRef(object);
+    return object;
+  };
   for (PyObject** field : {&tensor_type, &parameter_type, &is_negative, &module_type, &module_call,
-                           &module_call_impl, &global_hooks, &forward_mode, &watchers}) {
-    *field = arguments.Object();
-    Py_IncRef(*field);
-  }
+                           &module_call_impl, &global_hooks, &forward_mode})
+    *field = keep(arguments.Object());
+  is_this_negative = Question(keep(arguments.Object()));
+  PyObject* all = arguments.Object();
   arguments.End();
+  watcher_count = PyTuple_Size(all);
+  if (watcher_count > Py_ssize_t(std::size(watchers))) return nullptr;
+  for (Py_ssize_t i = 0; i < watcher_count; i++)
+    watchers[i] = Question(keep(PyTuple_GetItem(all, i)));
   exchange = found;
-  Py_IncRef(Py_True);
-  return Py_True;
+  return keep(Py_True);
 }
 
 PyCFunction AsMethod(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
