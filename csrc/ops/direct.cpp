@@ -147,7 +147,7 @@ class Borrowed {
     if (type == parameter_type ? !IsKnownPositive(object) : IsNegative(object)) throw Unusual();
   }
   // Contiguous.
-  Borrowed(void* data, ScalarType dtype, const std::vector<int64_t>& shape)
+  Borrowed(void* data, ScalarType dtype, const Dims& shape)
       : data_(static_cast<char*>(data)), dtype_(dtype), dims_(int(shape.size())) {
     std::copy(shape.begin(), shape.end(), shape_);
     int64_t stride = 1;
@@ -240,7 +240,7 @@ Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
 class Made {
  public:
-  Made(const std::vector<int64_t>& shape, ScalarType dtype, bool pooled = true) {
+  Made(const Dims& shape, ScalarType dtype, bool pooled = true) {
     const int64_t size = BytesOf(dtype);
     size_t bytes = size;
     for (const int64_t n : shape) bytes *= n;
@@ -357,12 +357,9 @@ class Kept {
     for (Py_ssize_t i = 0; i < n; i++) Add(dict, PyList_GetItem(list, i));
   }
   const std::vector<PyObject*>& objects() const { return objects_; }
-  std::vector<MaybeBorrowed> Tensors() const {
-    std::vector<MaybeBorrowed> tensors;
-    tensors.reserve(objects_.size());
-    for (PyObject* object : objects_)
-      tensors.push_back(object == Py_None ? MaybeBorrowed() : Borrowed(object));
-    return tensors;
+  int64_t size() const { return int64_t(objects_.size()); }
+  MaybeBorrowed Tensor(int64_t i) const {
+    return objects_[i] == Py_None ? MaybeBorrowed() : Borrowed(objects_[i]);
   }
 
  private:
@@ -403,10 +400,9 @@ class Reader {
   Borrowed MaybeEmpty() { return Borrowed(Next(), true); }
   Hidden HiddenState() { return frnn::HiddenState(Next()); }
   // A dict, and a list of those of its keys that are wanted.
-  std::vector<MaybeBorrowed> Named(Kept& kept) {
+  void Named(Kept& kept) {
     PyObject* dict = Next();
     kept.AddNamed(dict, Next());
-    return kept.Tensors();
   }
   bool Flag() { return FlagOf(Next()); }
   int64_t Integer() { return IntegerOf(Next()); }
@@ -475,7 +471,7 @@ using Weights = std::array<MaybeBorrowed, 2 * kWeights>;
 
 // States of zeros for all layers, in the memory returned. Their sizes are found before Call checks
 // those of its arguments.
-Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& layers,
+Made Zeros(const char* cell, const Borrowed& x, const Weights* layers, int64_t count,
            const MaybeBorrowed& batch_sizes, MaybeBorrowed* h0, MaybeBorrowed* c0) {
   const CpuKernels* kernels = Cpu::Find(cell, StorageOf(x, "x"));
   const MaybeBorrowed &w_hh = layers[0][1], &w_hr = layers[0][4];
@@ -487,7 +483,7 @@ Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& laye
     B = *static_cast<const int64_t*>(batch_sizes->const_data_ptr());
     if (B <= 0 || B > rows) throw Unusual();
   }
-  const int64_t runs = int64_t(layers.size()) * (layers[0][kWeights].has_value() ? 2 : 1);
+  const int64_t runs = count * (layers[0][kWeights].has_value() ? 2 : 1);
   const int64_t Hout = w_hh->size(-1), H = w_hr.has_value() ? w_hr->size(-1) : Hout;
   Made zeros({runs, B, std::max(H, Hout)}, x.scalar_type());
   std::memset(zeros.data(), 0, zeros.bytes());
@@ -518,11 +514,11 @@ bool IsBrief(const std::list<DirectCall>& calls) {
 }
 
 // Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros.
-Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
-            const std::vector<Weights>& layers, const MaybeBorrowed& batch_sizes, Wanted wanted) {
-  const auto count = int64_t(layers.size());
+Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0, const Weights* layers,
+            int64_t count, const MaybeBorrowed& batch_sizes, Wanted wanted) {
   std::optional<Made> zeros;
-  if (!h0.has_value() && !c0.has_value()) zeros = Zeros(cell, x, layers, batch_sizes, &h0, &c0);
+  if (!h0.has_value() && !c0.has_value())
+    zeros = Zeros(cell, x, layers, count, batch_sizes, &h0, &c0);
   if (!h0.has_value() || h0->size(0) % count != 0) throw Unusual();
   if (c0.has_value() && c0->size(0) != h0->size(0)) throw Unusual();
   const int64_t dirs = h0->size(0) / count;
@@ -537,7 +533,7 @@ Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
     DirectCall& call =
         calls.emplace_back(cell, x, h0->Part(i * dirs, dirs), c0_i, layers[i], batch_sizes);
     auto& p = call.p;
-    const auto all = [&](std::vector<int64_t> shape) {
+    const auto all = [&](Dims shape) {
       shape[0] *= count;
       return shape;
     };
@@ -589,7 +585,7 @@ PyObject* LayerInfer(Reader& arguments) {
   const char* cell = arguments.Text();
   const LayerArguments a(arguments);
   arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kAll);
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, kAll);
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
 }
 
@@ -598,7 +594,7 @@ PyObject* Layer(Reader& arguments) {
   const char* cell = arguments.Text();
   const LayerArguments a(arguments);
   arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kSaved);
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, kSaved);
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n, &outputs.hs, &outputs.saved});
 }
 
@@ -623,8 +619,7 @@ PyObject* LayerBackward(Reader& arguments) {
     if (like.has_value() && (needs >> i & 1)) {
       const auto sizes = like->sizes();
       // As in the operator, the pool's memory is for what is gone soon.
-      gradients[i].emplace(std::vector<int64_t>(sizes.begin(), sizes.end()), a.x.scalar_type(),
-                           i == 0);
+      gradients[i].emplace(Dims(sizes.begin(), sizes.end()), a.x.scalar_type(), i == 0);
       *slots[i] = gradients[i]->data();
     }
   }
@@ -640,22 +635,20 @@ struct Stack {
   int64_t layers, directions;
   bool has_biases, batch_first;
 
-  PyObject* Run(const char* cell, Borrowed x, const Hidden& hx,
-                const std::vector<MaybeBorrowed>& flat) const {
-    const int64_t runs = layers * directions, per_run = runs != 0 ? int64_t(flat.size()) / runs : 0;
+  PyObject* Run(const char* cell, Borrowed x, const Hidden& hx, const Kept& flat) const {
+    const int64_t runs = layers * directions, per_run = runs != 0 ? flat.size() / runs : 0;
     if (x.dim() != 3 || layers < 1 || directions < 1 || directions > 2 || per_run < 2 ||
-        per_run > kWeights || per_run * runs != int64_t(flat.size()) ||
-        (per_run >= 4) != has_biases || (hx.h.has_value() && hx.h->size(0) != runs))
+        per_run > kWeights || per_run * runs != flat.size() || (per_run >= 4) != has_biases ||
+        (hx.h.has_value() && hx.h->size(0) != runs))
       throw Unusual();
     std::vector<Weights> weights(layers);
     for (int64_t i = 0; i < runs; i++) {
-      const MaybeBorrowed* from = &flat[i * per_run];
       MaybeBorrowed* to = &weights[i / directions][i % directions * kWeights];
-      std::copy(from, from + (has_biases ? 4 : 2), to);
-      if (per_run % 2 == 1) to[kWeights - 1] = from[per_run - 1];
+      for (int64_t j = 0; j < per_run; j++)  // h is projected if their number is odd
+        to[j == per_run - 1 && j % 2 == 0 ? kWeights - 1 : j] = flat.Tensor(i * per_run + j);
     }
     if (batch_first) x.SwapLeading();
-    Outputs outputs = frnn::Run(cell, x, hx.h, hx.c, weights, std::nullopt, kAll);
+    Outputs outputs = frnn::Run(cell, x, hx.h, hx.c, weights.data(), layers, std::nullopt, kAll);
     if (batch_first) outputs.y->SwapLeading();
     return MakeTuple(
         2, [&](size_t i) { return i == 0 ? outputs.y->ToPython() : outputs.HiddenState(); });
@@ -664,11 +657,11 @@ struct Stack {
 
 // A step of a cell, its four weights in the schemas' order, to hx. x and the states are [B, features],
 // or [features] alone.
-PyObject* RunStep(const char* cell, Borrowed x, Hidden hx, const std::vector<MaybeBorrowed>& four) {
+PyObject* RunStep(const char* cell, Borrowed x, Hidden hx, const Kept& four) {
   auto& [h, c] = hx;
   if (four.size() != 4) throw Unusual();
   Weights weights;
-  std::copy(four.begin(), four.end(), weights.begin());
+  for (int i = 0; i < 4; i++) weights[i] = four.Tensor(i);
   const int added = 3 - int(x.dim());
   if (added != 1 && added != 2) throw Unusual();
   for (int i = 0; i < added; i++) {
@@ -676,7 +669,7 @@ PyObject* RunStep(const char* cell, Borrowed x, Hidden hx, const std::vector<May
     if (h.has_value()) h = h->Unsqueezed();
     if (c.has_value()) c = c->Unsqueezed();
   }
-  Outputs outputs = Run(cell, x, h, c, {weights}, std::nullopt, kStates);
+  Outputs outputs = Run(cell, x, h, c, &weights, 1, std::nullopt, kStates);
   for (int i = 0; i < added; i++) {
     outputs.h_n->Squeeze();
     if (outputs.c_n.has_value()) outputs.c_n->Squeeze();
@@ -690,8 +683,8 @@ PyObject* StackInfer(Reader& arguments) {
   const char* cell = arguments.Text();
   const Borrowed x = arguments.Present();
   const Hidden hx = arguments.HiddenState();
-  Kept kept;
-  const std::vector<MaybeBorrowed> flat = arguments.Named(kept);
+  Kept flat;
+  arguments.Named(flat);
   Stack stack;
   stack.layers = arguments.Integer();
   stack.directions = arguments.Integer();
@@ -706,8 +699,8 @@ PyObject* Step(Reader& arguments) {
   const char* cell = arguments.Text();
   const Borrowed x = arguments.Present();
   const Hidden hx = arguments.HiddenState();
-  Kept kept;
-  const std::vector<MaybeBorrowed> named = arguments.Named(kept);
+  Kept named;
+  arguments.Named(named);
   arguments.End();
   return RunStep(cell, x, hx, named);
 }
@@ -793,7 +786,7 @@ PyObject* Called(Reader& arguments) {
     if (WantsGrad(input) || WantsGrad(hx)) return nullptr;
   }
   if (!IsPlain(module, own) || IsWatched()) return nullptr;
-  if (one_step) return RunStep(TextOf(cell), Borrowed(input), HiddenState(hx), weights.Tensors());
+  if (one_step) return RunStep(TextOf(cell), Borrowed(input), HiddenState(hx), weights);
 
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;
   Stack stack;
@@ -803,7 +796,7 @@ PyObject* Called(Reader& arguments) {
   stack.batch_first = FlagOf(own.Get(names().batch_first));
   std::string name = TextOf(own.Get(names().mode));
   for (char& letter : name) letter |= letter >= 'A' && letter <= 'Z' ? 'a' - 'A' : 0;
-  return stack.Run(name.c_str(), Borrowed(input), HiddenState(hx), weights.Tensors());
+  return stack.Run(name.c_str(), Borrowed(input), HiddenState(hx), weights);
 }
 
 // What torch has to offer -> True, or None where this torch has another way of exchange. A watcher is
