@@ -113,11 +113,8 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """nn.Module's, which takes as long as a small step and mostly finds nothing to do."""
-        if not kwargs:
-            found = functional.called_directly(self, args)
-            if found is not None:
-                return found
-        return super().__call__(*args, **kwargs)
+        found = functional.called_directly(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if found is None else found
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
@@ -517,6 +514,7 @@ class GRU(_Recurrent):
 
 
 _CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+_RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
 
 class _Cell(_TorchShaped, nn.RNNCellBase):
@@ -526,11 +524,8 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``_Recurrent.__call__``."""
-        if not kwargs:
-            found = functional.called_directly(self, args, self._cell())
-            if found is not None:
-                return found
-        return super().__call__(*args, **kwargs)
+        found = functional.called_directly(self, args, kwargs, self._cell())
+        return super().__call__(*args, **kwargs) if found is None else found
 
     def _cell(self) -> str:
         raise NotImplementedError
@@ -618,9 +613,10 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def _cell(self) -> str:
-        if self.nonlinearity not in ("tanh", "relu"):
+        name = _RNN_CELLS.get(self.nonlinearity)
+        if name is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return f"rnn_{self.nonlinearity}"
+        return name
 
 
 class LSTMCell(_HiddenPair, _Cell):

@@ -158,15 +158,17 @@ _MODULES = (
 )
 
 
-def called_directly(module: nn.Module, arguments: tuple[Any, ...], cell: str | None = None) -> Any:
-    """``module(*arguments)`` by a direct call, or None if it has to go all the way.
+def called_directly(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cell: str | None = None
+) -> Any:
+    """``module(*args, **kwargs)`` by a direct call, or None if it has to go all the way.
 
     That is of a stack of layers, or of ``cell``. Without gradients it is the whole call, in which
     nobody has a part: no hook, no mode, no method or attribute that was replaced.
     """
     if is_dynamo_compiling() or not _direct:
         return None
-    return _direct.called(module, arguments, cell)
+    return _direct.called(module, args, kwargs, cell)
 
 
 def direct_calls(x: Tensor) -> Any:

@@ -445,7 +445,7 @@ def example(name: str, **kwargs: Any) -> tuple[Any, Tensor, Any]:
 @needs_direct
 @pytest.mark.parametrize("name", CLASSES)
 def test_whole_calls(name: str, spy: Spy) -> None:
-    """In every mode without gradients; by keyword they go through forward."""
+    """In every mode without gradients, by position and by name."""
     module, x, hx = example(name)
     forward = "step" if name.endswith("Cell") else "stack_infer"
     expected = by_operator(lambda: module(x, hx))
@@ -456,16 +456,24 @@ def test_whole_calls(name: str, spy: Spy) -> None:
     module.requires_grad_(False)
     with torch.enable_grad():
         assert_identical(module(x, hx), expected)
-    assert spy.names == ["called"] * 5
+    assert_identical(module(x, hx=hx), expected)
+    assert spy.names == ["called"] * 6
     assert_identical(module(input=x, hx=hx), expected)
     assert_identical(module.forward(x, hx), expected)
-    assert spy.names[5:] == [forward] * 2
+    assert spy.names[6:] == [forward] * 2
     module.eval()
     assert_identical(module(x, hx), expected)
-    assert spy.names[7:] == ["called"]
-    for bad in ((), (x, hx, x)):
+    assert spy.names[8:] == ["called"]
+    bad: Any
+    for bad in (
+        ((), {}),
+        ((), {"hx": hx}),
+        ((x, hx, x), {}),
+        ((x, hx), {"hx": hx}),
+        ((x,), {"h": hx}),
+    ):
         with pytest.raises(TypeError):
-            module(*bad)
+            module(*bad[0], **bad[1])
 
 
 @needs_direct

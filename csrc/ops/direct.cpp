@@ -102,6 +102,7 @@ Py_ssize_t watcher_count = 0;
 // Interned: a dict finds them by their address.
 struct Names {
   static PyObject* Interned(const char* text) { return PyUnicode_InternFromString(text); }
+  PyObject* const hx = Interned("hx");
   PyObject* const mode = Interned("mode");
   PyObject* const num_layers = Interned("num_layers");
   PyObject* const bidirectional = Interned("bidirectional");
@@ -759,15 +760,19 @@ bool WantsGrad(PyObject* object) {
   return false;
 }
 
-// (module, the arguments of its call, cell) -> what the call returns. For a stack of layers cell is
-// None: the module says which.
+// (module, the arguments of its call, those by name, cell) -> what the call returns. For a stack of
+// layers cell is None: the module says which.
 PyObject* Called(Reader& arguments) {
-  PyObject *module = arguments.Object(), *inputs = arguments.Object(), *cell = arguments.Object();
+  PyObject *module = arguments.Object(), *inputs = arguments.Object();
+  PyObject *named = arguments.Object(), *cell = arguments.Object();
   arguments.End();
-  const Py_ssize_t given = PyTuple_Size(inputs);
-  if (given < 1 || given > 2) return nullptr;
+  const Py_ssize_t given = PyTuple_Size(inputs), given_by_name = PyDict_Size(named);
+  PyObject* hx = given == 2                         ? PyTuple_GetItem(inputs, 1)
+                 : given == 1 && given_by_name == 1 ? PyDict_GetItemWithError(named, names().hx)
+                 : given == 1                       ? Py_None
+                                                    : nullptr;
+  if (hx == nullptr || given + given_by_name > 2) return nullptr;
   PyObject* input = PyTuple_GetItem(inputs, 0);
-  PyObject* hx = given == 2 ? PyTuple_GetItem(inputs, 1) : Py_None;
   if (reinterpret_cast<PyObject*>(Py_TYPE(input)) != tensor_type) return nullptr;
 
   const Attributes own(module);
