@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -688,11 +688,11 @@ def library(target: str = "cpu") -> ctypes.CDLL:
     return ctypes.CDLL(str(_states[target].library))
 
 
-def direct_calls(watchers: Sequence[Callable[[], object]]) -> Any:
+def direct_calls(*torch_facts: object) -> Any:
     """The CPU's library as a Python module, whose functions need no dispatcher (ops.py), or None.
 
-    It is one if it was compiled where Python.h was, and torch has what it needs. Its functions do
-    nothing while a watcher returns a true value.
+    It is one if it was compiled where Python.h was, and torch has what it needs. ``torch_facts`` is
+    what else it is to know of torch: see Setup in csrc/ops/direct.cpp.
     """
     import torch
 
@@ -708,7 +708,7 @@ def direct_calls(watchers: Sequence[Callable[[], object]]) -> Any:
         return None
     tensor = torch.Tensor
     exchange = tensor.__dlpack_c_exchange_api__
-    usable = module.setup(exchange, tensor, torch.nn.Parameter, tensor.is_neg, *watchers)
+    usable = module.setup(exchange, tensor, torch.nn.Parameter, tensor.is_neg, *torch_facts)
     return module if usable else None
 
 

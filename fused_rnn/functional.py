@@ -118,6 +118,8 @@ def _autocast_results(
 # it would have to convert, copy or complain it returns None. Then nothing has happened, and the
 # functions below do the work.
 
+called_directly = ops.called_directly  # of whole modules
+
 
 def recurrent_directly(
     cell: str,

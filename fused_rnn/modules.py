@@ -43,6 +43,7 @@ class _TorchShaped(nn.Module):
     """
 
     torch_class: ClassVar[type[nn.Module]]
+    _usual_forward: ClassVar[Any]  # what ``called_directly`` may do the work of, or None
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles instead: torch.nn's module, sharing all we have."""
@@ -108,6 +109,12 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         hooks = [getattr(cls, name) for name in _HOOKS if hasattr(cls, name)]
         homes = (__name__, nn.RNNBase.__module__)
         cls._own_hooks = all(getattr(hook, "__module__", None) in homes for hook in hooks)
+        cls._usual_forward = _Recurrent.forward if cls._own_hooks else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module's, which takes as long as a small step and mostly finds nothing to do."""
+        found = functional.called_directly(self, args, kwargs)
+        return super().__call__(*args, **kwargs) if found is None else found
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
@@ -507,12 +514,18 @@ class GRU(_Recurrent):
 
 
 _CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+_RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
 
 class _Cell(_TorchShaped, nn.RNNCellBase):
     """What the cells share: from a user's call to ``functional.step`` and back."""
 
     _hidden_name: ClassVar[str] = "hidden"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``_Recurrent.__call__``."""
+        found = functional.called_directly(self, args, kwargs, self._cell())
+        return super().__call__(*args, **kwargs) if found is None else found
 
     def _cell(self) -> str:
         raise NotImplementedError
@@ -562,6 +575,8 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
         return self._join_hidden(h, c)
 
+    _usual_forward = forward
+
 
 class RNNCell(_Cell):
     r"""One step of an Elman network; equation and source as in ``RNN``.
@@ -598,9 +613,10 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def _cell(self) -> str:
-        if self.nonlinearity not in ("tanh", "relu"):
+        name = _RNN_CELLS.get(self.nonlinearity)
+        if name is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return f"rnn_{self.nonlinearity}"
+        return name
 
 
 class LSTMCell(_HiddenPair, _Cell):

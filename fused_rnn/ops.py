@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.library
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.nn.modules import module as nn_module
 
 from . import build, reference
 from .reference import Weights
@@ -76,7 +77,8 @@ def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        _direct = build.direct_calls(_WATCHERS) or False
+        facts = (*_MODULES, vars(forward_ad), Tensor().is_neg, _WATCHERS)
+        _direct = build.direct_calls(*facts) or False
     return native
 
 
@@ -142,11 +144,36 @@ _WATCHERS = (
     torch._C._autograd._profiler_enabled,
     torch._C._functorch.get_dynamic_layer_stack_depth,
 )
+# By what a call of a module is more than one of its forward.
+_MODULES = (
+    nn.Module,
+    nn.Module.__call__,
+    nn.Module._call_impl,
+    (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
+    ),
+)
+
+
+def called_directly(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cell: str | None = None
+) -> Any:
+    """``module(*args, **kwargs)`` by a direct call, or None if it has to go all the way.
+
+    That is of a stack of layers, or of ``cell``. Without gradients it is the whole call, in which
+    nobody has a part: no hook, no mode, no method or attribute that was replaced.
+    """
+    if is_dynamo_compiling() or not _direct:
+        return None
+    return _direct.called(module, args, kwargs, cell)
 
 
 def direct_calls(x: Tensor) -> Any:
     """The direct functions if they may be called for this input. They know no gradients."""
-    if is_dynamo_compiling() or not _direct or forward_ad._current_level >= 0 or not x.is_cpu:
+    if is_dynamo_compiling() or not _direct or not x.is_cpu:
         return None
     return _direct
 

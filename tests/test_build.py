@@ -250,8 +250,8 @@ def test_library_that_is_no_use_to_this_torch(build, home):
     (home / "csrc" / "ops" / "direct.cpp").write_text(DIRECT)
     assert build.backend() == "native"
     if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        assert build.direct_calls([len]) is None
-        assert build.direct_calls([len, len]).__name__ == "fused_rnn._direct"
+        assert build.direct_calls(len) is None
+        assert build.direct_calls(len, len).__name__ == "fused_rnn._direct"
 
 
 # --- The library that comes with the package ------------------------------------------------------

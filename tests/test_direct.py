@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import sys
@@ -49,7 +50,10 @@ def test_where_there_are_direct_calls() -> None:
 
 
 class Spy:
-    """The functions, and how the calls of them ended: with results, or with None."""
+    """The functions, and how the calls of them ended: with results, or with None.
+
+    Of a module whose call is not a direct one its forward is asked next, so that goes unsaid.
+    """
 
     def __init__(self) -> None:
         self.done: list[bool] = []
@@ -58,6 +62,8 @@ class Spy:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = getattr(DIRECT, name)(*args)
+            if name == "called" and result is None:
+                return None
             self.done.append(result is not None)
             self.names.append(name)
             return result
@@ -294,7 +300,7 @@ def test_single_steps(name: str, hidden: int, batch: int, spy: Spy) -> None:
             torch.set_num_threads(threads)
         assert_identical(runs[1], runs[0])
         assert_identical(runs[2], runs[0])
-    assert all(spy.done) and set(spy.names) == {"stack_infer"}
+    assert all(spy.done) and set(spy.names) == {"called"}
 
 
 @needs_direct
@@ -370,12 +376,14 @@ def test_nothing_is_kept() -> None:
     module, x, h = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     bad = torch.randn(1, 2, 5)
     everything = [x, h, bad, None, *module.parameters(), DIRECT]
+    gc.collect()  # what other tests left would be taken from the counts meanwhile
     with torch.no_grad():
         module(x, h)
         before = [sys.getrefcount(t) for t in everything]
         for _ in range(50):
             y, h_n = module(x, h)
             module(x)
+            module(x, hx=h)
             assert sys.getrefcount(y) == 2 and sys.getrefcount(h_n) == 2
             weights = list(module.parameters())
             assert stack_infer("gru", x, bad, weights, 1, 1, True, False) is None
@@ -421,6 +429,191 @@ def test_weights_live_as_long_as_the_call() -> None:
     if running:
         assert kept and old() is None
         assert_identical(found, expected)
+
+
+# --- Whole calls of modules ----------------------------------------------------------------------
+
+
+def example(name: str, **kwargs: Any) -> tuple[Any, Tensor, Any]:
+    """A module, an input of one step, and states."""
+    lead = (2,) if name.endswith("Cell") else (1, 2)
+    h, c = torch.randn(2, *lead, 4)
+    return (
+        getattr(fused_rnn, name)(3, 4, **kwargs),
+        torch.randn(*lead, 3),
+        (h, c) if name.startswith("LSTM") else h,
+    )
+
+
+@needs_direct
+@pytest.mark.parametrize("name", CLASSES)
+def test_whole_calls(name: str, spy: Spy) -> None:
+    """In every mode without gradients, by position and by name."""
+    module, x, hx = example(name)
+    forward = "step" if name.endswith("Cell") else "stack_infer"
+    expected = by_operator(lambda: module(x, hx))
+    for given in ((x, hx), (x, None), (x,)):
+        module(*given)
+    with torch.inference_mode():
+        module(x, hx)
+    module.requires_grad_(False)
+    with torch.enable_grad():
+        assert_identical(module(x, hx), expected)
+    assert_identical(module(x, hx=hx), expected)
+    assert spy.names == ["called"] * 6
+    assert_identical(module(input=x, hx=hx), expected)
+    assert_identical(module.forward(x, hx), expected)
+    assert spy.names[6:] == [forward] * 2
+    module.eval()
+    assert_identical(module(x, hx), expected)
+    assert spy.names[8:] == ["called"]
+    bad: Any
+    for bad in (
+        ((), {}),
+        ((), {"hx": hx}),
+        ((x, hx, x), {}),
+        ((x, hx), {"hx": hx}),
+        ((x,), {"h": hx}),
+    ):
+        with pytest.raises(TypeError):
+            module(*bad[0], **bad[1])
+
+
+@needs_direct
+@pytest.mark.parametrize("name", CLASSES)
+def test_whole_calls_know_who_wants_gradients(name: str, spy: Spy) -> None:
+    module, x, hx = example(name)
+    states = hx if isinstance(hx, tuple) else (hx,)
+    with torch.enable_grad():
+        for tensor in (x, *states, *module.parameters()):
+            module.requires_grad_(False)
+            tensor.requires_grad_()
+            assert all(t.requires_grad for t in flatten(module(x, hx))[:1])
+            tensor.requires_grad_(False)
+    assert "called" not in spy.names
+
+
+@needs_direct
+@pytest.mark.parametrize("name", CLASSES)
+def test_hooks_are_called(name: str, spy: Spy) -> None:
+    module, x, hx = example(name)
+    seen: list[str] = []
+    everywhere = torch.nn.modules.module
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+        everywhere.register_module_forward_hook,
+        everywhere.register_module_forward_pre_hook,
+        everywhere.register_module_full_backward_hook,
+        everywhere.register_module_full_backward_pre_hook,
+    ):
+        handle = register(lambda *args, **kwargs: seen.append("hook"))
+        try:
+            module(x, hx)
+        finally:
+            handle.remove()
+        assert "called" not in spy.names
+        module(x, hx)
+        assert spy.names.pop() == "called"
+        assert len(seen) == ("backward" not in register.__name__)
+        seen.clear()
+
+
+@needs_direct
+@pytest.mark.parametrize("name", CLASSES)
+def test_replaced_methods_are_called(name: str, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the module, of its class, of all modules; and those of a subclass."""
+    module, x, hx = example(name)
+
+    def mine(*args: Any, **kwargs: Any) -> str:
+        return "mine"
+
+    for where, method in (
+        (module, "forward"),
+        (module, "_call_impl"),
+        (module, "_compiled_call_impl"),
+        (type(module), "forward"),
+        (type(module), "_call_impl"),
+        (type(module), "__call__"),
+        (nn.Module, "_call_impl"),
+        (nn.Module, "__call__"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, method, mine, raising=False)
+            assert module(x, hx) == "mine"
+        assert not isinstance(module(x, hx), str) and spy.names.pop() == "called"
+    assert not spy.names
+
+    class Sub(type(module)):  # type: ignore[misc]
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            return super().forward(input, hx), "mine"
+
+    class SubSub(Sub):
+        pass
+
+    for kind in (Sub, SubSub):
+        assert kind(3, 4)(x, hx)[1] == "mine"
+    assert "called" not in spy.names
+
+
+@needs_direct
+def test_whole_calls_see_changes(spy: Spy) -> None:
+    """Nothing that a module holds is remembered from one call to the next."""
+    _, ours = pair("LSTM", 3, 3, num_layers=2, batch_first=True, dropout=0.5)
+    x = torch.randn(4, 4, 3)
+
+    def check(whole: bool) -> None:
+        spy.names.clear()
+        torch.manual_seed(0)
+        found = ours(x)
+        assert ("called" in spy.names) == whole
+        torch.manual_seed(0)
+        assert_identical(found, by_operator(lambda: ours(x)))
+
+    check(False)
+    ours.eval()
+    check(True)
+    ours.batch_first = False
+    check(True)
+    ours.train()
+    ours.dropout = 0.0
+    check(True)
+    ours.weight_hh_l1 = nn.Parameter(torch.randn(12, 3))
+    check(True)
+    ours.weight_hh_l0.data = torch.randn(12, 3)
+    check(True)
+    ours.weight_ih_l0.data.zero_()
+    check(True)
+    torch.nn.utils.parametrize.register_parametrization(ours, "weight_hh_l0", nn.Tanh())
+    check(False)
+    torch.nn.utils.parametrize.remove_parametrizations(ours, "weight_hh_l0")
+    check(True)
+    others = {name: p + 1 for name, p in ours.named_parameters()}
+    found = torch.func.functional_call(ours, others, x)
+    ours.load_state_dict(others)
+    assert_identical(found, ours(x))
+    del ours.bias_hh_l1
+    ours.bias_hh_l1 = torch.randn(12)
+    check(False)
+
+
+@needs_direct
+def test_whole_calls_of_a_compiled_module(spy: Spy) -> None:
+    torch._dynamo.reset()
+    module, x, hx = example("GRU")
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    module.compile(backend=backend, fullgraph=True)
+    found = module(x, hx)
+    assert "layer_infer" in graphs[0] and not spy.names
+    assert_identical(found, module.forward(x, hx))
+    torch._dynamo.reset()
 
 
 # --- What is left to the operators ---------------------------------------------------------------
@@ -590,7 +783,7 @@ def test_gradients_are_asked_for(spy: Spy) -> None:
     with torch.enable_grad():
         assert module(x)[0].requires_grad and spy.names == ["layer"]
         module.requires_grad_(False)
-        assert not module(x)[0].requires_grad and spy.names == ["layer", "stack_infer"]
+        assert not module(x)[0].requires_grad and spy.names == ["layer", "called"]
         assert module(x.requires_grad_())[0].requires_grad and spy.names.pop() == "layer"
 
 

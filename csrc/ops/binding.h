@@ -56,6 +56,27 @@ inline std::string Shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return s + ")";
 }
 
+// A shape, in no memory of its own: a small call has a dozen of them.
+class Dims {
+ public:
+  Dims(std::initializer_list<int64_t> sizes) : Dims(sizes.begin(), sizes.end()) {}
+  template <class Iterator>
+  Dims(Iterator begin, Iterator end) : count_(size_t(end - begin)) {
+    STD_TORCH_CHECK(count_ <= sizes_.size(), "too many dimensions");
+    std::copy(begin, end, sizes_.begin());
+  }
+  size_t size() const { return count_; }
+  const int64_t* data() const { return sizes_.data(); }
+  const int64_t* begin() const { return data(); }
+  const int64_t* end() const { return data() + count_; }
+  int64_t& operator[](size_t i) { return sizes_[i]; }
+  int64_t operator[](size_t i) const { return sizes_[i]; }
+
+ private:
+  std::array<int64_t, 4> sizes_;
+  size_t count_;
+};
+
 template <class T, class Sizes>
 bool SameShape(const T& t, const Sizes& expected) {
   const auto sizes = t.sizes();
@@ -70,7 +91,7 @@ void CheckShape(const char* name, const T& t, std::initializer_list<int64_t> exp
 
 inline Tensor ContiguousCopy(const Tensor& t) { return torch::stable::contiguous(t); }
 
-inline Tensor New(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor New(const Tensor& like, const Dims& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
@@ -113,7 +134,8 @@ class Arguments {
   int32_t index() const { return index_; }
 
  private:
-  const T& Kept(T copy) { return kept_.emplace_front(std::move(copy)); }
+  const T& Kept(T&& copy) { return kept_.emplace_front(std::move(copy)); }
+  const T& Kept(const T& there) { return there; }
   void CheckType(const char* name, const T& t) const {
     STD_TORCH_CHECK(Device::Owns(t, index_), name, ": expected a ", Device::kName,
                     " tensor, on the device of x");
@@ -177,18 +199,18 @@ struct Call {
   ScalarType computing() const {
     return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   }
-  std::vector<int64_t> YShape() const {
+  Dims YShape() const {
     const int64_t width = p.dirs * p.Hout;
-    return p.ragged ? std::vector<int64_t>{p.rows, width} : std::vector<int64_t>{p.T, p.B, width};
+    return p.ragged ? Dims{p.rows, width} : Dims{p.T, p.B, width};
   }
-  std::vector<int64_t> HShape() const { return {p.dirs, p.B, p.Hout}; }
-  std::vector<int64_t> CShape() const { return {p.dirs, p.B, kernels.extra_states * p.H}; }
+  Dims HShape() const { return {p.dirs, p.B, p.Hout}; }
+  Dims CShape() const { return {p.dirs, p.B, kernels.extra_states * p.H}; }
   // hs: [dirs, rows, ..] and saved: [dirs, rows, kSaved + kExtra, ..], see LayerParams.
-  std::vector<int64_t> HsShape() const {
+  Dims HsShape() const {
     return {p.dirs, Device::kSavedLead * p.B + p.rows, Device::HsStride(p.H, p.Hout)};
   }
   ScalarType HsType() const { return Device::kHsInStorageType ? arguments.dtype() : computing(); }
-  std::vector<int64_t> SavedShape() const {
+  Dims SavedShape() const {
     return {p.dirs, p.rows, kernels.saved + kernels.extra_states, Device::SavedUnits(p.H)};
   }
 
@@ -226,16 +248,17 @@ struct Call {
   const typename Device::Kernels& kernels;
   Arguments<Device, T> arguments;
   LayerGradParams p{};
-  std::vector<int64_t> sizes, offsets;
 
  private:
+  std::vector<int64_t> steps_;  // p.batch_sizes, then p.offsets
+
   static const typename Device::Kernels& Find(const char* cell, Storage storage) {
     const auto* kernels = Device::Find(cell, storage);
     STD_TORCH_CHECK(kernels != nullptr, "cell: unknown cell '", cell, "'");
     return *kernels;
   }
 
-  void* Saved(const char* name, const T& t, const std::vector<int64_t>& shape, ScalarType dtype) {
+  void* Saved(const char* name, const T& t, const Dims& shape, ScalarType dtype) {
     STD_TORCH_CHECK(SameShape(t, shape) && t.scalar_type() == dtype && t.is_contiguous() &&
                         Device::Owns(t, arguments.index()),
                     name, ": not what the forward returned");
@@ -243,33 +266,33 @@ struct Call {
   }
 
   void Steps(const T& x, const Optional& batch_sizes) {
+    p.T = p.ragged ? batch_sizes->numel() : x.size(0);
+    STD_TORCH_CHECK(p.T > 0, "Expected sequence length to be larger than 0 in RNN");
+    steps_.resize(2 * p.T + 1);
+    int64_t *sizes = steps_.data(), *offsets = sizes + p.T;
     if (p.ragged) {
       STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
                           batch_sizes->scalar_type() == ScalarType::Long,
                       "batch_sizes: expected a 1-D int64 CPU tensor");
       const T& contiguous = arguments.Contiguous(*batch_sizes);
       const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
-      sizes.assign(data, data + contiguous.numel());
-      p.T = int64_t(sizes.size());
+      std::copy(data, data + p.T, sizes);
     } else {
-      p.T = x.size(0);
       STD_TORCH_CHECK(x.size(1) == p.B, "h0: expected batch ", x.size(1), ", got ", p.B);
-      sizes.assign(p.T, p.B);
+      std::fill(sizes, offsets, p.B);
     }
-    STD_TORCH_CHECK(p.T > 0, "Expected sequence length to be larger than 0 in RNN");
-    offsets.assign(1, 0);
     for (int64_t t = 0; t < p.T; t++) {
       STD_TORCH_CHECK(sizes[t] <= (t == 0 ? p.B : sizes[t - 1]) && (sizes[t] > 0 || !p.ragged),
                       "batch_sizes: expected positive, not increasing, at most B = ", p.B);
-      offsets.push_back(offsets.back() + sizes[t]);
+      offsets[t + 1] = offsets[t] + sizes[t];
     }
     STD_TORCH_CHECK(!p.ragged || sizes[0] == p.B, "h0: expected batch ", sizes[0], ", got ", p.B);
-    p.rows = offsets.back();
+    p.rows = offsets[p.T];
     // Data past the last step is ignored, as in torch.nn.
     STD_TORCH_CHECK(!p.ragged || x.size(0) >= p.rows, "x: expected at least ", p.rows,
                     " rows, got ", x.size(0));
-    p.batch_sizes = sizes.data();
-    p.offsets = offsets.data();
+    p.batch_sizes = sizes;
+    p.offsets = offsets;
   }
 };
 

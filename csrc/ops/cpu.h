@@ -51,8 +51,8 @@ struct Cpu {
   // Large tensors come from the engine's own pool: tens of megabytes that come and go at every
   // training step would be fresh pages from the allocator, and faulting them in took a fifth of a
   // GRU's step.
-  static Tensor NewLarge(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-    std::vector<int64_t> strides(sizes.size());
+  static Tensor NewLarge(const Tensor& like, const Dims& sizes, ScalarType dtype) {
+    Dims strides = sizes;
     int64_t count = 1;
     for (size_t i = sizes.size(); i-- > 0;) {
       strides[i] = count;

@@ -90,7 +90,7 @@ struct Cuda {
   }
   static int64_t HsStride(int64_t H, int64_t Hout) { return Hout + (H == Hout ? 0 : H); }
   static int64_t SavedUnits(int64_t H) { return H; }
-  static Tensor NewLarge(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  static Tensor NewLarge(const Tensor& like, const Dims& sizes, ScalarType dtype) {
     return Fresh(New(like, sizes, dtype));
   }
   // Products want rows of x evenly spaced, and not within each other.

@@ -25,8 +25,13 @@
 
 // Python itself has these. Weak, so that the linker still refuses a symbol of ours that is missing.
 // clang-format off
+#pragma weak PyCFunction_GetFlags
+#pragma weak PyCFunction_GetFunction
+#pragma weak PyCFunction_GetSelf
+#pragma weak PyCFunction_Type
 #pragma weak PyCapsule_GetPointer
 #pragma weak PyDict_GetItemWithError
+#pragma weak PyDict_Size
 #pragma weak PyErr_Clear
 #pragma weak PyErr_Occurred
 #pragma weak PyEval_RestoreThread
@@ -37,6 +42,8 @@
 #pragma weak PyList_GetItem
 #pragma weak PyList_Size
 #pragma weak PyObject_CallNoArgs
+#pragma weak PyObject_GenericGetDict
+#pragma weak PyObject_GetAttr
 #pragma weak PyObject_IsTrue
 #pragma weak PyTuple_GetItem
 #pragma weak PyTuple_New
@@ -44,6 +51,7 @@
 #pragma weak PyTuple_Size
 #pragma weak PyTuple_Type
 #pragma weak PyUnicode_AsUTF8AndSize
+#pragma weak PyUnicode_InternFromString
 #pragma weak Py_DecRef
 #pragma weak Py_IncRef
 #pragma weak _Py_FalseStruct
@@ -56,12 +64,70 @@ namespace {
 
 struct Unusual {};  // thrown where the operator has to take over
 
+// A function of torch without arguments. Of one that is C alone, Python has no part in the call, which
+// then takes half as long.
+struct Question {
+  PyObject *callable, *self;
+  PyCFunction function;  // null: not C alone
+
+  Question() = default;
+  explicit Question(PyObject* callable) : callable(callable), self(nullptr), function(nullptr) {
+    if (Py_TYPE(callable) != &PyCFunction_Type || PyCFunction_GetFlags(callable) != METH_NOARGS)
+      return;
+    self = PyCFunction_GetSelf(callable);
+    function = PyCFunction_GetFunction(callable);
+  }
+  // Whether the answer is other than False or 0; an error is.
+  static bool IsYes(PyObject* answer) {
+    const bool yes = answer == nullptr || PyObject_IsTrue(answer) != 0;
+    Py_DecRef(answer);
+    return yes;
+  }
+  bool Ask() const {
+    return IsYes(function ? function(self, nullptr) : PyObject_CallNoArgs(callable));
+  }
+};
+
 // Set once, by Setup.
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type, *parameter_type;
-PyObject* is_negative;  // torch.Tensor.is_neg
-PyObject* watchers[8];
+PyObject* is_negative;                                   // torch.Tensor.is_neg
+Question is_this_negative;                               // is_neg of some tensor
+PyObject *module_type, *module_call, *module_call_impl;  // torch.nn.Module, and what it came with
+PyObject* global_hooks;                                  // those of all modules: a tuple of dicts
+PyObject* forward_mode;                                  // the dict of torch.autograd.forward_ad
+Question watchers[8];
 Py_ssize_t watcher_count = 0;
+
+// Interned: a dict finds them by their address.
+struct Names {
+  static PyObject* Interned(const char* text) { return PyUnicode_InternFromString(text); }
+  PyObject* const hx = Interned("hx");
+  PyObject* const mode = Interned("mode");
+  PyObject* const num_layers = Interned("num_layers");
+  PyObject* const bidirectional = Interned("bidirectional");
+  PyObject* const bias = Interned("bias");
+  PyObject* const batch_first = Interned("batch_first");
+  PyObject* const dropout = Interned("dropout");
+  PyObject* const training = Interned("training");
+  PyObject* const parameters = Interned("_parameters");
+  PyObject* const weight_names = Interned("_flat_weights_names");
+  PyObject* const forward = Interned("forward");
+  PyObject* const usual_forward = Interned("_usual_forward");
+  PyObject* const call = Interned("__call__");
+  PyObject* const call_impl = Interned("_call_impl");
+  PyObject* const compiled_call_impl = Interned("_compiled_call_impl");
+  PyObject* const hooks[4] = {Interned("_forward_hooks"), Interned("_forward_pre_hooks"),
+                              Interned("_backward_hooks"), Interned("_backward_pre_hooks")};
+  PyObject* const cell_weights[4] = {Interned("weight_ih"), Interned("weight_hh"),
+                                     Interned("bias_ih"), Interned("bias_hh")};
+  PyObject* const requires_grad = Interned("requires_grad");
+  PyObject* const current_level = Interned("_current_level");
+};
+const Names& names() {
+  static const Names found;
+  return found;
+}
 
 // A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
 class Borrowed {
@@ -79,14 +145,10 @@ class Borrowed {
     std::copy(t.shape, t.shape + dims_, shape_);
     std::copy(t.strides, t.strides + dims_, strides_);
     if (numel() == 0 ? !may_be_empty : t.data == nullptr) throw Unusual();
-    // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
-    PyObject* negative = PyObject_CallFunctionObjArgs(is_negative, object, nullptr);
-    const bool plain = negative == Py_False;
-    Py_DecRef(negative);
-    if (!plain) throw Unusual();
+    if (type == parameter_type ? !IsKnownPositive(object) : IsNegative(object)) throw Unusual();
   }
   // Contiguous.
-  Borrowed(void* data, ScalarType dtype, const std::vector<int64_t>& shape)
+  Borrowed(void* data, ScalarType dtype, const Dims& shape)
       : data_(static_cast<char*>(data)), dtype_(dtype), dims_(int(shape.size())) {
     std::copy(shape.begin(), shape.end(), shape_);
     int64_t stride = 1;
@@ -136,6 +198,26 @@ class Borrowed {
  private:
   static constexpr int kMaxDims = 4;
 
+  // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
+  static bool IsNegative(PyObject* object) {
+    return Question::IsYes(is_this_negative.function
+                               ? is_this_negative.function(object, nullptr)
+                               : PyObject_CallFunctionObjArgs(is_negative, object, nullptr));
+  }
+  // The question takes longer than all others. A parameter is not asked again while its memory is the
+  // same: what could then be negative is a view of itself.
+  bool IsKnownPositive(PyObject* object) const {
+    static struct {
+      PyObject* object;
+      char* data;
+    } known[512];
+    auto& entry = known[uint64_t(reinterpret_cast<uintptr_t>(object)) * 0x9e3779b97f4a7c15 >> 55];
+    if (entry.object == object && entry.data == data_) return true;
+    if (IsNegative(object)) return false;
+    entry = {object, data_};
+    return true;
+  }
+
   static ScalarType TypeOf(dlpack::DataType t) {
     if (t.lanes != 1) throw Unusual();
     if (t.kind == dlpack::kFloat && t.bits == 32) return ScalarType::Float;
@@ -159,7 +241,7 @@ Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
 class Made {
  public:
-  Made(const std::vector<int64_t>& shape, ScalarType dtype, bool pooled = true) {
+  Made(const Dims& shape, ScalarType dtype, bool pooled = true) {
     const int64_t size = BytesOf(dtype);
     size_t bytes = size;
     for (const int64_t n : shape) bytes *= n;
@@ -245,19 +327,68 @@ struct Hidden {
   MaybeBorrowed h, c;
 };
 
+// As users write hidden states: h, a pair (h, c), or None.
+Hidden HiddenState(PyObject* object) {
+  if (object == Py_None) return {};
+  if (Py_TYPE(object) != &PyTuple_Type) return {Borrowed(object), {}};
+  if (PyTuple_Size(object) != 2) throw Unusual();
+  return {Borrowed(PyTuple_GetItem(object, 0)), Borrowed(PyTuple_GetItem(object, 1))};
+}
+
+// Values of a dict. They are kept: another thread may put others there.
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const Kept&) = delete;
+  ~Kept() {
+    for (PyObject* object : objects_) Py_DecRef(object);
+  }
+  void Reserve(Py_ssize_t n) { objects_.reserve(n); }
+  void Add(PyObject* dict, PyObject* name) {
+    PyObject* object = PyDict_GetItemWithError(dict, name);
+    if (object == nullptr) throw Unusual();
+    Py_IncRef(object);
+    objects_.push_back(object);
+  }
+  // All those that a list names.
+  void AddNamed(PyObject* dict, PyObject* list) {
+    const Py_ssize_t n = PyList_Size(list);
+    if (n < 0) throw Unusual();
+    Reserve(n);
+    for (Py_ssize_t i = 0; i < n; i++) Add(dict, PyList_GetItem(list, i));
+  }
+  const std::vector<PyObject*>& objects() const { return objects_; }
+  int64_t size() const { return int64_t(objects_.size()); }
+  MaybeBorrowed Tensor(int64_t i) const {
+    return objects_[i] == Py_None ? MaybeBorrowed() : Borrowed(objects_[i]);
+  }
+
+ private:
+  std::vector<PyObject*> objects_;
+};
+
+const char* TextOf(PyObject* object) {
+  const char* text = PyUnicode_AsUTF8AndSize(object, nullptr);
+  if (text == nullptr) throw Unusual();
+  return text;
+}
+bool FlagOf(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw Unusual();
+  return value == 1;
+}
+int64_t IntegerOf(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw Unusual();
+  return value;
+}
+
 // Arguments in the order of the schemas.
 class Reader {
  public:
   Reader(PyObject* const* arguments, Py_ssize_t n) : next_(arguments), end_(arguments + n) {}
-  ~Reader() {
-    for (PyObject* object : kept_) Py_DecRef(object);
-  }
-  Reader(const Reader&) = delete;
-  const char* Text() {
-    const char* text = PyUnicode_AsUTF8AndSize(Next(), nullptr);
-    if (text == nullptr) throw Unusual();
-    return text;
-  }
+  PyObject* Object() { return Next(); }
+  const char* Text() { return TextOf(Next()); }
   MaybeBorrowed Tensor() {
     PyObject* object = Next();
     return object == Py_None ? MaybeBorrowed() : Borrowed(object);
@@ -268,42 +399,14 @@ class Reader {
     return *t;
   }
   Borrowed MaybeEmpty() { return Borrowed(Next(), true); }
-  // As users write hidden states: h, a pair (h, c), or None.
-  Hidden HiddenState() {
-    PyObject* object = Next();
-    if (object == Py_None) return {};
-    if (Py_TYPE(object) != &PyTuple_Type) return {Borrowed(object), {}};
-    if (PyTuple_Size(object) != 2) throw Unusual();
-    return {Borrowed(PyTuple_GetItem(object, 0)), Borrowed(PyTuple_GetItem(object, 1))};
+  Hidden HiddenState() { return frnn::HiddenState(Next()); }
+  // A dict, and a list of those of its keys that are wanted.
+  void Named(Kept& kept) {
+    PyObject* dict = Next();
+    kept.AddNamed(dict, Next());
   }
-  // A dict, and a list of those of its keys that are wanted. Their values are kept: another thread may
-  // put others there.
-  std::vector<MaybeBorrowed> Named() {
-    PyObject *dict = Next(), *names = Next();
-    const Py_ssize_t n = PyList_Size(names);
-    if (n < 0) throw Unusual();
-    std::vector<MaybeBorrowed> tensors;
-    tensors.reserve(n);
-    kept_.reserve(n);
-    for (Py_ssize_t i = 0; i < n; i++) {
-      PyObject* object = PyDict_GetItemWithError(dict, PyList_GetItem(names, i));
-      if (object == nullptr) throw Unusual();
-      Py_IncRef(object);
-      kept_.push_back(object);
-      tensors.push_back(object == Py_None ? MaybeBorrowed() : Borrowed(object));
-    }
-    return tensors;
-  }
-  bool Flag() {
-    const int value = PyObject_IsTrue(Next());
-    if (value < 0) throw Unusual();
-    return value == 1;
-  }
-  int64_t Integer() {
-    const int64_t value = PyLong_AsLongLong(Next());
-    if (value == -1 && PyErr_Occurred()) throw Unusual();
-    return value;
-  }
+  bool Flag() { return FlagOf(Next()); }
+  int64_t Integer() { return IntegerOf(Next()); }
   void End() const {
     if (next_ != end_) throw Unusual();
   }
@@ -314,7 +417,6 @@ class Reader {
     return *next_++;
   }
   PyObject *const *next_, *const *end_;
-  std::vector<PyObject*> kept_;
 };
 
 // A tuple of n objects, which make(i) returns for it to own.
@@ -339,28 +441,30 @@ PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
   return MakeTuple(tensors.size(), [&](size_t i) { return ToPythonOrNone(*tensors.begin()[i]); });
 }
 
-// Leaves the call to the operator if somebody counts on torch's dispatcher.
-void CheckUnwatched() {
-  for (Py_ssize_t i = 0; i < watcher_count; i++) {
-    PyObject* answer = PyObject_CallNoArgs(watchers[i]);
-    const int watched = answer == nullptr ? -1 : PyObject_IsTrue(answer);
-    Py_DecRef(answer);
-    if (watched != 0) throw Unusual();
-  }
+// Whether somebody counts on torch's dispatcher: the call is then the operator's.
+bool IsWatched() {
+  PyObject* level = PyDict_GetItemWithError(forward_mode, names().current_level);
+  if (level == nullptr || PyLong_AsLongLong(level) >= 0) return true;
+  for (Py_ssize_t i = 0; i < watcher_count; i++)
+    if (watchers[i].Ask()) return true;
+  return false;
 }
 
-// The boundary to Python, which no exception may cross: None stands for all of them.
+// The boundary to Python, which no exception may cross: None stands for all of them, and for null.
 template <PyObject* (*function)(Reader&)>
 PyObject* Guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
   try {
-    CheckUnwatched();
     Reader reader(arguments, n);
-    return function(reader);
+    if (PyObject* result = function(reader)) return result;
   } catch (...) {
-    PyErr_Clear();
-    Py_IncRef(Py_None);
-    return Py_None;
   }
+  PyErr_Clear();
+  Py_IncRef(Py_None);
+  return Py_None;
+}
+template <PyObject* (*function)(Reader&)>
+PyObject* Unwatched(Reader& arguments) {
+  return IsWatched() ? nullptr : function(arguments);
 }
 
 using DirectCall = Call<Cpu, Borrowed>;
@@ -368,7 +472,7 @@ using Weights = std::array<MaybeBorrowed, 2 * kWeights>;
 
 // States of zeros for all layers, in the memory returned. Their sizes are found before Call checks
 // those of its arguments.
-Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& layers,
+Made Zeros(const char* cell, const Borrowed& x, const Weights* layers, int64_t count,
            const MaybeBorrowed& batch_sizes, MaybeBorrowed* h0, MaybeBorrowed* c0) {
   const CpuKernels* kernels = Cpu::Find(cell, StorageOf(x, "x"));
   const MaybeBorrowed &w_hh = layers[0][1], &w_hr = layers[0][4];
@@ -380,7 +484,7 @@ Made Zeros(const char* cell, const Borrowed& x, const std::vector<Weights>& laye
     B = *static_cast<const int64_t*>(batch_sizes->const_data_ptr());
     if (B <= 0 || B > rows) throw Unusual();
   }
-  const int64_t runs = int64_t(layers.size()) * (layers[0][kWeights].has_value() ? 2 : 1);
+  const int64_t runs = count * (layers[0][kWeights].has_value() ? 2 : 1);
   const int64_t Hout = w_hh->size(-1), H = w_hr.has_value() ? w_hr->size(-1) : Hout;
   Made zeros({runs, B, std::max(H, Hout)}, x.scalar_type());
   std::memset(zeros.data(), 0, zeros.bytes());
@@ -411,11 +515,11 @@ bool IsBrief(const std::list<DirectCall>& calls) {
 }
 
 // Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros.
-Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
-            const std::vector<Weights>& layers, const MaybeBorrowed& batch_sizes, Wanted wanted) {
-  const auto count = int64_t(layers.size());
+Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0, const Weights* layers,
+            int64_t count, const MaybeBorrowed& batch_sizes, Wanted wanted) {
   std::optional<Made> zeros;
-  if (!h0.has_value() && !c0.has_value()) zeros = Zeros(cell, x, layers, batch_sizes, &h0, &c0);
+  if (!h0.has_value() && !c0.has_value())
+    zeros = Zeros(cell, x, layers, count, batch_sizes, &h0, &c0);
   if (!h0.has_value() || h0->size(0) % count != 0) throw Unusual();
   if (c0.has_value() && c0->size(0) != h0->size(0)) throw Unusual();
   const int64_t dirs = h0->size(0) / count;
@@ -430,7 +534,7 @@ Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0,
     DirectCall& call =
         calls.emplace_back(cell, x, h0->Part(i * dirs, dirs), c0_i, layers[i], batch_sizes);
     auto& p = call.p;
-    const auto all = [&](std::vector<int64_t> shape) {
+    const auto all = [&](Dims shape) {
       shape[0] *= count;
       return shape;
     };
@@ -482,7 +586,7 @@ PyObject* LayerInfer(Reader& arguments) {
   const char* cell = arguments.Text();
   const LayerArguments a(arguments);
   arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kAll);
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, kAll);
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
 }
 
@@ -491,7 +595,7 @@ PyObject* Layer(Reader& arguments) {
   const char* cell = arguments.Text();
   const LayerArguments a(arguments);
   arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, {a.weights}, a.batch_sizes, kSaved);
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, kSaved);
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n, &outputs.hs, &outputs.saved});
 }
 
@@ -516,8 +620,7 @@ PyObject* LayerBackward(Reader& arguments) {
     if (like.has_value() && (needs >> i & 1)) {
       const auto sizes = like->sizes();
       // As in the operator, the pool's memory is for what is gone soon.
-      gradients[i].emplace(std::vector<int64_t>(sizes.begin(), sizes.end()), a.x.scalar_type(),
-                           i == 0);
+      gradients[i].emplace(Dims(sizes.begin(), sizes.end()), a.x.scalar_type(), i == 0);
       *slots[i] = gradients[i]->data();
     }
   }
@@ -528,46 +631,38 @@ PyObject* LayerBackward(Reader& arguments) {
   return MakeTuple(kGradients, [&](size_t i) { return ToPythonOrNone(gradients[i]); });
 }
 
-// (cell, x, hx, parameters, names, layers, directions, has_biases, batch_first) -> (y, hx): a stack
-// of layers without dropout, its weights named in torch.nn's order. hx is h, or a pair (h, c).
-PyObject* StackInfer(Reader& arguments) {
-  const char* cell = arguments.Text();
-  Borrowed x = arguments.Present();
-  const Hidden hx = arguments.HiddenState();
-  const std::vector<MaybeBorrowed> flat = arguments.Named();
-  const int64_t count = arguments.Integer(), dirs = arguments.Integer();
-  const bool has_biases = arguments.Flag(), batch_first = arguments.Flag();
-  arguments.End();
-  const int64_t runs = count * dirs, per_run = runs != 0 ? int64_t(flat.size()) / runs : 0;
-  if (x.dim() != 3 || count < 1 || dirs < 1 || dirs > 2 || per_run < 2 || per_run > kWeights ||
-      per_run * runs != int64_t(flat.size()) || (per_run >= 4) != has_biases ||
-      (hx.h.has_value() && hx.h->size(0) != runs))
-    throw Unusual();
-  std::vector<Weights> layers(count);
-  for (int64_t i = 0; i < runs; i++) {
-    const MaybeBorrowed* from = &flat[i * per_run];
-    MaybeBorrowed* to = &layers[i / dirs][i % dirs * kWeights];
-    std::copy(from, from + (has_biases ? 4 : 2), to);
-    if (per_run % 2 == 1) to[kWeights - 1] = from[per_run - 1];
-  }
-  if (batch_first) x.SwapLeading();
-  Outputs outputs = Run(cell, x, hx.h, hx.c, layers, std::nullopt, kAll);
-  if (batch_first) outputs.y->SwapLeading();
-  return MakeTuple(
-      2, [&](size_t i) { return i == 0 ? outputs.y->ToPython() : outputs.HiddenState(); });
-}
+// A stack of layers without dropout, its weights flat in torch.nn's order, to (y, hx).
+struct Stack {
+  int64_t layers, directions;
+  bool has_biases, batch_first;
 
-// (cell, x, hx, parameters, names) -> hx: a step of a cell, whose four parameters are named in the
-// schemas' order. x and the states are [B, features], or [features] alone.
-PyObject* Step(Reader& arguments) {
-  const char* cell = arguments.Text();
-  Borrowed x = arguments.Present();
-  auto [h, c] = arguments.HiddenState();
-  const std::vector<MaybeBorrowed> named = arguments.Named();
-  arguments.End();
-  if (named.size() != 4) throw Unusual();
+  PyObject* Run(const char* cell, Borrowed x, const Hidden& hx, const Kept& flat) const {
+    const int64_t runs = layers * directions, per_run = runs != 0 ? flat.size() / runs : 0;
+    if (x.dim() != 3 || layers < 1 || directions < 1 || directions > 2 || per_run < 2 ||
+        per_run > kWeights || per_run * runs != flat.size() || (per_run >= 4) != has_biases ||
+        (hx.h.has_value() && hx.h->size(0) != runs))
+      throw Unusual();
+    std::vector<Weights> weights(layers);
+    for (int64_t i = 0; i < runs; i++) {
+      MaybeBorrowed* to = &weights[i / directions][i % directions * kWeights];
+      for (int64_t j = 0; j < per_run; j++)  // h is projected if their number is odd
+        to[j == per_run - 1 && j % 2 == 0 ? kWeights - 1 : j] = flat.Tensor(i * per_run + j);
+    }
+    if (batch_first) x.SwapLeading();
+    Outputs outputs = frnn::Run(cell, x, hx.h, hx.c, weights.data(), layers, std::nullopt, kAll);
+    if (batch_first) outputs.y->SwapLeading();
+    return MakeTuple(
+        2, [&](size_t i) { return i == 0 ? outputs.y->ToPython() : outputs.HiddenState(); });
+  }
+};
+
+// A step of a cell, its four weights in the schemas' order, to hx. x and the states are [B, features],
+// or [features] alone.
+PyObject* RunStep(const char* cell, Borrowed x, Hidden hx, const Kept& four) {
+  auto& [h, c] = hx;
+  if (four.size() != 4) throw Unusual();
   Weights weights;
-  std::copy(named.begin(), named.end(), weights.begin());
+  for (int i = 0; i < 4; i++) weights[i] = four.Tensor(i);
   const int added = 3 - int(x.dim());
   if (added != 1 && added != 2) throw Unusual();
   for (int i = 0; i < added; i++) {
@@ -575,7 +670,7 @@ PyObject* Step(Reader& arguments) {
     if (h.has_value()) h = h->Unsqueezed();
     if (c.has_value()) c = c->Unsqueezed();
   }
-  Outputs outputs = Run(cell, x, h, c, {weights}, std::nullopt, kStates);
+  Outputs outputs = Run(cell, x, h, c, &weights, 1, std::nullopt, kStates);
   for (int i = 0; i < added; i++) {
     outputs.h_n->Squeeze();
     if (outputs.c_n.has_value()) outputs.c_n->Squeeze();
@@ -583,29 +678,156 @@ PyObject* Step(Reader& arguments) {
   return outputs.HiddenState();
 }
 
-// (exchange, Tensor, Parameter, Tensor.is_neg, watchers...) -> True, or None where this torch has
-// another way of exchange. Watchers are called before anything else: one that returns a true value
-// wants to see the operator.
-PyObject* Setup(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
-  const auto* found = n < 4 ? nullptr
-                            : static_cast<const dlpack::Exchange*>(
-                                  PyCapsule_GetPointer(arguments[0], "dlpack_exchange_api"));
-  const bool usable = found != nullptr && found->version.major == 1 &&
-                      found->from_python != nullptr && found->to_python != nullptr &&
-                      n - 4 <= Py_ssize_t(std::size(watchers));
-  if (usable) {
-    exchange = found;
-    for (Py_ssize_t i = 1; i < n; i++) Py_IncRef(arguments[i]);
-    tensor_type = arguments[1];
-    parameter_type = arguments[2];
-    is_negative = arguments[3];
-    watcher_count = n - 4;
-    std::copy(arguments + 4, arguments + n, watchers);
+// (cell, x, hx, parameters, names, layers, directions, has_biases, batch_first) -> (y, hx). hx is h,
+// or a pair (h, c).
+PyObject* StackInfer(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const Borrowed x = arguments.Present();
+  const Hidden hx = arguments.HiddenState();
+  Kept flat;
+  arguments.Named(flat);
+  Stack stack;
+  stack.layers = arguments.Integer();
+  stack.directions = arguments.Integer();
+  stack.has_biases = arguments.Flag();
+  stack.batch_first = arguments.Flag();
+  arguments.End();
+  return stack.Run(cell, x, hx, flat);
+}
+
+// (cell, x, hx, parameters, names) -> hx
+PyObject* Step(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const Borrowed x = arguments.Present();
+  const Hidden hx = arguments.HiddenState();
+  Kept named;
+  arguments.Named(named);
+  arguments.End();
+  return RunStep(cell, x, hx, named);
+}
+
+// ---- calls of modules ----
+
+// What an instance itself holds, its class not asked.
+class Attributes {
+ public:
+  explicit Attributes(PyObject* object) : dict_(PyObject_GenericGetDict(object, nullptr)) {
+    if (dict_ == nullptr) throw Unusual();
   }
-  PyErr_Clear();
-  PyObject* result = usable ? Py_True : Py_None;
-  Py_IncRef(result);
-  return result;
+  ~Attributes() { Py_DecRef(dict_); }
+  Attributes(const Attributes&) = delete;
+
+  PyObject* Find(PyObject* name) const { return PyDict_GetItemWithError(dict_, name); }
+  PyObject* Get(PyObject* name) const {
+    PyObject* value = Find(name);
+    if (value == nullptr) throw Unusual();
+    return value;
+  }
+
+ private:
+  PyObject* dict_;
+};
+
+bool Has(PyObject* object, PyObject* name, PyObject* value) {
+  PyObject* found = PyObject_GetAttr(object, name);
+  Py_DecRef(found);
+  return found == value;
+}
+
+// Whether torch.nn.Module.__call__ would do nothing but call the usual forward: no hooks, and nothing
+// that it goes through replaced, of the module or of its class.
+bool IsPlain(PyObject* module, const Attributes& own) {
+  for (PyObject* name : names().hooks)
+    if (PyDict_Size(own.Get(name)) != 0) return false;
+  for (Py_ssize_t i = 0, n = PyTuple_Size(global_hooks); i < n; i++)
+    if (PyDict_Size(PyTuple_GetItem(global_hooks, i)) != 0) return false;
+  for (PyObject* name : {names().forward, names().call_impl, names().compiled_call_impl})
+    if (own.Find(name) != nullptr) return false;
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(module));
+  PyObject* usual = PyObject_GetAttr(type, names().usual_forward);
+  Py_DecRef(usual);
+  return usual != nullptr && Has(type, names().forward, usual) &&
+         Has(type, names().call_impl, module_call_impl) &&
+         Has(module_type, names().call, module_call);
+}
+
+// Of tensors, tuples of them, and None.
+bool WantsGrad(PyObject* object) {
+  if (object == Py_None) return false;
+  if (Py_TYPE(object) != &PyTuple_Type) return !Has(object, names().requires_grad, Py_False);
+  for (Py_ssize_t i = 0, n = PyTuple_Size(object); i < n; i++)
+    if (WantsGrad(PyTuple_GetItem(object, i))) return true;
+  return false;
+}
+
+// (module, the arguments of its call, those by name, cell) -> what the call returns. For a stack of
+// layers cell is None: the module says which.
+PyObject* Called(Reader& arguments) {
+  PyObject *module = arguments.Object(), *inputs = arguments.Object();
+  PyObject *named = arguments.Object(), *cell = arguments.Object();
+  arguments.End();
+  const Py_ssize_t given = PyTuple_Size(inputs), given_by_name = PyDict_Size(named);
+  PyObject* hx = given == 2                         ? PyTuple_GetItem(inputs, 1)
+                 : given == 1 && given_by_name == 1 ? PyDict_GetItemWithError(named, names().hx)
+                 : given == 1                       ? Py_None
+                                                    : nullptr;
+  if (hx == nullptr || given + given_by_name > 2) return nullptr;
+  PyObject* input = PyTuple_GetItem(inputs, 0);
+  if (reinterpret_cast<PyObject*>(Py_TYPE(input)) != tensor_type) return nullptr;
+
+  const Attributes own(module);
+  const bool one_step = cell != Py_None;
+  PyObject* parameters = own.Get(names().parameters);
+  Kept weights;
+  if (one_step) {
+    weights.Reserve(4);
+    for (PyObject* name : names().cell_weights) weights.Add(parameters, name);
+  } else {
+    weights.AddNamed(parameters, own.Get(names().weight_names));
+  }
+  if (aoti_torch_grad_mode_is_enabled()) {
+    for (PyObject* weight : weights.objects())
+      if (WantsGrad(weight)) return nullptr;
+    if (WantsGrad(input) || WantsGrad(hx)) return nullptr;
+  }
+  if (!IsPlain(module, own) || IsWatched()) return nullptr;
+  if (one_step) return RunStep(TextOf(cell), Borrowed(input), HiddenState(hx), weights);
+
+  if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;
+  Stack stack;
+  stack.layers = IntegerOf(own.Get(names().num_layers));
+  stack.directions = FlagOf(own.Get(names().bidirectional)) ? 2 : 1;
+  stack.has_biases = FlagOf(own.Get(names().bias));
+  stack.batch_first = FlagOf(own.Get(names().batch_first));
+  std::string name = TextOf(own.Get(names().mode));
+  for (char& letter : name) letter |= letter >= 'A' && letter <= 'Z' ? 'a' - 'A' : 0;
+  return stack.Run(name.c_str(), Borrowed(input), HiddenState(hx), weights);
+}
+
+// What torch has to offer -> True, or None where this torch has another way of exchange. A watcher is
+// asked before anything else: one that says yes wants to see the operator.
+PyObject* Setup(Reader& arguments) {
+  const auto* found = static_cast<const dlpack::Exchange*>(
+      PyCapsule_GetPointer(arguments.Object(), "dlpack_exchange_api"));
+  if (found == nullptr || found->version.major != 1 || found->from_python == nullptr ||
+      found->to_python == nullptr)
+    return nullptr;
+  const auto keep = [](PyObject* object) {
+    Py_IncRef(object);
+    return object;
+  };
+  for (PyObject** field : {&tensor_type, &parameter_type, &is_negative, &module_type, &module_call,
+                           &module_call_impl, &global_hooks, &forward_mode})
+    *field = keep(arguments.Object());
+  is_this_negative = Question(keep(arguments.Object()));
+  PyObject* all = arguments.Object();
+  arguments.End();
+  watcher_count = PyTuple_Size(all);
+  if (watcher_count > Py_ssize_t(std::size(watchers))) return nullptr;
+  for (Py_ssize_t i = 0; i < watcher_count; i++)
+    watchers[i] = Question(keep(PyTuple_GetItem(all, i)));
+  exchange = found;
+  return keep(Py_True);
 }
 
 PyCFunction AsMethod(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
@@ -618,12 +840,13 @@ PyCFunction AsMethod(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
   using namespace frnn;
   static PyMethodDef methods[] = {
-      {"setup", AsMethod(Setup), METH_FASTCALL, nullptr},
-      {"layer", AsMethod(Guarded<Layer>), METH_FASTCALL, nullptr},
-      {"layer_backward", AsMethod(Guarded<LayerBackward>), METH_FASTCALL, nullptr},
-      {"layer_infer", AsMethod(Guarded<LayerInfer>), METH_FASTCALL, nullptr},
-      {"stack_infer", AsMethod(Guarded<StackInfer>), METH_FASTCALL, nullptr},
-      {"step", AsMethod(Guarded<Step>), METH_FASTCALL, nullptr},
+      {"setup", AsMethod(Guarded<Setup>), METH_FASTCALL, nullptr},
+      {"called", AsMethod(Guarded<Called>), METH_FASTCALL, nullptr},
+      {"layer", AsMethod(Guarded<Unwatched<Layer>>), METH_FASTCALL, nullptr},
+      {"layer_backward", AsMethod(Guarded<Unwatched<LayerBackward>>), METH_FASTCALL, nullptr},
+      {"layer_infer", AsMethod(Guarded<Unwatched<LayerInfer>>), METH_FASTCALL, nullptr},
+      {"stack_infer", AsMethod(Guarded<Unwatched<StackInfer>>), METH_FASTCALL, nullptr},
+      {"step", AsMethod(Guarded<Unwatched<Step>>), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {
