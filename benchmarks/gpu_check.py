@@ -15,7 +15,7 @@ The table is printed last, and stands whole in DIR/gpu_check.txt; --budget 0 onl
     tests      every test of the CUDA engine; one that hangs or crashes is named, and the others go
                on without it
     device     barriers, latencies, broadcast, launches, mma.sync; where a step of ours spends time
-    sanitizer  memcheck and racecheck over the smallest layers
+    sanitizer  memcheck and racecheck over the smallest layers, by variant
     peers      ours against torch.nn (cuDNN), FlashRNN and haste, results checked against float64
 
 Without a card, ``--device cpu --tiny`` goes through the same steps on the CPU engine.
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--variants",
         nargs="+",
-        default=["graph", "steps"],
+        default=["plan", "graph"],
         help="of ours, as FUSED_RNN_VARIANT has them; `plan`: what our own plan chooses",
     )
     p.add_argument(

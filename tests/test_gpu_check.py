@@ -77,9 +77,9 @@ def test_dry_run_goes_on_where_it_stopped(
     assert first["build"]["library"]["backend"] == "native"
     assert len(first["tests"]) == 6
     peers = first["peers"]
-    assert len(peers) == len(versus.cases(Settings("cpu", True, (), "", 0)))
+    assert len(peers) == len(versus.cases(Settings("cpu", True, (), (), 0)))
     for row in peers.values():
-        assert {"torch_nn", "ours/graph", "ours/steps"} <= {
+        assert {"torch_nn", "ours/plan", "ours/graph"} <= {
             n for n in row["peers"] if "us" in row["peers"][n]
         }
     assert "ours against torch_nn" in text

@@ -13,7 +13,7 @@ from .contender import Problem
 
 
 def cases(cell: str, device: str) -> list[Case]:
-    """H = 5: the tails of vectors and tiles. H = 32: none."""
+    """H = 5: the tails of vectors and tiles. H = 32: none, and kernels that keep their weights."""
     plain = Case(cell, B=3, T=3, H=5, I=4, phase="training", device=device)
     kinds = [
         plain,
@@ -23,7 +23,8 @@ def cases(cell: str, device: str) -> list[Case]:
         *([replace(plain, proj=2)] if cell == "lstm" else []),
     ]
     dtypes = ("float64", "float16", "bfloat16") if device == "cuda" else ("float64", "bfloat16")
-    return kinds + [replace(plain, H=32, I=32, dtype=dtype) for dtype in dtypes]
+    whole = [replace(plain, H=32, I=32, B=9, dtype=dtype) for dtype in dtypes]
+    return kinds + whole + [replace(whole[-1], bidirectional=True, shortest=0.3)]
 
 
 def main(cell: str, device: str) -> None:
