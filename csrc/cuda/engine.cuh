@@ -13,7 +13,6 @@ struct Engine {
 
   static Plan PlanOf(const LayerParams& p, const CudaCall& call) {
     Problem problem{C::kX, C::kH, p.H, p.B, p.T, kStorage<T>, p.dirs};
-    problem.ragged = p.ragged;
     problem.projected = p.H != p.Hout;
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;

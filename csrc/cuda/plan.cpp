@@ -30,7 +30,8 @@ void Tile(const CudaDevice& device, const Problem& problem, Plan* plan) {
   plan->threads_y = int(std::max<int64_t>(1, threads / plan->threads_x));
 }
 
-// Input products of a kernel that keeps its weights may take so much memory; a new launch costs some steps.
+// Input products of a kernel that keeps its weights may take so much memory; a new launch costs some
+// steps.
 constexpr int64_t kResidentGates = int64_t{256} << 20;
 // Fewer steps do not pay for loading the weights.
 constexpr int64_t kResidentSteps = 8;
@@ -60,7 +61,7 @@ bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
   const int64_t all_tiles = (problem.B + 7) / 8;
   plan->tiles = 0;
   for (int64_t groups : {1, 2}) {
-    if (problem.gates_h * blocks * groups > kResidentTiles) continue;
+    if (blocks > kResidentBlocks || problem.gates_h * blocks * groups > kResidentTiles) continue;
     const int64_t ctas = (problem.H + 16 * groups - 1) / (16 * groups) * problem.dirs;
     const int64_t copies = std::min(all_tiles, device.multiprocessors / ctas);
     if (copies == 0) continue;
@@ -79,7 +80,6 @@ bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
 
 Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force) {
   Plan plan{};
-  plan.dirs = problem.dirs;
   Tile(device, problem, &plan);
 
   const int64_t tiles =

@@ -11,9 +11,9 @@ namespace cuda {
 enum class Variant {
   kSteps,  // launch every step
   kGraph,  // replay them from a CUDA graph
-  // One launch with the weights in registers (resident.cuh), replayed from a graph, too: units are
-  kResident,  // shared by blocks that talk through memory
-  kLocal,     // all in one block
+  // One launch with the weights in registers (resident.cuh), replayed from a graph, too.
+  kResident,  // blocks share the units and talk through memory
+  kLocal,     // a block has all units
 };
 
 struct Problem {
@@ -21,23 +21,23 @@ struct Problem {
   int64_t H, B, T;
   Storage storage;
   int dirs;
-  bool ragged = false, projected = false, allow_tf32 = false;
+  bool projected = false, allow_tf32 = false;
   bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
 };
 
-// Of a resident kernel: tiles of weights, 16 units by 64 bytes, that a warp can hold.
-constexpr int64_t kResidentTiles = 16;
-// Of a resident kernel: groups of 16 units times tiles of 8 rows of a block, at most.
-constexpr int64_t kResidentRows = 4;
+// Of a resident kernel, at most: blocks of k of a warp (64 bytes each), tiles of weights that it holds
+// (16 units by a block of k), and of a block groups of 16 units times tiles of 8 rows of the batch.
+constexpr int64_t kResidentBlocks = 8, kResidentTiles = 16, kResidentRows = 4;
 
 struct Plan {
   Variant variant;
   int threads_x, threads_y;  // a block of a gate kernel: units by rows
   int streams;               // 2: both directions side by side
   int64_t chunk_steps;       // steps whose input products are computed ahead, together
-  // Of a resident kernel: a warp's blocks of 64 bytes of k in h W_hh^T, groups of 16 units of a block, tiles of 8
-  // rows of a copy, copies of all units, directions.
-  int blocks, groups, tiles, copies, dirs;
+  // Of a kernel that keeps its weights: a warp's blocks of k in h W_hh^T, a block's groups of units
+  // and tiles of rows, and copies of all units, each with its part of the batch.
+  int blocks, groups, tiles, copies;
+
   bool keeps_weights() const { return variant == Variant::kResident || variant == Variant::kLocal; }
 };
 

@@ -22,6 +22,7 @@
 
 #include "cuda/kernels.cuh"
 #include "cuda/plan.h"
+#include "cuda/quick.h"
 #ifndef FUSED_RNN_EMULATE
 #include "cuda/primitives.h"
 #endif
@@ -33,40 +34,11 @@ constexpr int kWarps = 8, kUnits = 16, kTileRows = 8;
 constexpr uint32_t kUnwritten = ~0u;      // a NaN in every type
 constexpr unsigned kPatience = 1u << 27;  // polls, some ten seconds: then something is broken
 
-// A float whose gate functions take the card's approximations of exp and 1 / x: within 1e-6 of their
-// value, far below what operands of tensor cores are rounded to, in a third of the instructions. Gate
-// math stands between a step and the next.
-struct Quick;
-}  // namespace cuda
-template <>
-struct Lanes<cuda::Quick> : Lanes<float> {};
-namespace cuda {
-struct Quick {
-  float v;
-  FRNN_HD Quick() : v(0) {}
-  FRNN_HD Quick(float v) : v(v) {}
-  friend FRNN_HD Quick operator+(Quick a, Quick b) { return a.v + b.v; }
-  friend FRNN_HD Quick operator-(Quick a, Quick b) { return a.v - b.v; }
-  friend FRNN_HD Quick operator*(Quick a, Quick b) { return a.v * b.v; }
-  friend FRNN_HD bool operator<(Quick a, Quick b) { return a.v < b.v; }
-  friend FRNN_HD bool operator>(Quick a, Quick b) { return a.v > b.v; }
-};
-// 1 / (1 + e^-x)
-__device__ __forceinline__ Quick sigmoid(Quick x) { return __fdividef(1.0f, 1.0f + __expf(-x.v)); }
-// (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x; near 0, where that cancels, a series.
-__device__ __forceinline__ Quick tanh(Quick x) {
-  const float e = __expf(-2.0f * fabsf(x.v)), u = x.v * x.v;
-  const float far = copysignf(__fdividef(1.0f - e, 1.0f + e), x.v);
-  const float near = x.v + x.v * u * (-1 / 3.0f + u * (2 / 15.0f + u * (-17 / 315.0f)));
-  return fabsf(x.v) < 0.25f ? near : far;
-}
-
 // How a type goes through mma.sync. A lane takes 16 bytes of a row at a time, a block of k is 64
 // bytes; which k an instruction calls by which name does not matter as long as A and B agree.
 template <class T>
 struct Operand {
   static constexpr int kBlock = 64 / sizeof(T), kLane = 16 / sizeof(T);  // elements
-  static constexpr int kPacked = 4 / sizeof(T);                          // of a word
 
   __device__ static void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kStorage<T> == Storage::kBFloat16)
@@ -677,36 +649,37 @@ struct ResidentInstance {
   }
 };
 
+template <int... k, class F>
+void ForEachOf(const F& f) {
+  (f(std::integral_constant<int, k>()), ...);
+}
+
 // f(instance) for the instance of the plan.
-template <class C, class T>
-class Resident {
- public:
-  template <class F>
-  static void Select(const Plan& plan, const F& f) {
-    ForEachOf<1, 2, 4, 8>([&](auto blocks) {
-      ForEachOf<1, 2>([&](auto groups) {
-        ForEachOf<1, 2, 4>([&](auto tiles) {
-          if constexpr (C::kH * blocks * groups <= kResidentTiles &&
-                        groups * tiles <= kResidentRows)
-            if (plan.variant == Variant::kResident && plan.blocks == blocks &&
-                plan.groups == groups && plan.tiles == tiles)
-              f(ResidentInstance<C, T, blocks, groups, tiles, false>());
-        });
+template <class C, class T, class F>
+void WithResidentInstance(const Plan& plan, const F& f) {
+  bool found = false;
+  const auto offer = [&](bool wanted, auto instance) {
+    if (!wanted) return;
+    found = true;
+    f(instance);
+  };
+  ForEachOf<1, 2, 4, 8>([&](auto blocks) {
+    ForEachOf<1, 2>([&](auto groups) {
+      ForEachOf<1, 2, 4>([&](auto tiles) {
+        if constexpr (C::kH * blocks * groups <= kResidentTiles && groups * tiles <= kResidentRows)
+          offer(plan.variant == Variant::kResident && plan.blocks == blocks &&
+                    plan.groups == groups && plan.tiles == tiles,
+                ResidentInstance<C, T, blocks, groups, tiles, false>());
       });
     });
-    ForEachOf<1, 2>([&](auto groups) {
-      constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + 63) / 64;
-      if (plan.variant == Variant::kLocal && plan.groups == groups)
-        f(ResidentInstance<C, T, kBlocks, groups, 1, true>());
-    });
-  }
-
- private:
-  template <int... k, class F>
-  static void ForEachOf(const F& f) {
-    (f(std::integral_constant<int, k>()), ...);
-  }
-};
+  });
+  ForEachOf<1, 2>([&](auto groups) {
+    constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + 63) / 64;
+    offer(plan.variant == Variant::kLocal && plan.groups == groups,
+          ResidentInstance<C, T, kBlocks, groups, 1, true>());
+  });
+  if (!found) throw std::logic_error("fused_rnn: a plan without a kernel");
+}
 
 }  // namespace cuda
 }  // namespace frnn

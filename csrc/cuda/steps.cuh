@@ -429,7 +429,7 @@ class Steps {
                        on.State(static_cast<T*>(p.c_n), kExtra * p.H),
                        p.saved ? on.Saved() : nullptr};
       }
-      Resident<C, T>::Select(plan, [&](auto instance) {
+      WithResidentInstance<C, T>(plan, [&](auto instance) {
         instance.Forward(plan.copies * p.dirs, args, static_cast<cudaStream_t>(call.streams[0]));
       });
     }
@@ -454,7 +454,7 @@ class Steps {
                        buffers[d].dgx,    dgh,
                        buffers[d].dh,     buffers[d].dc};
       }
-      Resident<C, T>::Select(
+      WithResidentInstance<C, T>(
           plan, [&](auto instance) { instance.Backward(plan.copies * p.dirs, args, stream); });
     }
   }
