@@ -1,9 +1,9 @@
-"""Compiles the CUDA kernels for sm_80 and sm_90a and holds them to a budget. Needs nvcc, no card.
+"""Compiles CUDA kernels for sm_75, sm_80 and sm_90a, holds them to a budget. Needs nvcc, no card.
 
     python tests/compile_gate.py [--all]
 
 What differs in no register is compiled once: float16 is like bfloat16, and that is what sm_80 is
-tried with. --all leaves out nothing, which takes three times as long.
+tried with; sm_75 is to see that it compiles. --all leaves out nothing and takes four times as long.
 
 A kernel that spills registers, has a stack, or takes more registers than the table allows is an
 error: on a card it would be slow without being wrong.
@@ -42,7 +42,7 @@ REGISTERS = {
 }
 # Bytes that may be spilled all the same, at the largest shape on the smaller card.
 SPILLS = {("sm_80", "ResidentForward"): 8}
-WANTED = {"sm_80": ("bfloat16",), "sm_90a": ("bfloat16", "float", "double")}
+WANTED = {"sm_75": ("half",), "sm_80": ("bfloat16",), "sm_90a": ("bfloat16", "float", "double")}
 
 
 def load_builder():

@@ -31,8 +31,16 @@ namespace frnn {
 namespace cuda {
 
 constexpr int kWarps = 8, kUnits = 16, kTileRows = 8;
-constexpr uint32_t kUnwritten = ~0u;      // a NaN in every type
-constexpr unsigned kPatience = 1u << 27;  // polls, some ten seconds: then something is broken
+constexpr uint32_t kUnwritten = ~0u;  // a NaN in every type
+constexpr unsigned kPatience =
+    1u << 27;  // polls of one step, a minute or more: something is broken
+
+// Older cards lack the instructions, and no plan sends them here.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasTensorCores = false;
+#else
+constexpr bool kHasTensorCores = true;
+#endif
 
 // How a type goes through mma.sync. A lane takes 16 bytes of a row at a time, a block of k is 64
 // bytes; which k an instruction calls by which name does not matter as long as A and B agree.
@@ -41,7 +49,9 @@ struct Operand {
   static constexpr int kBlock = 64 / sizeof(T), kLane = 16 / sizeof(T);  // elements
 
   __device__ static void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (kStorage<T> == Storage::kBFloat16)
+    if constexpr (!kHasTensorCores)
+      __trap();
+    else if constexpr (kStorage<T> == Storage::kBFloat16)
       MmaBf16(d, a, b0, b1);
     else if constexpr (kStorage<T> == Storage::kHalf)
       MmaF16(d, a, b0, b1);
@@ -50,7 +60,7 @@ struct Operand {
   }
   // A word as it goes into the product: float32 is rounded to TF32.
   __device__ static uint32_t Word(uint32_t w) {
-    if constexpr (sizeof(T) == 4) return ToTf32(__uint_as_float(w));
+    if constexpr (sizeof(T) == 4 && kHasTensorCores) return ToTf32(__uint_as_float(w));
     return w;
   }
   __device__ static uint32_t Bits(T v) {
@@ -192,7 +202,7 @@ struct ResidentProduct {
   }
 };
 
-// How many warps share the blocks of k: all, or in a local kernel, where every block is read from shared
+// How many warps share the blocks of k: all, or in a local kernel, where what is read lies in shared
 // memory, as few as can be.
 template <int kM, bool kLocal>
 constexpr int kSplitOf = kLocal ? kWarps / (kM % 8 == 0   ? 8
