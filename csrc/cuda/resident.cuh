@@ -217,38 +217,6 @@ FRNN_HD int64_t LocalStride(int64_t width) {  // + 16 bytes: rows begin in diffe
   return RoundUp(width, 16 / sizeof(T)) + 16 / sizeof(T);
 }
 
-// Which elements a thread does the gate math of: item i is one of (group, tile, element j of the
-// fragment). Lanes of a warp have 8 units by 4 rows.
-template <int kGroups, int kTiles>
-struct Items {
-  static constexpr int kAll = kGroups * kTiles * 4, kItems = (kAll + kWarps - 1) / kWarps;
-  __device__ static int Index(int i) { return int(threadIdx.x / 32) + i * kWarps; }
-  __device__ static bool Exists(int i) {  // the same for a warp
-    return kAll % kWarps == 0 || Index(i) < kAll;
-  }
-  __device__ static int J(int i) { return Index(i) % 4; }
-  __device__ static int Tile(int i) { return Index(i) / 4 % kTiles; }
-  __device__ static int Group(int i) { return Index(i) / 4 / kTiles; }
-  __device__ static int Unit(int i) {
-    return Group(i) * kUnits + J(i) / 2 * 8 + int(threadIdx.x % 32 / 4);
-  }
-  __device__ static int Row(int i) {
-    return Tile(i) * kTileRows + int(threadIdx.x % 4) * 2 + J(i) % 2;
-  }
-};
-
-// Where a block works: its direction, the first of its units and of its rows of the batch.
-struct ResidentPlace {
-  int dir, unit, row;
-};
-template <int kGroups, int kTiles>
-__device__ __forceinline__ ResidentPlace PlaceOf(int64_t H, int copies) {
-  const int blocks = int((H + kGroups * kUnits - 1) / (kGroups * kUnits));
-  const int copy = blockIdx.x / blocks;
-  return {copy / copies, int(blockIdx.x) % blocks * kGroups * kUnits,
-          copy % copies * kTiles * kTileRows};
-}
-
 // Steps [begin, end) of both directions. Step s of a direction is time start + s * way.
 struct ResidentSteps {
   int64_t H, B, T, begin, end;
@@ -266,6 +234,51 @@ __device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time)
   if (n.offsets == nullptr) return {time * n.B, int(n.B)};
   return {n.offsets[time], int(n.offsets[time + 1] - n.offsets[time])};
 }
+
+// What a block works on: its direction, its units and its rows of the batch. Of these a thread does the
+// gate math of kItems: item i is one of (group, tile, element j of the fragment of a product), so that
+// the lanes of a warp have 8 units by 4 rows.
+template <int kGroups, int kTiles>
+struct ResidentBlock {
+  static constexpr int kAll = kGroups * kTiles * 4, kItems = (kAll + kWarps - 1) / kWarps;
+
+  __device__ __forceinline__ ResidentBlock(const ResidentSteps& n) : H(n.H), B(n.B) {
+    const int blocks = int((n.H + kGroups * kUnits - 1) / (kGroups * kUnits));
+    const int copy = blockIdx.x / blocks;
+    dir = copy / n.copies;
+    first_unit = int(blockIdx.x) % blocks * kGroups * kUnits;
+    first_row = copy % n.copies * kTiles * kTileRows;
+  }
+
+  // Whether a warp has an item i at all; whether a thread's lies within the layer.
+  __device__ static bool Has(int i) { return kAll % kWarps == 0 || Index(i) < kAll; }
+  __device__ bool Exists(int i) const { return Has(i) && Unit(i) < H && Batch(i) < B; }
+
+  __device__ static int J(int i) { return Index(i) % 4; }
+  __device__ static int Tile(int i) { return Index(i) / 4 % kTiles; }
+  __device__ static int Group(int i) { return Index(i) / 4 / kTiles; }
+  __device__ static int Row(int i) {
+    return Tile(i) * kTileRows + int(threadIdx.x % 4) * 2 + J(i) % 2;
+  }
+  __device__ int Unit(int i) const {
+    return first_unit + Group(i) * kUnits + J(i) / 2 * 8 + int(threadIdx.x % 32 / 4);
+  }
+  __device__ int Batch(int i) const { return first_row + Row(i); }
+
+  // Where item i lies in rows of one value per unit, and where it begins in those of `width`.
+  __device__ int64_t Place(const TimeRows& rows, int i) const {
+    return (rows.first + Batch(i)) * H + Unit(i);
+  }
+  __device__ int64_t Wide(int64_t place, int i, int width) const {
+    return (place - Unit(i)) * width + Unit(i);
+  }
+
+  int64_t H, B;
+  int dir, first_unit, first_row;
+
+ private:
+  __device__ static int Index(int i) { return int(threadIdx.x / 32) + i * kWarps; }
+};
 
 // Numbers that a launch carries, so that a graph keeps them.
 struct OffsetsPart {
@@ -340,30 +353,23 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentForward(const __grid_constant__ ResidentForwardArgs<T> args) {
   constexpr int kM = kGroups * C::kH;
   using Product = ResidentProduct<T, kM, kBlocks, kTiles, kSplitOf<kM, kLocal>>;
-  using I = Items<kGroups, kTiles>;
-  constexpr int kItems = I::kItems, kExtra = C::kStates - 1;
+  using Block = ResidentBlock<kGroups, kTiles>;
+  constexpr int kItems = Block::kItems, kExtra = C::kStates - 1;
   float* sums = DynamicShared<float>();                            // [2][kSums]
   T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
   const ResidentSteps n = args.steps;
-  const ResidentPlace at = PlaceOf<kGroups, kTiles>(n.H, n.copies);
+  const Block at(n);
   const ResidentForwardDirection<T>& a = args.dir[at.dir];
   const int64_t H = n.H;
 
   Product product;
   product.Load(
       [&](int m, int row) -> const T* {
-        const int64_t unit = at.unit + m / C::kH * kUnits + row;
+        const int64_t unit = at.first_unit + m / C::kH * kUnits + row;
         return unit < H ? a.w_hh + (m % C::kH * H + unit) * H : nullptr;
       },
       int(H));
 
-  const auto unit = [&](int i) { return at.unit + I::Unit(i); };
-  const auto batch = [&](int i) { return at.row + I::Row(i); };
-  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H && batch(i) < n.B; };
-  // Where item i has its gate 0 in rows of `width` values per unit, from its place in rows of one.
-  const auto wide = [&](int64_t place, int i, int width) {
-    return (place - unit(i)) * width + unit(i);
-  };
   TimeRows rows = RowsOf(n, a.start + n.begin * a.way);
   const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
     if (b < rows.running) return Widen(a.hs[(rows.first + b) * H + u]);
@@ -375,29 +381,29 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const auto fetch = [&] {  // does not depend on other blocks
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!exists(i) || batch(i) >= rows.running) continue;
-      const float* from = a.gx + wide(place[i] - a.gx_row * H, i, C::kX);
+      if (!at.Exists(i) || at.Batch(i) >= rows.running) continue;
+      const float* from = a.gx + at.Wide(place[i] - a.gx_row * H, i, C::kX);
       FRNN_UNROLL
       for (int q = 0; q < C::kX; q++)
-        gx[i][q] = from[q * H] + (a.b_ih ? Widen(a.b_ih[q * H + unit(i)]) : 0);
+        gx[i][q] = from[q * H] + (a.b_ih ? Widen(a.b_ih[q * H + at.Unit(i)]) : 0);
     }
   };
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    place[i] = (rows.first + batch(i)) * H + unit(i);
+    place[i] = at.Place(rows, i);
     FRNN_UNROLL
     for (int q = 0; q < C::kH; q++)
-      b_hh[i][q] = exists(i) && a.b_hh ? Widen(a.b_hh[q * H + unit(i)]) : 0;
+      b_hh[i][q] = at.Exists(i) && a.b_hh ? Widen(a.b_hh[q * H + at.Unit(i)]) : 0;
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
-      c[i][j] = exists(i) ? a.c[(batch(i) * kExtra + j) * H + unit(i)] : 0;
-    h[i] = C::kUsesH && exists(i) ? start(batch(i), unit(i)) : 0;
+      c[i][j] = at.Exists(i) ? a.c[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
+    h[i] = C::kUsesH && at.Exists(i) ? start(at.Batch(i), at.Unit(i)) : 0;
   }
   const int stride = int(LocalStride<T>(H)), half = kTiles * kTileRows * stride;
   if constexpr (kLocal) {
     for (int k = threadIdx.x; k < kTiles * kTileRows * int(H); k += kWarps * 32) {
       const int row = k / int(H), u = k % int(H);
-      const T v = Narrow<T>(at.row + row < n.B ? start(at.row + row, u) : 0);
+      const T v = Narrow<T>(at.first_row + row < n.B ? start(at.first_row + row, u) : 0);
       published[row * stride + u] = published[half + row * stride + u] = v;
     }
     __syncthreads();
@@ -410,11 +416,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     // Two sets of sums in turn: a warp that is ahead writes the one that no other still reads.
     float* now = sums + (s & 1) * Product::kSums;
     if constexpr (kLocal)
-      product.template Multiply<false>(published + (s & 1) * half, stride, rows.running - at.row,
-                                       int(H), now);
+      product.template Multiply<false>(published + (s & 1) * half, stride,
+                                       rows.running - at.first_row, int(H), now);
     else
-      product.template Multiply<true>(a.hs + (rows.first + at.row) * H, H, rows.running - at.row,
-                                      int(H), now);
+      product.template Multiply<true>(a.hs + (rows.first + at.first_row) * H, H,
+                                      rows.running - at.first_row, int(H), now);
     __syncthreads();
 
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
@@ -423,14 +429,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     T h_new[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!I::Exists(i)) continue;
+      if (!Block::Has(i)) continue;
       Pack<Quick, C::kX> x;
       Pack<Quick, C::kH> g;
       FRNN_UNROLL
       for (int q = 0; q < C::kX; q++) x[q] = gx[i][q];
       FRNN_UNROLL
       for (int q = 0; q < C::kH; q++)
-        g[q] = Product::Sum(now, I::Group(i) * C::kH + q, I::Tile(i), I::J(i)) + b_hh[i][q];
+        g[q] = Product::Sum(now, Block::Group(i) * C::kH + q, Block::Tile(i), Block::J(i)) +
+               b_hh[i][q];
       old[i][0] = h[i];
       FRNN_UNROLL
       for (int j = 0; j < kExtra; j++) old[i][j + 1] = c[i][j];
@@ -441,26 +448,27 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!I::Exists(i)) continue;
-      const bool runs = unit(i) < H && batch(i) < rows.running;
-      PublishUnit(a.hs + place[i] + step, h_new[i], runs && batch(i) < next.running);
-      if (kLocal && runs) published[(~s & 1) * half + I::Row(i) * stride + unit(i)] = h_new[i];
+      if (!Block::Has(i)) continue;
+      const bool runs = at.Unit(i) < H && at.Batch(i) < rows.running;
+      PublishUnit(a.hs + place[i] + step, h_new[i], runs && at.Batch(i) < next.running);
+      if (kLocal && runs)
+        published[(~s & 1) * half + Block::Row(i) * stride + at.Unit(i)] = h_new[i];
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!I::Exists(i) || unit(i) >= H || batch(i) >= rows.running) continue;
+      if (!Block::Has(i) || at.Unit(i) >= H || at.Batch(i) >= rows.running) continue;
       h[i] = Widen(h_new[i]);
       FRNN_UNROLL
       for (int j = 0; j < kExtra; j++) c[i][j] = fresh[i][j + 1].v;
-      a.y[wide(place[i], i, n.dirs)] = h_new[i];
-      if (batch(i) >= next.running) {  // the sequence ends
-        a.h_last[batch(i) * H + unit(i)] = h_new[i];
+      a.y[at.Wide(place[i], i, n.dirs)] = h_new[i];
+      if (at.Batch(i) >= next.running) {  // the sequence ends
+        a.h_last[at.Batch(i) * H + at.Unit(i)] = h_new[i];
         FRNN_UNROLL
         for (int j = 0; j < kExtra; j++)
-          a.c_last[(batch(i) * kExtra + j) * H + unit(i)] = Narrow<T>(c[i][j]);
+          a.c_last[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] = Narrow<T>(c[i][j]);
       }
       if (a.tape) {
-        float* tape = a.tape + wide(place[i], i, Tape<C>::kTape);
+        float* tape = a.tape + at.Wide(place[i], i, Tape<C>::kTape);
         FRNN_UNROLL
         for (int k = 0; k < C::kSaved; k++) tape[k * H] = saved[i][k].v;
         if constexpr (C::kUsesNewH) tape[C::kSaved * H] = h[i];
@@ -479,7 +487,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   for (int i = 0; i < kItems; i++) {
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
-      if (exists(i)) a.c[(batch(i) * kExtra + j) * H + unit(i)] = c[i][j];
+      if (at.Exists(i)) a.c[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] = c[i][j];
   }
 }
 
@@ -505,29 +513,23 @@ template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentBackward(const __grid_constant__ ResidentBackwardArgs<T> args) {
   using Product = ResidentProduct<T, kGroups, kBlocks, kTiles, kSplitOf<kGroups, kLocal>>;
-  using I = Items<kGroups, kTiles>;
-  constexpr int kItems = I::kItems, kExtra = C::kStates - 1, kTape = Tape<C>::kTape;
+  using Block = ResidentBlock<kGroups, kTiles>;
+  constexpr int kItems = Block::kItems, kExtra = C::kStates - 1, kTape = Tape<C>::kTape;
   float* sums = DynamicShared<float>();                            // [2][kSums]
   T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
   const ResidentSteps n = args.steps;
-  const ResidentPlace at = PlaceOf<kGroups, kTiles>(n.H, n.copies);
+  const Block at(n);
   const ResidentBackwardDirection<T>& a = args.dir[at.dir];
   const int64_t H = n.H;
 
   Product product;
   product.Load(
       [&](int m, int row) -> const T* {
-        const int64_t unit = at.unit + m * kUnits + row;
+        const int64_t unit = at.first_unit + m * kUnits + row;
         return unit < H ? a.w_hh_t + unit * C::kH * H : nullptr;
       },
       int(C::kH * H));
 
-  const auto unit = [&](int i) { return at.unit + I::Unit(i); };
-  const auto batch = [&](int i) { return at.row + I::Row(i); };
-  const auto exists = [&](int i) { return I::Exists(i) && unit(i) < H && batch(i) < n.B; };
-  const auto wide = [&](int64_t place, int i, int width) {
-    return (place - unit(i)) * width + unit(i);
-  };
   int64_t time = a.start + (n.end - 1) * a.way;
   TimeRows rows = RowsOf(n, time);
 
@@ -538,21 +540,21 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const int64_t dy_at = n.offsets ? rows.first * a.dy_b_stride : time * a.dy_t_stride;
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!exists(i) || batch(i) >= rows.running) continue;
-      if (a.dy) dy[i] = Widen(a.dy[dy_at + batch(i) * a.dy_b_stride + unit(i)]);
+      if (!at.Exists(i) || at.Batch(i) >= rows.running) continue;
+      if (a.dy) dy[i] = Widen(a.dy[dy_at + at.Batch(i) * a.dy_b_stride + at.Unit(i)]);
       if constexpr (C::kUsesH) h_prev[i] = Widen(a.hs[place[i]]);
-      const float* from = a.tape + wide(place[i], i, kTape);
+      const float* from = a.tape + at.Wide(place[i], i, kTape);
       FRNN_UNROLL
       for (int k = 0; k < kTape; k++) tape[i][k] = from[k * H];
     }
   };
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    place[i] = (rows.first + batch(i)) * H + unit(i);
-    dh[i] = exists(i) ? a.dh[batch(i) * H + unit(i)] : 0;
+    place[i] = at.Place(rows, i);
+    dh[i] = at.Exists(i) ? a.dh[at.Batch(i) * H + at.Unit(i)] : 0;
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
-      dc[i][j] = exists(i) ? a.dc[(batch(i) * kExtra + j) * H + unit(i)] : 0;
+      dc[i][j] = at.Exists(i) ? a.dc[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
   }
   const int stride = int(LocalStride<T>(C::kH * H)), half = kTiles * kTileRows * stride;
   fetch();
@@ -562,7 +564,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     Pack<Quick, C::kD> d[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!I::Exists(i)) continue;
+      if (!Block::Has(i)) continue;
       Pack<Quick, C::kSaved> saved;
       Pack<Quick, C::kStates> old, d_new;
       FRNN_UNROLL
@@ -578,10 +580,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!I::Exists(i)) continue;
-      const bool runs = unit(i) < H && batch(i) < rows.running;
-      T* dgh = a.dgh + wide(place[i], i, C::kH);
-      T* own = published + (s & 1) * half + I::Row(i) * stride + unit(i);
+      if (!Block::Has(i)) continue;
+      const bool runs = at.Unit(i) < H && at.Batch(i) < rows.running;
+      T* dgh = a.dgh + at.Wide(place[i], i, C::kH);
+      T* own = published + (s & 1) * half + Block::Row(i) * stride + at.Unit(i);
       ForGatesH<C>(std::make_integer_sequence<int, C::kH>(), [&](int q, auto index) {
         const T v = Narrow<T>(d[i][index].v);
         PublishUnit(dgh + q * H, v, runs);
@@ -590,12 +592,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!I::Exists(i) || unit(i) >= H || batch(i) >= rows.running) continue;
+      if (!Block::Has(i) || at.Unit(i) >= H || at.Batch(i) >= rows.running) continue;
       dh[i] = C::kUsesH ? d_old[i][0].v : 0;
       FRNN_UNROLL
       for (int j = 0; j < kExtra; j++) dc[i][j] = d_old[i][j + 1].v;
       if (a.dgx == a.dgh) continue;
-      T* dgx = a.dgx + wide(place[i], i, C::kX);
+      T* dgx = a.dgx + at.Wide(place[i], i, C::kX);
       ForGatesX<C>(std::make_integer_sequence<int, C::kX>(),
                    [&](int q, auto index) { dgx[q * H] = Narrow<T>(d[i][index].v); });
     }
@@ -608,24 +610,24 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     float* now = sums + (s & 1) * Product::kSums;
     if constexpr (kLocal) {
       __syncthreads();
-      product.template Multiply<false>(published + (s & 1) * half, stride, seen.running - at.row,
-                                       int(C::kH * H), now);
+      product.template Multiply<false>(published + (s & 1) * half, stride,
+                                       seen.running - at.first_row, int(C::kH * H), now);
     } else {
-      product.template Multiply<true>(a.dgh + (seen.first + at.row) * C::kH * H, C::kH * H,
-                                      seen.running - at.row, int(C::kH * H), now);
+      product.template Multiply<true>(a.dgh + (seen.first + at.first_row) * C::kH * H, C::kH * H,
+                                      seen.running - at.first_row, int(C::kH * H), now);
     }
     __syncthreads();
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
-      if (I::Exists(i)) dh[i] += Product::Sum(now, I::Group(i), I::Tile(i), I::J(i));
+      if (Block::Has(i)) dh[i] += Product::Sum(now, Block::Group(i), Block::Tile(i), Block::J(i));
   }
 
   FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    if (!exists(i)) continue;
-    a.dh[batch(i) * H + unit(i)] = dh[i];
+    if (!at.Exists(i)) continue;
+    a.dh[at.Batch(i) * H + at.Unit(i)] = dh[i];
     FRNN_UNROLL
-    for (int j = 0; j < kExtra; j++) a.dc[(batch(i) * kExtra + j) * H + unit(i)] = dc[i][j];
+    for (int j = 0; j < kExtra; j++) a.dc[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] = dc[i][j];
   }
 }
 
