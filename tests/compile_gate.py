@@ -3,7 +3,7 @@
     python tests/compile_gate.py [--all]
 
 What differs in no register is compiled once: float16 is like bfloat16, and that is what sm_80 is
-tried with; sm_75 is to see that it compiles. --all leaves out nothing and takes four times as long.
+tried with. That sm_75 compiles is enough. --all leaves out nothing and takes four times as long.
 
 A kernel that spills registers, has a stack, or takes more registers than the table allows is an
 error: on a card it would be slow without being wrong.
@@ -86,6 +86,8 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
             continue
         allowed = REGISTERS[kind]["double" in short]
         registers[short] = used
+        if arch == "sm_75":
+            continue
         if max(stack, stores, loads) > SPILLS.get((arch, kind), 0):
             errors.append(f"{arch} {short}: {stack} bytes of stack, spills {stores} + {loads}")
         if used > allowed:
