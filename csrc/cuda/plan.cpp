@@ -44,11 +44,14 @@ bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
          problem.H * size % 16 == 0 && problem.H > 0 && problem.B > 0;
 }
 
+int64_t TilesOf(const Problem& problem) { return (problem.B + kTileRows - 1) / kTileRows; }
+
 // The shape of a local kernel, if there is one. With 64 units, a block that has all of them was slower
 // than four that share them.
 bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
-  if (problem.H > 32 || !FitsTensorCores(device, problem)) return false;
-  plan->groups = problem.H > 16 ? 2 : 1, plan->tiles = 1, plan->copies = int((problem.B + 7) / 8);
+  if (problem.H > 2 * kUnits || !FitsTensorCores(device, problem)) return false;
+  plan->groups = problem.H > kUnits ? 2 : 1, plan->tiles = 1;
+  plan->copies = int(TilesOf(problem));
   return true;
 }
 
@@ -57,17 +60,17 @@ bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
 bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
   if (!FitsTensorCores(device, problem)) return false;
   int64_t blocks = 1;
-  while (blocks * 512 < problem.H * StorageSize(problem.storage)) blocks *= 2;
-  const int64_t all_tiles = (problem.B + 7) / 8;
+  while (blocks * kWarps * kBlockBytes < problem.H * StorageSize(problem.storage)) blocks *= 2;
+  const int64_t all_tiles = TilesOf(problem);
   plan->tiles = 0;
   for (int64_t groups : {1, 2}) {
     if (blocks > kResidentBlocks || problem.gates_h * blocks * groups > kResidentTiles) continue;
-    const int64_t ctas = (problem.H + 16 * groups - 1) / (16 * groups) * problem.dirs;
+    const int64_t ctas = BlocksOfCopy(problem.H, groups) * problem.dirs;
     const int64_t copies = std::min(all_tiles, device.multiprocessors / ctas);
     if (copies == 0) continue;
     int64_t tiles = 1;
     while (tiles * copies < all_tiles) tiles *= 2;
-    const int64_t shared = 8192 * problem.gates_h * groups * tiles;
+    const int64_t shared = 2 * 4 * SumsOf(kWarps, problem.gates_h * groups * tiles);
     if (groups * tiles > kResidentRows || shared > device.shared_bytes) continue;
     if (plan->tiles != 0 && tiles >= plan->tiles) continue;
     plan->blocks = int(blocks), plan->groups = int(groups), plan->tiles = int(tiles);

@@ -25,9 +25,21 @@ struct Problem {
   bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
 };
 
-// Of a resident kernel, at most: blocks of k of a warp (64 bytes each), tiles of weights that it holds
-// (16 units by a block of k), and of a block groups of 16 units times tiles of 8 rows of the batch.
+// Kernels that keep their weights: warps of a block, units of a group, rows of the batch of a tile,
+// bytes of a row in a block of k.
+constexpr int kWarps = 8, kUnits = 16, kTileRows = 8, kBlockBytes = 64;
+// Of a resident kernel, at most: blocks of k of a warp, tiles of weights that it holds (a group by a
+// block of k), and of a block groups times tiles of rows.
 constexpr int64_t kResidentBlocks = 8, kResidentTiles = 16, kResidentRows = 4;
+
+// Blocks that hold all units once, and floats that a block's warps add up for a product of `tiles` tiles
+// of weights by one of rows, where `split` of them share k.
+constexpr int64_t BlocksOfCopy(int64_t H, int64_t groups) {
+  return (H + groups * kUnits - 1) / (groups * kUnits);
+}
+constexpr int64_t SumsOf(int64_t split, int64_t tiles) {
+  return split * tiles * kUnits * kTileRows;
+}
 
 struct Plan {
   Variant variant;

@@ -14,193 +14,13 @@
 //   forward   a block has kGroups * 16 units; h_{t-1} [B, H] by W_hh [kH H, H], all gates of a unit
 //             in one block. Published: h_t, into the rows that the backward reads.
 //   backward  the same units; dgh_t [B, kH H] by W_hh^T [H, kH H]. Published: the gate gradients.
-//
-// A product: D [16 units, 8 rows] += A B with mma.sync; A from the weights, B from what is published,
-// its sums split over the warps of a block, added up in shared memory in the order of the warps.
 #pragma once
-#include <algorithm>
-
 #include "cuda/kernels.cuh"
-#include "cuda/plan.h"
 #include "cuda/quick.h"
-#ifndef FUSED_RNN_EMULATE
-#include "cuda/primitives.h"
-#endif
+#include "cuda/resident_product.cuh"
 
 namespace frnn {
 namespace cuda {
-
-constexpr int kWarps = 8, kUnits = 16, kTileRows = 8;
-constexpr uint32_t kUnwritten = ~0u;  // a NaN in every type
-constexpr unsigned kPatience =
-    1u << 27;  // polls of one step, a minute or more: something is broken
-
-// Older cards lack the instructions, and no plan sends them here.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kHasTensorCores = false;
-#else
-constexpr bool kHasTensorCores = true;
-#endif
-
-// How a type goes through mma.sync. A lane takes 16 bytes of a row at a time, a block of k is 64
-// bytes; which k an instruction calls by which name does not matter as long as A and B agree.
-template <class T>
-struct Operand {
-  static constexpr int kBlock = 64 / sizeof(T), kLane = 16 / sizeof(T);  // elements
-
-  __device__ static void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (!kHasTensorCores)
-      __trap();
-    else if constexpr (kStorage<T> == Storage::kBFloat16)
-      MmaBf16(d, a, b0, b1);
-    else if constexpr (kStorage<T> == Storage::kHalf)
-      MmaF16(d, a, b0, b1);
-    else
-      MmaTf32(d, a, b0, b1);
-  }
-  // A word as it goes into the product: float32 is rounded to TF32.
-  __device__ static uint32_t Word(uint32_t w) {
-    if constexpr (sizeof(T) == 4 && kHasTensorCores) return ToTf32(__uint_as_float(w));
-    return w;
-  }
-  __device__ static uint32_t Bits(T v) {
-    if constexpr (kStorage<T> == Storage::kBFloat16)
-      return __bfloat16_as_ushort(v);
-    else if constexpr (kStorage<T> == Storage::kHalf)
-      return __half_as_ushort(v);
-    else
-      return __float_as_uint(v);
-  }
-};
-
-// Publishes v at p, by lanes whose units alternate between lane and lane ^ 4. NaNs that look like
-// kUnwritten become other NaNs.
-template <class T>
-__device__ __forceinline__ void PublishUnit(T* p, T v, bool valid) {
-  uint32_t word = Operand<T>::Bits(v);
-  bool writes = valid;
-  if constexpr (sizeof(T) == 2) {  // two units in a word; valid is the same for both
-    word |= __shfl_xor_sync(~0u, word, 4) << 16;
-    writes = valid && (threadIdx.x & 4) == 0;
-  }
-  if (word == kUnwritten) word = sizeof(T) == 4 ? 0x7FFFFFFFu : 0x7FFF7FFFu;
-  if (writes) StoreRelaxed(reinterpret_cast<uint32_t*>(p), word);
-}
-
-// D [16 kM, 8 kTiles] = A B by all warps: kSplit of them share the blocks of k, kBlocks each, the
-// others the tiles of A. A is in registers.
-template <class T, int kM, int kBlocks, int kTiles, int kSplit>
-struct ResidentProduct {
-  using O = Operand<T>;
-  static constexpr int kOwn = kM * kSplit / kWarps;            // tiles of A of a warp
-  static constexpr int kSums = kSplit * kM * kTiles * 4 * 32;  // floats, for the sums of the warps
-  static_assert(kOwn * kWarps == kM * kSplit, "every warp has as many");
-  // What is under way at once: kLoad blocks of kChunk tiles, at most 8 loads of 16 bytes and 64 sums.
-  static constexpr int Divisor(int of, int most) {
-    return of % most == 0 ? most : Divisor(of, most - 1);
-  }
-  static constexpr int kLoad = Divisor(kBlocks, 8);
-  static constexpr int kChunk = Divisor(kTiles, std::max(1, std::min(8 / kLoad, 16 / kOwn)));
-
-  uint32_t w[kOwn][kBlocks][2][4];
-
-  __device__ static int FirstTile() { return int(threadIdx.x / 32) / kSplit * kOwn; }
-  __device__ static int K(int block) {  // of this lane's 16 bytes
-    return (int(threadIdx.x / 32) % kSplit * kBlocks + block) * O::kBlock +
-           int(threadIdx.x % 4) * O::kLane;
-  }
-  // Of the sums of warp `part` of those that share k.
-  __device__ static int SumAt(int part, int m, int tile, int j) {
-    return (((part * kM + m) * kTiles + tile) * 4 + j) * 32 + int(threadIdx.x % 32);
-  }
-
-  // row_of(m, row): where that row of A begins, or null for zeros. `depth` of them exist.
-  template <class F>
-  __device__ __forceinline__ void Load(const F& row_of, int depth) {
-    const int r = threadIdx.x % 32 / 4;
-    FRNN_UNROLL
-    for (int m = 0; m < kOwn; m++) {
-      const T *low = row_of(FirstTile() + m, r), *high = row_of(FirstTile() + m, r + 8);
-      FRNN_UNROLL
-      for (int block = 0; block < kBlocks; block++) {
-        const int k = K(block);
-        uint4 a{}, b{};
-        if (low && k < depth) a = *reinterpret_cast<const uint4*>(low + k);
-        if (high && k < depth) b = *reinterpret_cast<const uint4*>(high + k);
-        const uint32_t words[8] = {a.x, b.x, a.y, b.y, a.z, b.z, a.w, b.w};
-        FRNN_UNROLL
-        for (int i = 0; i < 8; i++) w[m][block][i / 4][i % 4] = O::Word(words[i]);
-      }
-    }
-  }
-
-  // sums = A B, B[k][row] = from[row * stride + k]. Rows and k beyond `rows` and `depth` count as
-  // zero. kPolls: other blocks write it, wait until they have.
-  template <bool kPolls>
-  __device__ __forceinline__ void Multiply(const T* from, int64_t stride, int rows, int depth,
-                                           float* sums) const {
-    const int r = threadIdx.x % 32 / 4, part = int(threadIdx.x / 32) % kSplit;
-    unsigned polls = 0;
-    FRNN_UNROLL
-    for (int tile = 0; tile < kTiles; tile += kChunk) {
-      float d[kChunk][kOwn][4];
-      FRNN_UNROLL
-      for (int i = 0; i < kChunk * kOwn * 4; i++) d[i / (kOwn * 4)][i / 4 % kOwn][i % 4] = 0;
-      FRNN_UNROLL
-      for (int first = 0; first < kBlocks; first += kLoad) {
-        uint4 b[kChunk][kLoad];
-        bool ready;
-        do {
-          ready = true;
-          FRNN_UNROLL
-          for (int i = 0; i < kChunk * kLoad; i++) {
-            const int row = (tile + i / kLoad) * kTileRows + r, k = K(first + i % kLoad);
-            uint4 v{};
-            if (row < rows && k < depth) {
-              const uint4* at = reinterpret_cast<const uint4*>(from + row * stride + k);
-              v = kPolls ? LoadRelaxed(at) : *at;
-            }
-            b[i / kLoad][i % kLoad] = v;
-          }
-          if (!kPolls) break;
-          FRNN_UNROLL
-          for (int i = 0; i < kChunk * kLoad; i++) {
-            const uint4& v = b[i / kLoad][i % kLoad];
-            ready = ready && v.x != kUnwritten && v.y != kUnwritten && v.z != kUnwritten &&
-                    v.w != kUnwritten;
-          }
-          if (++polls > kPatience) __trap();
-        } while (!ready);
-        __syncwarp();
-        FRNN_UNROLL
-        for (int i = 0; i < kLoad; i++) {
-          FRNN_UNROLL
-          for (int c = 0; c < kChunk; c++) {
-            const uint4& v = b[c][i];
-            FRNN_UNROLL
-            for (int m = 0; m < kOwn; m++) {
-              O::Multiply(d[c][m], w[m][first + i][0], O::Word(v.x), O::Word(v.y));
-              O::Multiply(d[c][m], w[m][first + i][1], O::Word(v.z), O::Word(v.w));
-            }
-          }
-        }
-      }
-      FRNN_UNROLL
-      for (int i = 0; i < kChunk * kOwn * 4; i++) {
-        const int c = i / (kOwn * 4), m = i / 4 % kOwn, j = i % 4;
-        sums[SumAt(part, FirstTile() + m, tile + c, j)] = d[c][m][j];
-      }
-    }
-  }
-
-  // Element j of this lane's fragment, over all warps.
-  __device__ __forceinline__ static float Sum(const float* sums, int m, int tile, int j) {
-    float sum = 0;
-    FRNN_UNROLL
-    for (int part = 0; part < kSplit; part++) sum += sums[SumAt(part, m, tile, j)];
-    return sum;
-  }
-};
 
 // How many warps share the blocks of k: all, or in a local kernel, where what is read lies in shared
 // memory, as few as can be.
@@ -243,16 +63,19 @@ struct ResidentBlock {
   static constexpr int kAll = kGroups * kTiles * 4, kItems = (kAll + kWarps - 1) / kWarps;
 
   __device__ __forceinline__ ResidentBlock(const ResidentSteps& n) : H(n.H), B(n.B) {
-    const int blocks = int((n.H + kGroups * kUnits - 1) / (kGroups * kUnits));
+    const int blocks = int(BlocksOfCopy(n.H, kGroups));
     const int copy = blockIdx.x / blocks;
     dir = copy / n.copies;
     first_unit = int(blockIdx.x) % blocks * kGroups * kUnits;
     first_row = copy % n.copies * kTiles * kTileRows;
   }
 
-  // Whether a warp has an item i at all; whether a thread's lies within the layer.
+  // Whether a warp has an item i at all; whether a thread's lies within the layer, and also runs.
   __device__ static bool Has(int i) { return kAll % kWarps == 0 || Index(i) < kAll; }
   __device__ bool Exists(int i) const { return Has(i) && Unit(i) < H && Batch(i) < B; }
+  __device__ bool Runs(int i, const TimeRows& rows) const {
+    return Exists(i) && Batch(i) < rows.running;
+  }
 
   __device__ static int J(int i) { return Index(i) % 4; }
   __device__ static int Tile(int i) { return Index(i) / 4 % kTiles; }
@@ -381,7 +204,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const auto fetch = [&] {  // does not depend on other blocks
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!at.Exists(i) || at.Batch(i) >= rows.running) continue;
+      if (!at.Runs(i, rows)) continue;
       const float* from = a.gx + at.Wide(place[i] - a.gx_row * H, i, C::kX);
       FRNN_UNROLL
       for (int q = 0; q < C::kX; q++)
@@ -415,12 +238,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const int64_t step = (next.first - rows.first) * H;
     // Two sets of sums in turn: a warp that is ahead writes the one that no other still reads.
     float* now = sums + (s & 1) * Product::kSums;
-    if constexpr (kLocal)
-      product.template Multiply<false>(published + (s & 1) * half, stride,
-                                       rows.running - at.first_row, int(H), now);
-    else
-      product.template Multiply<true>(a.hs + (rows.first + at.first_row) * H, H,
-                                      rows.running - at.first_row, int(H), now);
+    product.template Multiply<!kLocal>(
+        kLocal ? published + (s & 1) * half : a.hs + (rows.first + at.first_row) * H,
+        kLocal ? stride : H, rows.running - at.first_row, int(H), now);
     __syncthreads();
 
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
@@ -449,14 +269,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
-      const bool runs = at.Unit(i) < H && at.Batch(i) < rows.running;
+      const bool runs = at.Runs(i, rows);
       PublishUnit(a.hs + place[i] + step, h_new[i], runs && at.Batch(i) < next.running);
       if (kLocal && runs)
         published[(~s & 1) * half + Block::Row(i) * stride + at.Unit(i)] = h_new[i];
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!Block::Has(i) || at.Unit(i) >= H || at.Batch(i) >= rows.running) continue;
+      if (!at.Runs(i, rows)) continue;
       h[i] = Widen(h_new[i]);
       FRNN_UNROLL
       for (int j = 0; j < kExtra; j++) c[i][j] = fresh[i][j + 1].v;
@@ -495,8 +315,7 @@ template <class T>
 struct ResidentBackwardDirection {
   int64_t start, way;
   const T* w_hh_t;  // [H, kH H] = W_hh^T
-  const T*
-      dy;  // row (t, b) at t dy_t_stride + b dy_b_stride, ragged row r at r dy_b_stride; or null
+  const T* dy;  // (t, b) at t dy_t_stride + b dy_b_stride, ragged row r at r dy_b_stride; or null
   int64_t dy_t_stride, dy_b_stride;
   const T* hs;          // [rows, H]
   const Wide<T>* tape;  // [rows, kTape H]
@@ -540,7 +359,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const int64_t dy_at = n.offsets ? rows.first * a.dy_b_stride : time * a.dy_t_stride;
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!at.Exists(i) || at.Batch(i) >= rows.running) continue;
+      if (!at.Runs(i, rows)) continue;
       if (a.dy) dy[i] = Widen(a.dy[dy_at + at.Batch(i) * a.dy_b_stride + at.Unit(i)]);
       if constexpr (C::kUsesH) h_prev[i] = Widen(a.hs[place[i]]);
       const float* from = a.tape + at.Wide(place[i], i, kTape);
@@ -581,7 +400,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
-      const bool runs = at.Unit(i) < H && at.Batch(i) < rows.running;
+      const bool runs = at.Runs(i, rows);
       T* dgh = a.dgh + at.Wide(place[i], i, C::kH);
       T* own = published + (s & 1) * half + Block::Row(i) * stride + at.Unit(i);
       ForGatesH<C>(std::make_integer_sequence<int, C::kH>(), [&](int q, auto index) {
@@ -592,7 +411,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
-      if (!Block::Has(i) || at.Unit(i) >= H || at.Batch(i) >= rows.running) continue;
+      if (!at.Runs(i, rows)) continue;
       dh[i] = C::kUsesH ? d_old[i][0].v : 0;
       FRNN_UNROLL
       for (int j = 0; j < kExtra; j++) dc[i][j] = d_old[i][j + 1].v;
@@ -608,14 +427,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     for (int i = 0; i < kItems; i++) place[i] += (rows.first - seen.first) * H;
     if (s > n.begin) fetch();
     float* now = sums + (s & 1) * Product::kSums;
-    if constexpr (kLocal) {
-      __syncthreads();
-      product.template Multiply<false>(published + (s & 1) * half, stride,
-                                       seen.running - at.first_row, int(C::kH * H), now);
-    } else {
-      product.template Multiply<true>(a.dgh + (seen.first + at.first_row) * C::kH * H, C::kH * H,
-                                      seen.running - at.first_row, int(C::kH * H), now);
-    }
+    if constexpr (kLocal) __syncthreads();
+    product.template Multiply<!kLocal>(
+        kLocal ? published + (s & 1) * half : a.dgh + (seen.first + at.first_row) * C::kH * H,
+        kLocal ? stride : C::kH * H, seen.running - at.first_row, int(C::kH * H), now);
     __syncthreads();
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
@@ -657,7 +472,7 @@ struct ResidentInstance {
                    Shared(ProductBack::kSums, C::kH * args.steps.H), stream, args);
   }
   static unsigned Grid(unsigned copies, int64_t H) {
-    return copies * unsigned((H + kGroups * kUnits - 1) / (kGroups * kUnits));
+    return copies * unsigned(BlocksOfCopy(H, kGroups));
   }
 };
 
@@ -686,7 +501,7 @@ void WithResidentInstance(const Plan& plan, const F& f) {
     });
   });
   ForEachOf<1, 2>([&](auto groups) {
-    constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + 63) / 64;
+    constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + kBlockBytes - 1) / kBlockBytes;
     offer(plan.variant == Variant::kLocal && plan.groups == groups,
           ResidentInstance<C, T, kBlocks, groups, 1, true>());
   });

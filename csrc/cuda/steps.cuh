@@ -44,13 +44,13 @@ class Steps {
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
     for (int d = 0; d < p.dirs; d++) ForwardBuffers(p, plan, count);
-    if (plan.keeps_weights()) count.Take<int64_t>(p.T + 1);  // StepsOf
+    TakeOffsets(p, plan, count);
     return count.used();
   }
   static int64_t BackwardWorkspace(const LayerGradParams& p, const Plan& plan) {
     Workspace count(nullptr);
     for (int d = 0; d < p.dirs; d++) BackwardBuffers(p, plan, count);
-    if (plan.keeps_weights()) count.Take<int64_t>(p.T + 1);  // StepsOf
+    TakeOffsets(p, plan, count);
     return count.used();
   }
 
@@ -61,9 +61,10 @@ class Steps {
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
     const bool resident = plan.keeps_weights();
     ResidentSteps steps{};
-    if (resident) steps = StepsOf(p, plan, call, workspace);
-    for (int d = 0; resident && d < p.dirs; d++)
-      Direction(p, plan, call, d).StartStates(buffers[d], steps);
+    if (resident) {
+      steps = StepsOf(p, plan, call, workspace);
+      for (int d = 0; d < p.dirs; d++) Direction(p, plan, call, d).StartStates(buffers[d], steps);
+    }
     for (int64_t begin = 0; begin < p.T; begin += plan.chunk_steps) {
       const int64_t end = std::min(begin + plan.chunk_steps, p.T);
       int64_t first[2];
@@ -387,21 +388,23 @@ class Steps {
     const LayerGradParams& g;
   };
 
-  // All steps, for resident kernels. What they read of a ragged batch is brought to the card.
+  // [T + 1]: what kernels that keep their weights read of a ragged batch, else null.
+  static int64_t* TakeOffsets(const LayerParams& p, const Plan& plan, Workspace& workspace) {
+    return plan.keeps_weights() && p.ragged ? workspace.Take<int64_t>(p.T + 1) : nullptr;
+  }
+
+  // All steps, for resident kernels. The offsets of a ragged batch are brought to the card.
   static ResidentSteps StepsOf(const LayerParams& p, const Plan& plan, const CudaCall& call,
                                Workspace& workspace) {
-    ResidentSteps steps{p.H, p.B, p.T, 0, p.T, nullptr, plan.copies, p.dirs};
-    if (!p.ragged) return steps;
-    int64_t* offsets = workspace.Take<int64_t>(p.T + 1);
-    for (int64_t i = 0; i <= p.T; i += OffsetsPart::kSize) {
+    int64_t* offsets = TakeOffsets(p, plan, workspace);
+    for (int64_t i = 0; offsets != nullptr && i <= p.T; i += OffsetsPart::kSize) {
       OffsetsPart part;
       const int count = int(std::min<int64_t>(OffsetsPart::kSize, p.T + 1 - i));
       std::copy_n(p.offsets + i, count, part.values);
       Launch(StoreOffsets, dim3((count + 127) / 128), dim3(128), 0,
              static_cast<cudaStream_t>(call.streams[0]), part, count, offsets + i);
     }
-    steps.offsets = offsets;
-    return steps;
+    return {p.H, p.B, p.T, 0, p.T, offsets, plan.copies, p.dirs};
   }
 
   // first[d]: the row that gx of direction d begins with.
