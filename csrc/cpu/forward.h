@@ -183,12 +183,10 @@ class Layer<C, V>::ForwardPass {
     }
     for (int q = 0; q < kGates; q++)
       for (int j = 0; j < kPanelVecs; j++) {
-        const int64_t unit = panel * kUnits + j * N;
-        T* out = gates + (q * kPanelVecs + j) * N;
-        if (unit < p.H)
-          DotRows<V>(n, a, lda, static_cast<const T*>(w) + q * p.H * K, unit, p.H, K, out, stride);
-        else
-          for (int64_t r = 0; r < n; r++) store<V>(out + r * stride, V{});
+        const int64_t unit = panel * kUnits + j * N, left = p.H - unit;
+        DotRows<V>(n, a, lda, static_cast<const T*>(w) + (q * p.H + unit) * K,
+                   int(left < 0 ? 0 : (left < N ? left : N)), K, gates + (q * kPanelVecs + j) * N,
+                   stride);
       }
   }
   static void GateMath(const StepRows& s, int64_t first, int rows);

@@ -242,8 +242,9 @@ FRNN_INLINE void SumLanes(V (&v)[Lanes<V>::kSize]) {
 // out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < kRows, i < kSize, k < `whole`, a
 // multiple of kSize.
 template <class V, int kRows>
-FRNN_INLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
-                          int64_t K, int64_t whole, typename Lanes<V>::T* out, int64_t ldo) {
+FRNN_NOINLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda,
+                            const typename Lanes<V>::T* w, int64_t K, int64_t whole,
+                            typename Lanes<V>::T* out, int64_t ldo) {
   constexpr int N = Lanes<V>::kSize, kAtOnce = N / kRows;
   for (int first = 0; first < N; first += kAtOnce) {
     const auto* w_first = w + first * K;
@@ -272,16 +273,12 @@ FRNN_INLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda, const type
 // out[i] = sum_k a[k] * w[i * K + k], i < kSize, K >= kSize. Four rows of w pass at a time, each in
 // several chains: caches stream few rows faster than many.
 template <class V>
-FRNN_INLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int64_t K,
-                         typename Lanes<V>::T* out) {
+FRNN_NOINLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int64_t K,
+                           typename Lanes<V>::T* out) {
   constexpr int N = Lanes<V>::kSize, kLines = N < 4 ? N : 4;
   constexpr int kChains = kRegisters<V> == 32 ? 4 : 2;
   using T = typename Lanes<V>::T;
-  // The last vector overlaps with the one before it: of both sides only what is new counts.
   const int64_t whole = K / N * N;
-  T is_new[N];
-  for (int i = 0; i < N; i++) is_new[i] = T(i >= N - (K - whole));
-  const V last = load<V>(is_new), zero{};
   V sums[N];
   FRNN_UNROLL
   for (int first = 0; first < N; first += kLines) {
@@ -304,6 +301,10 @@ FRNN_INLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>:
     }
     for (; k < whole; k += N) step(k, acc[0]);
     if (whole < K) {
+      // The last vector overlaps with the one before it: of both sides only what is new counts.
+      T is_new[N];
+      for (int i = 0; i < N; i++) is_new[i] = T(i >= N - (K - whole));
+      const V last = load<V>(is_new), zero{};
       const V x = last != zero ? load<V>(a + K - N) : zero;
       FRNN_UNROLL
       for (int i = 0; i < kLines; i++)
@@ -320,40 +321,40 @@ FRNN_INLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>:
   store<V>(out, sums[0]);
 }
 
-// out[r * ldo + lane] = sum_k a[r * lda + k] * w[(row0 + lane) * K + k], lane < kSize, r < M: rows of w as
-// they lie. For few rows of a, where packing w would cost more than the product itself.
+// out[i] += sum_k a[k] * w[i * K + k], i < lanes, first <= k < K: what fills no vector. A function of its
+// own, as are the others that DotRows calls: inlined they make its way to one row a fifth slower.
+template <class V>
+FRNN_NOINLINE void AddDots(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int lanes,
+                           int64_t first, int64_t K, typename Lanes<V>::T* out) {
+  for (int i = 0; i < lanes; i++) {
+    typename Lanes<V>::T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = first; k < K; k++) sum += w[i * K + k] * a[k];
+    out[i] += sum;
+  }
+}
+
+// out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < M, i < lanes, and zero for the lanes from there
+// on: rows of w as they lie. For few rows of a, where packing w would cost more than the product itself.
 template <class V>
 void DotRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
-             int64_t row0, int64_t rows, int64_t K, typename Lanes<V>::T* out, int64_t ldo) {
+             int lanes, int64_t K, typename Lanes<V>::T* out, int64_t ldo) {
   constexpr int N = Lanes<V>::kSize, kBlock = N >= 8 ? 4 : 1;
-  using T = typename Lanes<V>::T;
-  const T* first = w + row0 * K;
-  const int lanes = int(rows - row0 < N ? rows - row0 : N);
-  // One sum, its elements from k on.
-  const auto dot = [&](const T* row, int i, int64_t k) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = k; j < K; j++) sum += first[i * K + j] * row[j];
-    return sum;
-  };
-  for (int64_t r = 0; r < M;) {
-    const T* row = a + r * lda;
-    T* sums = out + r * ldo;
-    if (lanes < N || K < N) {
-      for (int i = 0; i < lanes; i++) sums[i] = dot(row, i, 0);
-      for (int i = lanes; i < N; i++) sums[i] = 0;
-      r++;
-    } else if (M - r < kBlock) {
-      DotLine<V>(row, first, K, sums);
-      r++;
-    } else {
-      const int64_t whole = K / N * N;
-      DotBlock<V, kBlock>(row, lda, first, K, whole, sums, ldo);
-      for (int j = 0; j < kBlock && whole < K; j++)
-        for (int i = 0; i < N; i++) sums[j * ldo + i] += dot(row + j * lda, i, whole);
-      r += kBlock;
+  int64_t r = 0;
+  if (lanes < N || K < N) {
+    for (; r < M; r++) {
+      store<V>(out + r * ldo, V{});
+      AddDots<V>(a + r * lda, w, lanes, 0, K, out + r * ldo);
     }
+    return;
   }
+  const int64_t whole = K / N * N;
+  for (; kBlock > 1 && M - r >= kBlock; r += kBlock) {
+    DotBlock<V, kBlock>(a + r * lda, lda, w, K, whole, out + r * ldo, ldo);
+    for (int64_t j = r; j < r + kBlock && whole < K; j++)
+      AddDots<V>(a + j * lda, w, N, whole, K, out + j * ldo);
+  }
+  for (; r < M; r++) DotLine<V>(a + r * lda, w, K, out + r * ldo);
 }
 
 // Compiled once for each instruction set and scalar type (cpu/gemm.cpp.in), not again for every
@@ -373,8 +374,8 @@ FRNN_GEMM_ROWS(4)
 FRNN_DEFINE_GEMM template void GemmPacked<OwnVec>(int, const FRNN_SCALAR*, const FRNN_SCALAR*,
                                                   int64_t, FRNN_SCALAR*, int64_t, bool);
 FRNN_DEFINE_GEMM template void DotRows<OwnVec>(int64_t, const FRNN_SCALAR*, int64_t,
-                                               const FRNN_SCALAR*, int64_t, int64_t, int64_t,
-                                               FRNN_SCALAR*, int64_t);
+                                               const FRNN_SCALAR*, int, int64_t, FRNN_SCALAR*,
+                                               int64_t);
 #undef FRNN_GEMM_ROWS
 
 // Tiles of at most kTileVecs vectors that cover the vectors [begin, end): f(first vector, vectors
