@@ -39,7 +39,7 @@ class Layer {
       C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
   static constexpr int kTileWidth = kTileVecs<V> * N;
   // What a thread could do while a team of two waits at a barrier, and while a team starts.
-  static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 200000;
+  static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);
   static constexpr int64_t kMacsOfShortCall = 100000000;  // a few milliseconds, see Crowd
   static constexpr bool kTiles = bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
   static constexpr Storage kOwn = StorageOf<T>::kValue;
