@@ -239,19 +239,63 @@ FRNN_INLINE void SumLanes(V (&v)[Lanes<V>::kSize]) {
   }
 }
 
-// out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < kRows, i < kSize, k < `whole`, a
-// multiple of kSize.
-template <class V, int kRows>
+// Rows of a times rows of w as they lie, for few rows of a, where packing w would cost more than the
+// product itself. Functions of their own: inlined, the longer ones make the way to DotLine a fifth slower.
+
+// out[i] = sum_k a[k] * w[i * K + k], i < kSize, k < K / kSize * kSize. As many rows of w pass at a time as
+// sums fit in registers; of long vectors fewer, which caches stream faster, each in several chains.
+template <class V>
+FRNN_NOINLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int64_t K,
+                           typename Lanes<V>::T* out) {
+  constexpr int N = Lanes<V>::kSize, kLines = sizeof(V) == 64 && N > 4 ? 4 : N;
+  constexpr int kChains = kLines < kRegisters<V> / 2 ? kRegisters<V> / 2 / kLines : 1;
+  V sums[N];
+  FRNN_UNROLL
+  for (int first = 0; first < N; first += kLines) {
+    const auto* w_first = w + first * K;
+    V acc[kChains][kLines];
+    FRNN_UNROLL
+    for (int u = 0; u < kChains; u++) {
+      FRNN_UNROLL
+      for (int i = 0; i < kLines; i++) acc[u][i] = V{};
+    }
+    const auto step = [&](int64_t k, V(&sum)[kLines]) FRNN_INLINE_LAMBDA {
+      const V x = load<V>(a + k);
+      FRNN_UNROLL
+      for (int i = 0; i < kLines; i++) sum[i] += load<V>(w_first + i * K + k) * x;
+    };
+    int64_t k = 0;
+    for (; k + kChains * N <= K; k += kChains * N) {
+      FRNN_UNROLL
+      for (int u = 0; u < kChains; u++) step(k + u * N, acc[u]);
+    }
+    if constexpr (kChains > 1)
+      for (; k + N <= K; k += N) step(k, acc[0]);
+    FRNN_UNROLL
+    for (int i = 0; i < kLines; i++) {
+      sums[first + i] = acc[0][i];
+      FRNN_UNROLL
+      for (int u = 1; u < kChains; u++) sums[first + i] += acc[u][i];
+    }
+  }
+  SumLanes(sums);
+  store<V>(out, sums[0]);
+}
+
+// out[r * ldo + i] = the same of row r of a, r < kRows.
+template <class V>
+constexpr int kDotRows = Lanes<V>::kSize >= 8 ? 4 : 1;
+template <class V>
 FRNN_NOINLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda,
-                            const typename Lanes<V>::T* w, int64_t K, int64_t whole,
-                            typename Lanes<V>::T* out, int64_t ldo) {
-  constexpr int N = Lanes<V>::kSize, kAtOnce = N / kRows;
+                            const typename Lanes<V>::T* w, int64_t K, typename Lanes<V>::T* out,
+                            int64_t ldo) {
+  constexpr int N = Lanes<V>::kSize, kRows = kDotRows<V>, kAtOnce = N / kRows;
   for (int first = 0; first < N; first += kAtOnce) {
     const auto* w_first = w + first * K;
     V acc[N];
     FRNN_UNROLL
     for (int i = 0; i < N; i++) acc[i] = V{};
-    for (int64_t k = 0; k < whole; k += N) {
+    for (int64_t k = 0; k + N <= K; k += N) {
       V x[kRows];
       FRNN_UNROLL
       for (int r = 0; r < kRows; r++) x[r] = load<V>(a + r * lda + k);
@@ -270,91 +314,53 @@ FRNN_NOINLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda,
       memcpy(out + r * ldo + first, sums + r * kAtOnce, kAtOnce * sizeof(sums[0]));
   }
 }
-// out[i] = sum_k a[k] * w[i * K + k], i < kSize, K >= kSize. Four rows of w pass at a time, each in
-// several chains: caches stream few rows faster than many.
+
+// out[i] += the rest of it, K / kSize * kSize <= k < K, where K > kSize.
 template <class V>
-FRNN_NOINLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int64_t K,
+FRNN_NOINLINE void AddLast(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int64_t K,
                            typename Lanes<V>::T* out) {
-  constexpr int N = Lanes<V>::kSize, kLines = N < 4 ? N : 4;
-  constexpr int kChains = kRegisters<V> == 32 ? 4 : 2;
+  constexpr int N = Lanes<V>::kSize;
   using T = typename Lanes<V>::T;
-  const int64_t whole = K / N * N;
+  // The last vector overlaps with the one before it: of both sides only what is new counts.
+  T lanes[N];
+  for (int i = 0; i < N; i++) lanes[i] = T(i >= N - K % N);
+  const V is_new = load<V>(lanes), zero{};
+  const V x = is_new != zero ? load<V>(a + K - N) : zero;
   V sums[N];
   FRNN_UNROLL
-  for (int first = 0; first < N; first += kLines) {
-    const auto* w_first = w + first * K;
-    V acc[kChains][kLines];
-    FRNN_UNROLL
-    for (int u = 0; u < kChains; u++) {
-      FRNN_UNROLL
-      for (int i = 0; i < kLines; i++) acc[u][i] = V{};
-    }
-    const auto step = [&](int64_t k, V(&sum)[kLines]) FRNN_INLINE_LAMBDA {
-      const V x = load<V>(a + k);
-      FRNN_UNROLL
-      for (int i = 0; i < kLines; i++) sum[i] += load<V>(w_first + i * K + k) * x;
-    };
-    int64_t k = 0;
-    for (; k + kChains * N <= whole; k += kChains * N) {
-      FRNN_UNROLL
-      for (int u = 0; u < kChains; u++) step(k + u * N, acc[u]);
-    }
-    for (; k < whole; k += N) step(k, acc[0]);
-    if (whole < K) {
-      // The last vector overlaps with the one before it: of both sides only what is new counts.
-      T is_new[N];
-      for (int i = 0; i < N; i++) is_new[i] = T(i >= N - (K - whole));
-      const V last = load<V>(is_new), zero{};
-      const V x = last != zero ? load<V>(a + K - N) : zero;
-      FRNN_UNROLL
-      for (int i = 0; i < kLines; i++)
-        acc[0][i] += (last != zero ? load<V>(w_first + i * K + K - N) : zero) * x;
-    }
-    FRNN_UNROLL
-    for (int i = 0; i < kLines; i++) {
-      sums[first + i] = acc[0][i];
-      FRNN_UNROLL
-      for (int u = 1; u < kChains; u++) sums[first + i] += acc[u][i];
-    }
-  }
+  for (int i = 0; i < N; i++) sums[i] = (is_new != zero ? load<V>(w + i * K + K - N) : zero) * x;
   SumLanes(sums);
-  store<V>(out, sums[0]);
+  store<V>(out, load<V>(out) + sums[0]);
 }
 
-// out[i] += sum_k a[k] * w[i * K + k], i < lanes, first <= k < K: what fills no vector. A function of its
-// own, as are the others that DotRows calls: inlined they make its way to one row a fifth slower.
+// out[i] = sum_k a[k] * w[i * K + k], i < lanes, and zero for the lanes from there on.
 template <class V>
-FRNN_NOINLINE void AddDots(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int lanes,
-                           int64_t first, int64_t K, typename Lanes<V>::T* out) {
-  for (int i = 0; i < lanes; i++) {
+FRNN_NOINLINE void DotEach(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int lanes,
+                           int64_t K, typename Lanes<V>::T* out) {
+  for (int i = 0; i < Lanes<V>::kSize; i++) {
     typename Lanes<V>::T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = first; k < K; k++) sum += w[i * K + k] * a[k];
-    out[i] += sum;
+    for (int64_t k = 0; k < (i < lanes ? K : 0); k++) sum += w[i * K + k] * a[k];
+    out[i] = sum;
   }
 }
 
 // out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < M, i < lanes, and zero for the lanes from there
-// on: rows of w as they lie. For few rows of a, where packing w would cost more than the product itself.
+// on.
 template <class V>
-void DotRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* w,
-             int lanes, int64_t K, typename Lanes<V>::T* out, int64_t ldo) {
-  constexpr int N = Lanes<V>::kSize, kBlock = N >= 8 ? 4 : 1;
-  int64_t r = 0;
+FRNN_INLINE void DotRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda,
+                         const typename Lanes<V>::T* w, int lanes, int64_t K,
+                         typename Lanes<V>::T* out, int64_t ldo) {
+  constexpr int N = Lanes<V>::kSize;
   if (lanes < N || K < N) {
-    for (; r < M; r++) {
-      store<V>(out + r * ldo, V{});
-      AddDots<V>(a + r * lda, w, lanes, 0, K, out + r * ldo);
-    }
+    for (int64_t r = 0; r < M; r++) DotEach<V>(a + r * lda, w, lanes, K, out + r * ldo);
     return;
   }
-  const int64_t whole = K / N * N;
-  for (; kBlock > 1 && M - r >= kBlock; r += kBlock) {
-    DotBlock<V, kBlock>(a + r * lda, lda, w, K, whole, out + r * ldo, ldo);
-    for (int64_t j = r; j < r + kBlock && whole < K; j++)
-      AddDots<V>(a + j * lda, w, N, whole, K, out + j * ldo);
-  }
+  int64_t r = 0;
+  for (; kDotRows<V> > 1 && M - r >= kDotRows<V>; r += kDotRows<V>)
+    DotBlock<V>(a + r * lda, lda, w, K, out + r * ldo, ldo);
   for (; r < M; r++) DotLine<V>(a + r * lda, w, K, out + r * ldo);
+  for (r = 0; r < M && K % N != 0; r++) AddLast<V>(a + r * lda, w, K, out + r * ldo);
 }
 
 // Compiled once for each instruction set and scalar type (cpu/gemm.cpp.in), not again for every
@@ -373,9 +379,14 @@ FRNN_GEMM_ROWS(3)
 FRNN_GEMM_ROWS(4)
 FRNN_DEFINE_GEMM template void GemmPacked<OwnVec>(int, const FRNN_SCALAR*, const FRNN_SCALAR*,
                                                   int64_t, FRNN_SCALAR*, int64_t, bool);
-FRNN_DEFINE_GEMM template void DotRows<OwnVec>(int64_t, const FRNN_SCALAR*, int64_t,
-                                               const FRNN_SCALAR*, int, int64_t, FRNN_SCALAR*,
-                                               int64_t);
+FRNN_DEFINE_GEMM template void DotLine<OwnVec>(const FRNN_SCALAR*, const FRNN_SCALAR*, int64_t,
+                                               FRNN_SCALAR*);
+FRNN_DEFINE_GEMM template void DotBlock<OwnVec>(const FRNN_SCALAR*, int64_t, const FRNN_SCALAR*,
+                                                int64_t, FRNN_SCALAR*, int64_t);
+FRNN_DEFINE_GEMM template void AddLast<OwnVec>(const FRNN_SCALAR*, const FRNN_SCALAR*, int64_t,
+                                               FRNN_SCALAR*);
+FRNN_DEFINE_GEMM template void DotEach<OwnVec>(const FRNN_SCALAR*, const FRNN_SCALAR*, int, int64_t,
+                                               FRNN_SCALAR*);
 #undef FRNN_GEMM_ROWS
 
 // Tiles of at most kTileVecs vectors that cover the vectors [begin, end): f(first vector, vectors
