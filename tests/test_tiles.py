@@ -1,4 +1,4 @@
-"""Products on units for bfloat16 and int8 (csrc/cpu/bf16.h, fixed.h), where there are any."""
+"""Products on units for bfloat16 and int8 (csrc/cpu/parts.h, fixed.h), where there are any."""
 
 from __future__ import annotations
 

@@ -49,22 +49,22 @@ class Layer<C, V>::BackwardPass {
   const int64_t x_rows = (p.rows < 768 ? 48 : 96) * (tiled ? 2 : 1);
   // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
   // summed one by one, so that an operand stays in the second-level cache.
-  const bf16::Cut cut = bf16::CutOf(p.storage, p.H), d_cut = bf16::CutBeside(p.storage, p.H);
-  const int64_t gate_depth = bf16::DepthBlocks(p.H, cut);
-  const int64_t padded_gate = gate_depth * bf16::DepthOf(cut);
+  const parts::Cut cut = parts::CutOf(p.storage, p.H), d_cut = parts::CutBeside(p.storage, p.H);
+  const int64_t gate_depth = parts::DepthBlocks(p.H, cut);
+  const int64_t padded_gate = gate_depth * parts::DepthOf(cut);
   const int64_t grad_depth = WeightGrad<V>::Block(p.rows);
   // dW in fixed point is balanced by what was measured of d for dh.
-  const bf16::Cut grad_cut = cut == bf16::Cut::kFixed ? bf16::CutOf(p.storage, grad_depth) : cut;
-  const bf16::Cut d_grad_cut = grad_cut == bf16::Cut::kFixed ? grad_cut : d_cut;
+  const parts::Cut grad_cut = cut == parts::Cut::kFixed ? parts::CutOf(p.storage, grad_depth) : cut;
+  const parts::Cut d_grad_cut = grad_cut == parts::Cut::kFixed ? grad_cut : d_cut;
 
   // A thread's memory, its part of the layer, and the direction it is at.
   struct Own : Part {
     T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
-    bf16::Operand w_hh_tiles, dx_tiles, tiles_a;
-    bf16::Operand d_tiles[2];  // d of a step
+    parts::Operand w_hh_tiles, dx_tiles, tiles_a;
+    parts::Operand d_tiles[2];  // d of a step
     Balance d_balance, dx_balance[C::kX], dw_balance;
-    bf16::Operand w_ih_right[C::kX];  // W_ih's tiles with this thread's factors
-    Scratch spare;                    // W_hh as vectors, where tiles do not fit
+    parts::Operand w_ih_right[C::kX];  // W_ih's tiles with this thread's factors
+    Scratch spare;                     // W_hh as vectors, where tiles do not fit
 
     int dir;
     const DirectionWeights* w;
@@ -75,7 +75,7 @@ class Layer<C, V>::BackwardPass {
   std::vector<Own> own = std::vector<Own>(threads);
   T *d, *dh, *dh_seq, *dh_full, *w_ih = nullptr, *pack_b, *sum_ih, *sum_hh, *dx_sum;
   // W_ih by gates; the right sides of dW, x and h.
-  bf16::Operand w_ih_tiles[C::kX], x_right, h_right;
+  parts::Operand w_ih_tiles[C::kX], x_right, h_right;
   float *d_largest[2], *d_sizes;
   fixed::Size *w_hh_sizes, *w_ih_sizes[C::kX];
   // Out of the range of tiles: the weights, any d, d of the last step of each parity, a block of dW.
@@ -140,7 +140,7 @@ template <class C, class V>
 Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
     : p(p), threads(threads) {
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
-  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K, bf16::Cut cut) {
+  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K, parts::Cut cut) {
     return TakeTiles(s, tiled, rows, K, cut);
   };
   scratch.Build([&](Scratch& s) {
@@ -155,7 +155,7 @@ Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
       my.w_hh_tiles = take_tiles(s, own_columns, C::kH * padded_gate, cut);
       my.dx_tiles = take_tiles(s, p.dx ? x_rows : 0, p.H, d_cut);
       my.dx_rows = s.Take<T>(tiled && narrow && p.dx ? x_rows * p.I : 0);
-      my.tiles_a = take_tiles(s, WeightGrad<V>::kTileGroup * bf16::kRows, grad_depth, d_grad_cut);
+      my.tiles_a = take_tiles(s, WeightGrad<V>::kTileGroup * parts::kRows, grad_depth, d_grad_cut);
       my.dw_balance.Take(s, my.tiles_a);
       for (Balance& balance : my.dx_balance) balance.Take(s, my.dx_tiles);
     }
@@ -165,7 +165,7 @@ Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
     for (fixed::Size*& sizes : w_ih_sizes)
       sizes = s.Take<fixed::Size>(threads * own[0].dx_balance[0].depth);
     d_sizes = s.Take<float>(own[0].d_balance.depth > 0 ? p.rows : 0);
-    for (bf16::Operand& tiles : w_ih_tiles)
+    for (parts::Operand& tiles : w_ih_tiles)
       tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, p.H, cut);
     x_right = take_tiles(s, RoundUp(p.I, kTileWidth), grad_depth, grad_cut);
     h_right = take_tiles(s, RoundUp(p.Hout, kTileWidth), grad_depth, grad_cut);
@@ -185,7 +185,7 @@ template <class C, class V>
 void Layer<C, V>::BackwardPass::Run(Team& team) {
   Own& my = own[team.id];
   my.Take(p, team);
-  const bf16::Session session(tiled);
+  const parts::Session session(tiled);
   for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
 }
 
@@ -236,7 +236,7 @@ template <class C, class V>
 void Layer<C, V>::BackwardPass::PackTiles(Team& team, Own& my) {
   if constexpr (kTiles) {
     const auto gate = [&](int q) { return At(my.w->w_hh, p.storage, q * p.H * p.Hout + my.first); };
-    const bool measured = cut == bf16::Cut::kFixed;
+    const bool measured = cut == parts::Cut::kFixed;
     for (int q = 0; q < C::kH && measured; q++)
       fixed::MeasureRows(static_cast<const float*>(gate(q)), p.Hout, p.H, 0, my.valid,
                          w_hh_sizes + team.id * my.d_balance.depth + q * padded_gate);
@@ -245,12 +245,12 @@ void Layer<C, V>::BackwardPass::PackTiles(Team& team, Own& my) {
                       {&my.w_hh_tiles});
     if (my.valid <= 0) return;
     for (int q = 0; q < C::kH && measured; q++)
-      fixed::Measure(static_cast<const float*>(gate(q)), p.Hout, bf16::Order::kAcross, my.valid, 0,
+      fixed::Measure(static_cast<const float*>(gate(q)), p.Hout, parts::Order::kAcross, my.valid, 0,
                      p.H, my.w_hh_tiles.Depth(q * gate_depth).factors, my.w_hh_tiles.largest,
                      q > 0);
     for (int q = 0; q < C::kH; q++)
-      if (!bf16::PackRight(gate(q), p.storage, p.Hout, bf16::Order::kAcross, my.valid, p.H,
-                           my.w_hh_tiles.Depth(q * gate_depth), measured))
+      if (!parts::PackRight(gate(q), p.storage, p.Hout, parts::Order::kAcross, my.valid, p.H,
+                            my.w_hh_tiles.Depth(q * gate_depth), measured))
         fit_w_hh.store(false, std::memory_order_relaxed);
   }
 }
@@ -394,19 +394,19 @@ void Layer<C, V>::BackwardPass::ShareGrads(Team& team, Own& my, const Step& step
                                            const Magnitude& largest) {
   if constexpr (kTiles) {
     const int64_t parity = step.number & 1;
-    const bf16::Operand& to = my.d_tiles[parity];
+    const parts::Operand& to = my.d_tiles[parity];
     const int64_t begin = my.mine.begin * kUnits, end = my.mine.end * kUnits;
     const bool measured = ShareLargest(team, to, d_largest[parity], step.n, [&](float* largest) {
       for (int q = 0; q < C::kH; q++)
-        fixed::Measure(Gate(C::kDh[q], step.row), d_stride, bf16::Order::kAlong, step.n, begin,
+        fixed::Measure(Gate(C::kDh[q], step.row), d_stride, parts::Order::kAlong, step.n, begin,
                        end < p.H ? end : p.H, to.Depth(q * gate_depth).factors, largest, q > 0);
     });
     if (measured && team.id == 0) memcpy(d_sizes + step.row, to.largest, step.n * sizeof(float));
     for (int q = 0; q < C::kH; q++)
-      bf16::PackRows(Gate(C::kDh[q], step.row), kOwn, d_stride, step.n, begin,
-                     team.id + 1 == team.size ? padded_gate : end, p.H, to.Depth(q * gate_depth),
-                     measured);
-    if (!Below(largest, bf16::kLargest)) {
+      parts::PackRows(Gate(C::kDh[q], step.row), kOwn, d_stride, step.n, begin,
+                      team.id + 1 == team.size ? padded_gate : end, p.H, to.Depth(q * gate_depth),
+                      measured);
+    if (!Below(largest, parts::kLargest)) {
       misfit_d[parity].store(my.dir * p.T + step.number, std::memory_order_relaxed);
       fit_d.store(false, std::memory_order_relaxed);
     }
@@ -424,8 +424,8 @@ void Layer<C, V>::BackwardPass::RecurrentGrad(Own& my, const Step& step) const {
   if (!go_on || my.valid <= 0) return;
   if constexpr (kTiles)
     if (tiles) {
-      bf16::Multiply(my.d_tiles[step.number & 1], step.n, my.w_hh_tiles, my.valid, dh + my.first,
-                     h_stride, !projected, step.number % 2);
+      parts::Multiply(my.d_tiles[step.number & 1], step.n, my.w_hh_tiles, my.valid, dh + my.first,
+                      h_stride, !projected, step.number % 2);
       return;
     }
   ForColumnTiles<V>(my.first / N, my.last / N, [&](int64_t v, auto nv) {
@@ -491,19 +491,19 @@ bool Layer<C, V>::BackwardPass::PackInputTiles(Team& team, Own& my) {
       const auto my_tiles = team.Split(x_tiles);
       const int64_t first = my_tiles.begin * kTileWidth, end = my_tiles.end * kTileWidth;
       std::copy(w_ih_tiles, w_ih_tiles + C::kX, my.w_ih_right);
-      for (int q = 0; q < C::kX && cut == bf16::Cut::kFixed; q++)
+      for (int q = 0; q < C::kX && cut == parts::Cut::kFixed; q++)
         fixed::MeasureRows(static_cast<const float*>(my.w->w_ih) + q * p.H * p.I, p.I, p.H, first,
                            end < p.I ? end : p.I, w_ih_sizes[q] + team.id * my.dx_balance[q].depth);
-      if (cut == bf16::Cut::kFixed) team.Sync();
+      if (cut == parts::Cut::kFixed) team.Sync();
       for (int q = 0; q < C::kX; q++)
         my.dx_balance[q].Find(w_ih_sizes[q], team.size, 1, p.H, {}, {&my.w_ih_right[q]});
       for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
         for (int q = 0; q < C::kX; q++) {
           const int64_t col = tile * kTileWidth;
-          if (!bf16::PackRight(At(my.w->w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
-                               bf16::Order::kAcross,
-                               p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
-                               my.w_ih_right[q].Row(col)))
+          if (!parts::PackRight(At(my.w->w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
+                                parts::Order::kAcross,
+                                p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
+                                my.w_ih_right[q].Row(col)))
             fit_w_ih.store(false, std::memory_order_relaxed);
         }
       team.Sync();
@@ -536,9 +536,9 @@ void Layer<C, V>::BackwardPass::InputRowsOnTiles(Own& my, int64_t r0, int64_t n,
   if constexpr (kTiles)
     for (int q = 0; q < C::kX; q++) {
       my.dx_tiles.factors = my.dx_balance[q].factors;
-      bf16::PackRows(Gate(C::kDx[q], r0), kOwn, d_stride, n, 0, padded_gate, p.H, my.dx_tiles);
-      bf16::Multiply(my.dx_tiles, n, my.w_ih_right[q].Row(col), width, out + col, p.I,
-                     q > 0 || (my.dir == 1 && !narrow));
+      parts::PackRows(Gate(C::kDx[q], r0), kOwn, d_stride, n, 0, padded_gate, p.H, my.dx_tiles);
+      parts::Multiply(my.dx_tiles, n, my.w_ih_right[q].Row(col), width, out + col, p.I,
+                      q > 0 || (my.dir == 1 && !narrow));
     }
   for (int64_t r = 0; r < n && narrow; r++) {
     T *row = out + r * p.I + col, *total = dx_sum + (r0 + r) * p.I + col;

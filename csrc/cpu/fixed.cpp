@@ -14,7 +14,7 @@ namespace frnn {
 namespace fixed {
 namespace {
 
-using namespace bf16;
+using namespace parts;
 using Digit = int8_t;
 constexpr int kDepth = DepthOf(Cut::kFixed), kDigits = TilesOf(Cut::kFixed), kTile = kRows * kDepth;
 // n of the largest element: its digits are 127, 127 and, with a rounding more or less, nearly 0.

@@ -1,4 +1,4 @@
-// Products of float matrices on a tile unit for int8: the cut Cut::kFixed of cpu/bf16.h, which calls
+// Products of float matrices on a tile unit for int8: the cut Cut::kFixed of cpu/parts.h, which calls
 // what is declared here.
 //
 // A row of the left operand (a column of the right one) is a fixed-point number of 24 bits per
@@ -12,19 +12,20 @@
 // where the elements of a row are alike, but too large where a few k outweigh all others in a and
 // weigh little in b (features and weights of unlike scale). So both sides are balanced first:
 //   sum_k a_k b_k = sum_k (a_k f_k) (b_k / f_k), with a power of two f_k that makes one side's
-// elements of about the same size for all k (Factors). What counts is then the product, as in a sum of floats.
+// elements of about the same size for all k (Factors). What counts is then the product, as in a sum of
+// floats.
 #pragma once
-#include "cpu/bf16.h"
+#include "cpu/parts.h"
 
 namespace frnn {
 namespace fixed {
 
-using bf16::Operand;
-using bf16::Order;
+using parts::Operand;
+using parts::Order;
 
-// Each as in cpu/bf16.h. An element times its factor may be larger than bf16::kLargest: the answer is false,
-// and the tiles are as good as any if it is finite. What is `measured` has out.largest already, for a row of which the caller packs
-// a part only.
+// Each as in cpu/parts.h. An element times its factor may be larger than parts::kLargest: the answer is
+// false, and the tiles are as good as any if it is finite. What is `measured` has out.largest already,
+// for a row of which the caller packs a part only.
 bool PackRows(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1, int64_t K,
               const Operand& out, bool measured);
 bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out);

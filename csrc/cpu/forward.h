@@ -68,8 +68,8 @@ class Layer<C, V>::ForwardPass {
   // A thread's memory, its part of the layer, and the direction it is at.
   struct Own : Part {
     T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
-    bf16::Operand w_ih_tiles, w_hh_tiles, x_tiles;
-    bf16::Operand h_tiles[2];  // h before a step
+    parts::Operand w_ih_tiles, w_hh_tiles, x_tiles;
+    parts::Operand h_tiles[2];  // h before a step
     Balance x_balance, h_balance;
     Scratch spare;  // the weights as vectors, where tiles do not fit
 
@@ -161,13 +161,13 @@ class Layer<C, V>::ForwardPass {
   }
   // The same as right operands of tiles.
   bool PackGateTiles(const void* w, int gates, int64_t K, int64_t panel,
-                     const bf16::Operand& out) const {
+                     const parts::Operand& out) const {
     bool fits = true;
     for (int q = 0; q < gates; q++)
       for (int j = 0; j < kPanelVecs; j++) {
         const int64_t unit = panel * kUnits + j * N, n = p.H - unit < N ? p.H - unit : N;
-        fits &= bf16::PackRight(At(w, p.storage, (q * p.H + unit) * K), p.storage, K,
-                                bf16::Order::kAlong, n, K, out.Row((q * kPanelVecs + j) * N));
+        fits &= parts::PackRight(At(w, p.storage, (q * p.H + unit) * K), p.storage, K,
+                                 parts::Order::kAlong, n, K, out.Row((q * kPanelVecs + j) * N));
       }
     return fits;
   }
@@ -195,7 +195,7 @@ class Layer<C, V>::ForwardPass {
 template <class C, class V>
 Layer<C, V>::ForwardPass::ForwardPass(const LayerParams& p, int threads) : p(p), threads(threads) {
   const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K) {
-    return TakeTiles(s, tiled, rows, K, bf16::CutOf(p.storage, K));
+    return TakeTiles(s, tiled, rows, K, parts::CutOf(p.storage, K));
   };
   scratch.Build([&](Scratch& s) {
     for (Own& my : own) {
@@ -212,7 +212,7 @@ Layer<C, V>::ForwardPass::ForwardPass(const LayerParams& p, int threads) : p(p),
       my.x_tiles = take_tiles(s, kTiledInput, p.I);
       my.x_balance.Take(s, my.x_tiles);
     }
-    TakeStepTiles(s, tiled, p.B, p.Hout, bf16::CutOf(p.storage, p.Hout), own, &Own::h_tiles,
+    TakeStepTiles(s, tiled, p.B, p.Hout, parts::CutOf(p.storage, p.Hout), own, &Own::h_tiles,
                   h_largest);
     for (Own& my : own) my.h_balance.Take(s, my.h_tiles[0]);
     w_ih_sizes = s.Take<fixed::Size>(threads * own[0].x_balance.depth);
@@ -229,7 +229,7 @@ void Layer<C, V>::ForwardPass::Run(Team& team) {
   my.Take(p, team);
   my.count = my.mine.end - my.mine.begin;
   my.groups = (my.count + group - 1) / group;
-  const bf16::Session session(tiled);
+  const parts::Session session(tiled);
   for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
 }
 
@@ -410,15 +410,15 @@ template <class C, class V>
 bool Layer<C, V>::ForwardPass::InputGatesOnTiles(Own& my, const Rows& x, int64_t r,
                                                  int64_t n) const {
   if constexpr (kTiles) {
-    if (!bf16::PackRows(At(x.first, x.storage, r * x.stride), x.storage, x.stride, n, 0,
-                        my.x_tiles.PaddedDepth(), p.I, my.x_tiles))
+    if (!parts::PackRows(At(x.first, x.storage, r * x.stride), x.storage, x.stride, n, 0,
+                         my.x_tiles.PaddedDepth(), p.I, my.x_tiles))
       return false;
     for (int64_t g = 0; g < my.groups; g++) {
-      // There and back, see bf16::Multiply.
+      // There and back, see parts::Multiply.
       const int64_t at = group * (r / kTiledInput % 2 ? my.groups - 1 - g : g);
-      bf16::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(at * kXVecs * N),
-                     (my.count - at < group ? my.count - at : group) * kXVecs * N,
-                     GatesX(my, at) + r * gates_x_stride, gates_x_stride, false);
+      parts::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(at * kXVecs * N),
+                      (my.count - at < group ? my.count - at : group) * kXVecs * N,
+                      GatesX(my, at) + r * gates_x_stride, gates_x_stride, false);
     }
   }
   return kTiles;
@@ -482,9 +482,9 @@ void Layer<C, V>::ForwardPass::RecurrentGates(Own& my, const Chunk& chunk, const
         const int64_t panels_now = my.count - at < group ? my.count - at : group;
         for (int64_t r = 0; r < step.n; r += kRowBlock) {
           const int64_t rows = step.n - r < kRowBlock ? step.n - r : kRowBlock;
-          bf16::Multiply(my.h_tiles[step.number & 1].Row(r), rows,
-                         my.w_hh_tiles.Row(at * kHVecs * N), panels_now * kHVecs * N, my.gates_h,
-                         gates_h_stride, false);
+          parts::Multiply(my.h_tiles[step.number & 1].Row(r), rows,
+                          my.w_hh_tiles.Row(at * kHVecs * N), panels_now * kHVecs * N, my.gates_h,
+                          gates_h_stride, false);
           for (int64_t j = 0; j < panels_now; j++)
             GateMath(RowsOf(my, chunk, step, at + j), r, int(rows));
         }
@@ -525,13 +525,13 @@ bool Layer<C, V>::ForwardPass::ShareH(Team& team, Own& my, const T* h, int64_t l
                                       int64_t number) {
   if constexpr (kTiles) {
     const int64_t parity = number & 1;
-    const bf16::Operand& to = my.h_tiles[parity];
+    const parts::Operand& to = my.h_tiles[parity];
     const bool measured = ShareLargest(team, to, h_largest[parity], n, [&](float* largest) {
-      fixed::Measure(h, ldh, bf16::Order::kAlong, n, my.first, my.first + my.valid, to.factors,
+      fixed::Measure(h, ldh, parts::Order::kAlong, n, my.first, my.first + my.valid, to.factors,
                      largest, false);
     });
     const int64_t end = team.id + 1 == team.size ? to.PaddedDepth() : my.last;
-    if (!bf16::PackRows(h, kOwn, ldh, n, my.first, end, p.Hout, to, measured)) {
+    if (!parts::PackRows(h, kOwn, ldh, n, my.first, end, p.Hout, to, measured)) {
       misfit_h[parity].store(my.dir * p.T + number, std::memory_order_relaxed);
       return false;
     }

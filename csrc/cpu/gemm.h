@@ -239,11 +239,13 @@ FRNN_INLINE void SumLanes(V (&v)[Lanes<V>::kSize]) {
   }
 }
 
-// Rows of a times rows of w as they lie, for few rows of a, where packing w would cost more than the
-// product itself. Functions of their own: inlined, the longer ones make the way to DotLine a fifth slower.
+// ---- rows of a times rows of w as they lie ----
+//
+// For few rows of a, where packing w would cost more than the product itself. Functions of their own:
+// inlined, the longer ones make the way to DotLine a fifth slower.
 
-// out[i] = sum_k a[k] * w[i * K + k], i < kSize, k < K / kSize * kSize. As many rows of w pass at a time as
-// sums fit in registers; of long vectors fewer, which caches stream faster, each in several chains.
+// out[i] = sum_k a[k] * w[i * K + k], i < kSize, k < K / kSize * kSize. All rows of w pass at a time; in
+// vectors of 64 bytes four, which caches stream faster than sixteen. Several chains hide the latency.
 template <class V>
 FRNN_NOINLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int64_t K,
                            typename Lanes<V>::T* out) {
@@ -333,7 +335,7 @@ FRNN_NOINLINE void AddLast(const typename Lanes<V>::T* a, const typename Lanes<V
   store<V>(out, load<V>(out) + sums[0]);
 }
 
-// out[i] = sum_k a[k] * w[i * K + k], i < lanes, and zero for the lanes from there on.
+// out[i] = sum_k a[k] * w[i * K + k], i < lanes, and zero for the other lanes.
 template <class V>
 FRNN_NOINLINE void DotEach(const typename Lanes<V>::T* a, const typename Lanes<V>::T* w, int lanes,
                            int64_t K, typename Lanes<V>::T* out) {
@@ -345,8 +347,7 @@ FRNN_NOINLINE void DotEach(const typename Lanes<V>::T* a, const typename Lanes<V
   }
 }
 
-// out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < M, i < lanes, and zero for the lanes from there
-// on.
+// out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < M, i < lanes, and zero for the other lanes.
 template <class V>
 FRNN_INLINE void DotRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda,
                          const typename Lanes<V>::T* w, int lanes, int64_t K,

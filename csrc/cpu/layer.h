@@ -6,7 +6,7 @@
 // [k][gate][unit]: a tile of a product holds all gates of its units, and the gate math runs on it
 // while it is in the first-level cache.
 //
-// Where the processor multiplies bfloat16, products come from cpu/bf16.h: those of 16-bit types, and
+// Where the processor multiplies bfloat16, products come from cpu/parts.h: those of 16-bit types, and
 // on a tile unit those of float with many rows, in fixed point (cpu/fixed.h) where they are deep. It
 // refuses operands with elements out of its range, which then go through the vectors as elsewhere.
 #pragma once
@@ -41,7 +41,7 @@ class Layer {
   // What a thread could do while a team of two waits at a barrier, and while a team starts.
   static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);
   static constexpr int64_t kMacsOfShortCall = 100000000;  // a few milliseconds, see Crowd
-  static constexpr bool kTiles = bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
+  static constexpr bool kTiles = parts::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
   static constexpr Storage kOwn = StorageOf<T>::kValue;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
@@ -74,11 +74,11 @@ class Layer {
   // layers stream faster for any batch.
   static bool Tiled(const LayerParams& p) {
     if constexpr (kTiles) {
-      if (p.storage == Storage::kBFloat16) return bf16::Available(p.storage);
+      if (p.storage == Storage::kBFloat16) return parts::Available(p.storage);
       int64_t batch = p.storage == Storage::kHalf ? 8 : (p.H >= 256 ? 16 : 24);
-      if (bf16::CutOf(p.storage, p.Hout) == bf16::Cut::kFixed)
+      if (parts::CutOf(p.storage, p.Hout) == parts::Cut::kFixed)
         batch = p.H >= 1024 ? 1 : (p.H >= 512 ? 4 : (p.H >= 256 ? 8 : 12));
-      return p.B >= batch && p.rows >= 256 && bf16::Available(p.storage);
+      return p.B >= batch && p.rows >= 256 && parts::Available(p.storage);
     }
     return false;
   }

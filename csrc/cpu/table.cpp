@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "core/params.h"
-#include "cpu/bf16.h"
+#include "cpu/parts.h"
 
 namespace frnn {
 
@@ -80,7 +80,7 @@ const CpuKernels* FindCpuKernels(const char* cell, int is_double) {
 
 const char* CpuCapability() {
 #ifdef FRNN_HAS_BF16
-  if (tier() == kAvx512 && bf16::Capability()) return bf16::Capability();
+  if (tier() == kAvx512 && parts::Capability()) return parts::Capability();
 #endif
   static const char* const kNames[] = {"generic", "avx2", "avx512"};
   return kNames[tier()];

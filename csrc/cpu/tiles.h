@@ -1,35 +1,35 @@
-// How a team shares the operands of products on tiles (cpu/bf16.h, cpu/fixed.h): their memory, and what
+// How a team shares the operands of products on tiles (cpu/parts.h, cpu/fixed.h): their memory, and what
 // fixed point has to measure first.
 #pragma once
 #include <initializer_list>
 #include <vector>
 
 #include "core/scratch.h"
-#include "cpu/bf16.h"
 #include "cpu/fixed.h"
+#include "cpu/parts.h"
 #include "cpu/threads.h"
 
 FRNN_BEGIN
 
 // Nothing where tiles are not used.
-inline bf16::Operand TakeTiles(Scratch& s, bool tiled, int64_t rows, int64_t K, bf16::Cut cut) {
-  if (!tiled) return {nullptr, 0, bf16::Cut::kThree, nullptr, nullptr};
-  const int64_t depth = bf16::DepthBlocks(K, cut);
-  return {s.Take<bf16::Part>(bf16::Size(rows, depth, cut)), depth, cut,
-          s.Take<float>(cut == bf16::Cut::kFixed ? RoundUp(rows, bf16::kRows) : 0), nullptr};
+inline parts::Operand TakeTiles(Scratch& s, bool tiled, int64_t rows, int64_t K, parts::Cut cut) {
+  if (!tiled) return {nullptr, 0, parts::Cut::kThree, nullptr, nullptr};
+  const int64_t depth = parts::DepthBlocks(K, cut);
+  return {s.Take<parts::Part>(parts::Size(rows, depth, cut)), depth, cut,
+          s.Take<float>(cut == parts::Cut::kFixed ? RoundUp(rows, parts::kRows) : 0), nullptr};
 }
 
 // The tiles of a step's left operand, by the parity of the step, which the threads share. In fixed
 // point each has what the team measured (ShareLargest) for itself; `measured` is for what each did.
 template <class Own>
-void TakeStepTiles(Scratch& s, bool tiled, int64_t batch, int64_t K, bf16::Cut cut,
-                   std::vector<Own>& own, bf16::Operand (Own::*tiles)[2], float* (&measured)[2]) {
+void TakeStepTiles(Scratch& s, bool tiled, int64_t batch, int64_t K, parts::Cut cut,
+                   std::vector<Own>& own, parts::Operand (Own::*tiles)[2], float* (&measured)[2]) {
   for (int parity = 0; parity < 2; parity++) {
-    const bf16::Operand shared = TakeTiles(s, tiled, batch, K, cut);
-    const int64_t rows = shared.cut == bf16::Cut::kFixed ? RoundUp(batch, bf16::kRows) : 0;
+    const parts::Operand shared = TakeTiles(s, tiled, batch, K, cut);
+    const int64_t rows = shared.cut == parts::Cut::kFixed ? RoundUp(batch, parts::kRows) : 0;
     measured[parity] = s.Take<float>(int64_t(own.size()) * rows);
     for (Own& to : own) {
-      bf16::Operand& mine = (to.*tiles)[parity];
+      parts::Operand& mine = (to.*tiles)[parity];
       mine = shared;
       if (rows > 0) mine.largest = s.Take<float>(rows);
     }
@@ -41,30 +41,30 @@ struct Balance {
   int64_t depth;  // or 0
   float *factors, *inverse;
 
-  void Take(Scratch& s, const bf16::Operand& tiles) {
-    depth = tiles.cut == bf16::Cut::kFixed ? tiles.PaddedDepth() : 0;
+  void Take(Scratch& s, const parts::Operand& tiles) {
+    depth = tiles.cut == parts::Cut::kFixed ? tiles.PaddedDepth() : 0;
     factors = s.Take<float>(depth);
     inverse = s.Take<float>(depth);
   }
   // From the sizes of `gates` times K elements, which are apart in the depth.
   void Find(const fixed::Size* sizes, int count, int gates, int64_t K,
-            std::initializer_list<bf16::Operand*> left,
-            std::initializer_list<bf16::Operand*> right) {
+            std::initializer_list<parts::Operand*> left,
+            std::initializer_list<parts::Operand*> right) {
     if (depth == 0) return;
     for (int64_t at = 0; at < depth; at += depth / gates)
       fixed::Factors(sizes + at, depth, count, K, factors + at, inverse + at);
-    for (bf16::Operand* a : left) a->factors = factors;
-    for (bf16::Operand* b : right) b->factors = inverse;
+    for (parts::Operand* a : left) a->factors = factors;
+    for (parts::Operand* b : right) b->factors = inverse;
   }
 };
 
 // Fixed point needs the largest element of n whole rows, of which each thread has some columns:
 // measure(largest) looks at those. False for other cuts, which need none.
 template <class F>
-bool ShareLargest(Team& team, const bf16::Operand& to, float* largest, int64_t n,
+bool ShareLargest(Team& team, const parts::Operand& to, float* largest, int64_t n,
                   const F& measure) {
-  if (to.cut != bf16::Cut::kFixed) return false;
-  const int64_t stride = RoundUp(n, bf16::kRows);
+  if (to.cut != parts::Cut::kFixed) return false;
+  const int64_t stride = RoundUp(n, parts::kRows);
   measure(largest + team.id * stride);
   team.Sync();
   fixed::Largest(largest, stride, team.size, n, to.largest);

@@ -1,4 +1,4 @@
-// What the products of cpu/bf16.cpp and cpu/fixed.cpp share: vectors of AVX-512 beside the tile unit.
+// What the products of cpu/parts.cpp and cpu/fixed.cpp share: vectors of AVX-512 beside the tile unit.
 // For these two files, which say themselves whether it is compiled.
 #pragma once
 #include <immintrin.h>
@@ -15,7 +15,7 @@
 #define FRNN_VECTOR_INLINE FRNN_VECTOR inline __attribute__((always_inline))
 
 namespace frnn {
-namespace bf16 {
+namespace parts {
 
 constexpr int kBytesPerRow = 64;  // of a tile
 
@@ -66,5 +66,5 @@ FRNN_VECTOR_INLINE void Transpose16(__m512i (&v)[16]) {
   for (int i = 0; i < 16; i++) v[i] = t[i];
 }
 
-}  // namespace bf16
+}  // namespace parts
 }  // namespace frnn

@@ -28,7 +28,7 @@ class WeightGrad {
   T *pack_a, *pack_b;  // this thread's; the team's
   // With tiles: the same, and the last block whose right side is out of range, as the number of its
   // first row (counted on over all directions).
-  bf16::Operand tiles_a, tiles_b;
+  parts::Operand tiles_a, tiles_b;
   // In fixed point, how large the gradients of each row are, and this thread's factors of a block.
   const float* sizes;
   float *factors, *inverse;
@@ -57,8 +57,8 @@ class WeightGrad {
   template <class F, class G>
   static void RunTiles(Team& team, int gradients, const WeightGrad& x, const F& load_x,
                        const WeightGrad& h, const G& load_h) {
-    if constexpr (bf16::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
-      const int64_t blocks = bf16::Blocks(x.H);
+    if constexpr (parts::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
+      const int64_t blocks = parts::Blocks(x.H);
       // Blocks of rows of dw are split over the team, weighed by what is done with them: one packing,
       // and products that take about three times as long.
       const auto weight_of = [&](int q) {
@@ -70,13 +70,13 @@ class WeightGrad {
       const int64_t low = total * team.id / team.size, high = total * (team.id + 1) / team.size;
       for (int64_t r0 = 0; r0 < x.rows; r0 += Block(x.rows)) {
         const int64_t n = x.Length(r0);
-        if (x.tiles_a.cut == bf16::Cut::kFixed)
+        if (x.tiles_a.cut == parts::Cut::kFixed)
           fixed::Factors(x.sizes + r0, n, x.factors, x.inverse);
         x.PackRight(team, load_x, r0);
         h.PackRight(team, load_h, r0);
         team.Sync();
         const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
-        bf16::Operand left = OfDepth(x.tiles_a, n);
+        parts::Operand left = OfDepth(x.tiles_a, n);
         left.factors = x.inverse;
         int64_t before = 0;  // weight of the gradients so far
         bool back = false;
@@ -90,12 +90,12 @@ class WeightGrad {
           const int64_t begin = first_from(low), end = first_from(high);
           before += weight * blocks;
           for (int64_t m = begin; m < end; m += kTileGroup) {
-            const int64_t unit = m * bf16::kRows,
-                          last = (end - m < kTileGroup ? end : m + kTileGroup) * bf16::kRows;
+            const int64_t unit = m * parts::kRows,
+                          last = (end - m < kTileGroup ? end : m + kTileGroup) * parts::kRows;
             const int64_t units = (last < x.H ? last : x.H) - unit;
-            bf16::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride,
-                                 units, n, left);
-            // There and back, see bf16::Multiply.
+            parts::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride,
+                                  units, n, left);
+            // There and back, see parts::Multiply.
             if (x_fits && !back) x.MultiplyTiles(left, q, unit, units, r0, back);
             if (h_fits) h.MultiplyTiles(left, q, unit, units, r0, back);
             if (x_fits && back) x.MultiplyTiles(left, q, unit, units, r0, back);
@@ -131,12 +131,12 @@ class WeightGrad {
     return uses;
   }
 
-  static bf16::Operand OfDepth(bf16::Operand tiles, int64_t K) {
-    tiles.depth_blocks = bf16::DepthBlocks(K, tiles.cut);
+  static parts::Operand OfDepth(parts::Operand tiles, int64_t K) {
+    tiles.depth_blocks = parts::DepthBlocks(K, tiles.cut);
     return tiles;
   }
-  bf16::Operand Right(int64_t r0) const {
-    bf16::Operand right = OfDepth(tiles_b, Length(r0));
+  parts::Operand Right(int64_t r0) const {
+    parts::Operand right = OfDepth(tiles_b, Length(r0));
     right.factors = factors;
     return right;
   }
@@ -149,20 +149,20 @@ class WeightGrad {
     for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
       const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
       load(r0, n, col, width, pack_a);
-      if (!bf16::PackRight(pack_a, StorageOf<T>::kValue, kWidth, bf16::Order::kAcross, kWidth, n,
-                           Right(r0).Row(col)))
+      if (!parts::PackRight(pack_a, StorageOf<T>::kValue, kWidth, parts::Order::kAcross, kWidth, n,
+                            Right(r0).Row(col)))
         misfit->store(number + r0, std::memory_order_relaxed);
     }
   }
   bool Fits(int64_t r0) const {
     return dw && misfit->load(std::memory_order_relaxed) != number + r0;
   }
-  void MultiplyTiles(const bf16::Operand& left, int q, int64_t unit, int64_t units, int64_t r0,
+  void MultiplyTiles(const parts::Operand& left, int q, int64_t unit, int64_t units, int64_t r0,
                      bool backwards) const {
     for (int gate = 0; gate < gates; gate++)
       if (column[gate] == q)
-        bf16::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
-                       r0 > 0, backwards);
+        parts::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
+                        r0 > 0, backwards);
   }
 
   // The block of rows from r0 on, by vectors.

@@ -1,4 +1,4 @@
-// What bf16.cpp asks the processor and the system for, all of it granted.
+// What parts.cpp asks the processor and the system for, all of it granted.
 #pragma once
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-// The instructions that csrc/cpu/bf16.cpp and fixed.cpp use, lane by lane, for a processor that has none of
+// The instructions that csrc/cpu/parts.cpp and fixed.cpp use, lane by lane, for a processor that has none of
 // them. Sources: Intel's Intrinsics Guide, and volume 2 of its Software Developer's Manual.
 #pragma once
 #include <cmath>

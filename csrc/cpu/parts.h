@@ -1,5 +1,5 @@
-// Products of matrices on a processor's units for bfloat16, whose sums are float: tiles (AMX), or
-// vectors (AVX512-BF16).
+// Products of matrices whose elements are cut into parts that the processor has units for: bfloat16 with
+// sums in float, on tiles (AMX) or vectors (AVX512-BF16).
 //
 // Floats of deep products are cut into int8 instead, cpu/fixed.h. Else a float is the exact sum of
 // three bfloat16, a = a_0 + a_1 + a_2, of eight bits each. Of the nine products a_i b_j the six with
@@ -23,7 +23,7 @@
 #endif
 
 namespace frnn {
-namespace bf16 {
+namespace parts {
 
 #ifdef FRNN_HAS_BF16
 constexpr bool kCompiled = true;
@@ -68,7 +68,7 @@ struct Operand {
   }
   Operand Depth(int64_t block) const {
     return {tiles + block * TilesOf(cut) * kTile, depth_blocks, cut, largest,
-            factors ? factors + block * bf16::DepthOf(cut) : nullptr};
+            factors ? factors + block * parts::DepthOf(cut) : nullptr};
   }
 };
 constexpr int64_t Blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
@@ -111,5 +111,5 @@ bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t colum
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
               bool accumulate, bool backwards = false);
 
-}  // namespace bf16
+}  // namespace parts
 }  // namespace frnn

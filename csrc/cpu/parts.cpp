@@ -1,4 +1,4 @@
-#include "cpu/bf16.h"
+#include "cpu/parts.h"
 
 #include "cpu/fixed.h"
 
@@ -26,7 +26,7 @@
 #define FRNN_TILE_INLINE FRNN_TILE inline __attribute__((always_inline))
 
 namespace frnn {
-namespace bf16 {
+namespace parts {
 namespace {
 
 // The best of a few measurements of 12 chains of multiply-adds, of bfloat16 pairs or of floats.
@@ -639,6 +639,6 @@ void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c
   }
 }
 
-}  // namespace bf16
+}  // namespace parts
 }  // namespace frnn
 #endif
