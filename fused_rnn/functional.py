@@ -337,23 +337,26 @@ def step(
         return (result, None) if c is None else result
 
     _check_step(x, states, w_ih, w_hh)
-    weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-    low = _autocast_dtype(x, states, weights)
+    run = (w_ih, w_hh, b_ih, b_hh, None)  # people drop one bias of the two
+    low = _autocast_dtype(x, states, _present(run))
     if low is None:
-        return _step(cell, x, states, weights)
+        return _step(cell, x, states, run)
     h_dtype, c_dtype = _autocast_results(cell, low, h, c, projected=False, fused=False)
     with torch.autocast(x.device.type, enabled=False):
-        h_new, c_new = _step(
-            cell, x.to(h_dtype), [s.to(h_dtype) for s in states], [w.to(h_dtype) for w in weights]
-        )
+        cast: Any = [None if w is None else w.to(h_dtype) for w in run]
+        h_new, c_new = _step(cell, x.to(h_dtype), [s.to(h_dtype) for s in states], tuple(cast))
         return h_new, None if c_new is None else c_new.to(c_dtype)
 
 
+def _present(run: Weights) -> list[Tensor]:
+    return [w for w in run if w is not None]
+
+
 def _step(
-    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+    cell: str, x: Tensor, states: Sequence[Tensor], run: Weights
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    engine = _engine(cell, x, states, weights)
+    engine = _engine(cell, x, states, _present(run))
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
     h, c = states if len(states) > 1 else (states[0], None)
@@ -362,7 +365,7 @@ def _step(
         x.unsqueeze(0),
         h.unsqueeze(0),
         None if c is None else c.unsqueeze(0),
-        [_named(weights, len(weights) > 2)],
+        [run],
     )
     return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
 

@@ -514,6 +514,23 @@ def test_deleted_weight() -> None:
     ours.cpu()
 
 
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("gone", ["bias_ih", "bias_hh"])
+def test_cells_with_one_bias(gone: str, name: str) -> None:
+    """The second bias of most cells is redundant, so people drop it. The other one counts."""
+    theirs, ours = pair(name, 3, 4, dtype=torch.float64)
+    for module in (theirs, ours):
+        module.register_parameter(gone, None)
+    value = torch.randn(2, 3, dtype=torch.float64)
+    assert_all_close(run(ours, value), run(theirs, value))
+    with torch.no_grad():
+        assert_all_close(ours(value), theirs(value))
+    for module in (theirs, ours):
+        module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_all_close(ours(value.float()), theirs(value.float()), tol=0.05)
+
+
 def test_all_weights() -> None:
     module = fused_rnn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)
     assert [len(group) for group in module.all_weights] == [5] * 4
