@@ -175,7 +175,7 @@ def step_directly(
             if found is None:
                 return None
             _, h_n, c_n = found
-            return _joined(h_n.squeeze(0), None if c_n is None else c_n.squeeze(0))
+            return _joined(_one_step(h_n), None if c_n is None else _one_step(c_n))
     return calls.step(cell, x, hx, parameters, names)
 
 
@@ -367,7 +367,12 @@ def _step(
         None if c is None else c.unsqueeze(0),
         [run],
     )
-    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+    return _one_step(h_n), None if c_n is None else _one_step(c_n)
+
+
+def _one_step(states: Tensor) -> Tensor:
+    """States of one layer without the dimension of layers. Not a view, which detach_() refuses."""
+    return states.squeeze_(0)
 
 
 def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:

@@ -558,6 +558,23 @@ def test_packed_objects_are_handed_through(name: str) -> None:
         assert getattr(output, field) is getattr(packed, field)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+def test_results_can_be_detached_in_place(train: bool, name: str) -> None:
+    """As truncated backpropagation does it. Views refuse, and those of torch.nn are none."""
+    kwargs = {} if name in CELLS else {"batch_first": True}
+    value = torch.randn(2, 3) if name in CELLS else torch.randn(5, 2, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        module = getattr(fused_rnn, name)(3, 4, dtype=dtype, **kwargs)
+        # Of any strides: not all of them take the same way.
+        for given in (value.to(dtype), torch.stack([value, value], -1)[..., 0].to(dtype)):
+            with torch.set_grad_enabled(train):
+                outputs = flatten(module(given))
+            for output in outputs:
+                assert output.requires_grad == train and not output._is_view()
+                assert not output.detach_().requires_grad
+
+
 def test_types_of_results() -> None:
     value = torch.randn(5, 2, 3)
     output = fused_rnn.LSTM(3, 4)(value)
