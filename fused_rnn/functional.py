@@ -6,7 +6,7 @@ Three engines can do the work, and this file is where one of them is chosen:
 ``ops``            the native kernels: everything they support
 ``reference``      plain torch: ``torch.func`` transforms, forward mode, no compiler, all unusual
 torch's operators  ``torch.jit.trace`` and ONNX export (which want one known node), complex numbers,
-                   and devices that neither of the others knows
+                   sparse inputs, and devices that neither of the others knows
 =================  ==============================================================================
 
 All of them give the results of torch.nn. Tensors are time-first here; layout is the modules' work.
@@ -42,7 +42,9 @@ _TORCH_CELL: dict[str, Any] = {
 
 
 def _wants_torch_operator(x: Tensor) -> bool:
-    if x.is_complex() or x.device.type not in ("cpu", "cuda", "meta"):
+    if x.is_complex() or x.layout != torch.strided:
+        return True
+    if x.device.type not in ("cpu", "cuda", "meta"):
         return True
     if torch.compiler.is_dynamo_compiling():
         return False

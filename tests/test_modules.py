@@ -619,6 +619,16 @@ def test_overridden_hooks_are_called() -> None:
         assert set(calls) == set(methods)
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_sparse_input(name: str) -> None:
+    """Cells of torch.nn take bags of words as they are."""
+    theirs, ours = pair(name, 30, 4, dtype=torch.float64)
+    value = (torch.rand(2, 30, dtype=torch.float64) < 0.1).double().to_sparse()
+    assert_all_close(run(ours, value), run(theirs, value))
+    with torch.no_grad():
+        assert_all_close(ours(value), theirs(value))
+
+
 # --- Subclasses ----------------------------------------------------------------------------------
 
 
