@@ -183,8 +183,10 @@ def step_directly(
 
 def _halves(hx: Any) -> tuple[Tensor | None, Tensor | None]:
     """h and c of hx; neither of what is unusual, which no direct call takes."""
-    pair = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-    return pair if all(isinstance(t, Tensor) for t in pair if t is not None) else (None, None)
+    if isinstance(hx, Tensor):
+        return hx, None
+    usual = type(hx) is tuple and len(hx) == 2 and all(isinstance(t, Tensor) for t in hx)
+    return hx if usual else (None, None)
 
 
 def _joined(h: Tensor, c: Tensor | None) -> Any:
@@ -307,7 +309,12 @@ def _stack(
 
 def _runs(weights: Sequence[Tensor], runs: int, has_biases: bool) -> list[Weights]:
     """The weights of each layer and direction by themselves."""
-    per_run = len(weights) // runs
+    per_run, over = divmod(len(weights), runs)
+    if over or per_run - 2 * has_biases not in (2, 3):
+        raise RuntimeError(
+            f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
+            "at every call"
+        )
     return [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
 
 

@@ -197,6 +197,7 @@ BAD_CALLS: dict[str, Callable[[nn.Module, str], Any]] = {
     ),
     "hx list": lambda m, n: m(x(5, 2, 3), [x(1, 2, 4), x(1, 2, 4)]),
     "hx triple": lambda m, n: m(x(5, 2, 3), (x(1, 2, 4),) * 3),
+    "hx half a pair": lambda m, n: m(x(5, 2, 3), (x(1, 2, 4), None)),
     "dropout > 1": lambda m, n: (setattr(m, "dropout", 2.0), m(x(5, 2, 3)))[1],
 }
 
@@ -278,6 +279,7 @@ BAD_CELL_CALLS: dict[str, Callable[[nn.Module, str], Any]] = {
     "hx dtype": lambda m, n: m(x(2, 3), states(n, 2, 4, dtype=torch.float64)),
     "hx triple": lambda m, n: m(x(2, 3), (x(2, 4),) * 3),
     "hx single": lambda m, n: m(x(2, 3), (x(2, 4),)),
+    "hx half a pair": lambda m, n: m(x(2, 3), (x(2, 4), None)),
     "no batch": lambda m, n: m(x(0, 3)),
     "list": lambda m, n: m([x(2, 3)]),
 }
@@ -295,6 +297,20 @@ def test_cell_call_errors(call: str, name: str) -> None:
 def test_lstm_cell_wants_a_pair() -> None:
     with pytest.raises(TypeError, match="must be tuple of Tensors, not Tensor"):
         fused_rnn.LSTMCell(3, 4)(x(2, 3), x(2, 4))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("change", [{"num_layers": 2}, {"bidirectional": True}, {"bias": False}])
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+def test_attributes_that_do_not_fit_the_weights(
+    name: str, change: dict[str, Any], train: bool
+) -> None:
+    """torch.nn raises, too, but its LSTM reads past its weights for some."""
+    module = getattr(fused_rnn, name)(3, 4)
+    for key, value in change.items():
+        setattr(module, key, value)
+    with torch.set_grad_enabled(train), pytest.raises(RuntimeError, match="4 weights do not fit"):
+        module(x(5, 2, 3))
 
 
 def test_unknown_nonlinearity_of_a_cell() -> None:
