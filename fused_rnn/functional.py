@@ -6,7 +6,7 @@ Three engines can do the work, and this file is where one of them is chosen:
 ``ops``            the native kernels: everything they support
 ``reference``      plain torch: ``torch.func`` transforms, forward mode, no compiler, all unusual
 torch's operators  ``torch.jit.trace`` and ONNX export (which want one known node), complex numbers,
-                   and devices that neither of the others knows
+                   sparse inputs, and devices that neither of the others knows
 =================  ==============================================================================
 
 All of them give the results of torch.nn. Tensors are time-first here; layout is the modules' work.
@@ -42,7 +42,9 @@ _TORCH_CELL: dict[str, Any] = {
 
 
 def _wants_torch_operator(x: Tensor) -> bool:
-    if x.is_complex() or x.device.type not in ("cpu", "cuda", "meta"):
+    if x.is_complex() or x.layout != torch.strided:
+        return True
+    if x.device.type not in ("cpu", "cuda", "meta"):
         return True
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -175,14 +177,16 @@ def step_directly(
             if found is None:
                 return None
             _, h_n, c_n = found
-            return _joined(h_n.squeeze(0), None if c_n is None else c_n.squeeze(0))
+            return _joined(_one_step(h_n), None if c_n is None else _one_step(c_n))
     return calls.step(cell, x, hx, parameters, names)
 
 
 def _halves(hx: Any) -> tuple[Tensor | None, Tensor | None]:
     """h and c of hx; neither of what is unusual, which no direct call takes."""
-    pair = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-    return pair if all(isinstance(t, Tensor) for t in pair if t is not None) else (None, None)
+    if isinstance(hx, Tensor):
+        return hx, None
+    usual = type(hx) is tuple and len(hx) == 2 and all(isinstance(t, Tensor) for t in hx)
+    return hx if usual else (None, None)
 
 
 def _joined(h: Tensor, c: Tensor | None) -> Any:
@@ -305,7 +309,12 @@ def _stack(
 
 def _runs(weights: Sequence[Tensor], runs: int, has_biases: bool) -> list[Weights]:
     """The weights of each layer and direction by themselves."""
-    per_run = len(weights) // runs
+    per_run, over = divmod(len(weights), runs)
+    if over or per_run - 2 * has_biases not in (2, 3):
+        raise RuntimeError(
+            f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
+            "at every call"
+        )
     return [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
 
 
@@ -337,23 +346,26 @@ def step(
         return (result, None) if c is None else result
 
     _check_step(x, states, w_ih, w_hh)
-    weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-    low = _autocast_dtype(x, states, weights)
+    run = (w_ih, w_hh, b_ih, b_hh, None)  # people drop one bias of the two
+    low = _autocast_dtype(x, states, _present(run))
     if low is None:
-        return _step(cell, x, states, weights)
+        return _step(cell, x, states, run)
     h_dtype, c_dtype = _autocast_results(cell, low, h, c, projected=False, fused=False)
     with torch.autocast(x.device.type, enabled=False):
-        h_new, c_new = _step(
-            cell, x.to(h_dtype), [s.to(h_dtype) for s in states], [w.to(h_dtype) for w in weights]
-        )
+        cast: Any = [None if w is None else w.to(h_dtype) for w in run]
+        h_new, c_new = _step(cell, x.to(h_dtype), [s.to(h_dtype) for s in states], tuple(cast))
         return h_new, None if c_new is None else c_new.to(c_dtype)
 
 
+def _present(run: Weights) -> list[Tensor]:
+    return [w for w in run if w is not None]
+
+
 def _step(
-    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+    cell: str, x: Tensor, states: Sequence[Tensor], run: Weights
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    engine = _engine(cell, x, states, weights)
+    engine = _engine(cell, x, states, _present(run))
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
     h, c = states if len(states) > 1 else (states[0], None)
@@ -362,9 +374,14 @@ def _step(
         x.unsqueeze(0),
         h.unsqueeze(0),
         None if c is None else c.unsqueeze(0),
-        [_named(weights, len(weights) > 2)],
+        [run],
     )
-    return h_n.squeeze(0), None if c_n is None else c_n.squeeze(0)
+    return _one_step(h_n), None if c_n is None else _one_step(c_n)
+
+
+def _one_step(states: Tensor) -> Tensor:
+    """States of one layer without the dimension of layers. Not a view, which detach_() refuses."""
+    return states.squeeze_(0)
 
 
 def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:

@@ -209,7 +209,9 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         hx = self.permute_hidden(hx, None)
         y, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
         if self.batch_first:
-            y = y.transpose(0, 1)
+            # In place: torch.nn's output is no view either. Tracers are better off with one.
+            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+            y = y.transpose(0, 1) if traced else y.transpose_(0, 1)
         if dim == 2:
             h, c = self._split_hidden(hx)
             y, hx = (
@@ -559,9 +561,9 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
         x = input if batched else input.unsqueeze(0)
         h, c = self._split_hidden(self._zero_hidden(x) if hx is None else hx)
         if hx is not None:
-            self._check_dim(h, self._hidden_name.format(0))
-            if c is not None:
-                self._check_dim(c, self._hidden_name.format(1))
+            states: Any = (h, c) if isinstance(self, _HiddenPair) else (h,)
+            for i, state in enumerate(states):
+                self._check_dim(state, self._hidden_name.format(i))
             if not batched:
                 h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
         h, c = functional.step(

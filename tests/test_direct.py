@@ -905,3 +905,14 @@ def test_hooks_of_subclasses_are_called(spy: Spy) -> None:
     spy.done.clear()
     Plain(3, 4)(x)
     assert spy.done == [True]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_sizes_that_overflow(name: str, train: bool) -> None:
+    """Inputs that are expanded have any size for free. What they would need is not taken for 0."""
+    module = getattr(fused_rnn, name)(1, 4)
+    shapes: Any = [(2**60, 1)] if name.endswith("Cell") else [(1, 2**60, 1), (2**60, 1, 1)]
+    for shape in shapes:
+        with torch.set_grad_enabled(train), pytest.raises((RuntimeError, MemoryError)):
+            module(torch.zeros(1).expand(shape))

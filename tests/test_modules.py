@@ -197,6 +197,7 @@ BAD_CALLS: dict[str, Callable[[nn.Module, str], Any]] = {
     ),
     "hx list": lambda m, n: m(x(5, 2, 3), [x(1, 2, 4), x(1, 2, 4)]),
     "hx triple": lambda m, n: m(x(5, 2, 3), (x(1, 2, 4),) * 3),
+    "hx half a pair": lambda m, n: m(x(5, 2, 3), (x(1, 2, 4), None)),
     "dropout > 1": lambda m, n: (setattr(m, "dropout", 2.0), m(x(5, 2, 3)))[1],
 }
 
@@ -278,6 +279,7 @@ BAD_CELL_CALLS: dict[str, Callable[[nn.Module, str], Any]] = {
     "hx dtype": lambda m, n: m(x(2, 3), states(n, 2, 4, dtype=torch.float64)),
     "hx triple": lambda m, n: m(x(2, 3), (x(2, 4),) * 3),
     "hx single": lambda m, n: m(x(2, 3), (x(2, 4),)),
+    "hx half a pair": lambda m, n: m(x(2, 3), (x(2, 4), None)),
     "no batch": lambda m, n: m(x(0, 3)),
     "list": lambda m, n: m([x(2, 3)]),
 }
@@ -295,6 +297,20 @@ def test_cell_call_errors(call: str, name: str) -> None:
 def test_lstm_cell_wants_a_pair() -> None:
     with pytest.raises(TypeError, match="must be tuple of Tensors, not Tensor"):
         fused_rnn.LSTMCell(3, 4)(x(2, 3), x(2, 4))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("change", [{"num_layers": 2}, {"bidirectional": True}, {"bias": False}])
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+def test_attributes_that_do_not_fit_the_weights(
+    name: str, change: dict[str, Any], train: bool
+) -> None:
+    """torch.nn raises, too, but its LSTM reads past its weights for some."""
+    module = getattr(fused_rnn, name)(3, 4)
+    for key, value in change.items():
+        setattr(module, key, value)
+    with torch.set_grad_enabled(train), pytest.raises(RuntimeError, match="4 weights do not fit"):
+        module(x(5, 2, 3))
 
 
 def test_unknown_nonlinearity_of_a_cell() -> None:
@@ -514,6 +530,23 @@ def test_deleted_weight() -> None:
     ours.cpu()
 
 
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("gone", ["bias_ih", "bias_hh"])
+def test_cells_with_one_bias(gone: str, name: str) -> None:
+    """The second bias of most cells is redundant, so people drop it. The other one counts."""
+    theirs, ours = pair(name, 3, 4, dtype=torch.float64)
+    for module in (theirs, ours):
+        module.register_parameter(gone, None)
+    value = torch.randn(2, 3, dtype=torch.float64)
+    assert_all_close(run(ours, value), run(theirs, value))
+    with torch.no_grad():
+        assert_all_close(ours(value), theirs(value))
+    for module in (theirs, ours):
+        module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_all_close(ours(value.float()), theirs(value.float()), tol=0.05)
+
+
 def test_all_weights() -> None:
     module = fused_rnn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)
     assert [len(group) for group in module.all_weights] == [5] * 4
@@ -539,6 +572,23 @@ def test_packed_objects_are_handed_through(name: str) -> None:
     assert isinstance(output, PackedSequence)
     for field in ("batch_sizes", "sorted_indices", "unsorted_indices"):
         assert getattr(output, field) is getattr(packed, field)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+def test_results_can_be_detached_in_place(train: bool, name: str) -> None:
+    """As truncated backpropagation does it. Views refuse, and those of torch.nn are none."""
+    kwargs = {} if name in CELLS else {"batch_first": True}
+    value = torch.randn(2, 3) if name in CELLS else torch.randn(5, 2, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        module = getattr(fused_rnn, name)(3, 4, dtype=dtype, **kwargs)
+        # Of any strides: not all of them take the same way.
+        for given in (value.to(dtype), torch.stack([value, value], -1)[..., 0].to(dtype)):
+            with torch.set_grad_enabled(train):
+                outputs = flatten(module(given))
+            for output in outputs:
+                assert output.requires_grad == train and not output._is_view()
+                assert not output.detach_().requires_grad
 
 
 def test_types_of_results() -> None:
@@ -583,6 +633,16 @@ def test_overridden_hooks_are_called() -> None:
         calls.clear()
         module(value)
         assert set(calls) == set(methods)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_sparse_input(name: str) -> None:
+    """Cells of torch.nn take bags of words as they are."""
+    theirs, ours = pair(name, 30, 4, dtype=torch.float64)
+    value = (torch.rand(2, 30, dtype=torch.float64) < 0.1).double().to_sparse()
+    assert_all_close(run(ours, value), run(theirs, value))
+    with torch.no_grad():
+        assert_all_close(ours(value), theirs(value))
 
 
 # --- Subclasses ----------------------------------------------------------------------------------

@@ -268,6 +268,7 @@ struct Call {
   void Steps(const T& x, const Optional& batch_sizes) {
     p.T = p.ragged ? batch_sizes->numel() : x.size(0);
     STD_TORCH_CHECK(p.T > 0, "Expected sequence length to be larger than 0 in RNN");
+    STD_TORCH_CHECK(p.T < int64_t(1) << 48, "x: too many steps: ", p.T);
     steps_.resize(2 * p.T + 1);
     int64_t *sizes = steps_.data(), *offsets = sizes + p.T;
     if (p.ragged) {

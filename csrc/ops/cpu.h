@@ -53,13 +53,14 @@ struct Cpu {
   // GRU's step.
   static Tensor NewLarge(const Tensor& like, const Dims& sizes, ScalarType dtype) {
     Dims strides = sizes;
-    int64_t count = 1;
+    int64_t bytes = BytesOf(dtype);
+    bool too_large = false;  // New says so
     for (size_t i = sizes.size(); i-- > 0;) {
-      strides[i] = count;
-      count *= sizes[i];
+      strides[i] = bytes / BytesOf(dtype);
+      too_large |= __builtin_mul_overflow(bytes, sizes[i], &bytes);
     }
-    const int64_t bytes = count * BytesOf(dtype);
-    if (torch_from_blob == nullptr || bytes < kPooledBytes) return New(like, sizes, dtype);
+    if (torch_from_blob == nullptr || bytes < kPooledBytes || too_large)
+      return New(like, sizes, dtype);
     size_t capacity = 0;
     void* data = AcquireScratch(bytes, &capacity);
     const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));

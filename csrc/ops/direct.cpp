@@ -244,7 +244,8 @@ class Made {
   Made(const Dims& shape, ScalarType dtype, bool pooled = true) {
     const int64_t size = BytesOf(dtype);
     size_t bytes = size;
-    for (const int64_t n : shape) bytes *= n;
+    for (const int64_t n : shape)  // expanded inputs are of any size
+      if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw Unusual();
     pooled = pooled && bytes >= size_t(kPooledBytes);
     // Small data lie behind their block, in the same allocation.
     void* memory = std::malloc(sizeof(Block) + (pooled ? 0 : kDataAlign + bytes));
