@@ -54,7 +54,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def run(program: ModuleType, *arguments: Any) -> dict[str, Any]:
         out = tmp_path / "deeper" / program.__name__  # a folder that is not there yet
-        command = [program.__name__, "--out", out, "--threads", 2, *arguments]
+        command = [program.__name__, "--out", out, "--threads", 1, *arguments]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         program.main()
         pictures = list(out.glob("*.png"))
