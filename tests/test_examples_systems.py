@@ -196,7 +196,7 @@ def test_scheduled_sampling_feeds_the_models_own_tokens() -> None:
 @learns
 def test_seq2seq_beats_a_parser_written_by_hand_and_copying(run: Run, capsys: Any) -> None:
     figures = run(
-        seq2seq, "--steps", 240, "--held-out", 300, "--examples", 20000, "--attention", "yes",
+        seq2seq, "--steps", 240, "--held-out", 200, "--examples", 8000, "--attention", "yes",
     )  # fmt: skip
     reached = figures["with_attention_exact_beam"]
     assert reached > figures["dateutil"] + 5
