@@ -59,9 +59,9 @@ examples: setup
 #   reference  the reference path, without what asks nothing of the backend
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 RUNS := emulated compiling native examples reference
-COMPILING := build cuda_engine emulation math
+COMPILING := build cuda_engine emulation gpu_check math
 EXAMPLE := examples examples_sequence examples_systems
-NO_BACKEND := $(COMPILING) benchmarks gpu_check layering threads tiles
+NO_BACKEND := $(COMPILING) benchmarks layering threads tiles
 PYTEST := $(BIN)/python -m pytest -q
 files = $(1:%=tests/test_%.py)
 
