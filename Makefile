@@ -53,12 +53,12 @@ examples: setup
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
 # core busy. What a run says is shown when it ends; one that fails does not stop the others.
-#   native     all but the next two
+#   examples   programs of examples/, which train: the longest first
 #   compiling  what runs compilers and programs more than Python
-#   examples   programs of examples/, which train
-#   reference  the reference path, without what asks nothing of the backend
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
-RUNS := emulated compiling native examples reference
+#   native     all the rest
+#   reference  the reference path, without what asks nothing of the backend
+RUNS := examples compiling emulated native reference
 COMPILING := build cuda_engine emulation gpu_check math
 EXAMPLE := examples examples_sequence examples_systems
 NO_BACKEND := $(COMPILING) benchmarks layering threads tiles
@@ -72,16 +72,16 @@ test: setup
 	$(BIN)/python -m fused_rnn build
 	$(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory $(RUNS:%=test-%)
 
-test-native: setup
-	$(PYTEST) $(patsubst %,--ignore=%,$(call files,$(COMPILING) $(EXAMPLE)))
-test-compiling: setup
-	$(PYTEST) $(call files,$(COMPILING))
 test-examples: setup
 	$(PYTEST) $(call files,$(EXAMPLE))
-test-reference: setup
-	FUSED_RNN_BACKEND=reference $(PYTEST) $(patsubst %,--ignore=%,$(call files,$(NO_BACKEND)))
+test-compiling: setup
+	$(PYTEST) $(call files,$(COMPILING))
 test-emulated: setup
 	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) $(call files,ops parity ragged transforms resident)
+test-native: setup
+	$(PYTEST) $(patsubst %,--ignore=%,$(call files,$(COMPILING) $(EXAMPLE)))
+test-reference: setup
+	FUSED_RNN_BACKEND=reference $(PYTEST) $(patsubst %,--ignore=%,$(call files,$(NO_BACKEND)))
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.
