@@ -61,7 +61,7 @@ examples: setup
 RUNS := examples compiling emulated native reference
 COMPILING := build cuda_engine emulation gpu_check math
 EXAMPLE := examples examples_sequence examples_systems
-NO_BACKEND := $(COMPILING) benchmarks layering threads tiles
+NO_BACKEND := $(COMPILING) benchmarks examples layering threads tiles
 PYTEST := $(BIN)/python -m pytest -q
 files = $(1:%=tests/test_%.py)
 

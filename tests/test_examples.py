@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import native
 
 pytest.importorskip("tqdm")
 image = pytest.importorskip("matplotlib.image")
@@ -81,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "short.txt").write_text("too short", encoding="utf-8")
     learn = ["--text", str(folder / "text.txt"), "--steps", "150", "--layers", "2"]
-    arguments = {cell: ["--cell", cell, *learn] for cell in CELLS} if native() else {}
+    arguments = {cell: ["--cell", cell, *learn] for cell in CELLS}
     arguments["default"] = ["--steps", "10", "--control"]
     arguments["short"] = ["--text", str(folder / "short.txt")]
     with ThreadPoolExecutor(2) as pool:
@@ -91,7 +90,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         }
 
 
-@pytest.mark.skipif(not native(), reason="training is slow on the reference path")
 @pytest.mark.parametrize("cell", CELLS)
 def test_char_lm_learns_a_text_the_same_way_twice(runs: Runs, cell: str) -> None:
     figures, printed = runs[cell].result()
