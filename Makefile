@@ -51,16 +51,37 @@ examples: setup
 	  echo "== $$name"; $(BIN)/python examples/$$name.py; done
 
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
-# which the second run takes as machines without a compiler do; it leaves out what asks nothing of the
-# backend. The third runs the CUDA engine on the CPU (tests/emulated.py), on the tests of results.
-NO_BACKEND := build benchmarks cuda_engine emulation gpu_check math threads tiles
+# which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
+# core busy. What a run says is shown when it ends; one that fails does not stop the others.
+#   examples   programs of examples/, which train: the longest first
+#   compiling  what runs compilers and programs more than Python
+#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
+#   native     all the rest
+#   reference  the reference path, without what asks nothing of the backend
+RUNS := examples compiling emulated native reference
+COMPILING := build cuda_engine emulation gpu_check math
+EXAMPLE := examples examples_sequence examples_systems
+NO_BACKEND := $(COMPILING) benchmarks examples layering threads tiles
+PYTEST := $(BIN)/python -m pytest -q
+files = $(1:%=tests/test_%.py)
+
+.PHONY: $(RUNS:%=test-%)
+# Beside another run, a thread that spins while it waits takes the core from the one it waits for.
+$(RUNS:%=test-%): export OMP_WAIT_POLICY = passive
 test: setup
 	$(BIN)/python -m fused_rnn build
-	$(BIN)/python -m pytest -q
-	FUSED_RNN_BACKEND=reference $(BIN)/python -m pytest -q $(NO_BACKEND:%=--ignore=tests/test_%.py)
-	FUSED_RNN_TEST_ENGINE=emulated $(BIN)/python -m pytest -q \
-	  tests/test_ops.py tests/test_parity.py tests/test_ragged.py tests/test_transforms.py \
-	  tests/test_resident.py
+	$(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory $(RUNS:%=test-%)
+
+test-examples: setup
+	$(PYTEST) $(call files,$(EXAMPLE))
+test-compiling: setup
+	$(PYTEST) $(call files,$(COMPILING))
+test-emulated: setup
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) $(call files,ops parity ragged transforms resident)
+test-native: setup
+	$(PYTEST) $(patsubst %,--ignore=%,$(call files,$(COMPILING) $(EXAMPLE)))
+test-reference: setup
+	FUSED_RNN_BACKEND=reference $(PYTEST) $(patsubst %,--ignore=%,$(call files,$(NO_BACKEND)))
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.

@@ -26,7 +26,9 @@ settings.load_profile("fused_rnn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # Teams of threads are the CPU engine's. Beside another run of pytest they cost time.
+    teams = not emulated.WANTED and os.environ.get("FUSED_RNN_BACKEND") != "reference"
+    torch.set_num_threads(min(2, os.cpu_count() or 1) if teams else 1)
     if emulated.ENGINE:
         emulated.use()
 

@@ -197,13 +197,14 @@ def test_stays_in_bounds() -> None:
     done = subprocess.run(
         [
             *command,
-            "agrees_with_float64 or any_layout or only_wanted or (as_steps and packed and bfloat)",
+            "agrees_with_float64 or any_layout or only_wanted"
+            " or (as_steps and packed and bfloat and not relu)",  # which reads what tanh reads
         ],
         cwd=ROOT,
         env=env,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1800,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 

@@ -37,8 +37,10 @@ learns = pytest.mark.skipif(not native(), reason="training is slow on the refere
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Programs set the number of threads of the process; the next test has its own again."""
+    """One, for work so small that a second thread costs more than it does. Programs set the number
+    of the process; the next test has its own again."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -54,7 +54,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def run(program: ModuleType, *arguments: Any) -> dict[str, Any]:
         out = tmp_path / "deeper" / program.__name__  # a folder that is not there yet
-        command = [program.__name__, "--out", out, "--threads", 2, *arguments]
+        command = [program.__name__, "--out", out, "--threads", 1, *arguments]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         program.main()
         pictures = list(out.glob("*.png"))
@@ -196,7 +196,7 @@ def test_scheduled_sampling_feeds_the_models_own_tokens() -> None:
 @learns
 def test_seq2seq_beats_a_parser_written_by_hand_and_copying(run: Run, capsys: Any) -> None:
     figures = run(
-        seq2seq, "--steps", 240, "--held-out", 300, "--examples", 20000, "--attention", "yes",
+        seq2seq, "--steps", 240, "--held-out", 200, "--examples", 8000, "--attention", "yes",
     )  # fmt: skip
     reached = figures["with_attention_exact_beam"]
     assert reached > figures["dateutil"] + 5

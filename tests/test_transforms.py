@@ -688,6 +688,7 @@ dist.destroy_process_group()
 """
 
 
+@cpu_engine_only  # the processes load the package's own library
 def test_distributed_data_parallel() -> None:
     """Two processes, each with half the batch, average to the gradients of the whole."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
