@@ -63,6 +63,7 @@ COMPILING := build cuda_engine emulation gpu_check math
 EXAMPLE := examples examples_sequence examples_systems
 NO_BACKEND := $(COMPILING) benchmarks examples layering threads tiles
 PYTEST := $(BIN)/python -m pytest -q
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
 files = $(1:%=tests/test_%.py)
 
 .PHONY: $(RUNS:%=test-%)
@@ -70,7 +71,7 @@ files = $(1:%=tests/test_%.py)
 $(RUNS:%=test-%): export OMP_WAIT_POLICY = passive
 test: setup
 	$(BIN)/python -m fused_rnn build
-	$(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory $(RUNS:%=test-%)
+	$(MAKE) --jobs=2 --keep-going $(SYNC) --no-print-directory $(RUNS:%=test-%)
 
 test-examples: setup
 	$(PYTEST) $(call files,$(EXAMPLE))
