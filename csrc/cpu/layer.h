@@ -38,7 +38,8 @@ class Layer {
   static constexpr int kTape =
       C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
   static constexpr int kTileWidth = kTileVecs<V> * N;
-  // What a thread could do while a team of two waits at a barrier, and while a team starts.
+  // What a thread could do while a team of two waits at a barrier, and while a team starts: of narrow
+  // vectors less.
   static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);
   static constexpr int64_t kMacsOfShortCall = 100000000;  // a few milliseconds, see Crowd
   static constexpr bool kTiles = parts::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
