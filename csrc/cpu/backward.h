@@ -334,8 +334,7 @@ auto Layer<C, V>::BackwardPass::GateGrads(Own& my, const Step& step) const -> Ma
     T* dc_panel = my.dc + (i - my.mine.begin) * p.B * kExtra * kUnits;
     FRNN_UNROLL
     for (int j = 0; j < kPanelVecs; j++) {
-      const int64_t left = p.H - unit - j * N;
-      const int lanes = int(left < 0 ? 0 : (left < N ? left : N));
+      const int lanes = UnitsFrom(p, unit + j * N);
       V bias[C::kD];
       FRNN_UNROLL
       for (int q = 0; q < C::kD; q++) bias[q] = V{};

@@ -183,10 +183,9 @@ class Layer<C, V>::ForwardPass {
     }
     for (int q = 0; q < kGates; q++)
       for (int j = 0; j < kPanelVecs; j++) {
-        const int64_t unit = panel * kUnits + j * N, left = p.H - unit;
-        DotRows<V>(n, a, lda, static_cast<const T*>(w) + (q * p.H + unit) * K,
-                   int(left < 0 ? 0 : (left < N ? left : N)), K, gates + (q * kPanelVecs + j) * N,
-                   stride);
+        const int64_t unit = panel * kUnits + j * N;
+        DotRows<V>(n, a, lda, static_cast<const T*>(w) + (q * p.H + unit) * K, UnitsFrom(p, unit),
+                   K, gates + (q * kPanelVecs + j) * N, stride);
       }
   }
   static void GateMath(const StepRows& s, int64_t first, int rows);

@@ -284,9 +284,10 @@ FRNN_NOINLINE void DotLine(const typename Lanes<V>::T* a, const typename Lanes<V
   store<V>(out, sums[0]);
 }
 
-// out[r * ldo + i] = the same of row r of a, r < kRows.
+// Rows of a that pass together where there are so many.
 template <class V>
 constexpr int kDotRows = Lanes<V>::kSize >= 8 ? 4 : 1;
+// out[r * ldo + i] = what DotLine gives for row r of a, r < kDotRows.
 template <class V>
 FRNN_NOINLINE void DotBlock(const typename Lanes<V>::T* a, int64_t lda,
                             const typename Lanes<V>::T* w, int64_t K, typename Lanes<V>::T* out,

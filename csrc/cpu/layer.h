@@ -84,6 +84,11 @@ class Layer {
     return false;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
+  // How many units a vector of them has from `unit` on: N, fewer at the end, or none past it.
+  static int UnitsFrom(const LayerParams& p, int64_t unit) {
+    const int64_t left = p.H - unit;
+    return int(left < 0 ? 0 : (left < N ? left : N));
+  }
   static int64_t HoutVecs(const LayerParams& p) { return (p.Hout + N - 1) / N; }
   // What a thread owns of a layer, in both passes.
   struct Part {

@@ -70,7 +70,7 @@ bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
     if (copies == 0) continue;
     int64_t tiles = 1;
     while (tiles * copies < all_tiles) tiles *= 2;
-    const int64_t shared = 2 * 4 * SumsOf(kWarps, problem.gates_h * groups * tiles);
+    const int64_t shared = 2 * sizeof(float) * SumsOf(kWarps, problem.gates_h * groups * tiles);
     if (groups * tiles > kResidentRows || shared > device.shared_bytes) continue;
     if (plan->tiles != 0 && tiles >= plan->tiles) continue;
     plan->blocks = int(blocks), plan->groups = int(groups), plan->tiles = int(tiles);
