@@ -23,6 +23,13 @@ inline int64_t BytesOf(ScalarType dtype) {
       return 2;
   }
 }
+// Of a contiguous tensor. False where there are too many to count: an expanded input has any size.
+inline bool CountBytes(const Dims& sizes, ScalarType dtype, int64_t& bytes) {
+  bytes = BytesOf(dtype);
+  for (const int64_t n : sizes)
+    if (__builtin_mul_overflow(bytes, n, &bytes)) return false;
+  return true;
+}
 
 struct Cpu {
   using Kernels = CpuKernels;
@@ -52,15 +59,12 @@ struct Cpu {
   // training step would be fresh pages from the allocator, and faulting them in took a fifth of a
   // GRU's step.
   static Tensor NewLarge(const Tensor& like, const Dims& sizes, ScalarType dtype) {
-    Dims strides = sizes;
-    int64_t bytes = BytesOf(dtype);
-    bool too_large = false;  // New says so
-    for (size_t i = sizes.size(); i-- > 0;) {
-      strides[i] = bytes / BytesOf(dtype);
-      too_large |= __builtin_mul_overflow(bytes, sizes[i], &bytes);
-    }
-    if (torch_from_blob == nullptr || bytes < kPooledBytes || too_large)
+    int64_t bytes = 0;
+    if (torch_from_blob == nullptr || !CountBytes(sizes, dtype, bytes) || bytes < kPooledBytes)
       return New(like, sizes, dtype);
+    Dims strides = sizes;
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
     size_t capacity = 0;
     void* data = AcquireScratch(bytes, &capacity);
     const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));

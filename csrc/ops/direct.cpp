@@ -242,11 +242,9 @@ Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
 class Made {
  public:
   Made(const Dims& shape, ScalarType dtype, bool pooled = true) {
-    const int64_t size = BytesOf(dtype);
-    size_t bytes = size;
-    for (const int64_t n : shape)  // expanded inputs are of any size
-      if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw Unusual();
-    pooled = pooled && bytes >= size_t(kPooledBytes);
+    int64_t bytes = 0;
+    if (!CountBytes(shape, dtype, bytes)) throw Unusual();
+    pooled = pooled && bytes >= kPooledBytes;
     // Small data lie behind their block, in the same allocation.
     void* memory = std::malloc(sizeof(Block) + (pooled ? 0 : kDataAlign + bytes));
     if (memory == nullptr) throw std::bad_alloc();
@@ -262,7 +260,7 @@ class Made {
       t.strides[i] = stride;
     }
     const uint8_t kind = dtype == ScalarType::BFloat16 ? dlpack::kBfloat : dlpack::kFloat;
-    t.dtype = {kind, uint8_t(8 * size), 1};
+    t.dtype = {kind, uint8_t(8 * BytesOf(dtype)), 1};
     if (pooled) {
       t.data = AcquireScratch(bytes, &block_->pooled);
     } else {
