@@ -209,9 +209,8 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         hx = self.permute_hidden(hx, None)
         y, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
         if self.batch_first:
-            # In place: torch.nn's output is no view either. Tracers are better off with one.
-            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-            y = y.transpose(0, 1) if traced else y.transpose_(0, 1)
+            in_place = functional.reshapes_in_place(y)
+            y = y.transpose_(0, 1) if in_place else y.transpose(0, 1)
         if dim == 2:
             h, c = self._split_hidden(hx)
             y, hx = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import socket
 import subprocess
 import sys
@@ -31,7 +32,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fused_rnn
 
@@ -556,6 +561,54 @@ def test_checkpoint(name: str) -> None:
             first(call(x)).square().sum().backward()
             grads.append([p.grad.clone() for p in ours.parameters()])
         assert_all_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("kept", ["all", "matrix products"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_selective_checkpoint(name: str, kept: str) -> None:
+    """It keeps results of operators, which nothing may change then. torch.nn's do."""
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        save = kept == "all" or "mm" in str(operator)
+        return CheckpointPolicy.PREFER_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    _, ours = double_pair(name, **({} if is_cell(name) else {"batch_first": True}))
+    x = value(name)
+    expected = run(ours, x)
+    call = lambda *args: checkpoint(ours, *args, use_reentrant=False, context_fn=contexts)  # noqa: E731
+    assert_all_close(run(Called(ours, call), x), expected)
+
+
+class Called(nn.Module):
+    """A module with the parameters of another, called in a way of its own."""
+
+    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(_parameters=inner._parameters, call=call)
+
+    def forward(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_subclasses_of_tensor(name: str) -> None:
+    """As input, or as a weight: what comes out is one, too."""
+
+    class Tagged(Tensor):
+        pass
+
+    kwargs = {} if is_cell(name) else {"batch_first": True, "num_layers": 2}
+    theirs, ours = double_pair(name, **kwargs)
+    x = value(name)
+    expected = run(theirs, x)
+    for module in (theirs, ours):
+        assert type(first(module(x.as_subclass(Tagged)))) is Tagged
+    assert_all_close(run(ours, x.as_subclass(Tagged)), expected)
+    weight = "weight_hh" if is_cell(name) else "weight_hh_l0"
+    setattr(ours, weight, nn.Parameter(getattr(ours, weight).detach().as_subclass(Tagged)))
+    assert type(first(ours(x))) is Tagged
+    assert_all_close(run(ours, x), expected)
 
 
 @pytest.mark.parametrize("name", CLASSES)
