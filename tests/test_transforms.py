@@ -447,6 +447,43 @@ def test_export_dynamic_batch(fresh_dynamo: Any, name: str) -> None:
     assert_all_close(program.module()(x), ours(x))
 
 
+class Mixed(nn.Module):
+    """Layers, a cell, and what stands between them in a model."""
+
+    def __init__(self, library: Any) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 3), nn.Linear(4, 2)
+        self.lstm = library.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru, self.cell = library.GRU(8, 4), library.GRUCell(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        output, (h, _) = self.lstm(self.embedding(tokens))
+        _, h_n = self.gru(output.transpose(0, 1), h[:1])
+        return self.head(self.cell(output[:, -1], h_n[0]))
+
+
+def test_fx_symbolic_trace() -> None:
+    """Modules are leaves, so that what rewrites graphs knows them as such."""
+    theirs, ours = (torch.fx.symbolic_trace(Mixed(library)) for library in (nn, fused_rnn))
+    assert str(ours.graph) == str(theirs.graph)
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(10, (2, 5))
+    assert_close(ours(tokens), theirs(tokens), tol=1e-5)
+    assert_close(copy.deepcopy(ours)(tokens), ours(tokens), tol=0)
+
+
+def test_fx_goes_into_subclasses() -> None:
+    """As with torch.nn, an error. A node would run the subclass's forward twice."""
+
+    class Mine(fused_rnn.GRU):
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            output, hx = super().forward(input, hx)
+            return input + output, hx
+
+    with pytest.raises((ValueError, torch.fx.proxy.TraceError)):
+        torch.fx.symbolic_trace(nn.Sequential(Mine(4, 4)))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_onnx_export_sees_torch_operators(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Exporters know those. torch.onnx.export(dynamo=True) sets this flag around torch.export."""
