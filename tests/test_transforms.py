@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import os
 import socket
 import subprocess
 import sys
@@ -447,6 +449,45 @@ def test_export_dynamic_batch(fresh_dynamo: Any, name: str) -> None:
     assert_all_close(program.module()(x), ours(x))
 
 
+ELSEWHERE = """
+import sys, torch, fused_rnn
+folder, trains = sys.argv[1:]
+x, expected, gradient = torch.load(folder + "/values")
+with torch.no_grad():
+    output = torch.export.load(folder + "/infer.pt2").module()(x)[0]
+    assert (output - expected).abs().max() <= 1e-10
+module = torch.export.load(folder + "/train.pt2").module()
+output = module(x)[0]
+assert (output - expected).abs().max() <= 1e-10
+if trains:
+    output.sum().backward()
+    assert (dict(module.named_parameters())["0.weight_hh_l0"].grad - gradient).abs().max() <= 1e-10
+"""
+
+
+@cpu_engine_only  # the processes load the package's own library
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_exported_programs_run_elsewhere(fresh_dynamo: Any, tmp_path: Path, backend: str) -> None:
+    """In a process where nothing has loaded the kernels yet, and where there are none."""
+    _, ours = double_pair("LSTM", num_layers=2, bidirectional=True)
+    model, x = nn.Sequential(ours), value("LSTM")
+    for kind in ("train", "infer"):
+        with torch.set_grad_enabled(kind == "train"):
+            torch.export.save(torch.export.export(model, (x,)), tmp_path / f"{kind}.pt2")
+    output = model(x)[0]
+    output.sum().backward()
+    torch.save((x, output.detach(), ours.weight_hh_l0.grad), tmp_path / "values")
+    trains = "yes" if backend == "auto" and native() else ""
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, tmp_path, trains],
+        cwd=Path(fused_rnn.__file__).parents[1],
+        env={**os.environ, "FUSED_RNN_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 class Mixed(nn.Module):
     """Layers, a cell, and what stands between them in a model."""
 
@@ -460,6 +501,24 @@ class Mixed(nn.Module):
         output, (h, _) = self.lstm(self.embedding(tokens))
         _, h_n = self.gru(output.transpose(0, 1), h[:1])
         return self.head(self.cell(output[:, -1], h_n[0]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True], ids=["script", "dynamo"])
+def test_onnx_export_runs(fresh_dynamo: Any, dynamo: bool) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript" if dynamo else "onnx")
+    model, tokens, file = Mixed(fused_rnn).eval(), torch.randint(10, (2, 5)), io.BytesIO()
+    if dynamo:
+        shapes: Any = ({0: torch.export.Dim("batch")},)
+        torch.onnx.export(model, (tokens,), dynamo=True, dynamic_shapes=shapes).save(file)
+    else:
+        names: Any = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+        torch.onnx.export(model, (tokens,), file, dynamo=False, **names)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    tokens = torch.randint(10, (7, 5))
+    (found,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    assert_close(torch.from_numpy(found), model(tokens), tol=1e-5)
 
 
 def test_fx_symbolic_trace() -> None:
