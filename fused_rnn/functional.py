@@ -177,7 +177,7 @@ def step_directly(
             if found is None:
                 return None
             _, h_n, c_n = found
-            return _joined(_one_step(h_n), None if c_n is None else _one_step(c_n))
+            return _joined(h_n.squeeze_(0), None if c_n is None else c_n.squeeze_(0))
     return calls.step(cell, x, hx, parameters, names)
 
 
@@ -380,8 +380,20 @@ def _step(
 
 
 def _one_step(states: Tensor) -> Tensor:
-    """States of one layer without the dimension of layers. Not a view, which detach_() refuses."""
-    return states.squeeze_(0)
+    """States of one layer without the dimension of layers."""
+    return states.squeeze_(0) if reshapes_in_place(states) else states.squeeze(0)
+
+
+def reshapes_in_place(result: Tensor) -> bool:
+    """Whether an engine's result should change its shape in place rather than become a view, which
+    torch.nn's results are not, and which ``detach_()`` refuses.
+
+    Tracers are better off with views. A mode may have kept the tensor, as selective checkpoints do,
+    and a subclass of Tensor is a view already, which autograd lets nobody change.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return type(result) is Tensor and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:

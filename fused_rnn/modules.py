@@ -26,8 +26,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.compiler import is_dynamo_compiling
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
@@ -59,6 +60,21 @@ class _TorchShaped(nn.Module):
         """The attribute ``name``; for parameters, the usual case, much faster than getattr."""
         parameter = self._parameters.get(name)
         return getattr(self, name) if parameter is None else parameter
+
+    def _fx_node(self, input: Any, hx: Any) -> Any:
+        """The call as one node, if torch.fx is tracing a model that we are in; otherwise None.
+
+        Its tracers take modules of torch.nn, known by their names, for leaves, and go into ours. As
+        with torch.nn they also go into a user's subclass, whose forward is more than this.
+        """
+        if not isinstance(input, fx.Proxy):
+            return None
+        if "torch_class" not in vars(parametrize.type_before_parametrizations(self)):
+            return None
+        tracer: Any = input.tracer
+        path = tracer.path_of_module(self)  # "" for what is traced itself, which is no node of it
+        args = (input,) if hx is None else (input, hx)
+        return tracer.create_proxy("call_module", path, args, {}) if path else None
 
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor | None]:
         return hx, None
@@ -192,6 +208,8 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             return found
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
+        if (node := self._fx_node(input, hx)) is not None:
+            return node
         dim = input.dim()
         if dim not in _RANKS:
             raise ValueError(self._wrong_input.format(self.mode, dim))
@@ -209,9 +227,8 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         hx = self.permute_hidden(hx, None)
         y, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
         if self.batch_first:
-            # In place: torch.nn's output is no view either. Tracers are better off with one.
-            traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-            y = y.transpose(0, 1) if traced else y.transpose_(0, 1)
+            in_place = functional.reshapes_in_place(y)
+            y = y.transpose_(0, 1) if in_place else y.transpose(0, 1)
         if dim == 2:
             h, c = self._split_hidden(hx)
             y, hx = (
@@ -557,6 +574,8 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
             found = functional.step_directly(self._cell(), input, hx, parameters, _CELL_WEIGHTS)
             if found is not None:
                 return found
+        if (node := self._fx_node(input, hx)) is not None:
+            return node
         batched = self._check_dim(input, "input") == 2
         x = input if batched else input.unsqueeze(0)
         h, c = self._split_hidden(self._zero_hidden(x) if hx is None else hx)

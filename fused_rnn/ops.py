@@ -249,6 +249,12 @@ def _ten(weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
     return (*weights[0], *(weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)))
 
 
+def _runs(ten: Sequence[Any], h0: Tensor) -> list[Any]:
+    """The inverse of ``_ten``."""
+    half = len(_WEIGHT_NAMES)
+    return [ten[:half], ten[half:]][: h0.shape[0]]
+
+
 @_constant
 def _rnn_allows_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
@@ -416,6 +422,47 @@ def _layer_recomputed(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 _library.impl("layer_recomputed", _layer_recomputed, "CompositeExplicitAutograd")
 
 
+# A program that torch.export has saved calls the operators in a process where no module of ours has
+# loaded the kernels, or on a machine that has none. What is registered for every device does that,
+# until a library registers its kernels, which come first.
+def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    x_at = 3 if name == "layer_backward" else 0
+
+    def call(cell: str, *arguments: Any) -> Any:
+        if supports(cell, [arguments[x_at]]):
+            return getattr(_ops, name).default(cell, *arguments)
+        return otherwise(cell, *arguments)
+
+    return call
+
+
+def _reference_layer_infer(
+    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights, batch_sizes = _runs(rest[:_N_WEIGHTS], h0), rest[_N_WEIGHTS]
+    y, h_n, c_n = reference.layer(cell, x, h0, c0, weights, batch_sizes)
+    return y, h_n, x.new_empty((*h0.shape[:2], 0)) if c_n is None else c_n
+
+
+def _reference_layer(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return *_reference_layer_infer(cell, x, *rest), x.new_empty(0), x.new_empty(0)
+
+
+def _no_layer_backward(*arguments: Any) -> Any:
+    raise RuntimeError(
+        "An exported program trains on native kernels only, which are not there: "
+        "python -m fused_rnn doctor"
+    )
+
+
+for _name, _otherwise in (
+    ("layer", _reference_layer),
+    ("layer_infer", _reference_layer_infer),
+    ("layer_backward", _no_layer_backward),
+):
+    _library.impl(_name, _load_kernels(_name, _otherwise), "CompositeExplicitAutograd")
+
+
 class _EagerRecomputedLayer(_EagerLayer):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -490,9 +537,7 @@ def _layer_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
     def forward(
         x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        half = len(_WEIGHT_NAMES)
-        directions = [weights[:half], weights[half:]][: h0.shape[0]]
-        return reference.layer(ctx.cell, x, h0, c0, directions, batch_sizes)
+        return reference.layer(ctx.cell, x, h0, c0, _runs(weights, h0), batch_sizes)
 
     wanted = [bool(ctx.needs >> i & 1) for i in range(len(tensors))]
     grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, ggs)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CLASSES, Case, pair, small
-from helpers import assert_all_close, flatten, run
+from helpers import assert_all_close, flatten, native, run
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
@@ -311,6 +311,34 @@ def test_attributes_that_do_not_fit_the_weights(
         setattr(module, key, value)
     with torch.set_grad_enabled(train), pytest.raises(RuntimeError, match="4 weights do not fit"):
         module(x(5, 2, 3))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+def test_weights_of_wrong_shapes_are_named(name: str, train: bool) -> None:
+    """torch.nn names shapes only, and its LSTM reads past its weights."""
+    if not native():
+        pytest.skip("plain torch finds words of its own")
+    for weight, change in (
+        ("weight_ih", lambda w: w[:-1]),
+        ("weight_hh", lambda w: torch.cat([w, w])),
+        ("bias_ih", lambda w: w[:1]),
+        ("bias_hh", lambda w: w[:, None]),
+    ):
+        module = getattr(fused_rnn, name)(3, 4)
+        key = weight if name in CELLS else f"{weight}_l0"
+        expected = getattr(module, key)
+        setattr(module, key, nn.Parameter(change(expected.detach())))
+        given = getattr(module, key)
+        letter = weight.replace("weight", "w").replace("bias", "b")
+        message = f"{letter}: expected shape {listed(expected)}, got {listed(given)}"
+        with torch.set_grad_enabled(train), pytest.raises(RuntimeError) as caught:
+            module(x(2, 3) if name in CELLS else x(5, 2, 3))
+        assert str(caught.value) == message
+
+
+def listed(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
 
 
 def test_unknown_nonlinearity_of_a_cell() -> None:

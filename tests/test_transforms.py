@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
+import os
 import socket
 import subprocess
 import sys
@@ -31,7 +34,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fused_rnn
 
@@ -442,6 +449,100 @@ def test_export_dynamic_batch(fresh_dynamo: Any, name: str) -> None:
     assert_all_close(program.module()(x), ours(x))
 
 
+ELSEWHERE = """
+import sys, torch, fused_rnn
+folder, trains = sys.argv[1:]
+x, expected, gradient = torch.load(folder + "/values")
+with torch.no_grad():
+    output = torch.export.load(folder + "/infer.pt2").module()(x)[0]
+    assert (output - expected).abs().max() <= 1e-10
+module = torch.export.load(folder + "/train.pt2").module()
+output = module(x)[0]
+assert (output - expected).abs().max() <= 1e-10
+if trains:
+    output.sum().backward()
+    assert (dict(module.named_parameters())["0.weight_hh_l0"].grad - gradient).abs().max() <= 1e-10
+"""
+
+
+@cpu_engine_only  # the processes load the package's own library
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_exported_programs_run_elsewhere(fresh_dynamo: Any, tmp_path: Path, backend: str) -> None:
+    """In a process where nothing has loaded the kernels yet, and where there are none."""
+    _, ours = double_pair("LSTM", num_layers=2, bidirectional=True)
+    model, x = nn.Sequential(ours), value("LSTM")
+    for kind in ("train", "infer"):
+        with torch.set_grad_enabled(kind == "train"):
+            torch.export.save(torch.export.export(model, (x,)), tmp_path / f"{kind}.pt2")
+    output = model(x)[0]
+    output.sum().backward()
+    torch.save((x, output.detach(), ours.weight_hh_l0.grad), tmp_path / "values")
+    trains = "yes" if backend == "auto" and native() else ""
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, tmp_path, trains],
+        cwd=Path(fused_rnn.__file__).parents[1],
+        env={**os.environ, "FUSED_RNN_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Mixed(nn.Module):
+    """Layers, a cell, and what stands between them in a model."""
+
+    def __init__(self, library: Any) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 3), nn.Linear(4, 2)
+        self.lstm = library.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru, self.cell = library.GRU(8, 4), library.GRUCell(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        output, (h, _) = self.lstm(self.embedding(tokens))
+        _, h_n = self.gru(output.transpose(0, 1), h[:1])
+        return self.head(self.cell(output[:, -1], h_n[0]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True], ids=["script", "dynamo"])
+def test_onnx_export_runs(fresh_dynamo: Any, dynamo: bool) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript" if dynamo else "onnx")
+    model, tokens, file = Mixed(fused_rnn).eval(), torch.randint(10, (2, 5)), io.BytesIO()
+    if dynamo:
+        shapes: Any = ({0: torch.export.Dim("batch")},)
+        torch.onnx.export(model, (tokens,), dynamo=True, dynamic_shapes=shapes).save(file)
+    else:
+        names: Any = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+        torch.onnx.export(model, (tokens,), file, dynamo=False, **names)
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    tokens = torch.randint(10, (7, 5))
+    (found,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    assert_close(torch.from_numpy(found), model(tokens), tol=1e-5)
+
+
+def test_fx_symbolic_trace() -> None:
+    """Modules are leaves, so that what rewrites graphs knows them as such."""
+    theirs, ours = (torch.fx.symbolic_trace(Mixed(library)) for library in (nn, fused_rnn))
+    assert str(ours.graph) == str(theirs.graph)
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(10, (2, 5))
+    assert_close(ours(tokens), theirs(tokens), tol=1e-5)
+    assert_close(copy.deepcopy(ours)(tokens), ours(tokens), tol=0)
+
+
+def test_fx_goes_into_subclasses() -> None:
+    """As with torch.nn, an error. A node would run the subclass's forward twice."""
+
+    class Mine(fused_rnn.GRU):
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            output, hx = super().forward(input, hx)
+            return input + output, hx
+
+    with pytest.raises((ValueError, torch.fx.proxy.TraceError)):
+        torch.fx.symbolic_trace(nn.Sequential(Mine(4, 4)))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_onnx_export_sees_torch_operators(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Exporters know those. torch.onnx.export(dynamo=True) sets this flag around torch.export."""
@@ -556,6 +657,54 @@ def test_checkpoint(name: str) -> None:
             first(call(x)).square().sum().backward()
             grads.append([p.grad.clone() for p in ours.parameters()])
         assert_all_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("kept", ["all", "matrix products"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_selective_checkpoint(name: str, kept: str) -> None:
+    """It keeps results of operators, which nothing may change then. torch.nn's do."""
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        save = kept == "all" or "mm" in str(operator)
+        return CheckpointPolicy.PREFER_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    _, ours = double_pair(name, **({} if is_cell(name) else {"batch_first": True}))
+    x = value(name)
+    expected = run(ours, x)
+    call = lambda *args: checkpoint(ours, *args, use_reentrant=False, context_fn=contexts)  # noqa: E731
+    assert_all_close(run(Called(ours, call), x), expected)
+
+
+class Called(nn.Module):
+    """A module with the parameters of another, called in a way of its own."""
+
+    def __init__(self, inner: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(_parameters=inner._parameters, call=call)
+
+    def forward(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_subclasses_of_tensor(name: str) -> None:
+    """As input, or as a weight: what comes out is one, too."""
+
+    class Tagged(Tensor):
+        pass
+
+    kwargs = {} if is_cell(name) else {"batch_first": True, "num_layers": 2}
+    theirs, ours = double_pair(name, **kwargs)
+    x = value(name)
+    expected = run(theirs, x)
+    for module in (theirs, ours):
+        assert type(first(module(x.as_subclass(Tagged)))) is Tagged
+    assert_all_close(run(ours, x.as_subclass(Tagged)), expected)
+    weight = "weight_hh" if is_cell(name) else "weight_hh_l0"
+    setattr(ours, weight, nn.Parameter(getattr(ours, weight).detach().as_subclass(Tagged)))
+    assert type(first(ours(x))) is Tagged
+    assert_all_close(run(ours, x), expected)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -14,6 +14,8 @@
 #include <array>
 #include <forward_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -31,6 +33,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+// As torch's STD_TORCH_CHECK, but the message is for users and names no line of this file.
+#define FRNN_CHECK(condition, ...)                 \
+  do {                                             \
+    if (!(condition)) ::frnn::Refuse(__VA_ARGS__); \
+  } while (false)
+
+template <class... Parts>
+[[noreturn]] void Refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
 constexpr int kWeights = 5;  // w_ih, w_hh, b_ih, b_hh, w_hr
 constexpr int kGradients = 3 + 2 * kWeights;
 
@@ -46,7 +61,7 @@ Storage StorageOf(const T& t, const char* name) {
     case ScalarType::Half:
       return Storage::kHalf;
     default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+      Refuse(name, ": expected float32, float64, bfloat16 or float16");
   }
 }
 
@@ -62,7 +77,7 @@ class Dims {
   Dims(std::initializer_list<int64_t> sizes) : Dims(sizes.begin(), sizes.end()) {}
   template <class Iterator>
   Dims(Iterator begin, Iterator end) : count_(size_t(end - begin)) {
-    STD_TORCH_CHECK(count_ <= sizes_.size(), "too many dimensions");
+    FRNN_CHECK(count_ <= sizes_.size(), "too many dimensions");
     std::copy(begin, end, sizes_.begin());
   }
   size_t size() const { return count_; }
@@ -85,8 +100,8 @@ bool SameShape(const T& t, const Sizes& expected) {
 
 template <class T>
 void CheckShape(const char* name, const T& t, std::initializer_list<int64_t> expected) {
-  STD_TORCH_CHECK(SameShape(t, expected), name, ": expected shape ",
-                  Shape({expected.begin(), expected.size()}), ", got ", Shape(t.sizes()));
+  FRNN_CHECK(SameShape(t, expected), name, ": expected shape ",
+             Shape({expected.begin(), expected.size()}), ", got ", Shape(t.sizes()));
 }
 
 inline Tensor ContiguousCopy(const Tensor& t) { return torch::stable::contiguous(t); }
@@ -137,9 +152,9 @@ class Arguments {
   const T& Kept(T&& copy) { return kept_.emplace_front(std::move(copy)); }
   const T& Kept(const T& there) { return there; }
   void CheckType(const char* name, const T& t) const {
-    STD_TORCH_CHECK(Device::Owns(t, index_), name, ": expected a ", Device::kName,
-                    " tensor, on the device of x");
-    STD_TORCH_CHECK(t.scalar_type() == dtype_, name, ": expected the dtype of x, got another one");
+    FRNN_CHECK(Device::Owns(t, index_), name, ": expected a ", Device::kName,
+               " tensor, on the device of x");
+    FRNN_CHECK(t.scalar_type() == dtype_, name, ": expected the dtype of x, got another one");
   }
   ScalarType dtype_;
   int32_t index_;
@@ -156,17 +171,20 @@ struct Call {
       : storage(StorageOf(x, "x")), kernels(Find(cell, storage)), arguments(x) {
     p.storage = storage;
     p.ragged = batch_sizes.has_value();
-    STD_TORCH_CHECK(x.dim() == (p.ragged ? 2 : 3), "x: expected ",
-                    p.ragged ? "[rows, I]" : "[T, B, I]", ", got shape ", Shape(x.sizes()));
-    STD_TORCH_CHECK(h0.dim() == 3, "h0: expected [directions, B, Hout], got shape ",
-                    Shape(h0.sizes()));
+    FRNN_CHECK(x.dim() == (p.ragged ? 2 : 3), "x: expected ", p.ragged ? "[rows, I]" : "[T, B, I]",
+               ", got shape ", Shape(x.sizes()));
+    FRNN_CHECK(h0.dim() == 3, "h0: expected [directions, B, Hout], got shape ", Shape(h0.sizes()));
     p.dirs = int(h0.size(0));
     p.B = h0.size(1);
     p.Hout = h0.size(2);
-    STD_TORCH_CHECK(p.dirs == 1 || p.dirs == 2, "h0: expected 1 or 2 directions, got ", p.dirs);
-    STD_TORCH_CHECK(weights[0].has_value() && weights[1].has_value(),
-                    "weights: w_ih and w_hh are required");
-    p.H = weights[1]->size(0) / kernels.gates_h;
+    FRNN_CHECK(p.dirs == 1 || p.dirs == 2, "h0: expected 1 or 2 directions, got ", p.dirs);
+    FRNN_CHECK(weights[0].has_value() && weights[1].has_value(),
+               "weights: w_ih and w_hh are required");
+    // Where Hout is H, the engines take h for what it is.
+    const Optional& w_hr = weights[4];
+    FRNN_CHECK(!w_hr.has_value() || (w_hr->dim() == 2 && w_hr->size(1) != p.Hout),
+               "w_hr: expected [Hout, H] with Hout other than H, got shape ", Shape(w_hr->sizes()));
+    p.H = w_hr.has_value() ? w_hr->size(1) : p.Hout;
     p.I = x.size(-1);
     Steps(x, batch_sizes);
     p.threads = int(torch::stable::get_num_threads());
@@ -176,18 +194,16 @@ struct Call {
     p.x_t_stride = p.ragged ? 0 : rows.stride(0);
     p.x_b_stride = rows.stride(p.ragged ? 0 : 1);
     p.h0 = arguments.Take("h0", h0, {p.dirs, p.B, p.Hout});
-    STD_TORCH_CHECK(c0.has_value() == (kernels.extra_states > 0),
-                    "c0: ", c0.has_value() ? "this cell has no c" : "this cell needs c");
+    FRNN_CHECK(c0.has_value() == (kernels.extra_states > 0),
+               "c0: ", c0.has_value() ? "this cell has no c" : "this cell needs c");
     p.c0 = arguments.Take("c0", c0, {p.dirs, p.B, kernels.extra_states * p.H});
-    STD_TORCH_CHECK(weights[4].has_value() == (p.H != p.Hout),
-                    "w_hr: needed exactly when the width of h0 is not H");
-    STD_TORCH_CHECK(!weights[4].has_value() || !kernels.uses_h,
-                    "w_hr: this cell reads h elementwise and takes no projection");
+    FRNN_CHECK(!w_hr.has_value() || !kernels.uses_h,
+               "w_hr: this cell reads h elementwise and takes no projection");
     for (int d = 0; d < p.dirs; d++) {
       const Optional* w = &weights[d * kWeights];
       for (int i = 0; i < kWeights; i++)
-        STD_TORCH_CHECK(w[i].has_value() == weights[i].has_value(),
-                        "weights: both directions need the same ones");
+        FRNN_CHECK(w[i].has_value() == weights[i].has_value(),
+                   "weights: both directions need the same ones");
       p.w[d].w_ih = arguments.Take("w_ih", w[0], {kernels.gates_x * p.H, p.I});
       p.w[d].w_hh = arguments.Take("w_hh", w[1], {kernels.gates_h * p.H, p.Hout});
       p.w[d].b_ih = arguments.Take("b_ih", w[2], {kernels.gates_x * p.H});
@@ -254,44 +270,44 @@ struct Call {
 
   static const typename Device::Kernels& Find(const char* cell, Storage storage) {
     const auto* kernels = Device::Find(cell, storage);
-    STD_TORCH_CHECK(kernels != nullptr, "cell: unknown cell '", cell, "'");
+    FRNN_CHECK(kernels != nullptr, "cell: unknown cell '", cell, "'");
     return *kernels;
   }
 
   void* Saved(const char* name, const T& t, const Dims& shape, ScalarType dtype) {
-    STD_TORCH_CHECK(SameShape(t, shape) && t.scalar_type() == dtype && t.is_contiguous() &&
-                        Device::Owns(t, arguments.index()),
-                    name, ": not what the forward returned");
+    FRNN_CHECK(SameShape(t, shape) && t.scalar_type() == dtype && t.is_contiguous() &&
+                   Device::Owns(t, arguments.index()),
+               name, ": not what the forward returned");
     return t.data_ptr();
   }
 
   void Steps(const T& x, const Optional& batch_sizes) {
     p.T = p.ragged ? batch_sizes->numel() : x.size(0);
-    STD_TORCH_CHECK(p.T > 0, "Expected sequence length to be larger than 0 in RNN");
-    STD_TORCH_CHECK(p.T < int64_t(1) << 48, "x: too many steps: ", p.T);
+    FRNN_CHECK(p.T > 0, "Expected sequence length to be larger than 0 in RNN");
+    FRNN_CHECK(p.T < int64_t(1) << 48, "x: too many steps: ", p.T);
     steps_.resize(2 * p.T + 1);
     int64_t *sizes = steps_.data(), *offsets = sizes + p.T;
     if (p.ragged) {
-      STD_TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
-                          batch_sizes->scalar_type() == ScalarType::Long,
-                      "batch_sizes: expected a 1-D int64 CPU tensor");
+      FRNN_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
+                     batch_sizes->scalar_type() == ScalarType::Long,
+                 "batch_sizes: expected a 1-D int64 CPU tensor");
       const T& contiguous = arguments.Contiguous(*batch_sizes);
       const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
       std::copy(data, data + p.T, sizes);
     } else {
-      STD_TORCH_CHECK(x.size(1) == p.B, "h0: expected batch ", x.size(1), ", got ", p.B);
+      FRNN_CHECK(x.size(1) == p.B, "h0: expected batch ", x.size(1), ", got ", p.B);
       std::fill(sizes, offsets, p.B);
     }
     for (int64_t t = 0; t < p.T; t++) {
-      STD_TORCH_CHECK(sizes[t] <= (t == 0 ? p.B : sizes[t - 1]) && (sizes[t] > 0 || !p.ragged),
-                      "batch_sizes: expected positive, not increasing, at most B = ", p.B);
+      FRNN_CHECK(sizes[t] <= (t == 0 ? p.B : sizes[t - 1]) && (sizes[t] > 0 || !p.ragged),
+                 "batch_sizes: expected positive, not increasing, at most B = ", p.B);
       offsets[t + 1] = offsets[t] + sizes[t];
     }
-    STD_TORCH_CHECK(!p.ragged || sizes[0] == p.B, "h0: expected batch ", sizes[0], ", got ", p.B);
+    FRNN_CHECK(!p.ragged || sizes[0] == p.B, "h0: expected batch ", sizes[0], ", got ", p.B);
     p.rows = offsets[p.T];
     // Data past the last step is ignored, as in torch.nn.
-    STD_TORCH_CHECK(!p.ragged || x.size(0) >= p.rows, "x: expected at least ", p.rows,
-                    " rows, got ", x.size(0));
+    FRNN_CHECK(!p.ragged || x.size(0) >= p.rows, "x: expected at least ", p.rows, " rows, got ",
+               x.size(0));
     p.batch_sizes = sizes;
     p.offsets = offsets;
   }
