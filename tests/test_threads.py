@@ -75,6 +75,17 @@ def test_more_threads_than_cores(kind: str, count: int) -> None:
         assert_same(run(module, x), want)
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_any_number_of_rows(name: str) -> None:
+    """Columns are cut by the number of threads, and rows by the width of a tile of columns."""
+    module = getattr(fused_rnn, name)(50, 168)
+    for batch in range(1, 14):
+        x = torch.randn(200 // batch + 1, batch, 50)
+        want = alone(module, x)
+        with threads(3):
+            assert_same(run(module, x), want)
+
+
 def test_busy_neighbours() -> None:
     """Other processes take the cores at any point of a step."""
     module, x = make("gru")

@@ -44,7 +44,7 @@ class Layer<C, V>::BackwardPass {
   const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H),
                 hs_stride = HsStride(p.H, p.Hout);
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
-  const int64_t x_tiles = (p.I + kTileWidth - 1) / kTileWidth;
+  const ColumnTiles<V> x_tiles{(p.I + N - 1) / N};
   // Rows of dX at a time, whole blocks of them to a thread.
   const int64_t x_rows = (p.rows < 768 ? 48 : 96) * (tiled ? 2 : 1);
   // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
@@ -97,7 +97,7 @@ class Layer<C, V>::BackwardPass {
   };
 
   T* TakeHh(Scratch& s) const { return s.Take<T>(C::kH * p.H * own_columns); }
-  T* TakeIh(Scratch& s) const { return s.Take<T>(p.dx ? C::kX * p.H * x_tiles * kTileWidth : 0); }
+  T* TakeIh(Scratch& s) const { return s.Take<T>(p.dx ? C::kX * p.H * x_tiles.vecs * N : 0); }
   // Columns col .. col + width of a w [K, cols]. Unpacked they are read in place, unless they reach past
   // the last column.
   bool ReadInPlace(int64_t cols, int64_t col, int64_t width) const {
@@ -166,9 +166,9 @@ Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
       sizes = s.Take<fixed::Size>(threads * own[0].dx_balance[0].depth);
     d_sizes = s.Take<float>(own[0].d_balance.depth > 0 ? p.rows : 0);
     for (parts::Operand& tiles : w_ih_tiles)
-      tiles = take_tiles(s, p.dx ? x_tiles * kTileWidth : 0, p.H, cut);
-    x_right = take_tiles(s, RoundUp(p.I, kTileWidth), grad_depth, grad_cut);
-    h_right = take_tiles(s, RoundUp(p.Hout, kTileWidth), grad_depth, grad_cut);
+      tiles = take_tiles(s, p.dx ? x_tiles.vecs * N : 0, p.H, cut);
+    x_right = take_tiles(s, RoundUp(p.I, N), grad_depth, grad_cut);
+    h_right = take_tiles(s, RoundUp(p.Hout, N), grad_depth, grad_cut);
     d = s.Take<T>(p.rows * d_stride);
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
@@ -472,7 +472,7 @@ void Layer<C, V>::BackwardPass::InputGrad(Team& team, Own& my) {
     if (!by_columns) team.Sync();
   }
   const auto rows = by_columns ? Team::Range{0, p.rows} : team.Split(p.rows, x_rows);
-  const auto tiles = by_columns ? team.Split(x_tiles) : Team::Range{0, x_tiles};
+  const auto tiles = by_columns ? team.Split(x_tiles.count) : Team::Range{0, x_tiles.count};
   for (int64_t r0 = rows.begin; r0 < rows.end; r0 += x_rows) {
     const int64_t n = rows.end - r0 < x_rows ? rows.end - r0 : x_rows;
     if (on_tiles)
@@ -487,8 +487,9 @@ template <class C, class V>
 bool Layer<C, V>::BackwardPass::PackInputTiles(Team& team, Own& my) {
   if constexpr (kTiles)
     if (tiled && fit_d.load(std::memory_order_relaxed)) {
-      const auto my_tiles = team.Split(x_tiles);
-      const int64_t first = my_tiles.begin * kTileWidth, end = my_tiles.end * kTileWidth;
+      const auto my_tiles = team.Split(x_tiles.count);
+      const int64_t first = x_tiles.First(my_tiles.begin) * N,
+                    end = x_tiles.First(my_tiles.end) * N;
       std::copy(w_ih_tiles, w_ih_tiles + C::kX, my.w_ih_right);
       for (int q = 0; q < C::kX && cut == parts::Cut::kFixed; q++)
         fixed::MeasureRows(static_cast<const float*>(my.w->w_ih) + q * p.H * p.I, p.I, p.H, first,
@@ -496,15 +497,14 @@ bool Layer<C, V>::BackwardPass::PackInputTiles(Team& team, Own& my) {
       if (cut == parts::Cut::kFixed) team.Sync();
       for (int q = 0; q < C::kX; q++)
         my.dx_balance[q].Find(w_ih_sizes[q], team.size, 1, p.H, {}, {&my.w_ih_right[q]});
-      for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
-        for (int q = 0; q < C::kX; q++) {
-          const int64_t col = tile * kTileWidth;
+      x_tiles.For(my_tiles.begin, my_tiles.end, [&](int64_t v, auto nv) {
+        const int64_t col = v * N, left = p.I - col, width = decltype(nv)::value * N;
+        for (int q = 0; q < C::kX; q++)
           if (!parts::PackRight(At(my.w->w_ih, p.storage, q * p.H * p.I + col), p.storage, p.I,
-                                parts::Order::kAcross,
-                                p.I - col < kTileWidth ? p.I - col : kTileWidth, p.H,
+                                parts::Order::kAcross, left < width ? left : width, p.H,
                                 my.w_ih_right[q].Row(col)))
             fit_w_ih.store(false, std::memory_order_relaxed);
-        }
+      });
       team.Sync();
       return fit_w_ih.load(std::memory_order_relaxed);
     }
@@ -517,18 +517,20 @@ void Layer<C, V>::BackwardPass::PackInputVectors(Team& team, Own& my) {
     if (team.id == 0 && w_ih == nullptr) spare_w_ih.Build([&](Scratch& s) { w_ih = TakeIh(s); });
     team.Sync();
   }
-  const auto my_tiles = team.Split(x_tiles);
-  for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++)
-    if (!ReadInPlace(p.I, tile * kTileWidth, kTileWidth))
-      PackColumns<kTileWidth>(my.w->w_ih, p.storage, C::kX * p.H, p.I, tile * kTileWidth,
-                              w_ih + tile * kTileWidth * C::kX * p.H);
+  const auto my_tiles = team.Split(x_tiles.count);
+  x_tiles.For(my_tiles.begin, my_tiles.end, [&](int64_t v, auto nv) {
+    constexpr int kWidth = decltype(nv)::value * N;
+    if (!ReadInPlace(p.I, v * N, kWidth))
+      PackColumns<kWidth>(my.w->w_ih, p.storage, C::kX * p.H, p.I, v * N,
+                          w_ih + v * N * C::kX * p.H);
+  });
 }
 
 // n rows of dX from r0 on, some tiles of columns.
 template <class C, class V>
 void Layer<C, V>::BackwardPass::InputRowsOnTiles(Own& my, int64_t r0, int64_t n,
                                                  const Team::Range& tiles) const {
-  const int64_t col = tiles.begin * kTileWidth, end = tiles.end * kTileWidth;
+  const int64_t col = x_tiles.First(tiles.begin) * N, end = x_tiles.First(tiles.end) * N;
   const int64_t width = (p.I < end ? p.I : end) - col;
   if (width <= 0) return;
   T* out = narrow ? my.dx_rows : static_cast<T*>(p.dx) + r0 * p.I;
@@ -552,15 +554,15 @@ void Layer<C, V>::BackwardPass::InputRowsOnTiles(Own& my, int64_t r0, int64_t n,
 template <class C, class V>
 void Layer<C, V>::BackwardPass::InputRows(Own& my, int64_t r0, int64_t n,
                                           const Team::Range& tiles) const {
-  for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
-    const int64_t col = tile * kTileWidth, width = p.I - col < kTileWidth ? p.I - col : kTileWidth;
-    const Columns right =
-        RightOperand(my.w->w_ih, p.I, col, kTileWidth, w_ih + tile * kTileWidth * C::kX * p.H);
+  x_tiles.For(tiles.begin, tiles.end, [&](int64_t v, auto nv) {
+    constexpr int NV = decltype(nv)::value, kWidth = NV * N;
+    const int64_t col = v * N, width = p.I - col < kWidth ? p.I - col : kWidth;
+    const Columns right = RightOperand(my.w->w_ih, p.I, col, kWidth, w_ih + col * C::kX * p.H);
     for (int q = 0; q < C::kX; q++)
-      GemmRows<V, kTileVecs<V>>(n, Gate(C::kDx[q], r0), d_stride, right.w + q * p.H * right.stride,
-                                right.stride, p.H, my.dx, kTileWidth, q > 0);
+      GemmRows<V, NV>(n, Gate(C::kDx[q], r0), d_stride, right.w + q * p.H * right.stride,
+                      right.stride, p.H, my.dx, kWidth, q > 0);
     for (int64_t r = 0; r < n; r++) {
-      T* out = my.dx + r * kTileWidth;
+      T* out = my.dx + r * kWidth;
       const int64_t at = (r0 + r) * p.I + col;
       const T* total = narrow ? dx_sum : static_cast<T*>(p.dx);
       if (my.dir == 1)
@@ -570,7 +572,7 @@ void Layer<C, V>::BackwardPass::InputRows(Own& my, int64_t r0, int64_t n,
       else
         StoreRow<T>(At(p.dx, p.storage, at), p.storage, out, width);
     }
-  }
+  });
 }
 
 // dW_ih = d^T x, dW_hh = d^T h_{t-1}, dW_hr = (dh + dy)^T h_full.
@@ -597,11 +599,13 @@ void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
   x_grad.sum = sum_ih;
   x_grad.dw = my.dw->w_ih;
   x_grad.storage = p.storage;
-  const auto load_x = [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+  const auto load_x = [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
+    constexpr int kWidth = decltype(nv)::value * N;
+    const int64_t width = p.I - col < kWidth ? p.I - col : kWidth;
     RowCursor cursor(p, r0);
     for (int64_t r = 0; r < n; r++, cursor.Next())
-      LoadPadded<kTileWidth>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage,
-                             width, dst + r * kTileWidth);
+      LoadPadded<kWidth>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage, width,
+                         dst + r * kWidth);
   };
   WeightGrad<V> h_grad = x_grad;
   h_grad.gates = C::kH;
@@ -611,11 +615,13 @@ void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
   h_grad.misfit = &misfit_block[1];
   h_grad.sum = sum_hh;
   h_grad.dw = my.dw->w_hh;
-  const auto load_h = [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+  const auto load_h = [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
+    constexpr int kWidth = decltype(nv)::value * N;
+    const int64_t width = p.Hout - col < kWidth ? p.Hout - col : kWidth;
     RowCursor cursor(p, r0);
     for (int64_t r = 0; r < n; r++, cursor.Next())
-      LoadPadded<kTileWidth>(my.hs + PreviousRow(p, my.dir, cursor.t, cursor.b) * hs_stride + col,
-                             kOwn, width, dst + r * kTileWidth);
+      LoadPadded<kWidth>(my.hs + PreviousRow(p, my.dir, cursor.t, cursor.b) * hs_stride + col, kOwn,
+                         width, dst + r * kWidth);
   };
   if (tiled && fit_d.load(std::memory_order_relaxed)) {
     WeightGrad<V>::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
@@ -632,10 +638,12 @@ void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
     projection_grad.d_stride = h_stride;
     projection_grad.cols = p.H;
     projection_grad.dw = my.dw->w_hr;
-    projection_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, int64_t width, T* dst) {
+    projection_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
+      constexpr int kWidth = decltype(nv)::value * N;
+      const int64_t width = p.H - col < kWidth ? p.H - col : kWidth;
       for (int64_t r = 0; r < n; r++)
-        LoadPadded<kTileWidth>(my.hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width,
-                               dst + r * kTileWidth);
+        LoadPadded<kWidth>(my.hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width,
+                           dst + r * kWidth);
     });
   }
 }

@@ -22,16 +22,18 @@ constexpr int TileRows(int nv) {
   const int rows = by_row > by_value ? by_row : by_value;
   return rows > 12 ? 12 : rows;
 }
-// The tile of products that have no gates to keep together.
+// The tile of products that have no gates to keep together: as square as registers allow, since of such
+// a tile each multiply-add takes the fewest loads (of 4 x 3 vectors 7 for 12, of 6 x 2 they are 8).
 template <class V>
-constexpr int kTileVecs = sizeof(V) == 64 ? 4 : 2;
+constexpr int kTileVecs = sizeof(V) == 64 ? 4 : (sizeof(V) == 32 ? 3 : 2);
 template <class V>
 constexpr int kTileRows = TileRows<V>(kTileVecs<V>);
 // Row of a packed left operand: a power of two, so that it is copied as one vector.
-constexpr int kPackedRow = 8;
+template <class V>
+constexpr int kPackedRow = kTileRows<V> <= 4 ? 4 : 8;
 
-// One or two rows are summed in several chains, to hide the latency of the multiply-add. How many
-// must not depend on nv up to kTileVecs: columns are cut into tiles by the number of threads, and
+// Products of one or two rows are summed in several chains, to hide the latency of the multiply-add. How
+// many must not depend on nv up to kTileVecs: columns are cut into tiles by the number of threads, and
 // results must not.
 template <class V>
 constexpr int Chains(int rows, int nv) {
@@ -54,13 +56,13 @@ constexpr int64_t kLine = 64;
 
 // c[m][v] (+)= sum_k a(m, k) * w[k * ldw + v], m < MR, v < NV vectors. a(m, k) is a[k * a_stride + m]
 // if kPackedA, else a[m * a_stride + k]. Lines called ahead begin at `ahead` and are `stride` apart.
-template <class V, int MR, int NV, bool kPackedA>
+template <class V, int MR, int NV, bool kPackedA, int kChains = Chains<V>(MR, NV)>
 FRNN_NOINLINE void GemmTile(const typename Lanes<V>::T* a, int64_t a_stride,
                             const typename Lanes<V>::T* w, int64_t ldw, int64_t K,
                             typename Lanes<V>::T* c, int64_t ldc, bool accumulate,
                             const char* ahead, int64_t stride) {
   constexpr int N = Lanes<V>::kSize;
-  constexpr int kChains = Chains<V>(MR, NV), kSteps = StepsOfLine(MR, NV);
+  constexpr int kSteps = StepsOfLine(MR, NV);
   V acc[kChains][MR][NV];
   FRNN_UNROLL
   for (int u = 0; u < kChains; u++) {
@@ -173,22 +175,31 @@ void GemmRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typen
     const int64_t called = (before + r) * share / kRows;
     const bool more = CallsAhead<V>(NV) && called < bytes;  // else a line of w again, which is near
     const char* ahead = reinterpret_cast<const char*>(w) + (more ? bytes + called : 0);
+    const auto tile = [&](auto mr, auto chains) {
+      GemmTile<V, decltype(mr)::value, NV, false, decltype(chains)::value>(
+          a + r * lda, lda, w, ldw, K, c + r * ldc, ldc, accumulate, ahead, more ? kLine : 0);
+    };
     WithConstant<kRows>(rows, [&](auto mr) {
-      GemmTile<V, decltype(mr)::value, NV, false>(a + r * lda, lda, w, ldw, K, c + r * ldc, ldc,
-                                                  accumulate, ahead, more ? kLine : 0);
+      constexpr int MR = decltype(mr)::value, kChains = Chains<V>(MR, NV);
+      // Two of more rows: in tiles of another width they would be among three or more.
+      if (MR == 2 && M > 2)
+        tile(mr, std::integral_constant<int, MR == 2 ? 1 : kChains>());
+      else
+        tile(mr, std::integral_constant<int, kChains>());
     });
   });
 }
 
-// c[rows][kTileVecs vectors] (+)= a^T b of packed operands a [K][kPackedRow], b [K][kTileVecs vectors],
-// rows <= kTileRows.
-template <class V>
+// c[rows][NV vectors] (+)= a^T b of packed operands a [K][kPackedRow], b [K][NV vectors], rows <=
+// kTileRows, NV <= kTileVecs.
+template <class V, int NV>
 void GemmPacked(int rows, const typename Lanes<V>::T* a, const typename Lanes<V>::T* b, int64_t K,
                 typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
-  WithConstant<kTileRows<V>>(rows, [&](auto mr) {
-    GemmTile<V, decltype(mr)::value, kTileVecs<V>, true>(
-        a, kPackedRow, b, kTileVecs<V> * Lanes<V>::kSize, K, c, ldc, accumulate, nullptr, 0);
-  });
+  if constexpr (NV <= kTileVecs<V>)
+    WithConstant<kTileRows<V>>(rows, [&](auto mr) {
+      GemmTile<V, decltype(mr)::value, NV, true>(a, kPackedRow<V>, b, NV * Lanes<V>::kSize, K, c,
+                                                 ldc, accumulate, nullptr, 0);
+    });
 }
 
 // One butterfly of a transpose. Lane i of the result comes from a where bit kStride of i is clear,
@@ -371,16 +382,16 @@ using OwnVec = Vec<FRNN_SCALAR, kVectorBytes / sizeof(FRNN_SCALAR)>;
 #ifndef FRNN_DEFINE_GEMM
 #define FRNN_DEFINE_GEMM extern
 #endif
-#define FRNN_GEMM_ROWS(NV)                                                                  \
-  FRNN_DEFINE_GEMM template void GemmRows<OwnVec, NV>(int64_t, const FRNN_SCALAR*, int64_t, \
-                                                      const FRNN_SCALAR*, int64_t, int64_t, \
-                                                      FRNN_SCALAR*, int64_t, bool, int64_t);
-FRNN_GEMM_ROWS(1)
-FRNN_GEMM_ROWS(2)
-FRNN_GEMM_ROWS(3)
-FRNN_GEMM_ROWS(4)
-FRNN_DEFINE_GEMM template void GemmPacked<OwnVec>(int, const FRNN_SCALAR*, const FRNN_SCALAR*,
-                                                  int64_t, FRNN_SCALAR*, int64_t, bool);
+#define FRNN_GEMM(NV)                                                                        \
+  FRNN_DEFINE_GEMM template void GemmRows<OwnVec, NV>(int64_t, const FRNN_SCALAR*, int64_t,  \
+                                                      const FRNN_SCALAR*, int64_t, int64_t,  \
+                                                      FRNN_SCALAR*, int64_t, bool, int64_t); \
+  FRNN_DEFINE_GEMM template void GemmPacked<OwnVec, NV>(                                     \
+      int, const FRNN_SCALAR*, const FRNN_SCALAR*, int64_t, FRNN_SCALAR*, int64_t, bool);
+FRNN_GEMM(1)
+FRNN_GEMM(2)
+FRNN_GEMM(3)
+FRNN_GEMM(4)
 FRNN_DEFINE_GEMM template void DotLine<OwnVec>(const FRNN_SCALAR*, const FRNN_SCALAR*, int64_t,
                                                FRNN_SCALAR*);
 FRNN_DEFINE_GEMM template void DotBlock<OwnVec>(const FRNN_SCALAR*, int64_t, const FRNN_SCALAR*,
@@ -389,16 +400,35 @@ FRNN_DEFINE_GEMM template void AddLast<OwnVec>(const FRNN_SCALAR*, const FRNN_SC
                                                FRNN_SCALAR*);
 FRNN_DEFINE_GEMM template void DotEach<OwnVec>(const FRNN_SCALAR*, const FRNN_SCALAR*, int, int64_t,
                                                FRNN_SCALAR*);
-#undef FRNN_GEMM_ROWS
+#undef FRNN_GEMM
 
-// Tiles of at most kTileVecs vectors that cover the vectors [begin, end): f(first vector, vectors
-// as a constant).
+// `vecs` vectors cut into tiles of at most kTileVecs, as equal as can be: a tile of one vector has too
+// few chains.
+template <class V>
+struct ColumnTiles {
+  explicit ColumnTiles(int64_t vecs)
+      : vecs(vecs), count((vecs + kTileVecs<V> - 1) / kTileVecs<V>) {}
+  const int64_t vecs, count;
+  // The first vector of a tile; of tile `count`, the end.
+  int64_t First(int64_t tile) const {
+    if (count == 0) return 0;
+    const int64_t wider = vecs % count;
+    return tile * (vecs / count) + (tile < wider ? tile : wider);
+  }
+  // f(first vector, vectors as a constant), for tiles [begin, end).
+  template <class F>
+  void For(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t tile = begin; tile < end; tile++) {
+      const int64_t v = First(tile);
+      WithConstant<kTileVecs<V>>(int(First(tile + 1) - v), [&](auto nv) { f(v, nv); });
+    }
+  }
+};
+// The same for the vectors [begin, end).
 template <class V, class F>
 FRNN_INLINE void ForColumnTiles(int64_t begin, int64_t end, const F& f) {
-  for (int64_t v = begin; v < end; v += kTileVecs<V>) {
-    const int n = int(end - v < kTileVecs<V> ? end - v : kTileVecs<V>);
-    WithConstant<kTileVecs<V>>(n, [&](auto nv) { f(v, nv); });
-  }
+  const ColumnTiles<V> tiles(end > begin ? end - begin : 0);
+  tiles.For(0, tiles.count, [&](int64_t v, auto nv) { f(begin + v, nv); });
 }
 
 // ---- packing ----

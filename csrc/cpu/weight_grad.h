@@ -15,8 +15,9 @@ class WeightGrad {
  public:
   using T = typename Lanes<V>::T;
   static constexpr int N = Lanes<V>::kSize;
-  static constexpr int kWidth = kTileVecs<V> * N, kRows = kTileRows<V>;
-  static constexpr int64_t kBlock = 512, kDepth = 128, kGroup = 16 * kRows;
+  static constexpr int kRows = kTileRows<V>;
+  static constexpr int64_t kBlock = 512, kDepth = 128;
+  static constexpr int64_t kGroup = (kRows > 4 ? 16 : 24) * kRows;
   static constexpr int64_t kTileGroup = 12;  // blocks of rows of dw
 
   int64_t gates, H;   // rows of dw: gate q, unit u, at q * H + u
@@ -39,12 +40,10 @@ class WeightGrad {
   Storage storage;
 
   static int64_t Block(int64_t rows) { return rows < kBlock ? rows : kBlock; }
-  static int64_t PackASize(int64_t rows) { return kGroup / kRows * kPackedRow * Block(rows); }
-  static int64_t PackBSize(int64_t rows, int64_t cols) {
-    return RoundUp(cols, kWidth) * Block(rows);
-  }
-  // load(r0, n, col, width, dst): rows r0 .. r0 + n of the right operand, columns col .. col + width,
-  // into dst [n][kWidth].
+  static int64_t PackASize(int64_t rows) { return kGroup / kRows * kPackedRow<V> * Block(rows); }
+  static int64_t PackBSize(int64_t rows, int64_t cols) { return RoundUp(cols, N) * Block(rows); }
+  // load(r0, n, col, nv, dst): rows r0 .. r0 + n of the right operand, nv vectors (a constant) of
+  // columns from col on, into dst [n][nv vectors].
   template <class F>
   void Run(Team& team, const F& load) const {
     if (!dw) return;
@@ -114,6 +113,7 @@ class WeightGrad {
  private:
   bool Own() const { return storage == StorageOf<T>::kValue; }
   T* Result() const { return Own() ? static_cast<T*>(dw) : sum; }
+  ColumnTiles<V> Tiles() const { return ColumnTiles<V>((cols + N - 1) / N); }
   int64_t Length(int64_t r0) const {
     return rows - r0 < Block(rows) ? rows - r0 : Block(rows);  // of the block from r0 on
   }
@@ -143,16 +143,17 @@ class WeightGrad {
   template <class F>
   void PackRight(Team& team, const F& load, int64_t r0) const {
     if (!dw) return;
-    static_assert(kWidth <= kGroup / kRows * kPackedRow, "a tile of columns fits in pack_a");
+    static_assert(kTileVecs<V> * N <= kGroup / kRows * kPackedRow<V>,
+                  "a tile of columns fits in pack_a");
     const int64_t n = Length(r0);
-    const auto my_tiles = team.Split((cols + kWidth - 1) / kWidth);
-    for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
-      const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
-      load(r0, n, col, width, pack_a);
+    const auto my_tiles = team.Split(Tiles().count);
+    Tiles().For(my_tiles.begin, my_tiles.end, [&](int64_t v, auto nv) {
+      constexpr int kWidth = decltype(nv)::value * N;
+      load(r0, n, v * N, nv, pack_a);
       if (!parts::PackRight(pack_a, StorageOf<T>::kValue, kWidth, parts::Order::kAcross, kWidth, n,
-                            Right(r0).Row(col)))
+                            Right(r0).Row(v * N)))
         misfit->store(number + r0, std::memory_order_relaxed);
-    }
+    });
   }
   bool Fits(int64_t r0) const {
     return dw && misfit->load(std::memory_order_relaxed) != number + r0;
@@ -169,37 +170,40 @@ class WeightGrad {
   template <class F>
   void RunBlock(Team& team, const F& load, int64_t r0) const {
     if (!dw) return;
-    const int64_t block = Block(rows), n = Length(r0), tiles = (cols + kWidth - 1) / kWidth;
-    const auto my_tiles = team.Split(tiles);
-    for (int64_t tile = my_tiles.begin; tile < my_tiles.end; tile++) {
-      const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
-      load(r0, n, col, width, pack_b + tile * kWidth * block);
-    }
+    const int64_t block = Block(rows), n = Length(r0);
+    const ColumnTiles<V> tiles = Tiles();
+    const auto my_tiles = team.Split(tiles.count);
+    tiles.For(my_tiles.begin, my_tiles.end,
+              [&](int64_t v, auto nv) { load(r0, n, v * N, nv, pack_b + v * N * block); });
     team.Sync();
     const auto my_rows = team.Split(gates * H, kRows);
     for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += kGroup) {
       const int64_t m1 = my_rows.end - m0 < kGroup ? my_rows.end : m0 + kGroup;
       PackLeft(m0, m1, r0, n);
-      for (int64_t tile = 0; tile < tiles; tile++)
+      tiles.For(0, tiles.count, [&](int64_t v, auto nv) {
+        constexpr int NV = decltype(nv)::value;
         for (int64_t k = 0; k < n; k += kDepth)
           for (int64_t m = m0; m < m1; m += kRows)
-            Tile(Result(), m, int(m1 - m < kRows ? m1 - m : kRows), tile,
-                 pack_a + ((m - m0) / kRows * block + k) * kPackedRow,
-                 pack_b + (tile * block + k) * kWidth, n - k < kDepth ? n - k : kDepth, r0 + k > 0);
+            Tile<NV>(Result() + m * cols + v * N, int(m1 - m < kRows ? m1 - m : kRows),
+                     cols - v * N, pack_a + ((m - m0) / kRows * block + k) * kPackedRow<V>,
+                     pack_b + v * N * block + k * NV * N, n - k < kDepth ? n - k : kDepth,
+                     r0 + k > 0);
+      });
     }
     team.Sync();
   }
 
-  void Tile(T* c, int64_t m, int count, int64_t tile, const T* a, const T* b, int64_t depth,
+  // `width` columns of dw are left from `out` on.
+  template <int NV>
+  void Tile(T* out, int count, int64_t width, const T* a, const T* b, int64_t depth,
             bool accumulate) const {
-    const int64_t col = tile * kWidth, width = cols - col < kWidth ? cols - col : kWidth;
-    T* out = c + m * cols + col;
-    if (width == kWidth) {
-      GemmPacked<V>(count, a, b, depth, out, cols, accumulate);
+    constexpr int kWidth = NV * N;
+    if (width >= kWidth) {
+      GemmPacked<V, NV>(count, a, b, depth, out, cols, accumulate);
       return;
     }
     T edge[kRows * kWidth];
-    GemmPacked<V>(count, a, b, depth, edge, kWidth, false);
+    GemmPacked<V, NV>(count, a, b, depth, edge, kWidth, false);
     for (int i = 0; i < count; i++)
       for (int64_t j = 0; j < width; j++) {
         T& value = out[i * cols + j];
@@ -211,16 +215,16 @@ class WeightGrad {
   void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n) const {
     for (int64_t m = m0; m < m1; m += kRows) {
       const int64_t count = m1 - m < kRows ? m1 - m : kRows;
-      T* dst = pack_a + (m - m0) / kRows * kPackedRow * Block(rows);
+      T* dst = pack_a + (m - m0) / kRows * kPackedRow<V> * Block(rows);
       const T* src = d + r0 * d_stride;
       const int64_t first = Column(m);
       if (m / H == (m + count - 1) / H) {  // columns of one gate are adjacent, and rows of d padded
         for (int64_t r = 0; r < n; r++)
-          memcpy(dst + r * kPackedRow, src + r * d_stride + first, kPackedRow * sizeof(T));
+          memcpy(dst + r * kPackedRow<V>, src + r * d_stride + first, kPackedRow<V> * sizeof(T));
       } else {
         for (int i = 0; i < count; i++)
           for (int64_t r = 0; r < n; r++)
-            dst[r * kPackedRow + i] = src[r * d_stride + Column(m + i)];
+            dst[r * kPackedRow<V> + i] = src[r * d_stride + Column(m + i)];
       }
     }
   }
