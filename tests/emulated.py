@@ -78,6 +78,8 @@ def compile_emulated() -> Path:
     link_flags = build.LINK_FLAGS
     if ENGINE.endswith("-asan"):
         flags += ["-g1", "-fsanitize=address", "-Wno-maybe-uninitialized"]
+        # Calls instead of code at each access: a quarter less to compile.
+        flags += ["--param", "asan-instrumentation-with-call-threshold=0"]
         link_flags = ["-shared", "-fopenmp", "-fsanitize=address"]
     torch_flags = [build.TORCH_TARGET]
     for include in include_paths():
