@@ -269,9 +269,10 @@ void Layer<C, V>::BackwardPass::Start(Own& my) const {
   for (int64_t i = 0; i < (my.mine.end - my.mine.begin) * C::kD * kUnits; i++) my.db[i] = 0;
   for (int64_t i = my.mine.begin; i < my.mine.end; i++)
     for (int64_t r = 0; r < p.B * kExtra; r++) {
-      const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
+      const int64_t unit = i * kUnits;
       const int64_t at = (my.dir * p.B * kExtra + r) * p.H + unit;
-      LoadPadded<kUnits>(p.dc_n ? At(p.dc_n, p.storage, at) : nullptr, p.storage, p.dc_n ? n : 0,
+      LoadPadded<kUnits>(p.dc_n ? At(p.dc_n, p.storage, at) : nullptr, p.storage,
+                         p.dc_n ? p.H - unit : 0,
                          my.dc + ((i - my.mine.begin) * p.B * kExtra + r) * kUnits);
     }
   CopyState(p, p.dh_n, my.dir, my.first, my.last, dh, h_stride);
@@ -601,11 +602,10 @@ void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
   x_grad.storage = p.storage;
   const auto load_x = [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
     constexpr int kWidth = decltype(nv)::value * N;
-    const int64_t width = p.I - col < kWidth ? p.I - col : kWidth;
     RowCursor cursor(p, r0);
     for (int64_t r = 0; r < n; r++, cursor.Next())
-      LoadPadded<kWidth>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage, width,
-                         dst + r * kWidth);
+      LoadPadded<kWidth>(At(Input::Row(p, cursor.t, cursor.b), p.storage, col), p.storage,
+                         p.I - col, dst + r * kWidth);
   };
   WeightGrad<V> h_grad = x_grad;
   h_grad.gates = C::kH;
@@ -617,11 +617,10 @@ void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
   h_grad.dw = my.dw->w_hh;
   const auto load_h = [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
     constexpr int kWidth = decltype(nv)::value * N;
-    const int64_t width = p.Hout - col < kWidth ? p.Hout - col : kWidth;
     RowCursor cursor(p, r0);
     for (int64_t r = 0; r < n; r++, cursor.Next())
       LoadPadded<kWidth>(my.hs + PreviousRow(p, my.dir, cursor.t, cursor.b) * hs_stride + col, kOwn,
-                         width, dst + r * kWidth);
+                         p.Hout - col, dst + r * kWidth);
   };
   if (tiled && fit_d.load(std::memory_order_relaxed)) {
     WeightGrad<V>::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
@@ -640,9 +639,8 @@ void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
     projection_grad.dw = my.dw->w_hr;
     projection_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
       constexpr int kWidth = decltype(nv)::value * N;
-      const int64_t width = p.H - col < kWidth ? p.H - col : kWidth;
       for (int64_t r = 0; r < n; r++)
-        LoadPadded<kWidth>(my.hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, width,
+        LoadPadded<kWidth>(my.hs + (p.B + r0 + r) * hs_stride + h_stride + col, kOwn, p.H - col,
                            dst + r * kWidth);
     });
   }

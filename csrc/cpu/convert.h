@@ -112,15 +112,15 @@ FRNN_NOINLINE void LoadRow(const void* src, Storage s, T* __restrict dst, int64_
     }
   }
 }
-// dst[0 .. kN) = n <= kN elements of src, then zeros. A whole row is a copy of a size that the compiler
-// knows: no call.
+// dst[0 .. kN) = elements of src, of which there are n, then zeros. A whole row is a copy of a size that
+// the compiler knows: no call.
 template <int kN, class T>
 FRNN_INLINE void LoadPadded(const void* src, Storage s, int64_t n, T* dst) {
-  if (s == StorageOf<T>::kValue && n == kN) {
+  if (s == StorageOf<T>::kValue && n >= kN) {
     memcpy(dst, src, kN * sizeof(T));
     return;
   }
-  if (n > 0) LoadRow<T>(src, s, dst, n);
+  if (n > 0) LoadRow<T>(src, s, dst, n < kN ? n : kN);
   for (int64_t i = n; i < kN; i++) dst[i] = 0;
 }
 template <class T>

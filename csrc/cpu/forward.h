@@ -308,8 +308,7 @@ void Layer<C, V>::ForwardPass::PackVectors(Own& my) const {
 template <class C, class V>
 void Layer<C, V>::ForwardPass::PackPanels(Own& my) const {
   for (int64_t at = 0; at < my.count; at++) {
-    const int64_t unit = (my.mine.begin + at) * kUnits;
-    const int64_t n = p.H - unit < kUnits ? p.H - unit : kUnits;
+    const int64_t unit = (my.mine.begin + at) * kUnits, n = p.H - unit;
     const auto pack = [&](const void* b, int gates, T* dst) {
       for (int q = 0; q < gates; q++)
         LoadPadded<kUnits>(b ? At(b, p.storage, q * p.H + unit) : nullptr, p.storage, b ? n : 0,

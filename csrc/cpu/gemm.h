@@ -481,9 +481,8 @@ FRNN_NOINLINE void PackTransposed(const void* w, Storage s, int64_t row0, int64_
 // dst[k][0 .. kWidth) = w[k][col .. col + kWidth), zero past `cols`; w has rows of `cols`.
 template <int kWidth, class T>
 void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col, T* dst) {
-  const int64_t n = cols - col < kWidth ? cols - col : kWidth;
   for (int64_t k = 0; k < K; k++)
-    LoadPadded<kWidth>(At(w, s, k * cols + col), s, n, dst + k * kWidth);
+    LoadPadded<kWidth>(At(w, s, k * cols + col), s, cols - col, dst + k * kWidth);
 }
 
 FRNN_END
