@@ -150,7 +150,7 @@ Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
       my.dc = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
       my.db = s.Take<T>(own_panels * C::kD * kUnits);
-      my.dx = s.Take<T>(p.dx ? x_rows * kTileWidth : 0);
+      my.dx = s.Take<T>(p.dx ? x_rows * kTileVecs<V> * N : 0);
       my.pack_a = s.Take<T>(WeightGrad<V>::PackASize(p.rows));
       my.w_hh_tiles = take_tiles(s, own_columns, C::kH * padded_gate, cut);
       my.dx_tiles = take_tiles(s, p.dx ? x_rows : 0, p.H, d_cut);

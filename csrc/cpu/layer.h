@@ -37,7 +37,6 @@ class Layer {
   static constexpr int kExtra = C::kStates - 1;
   static constexpr int kTape =
       C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
-  static constexpr int kTileWidth = kTileVecs<V> * N;
   // What a thread could do while a team of two waits at a barrier, and while a team starts: of narrow
   // vectors less.
   static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);

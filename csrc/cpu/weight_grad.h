@@ -17,6 +17,7 @@ class WeightGrad {
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kRows = kTileRows<V>;
   static constexpr int64_t kBlock = 512, kDepth = 128;
+  // Some 96 rows of dw, so that its part stays in the second-level cache.
   static constexpr int64_t kGroup = (kRows > 4 ? 16 : 24) * kRows;
   static constexpr int64_t kTileGroup = 12;  // blocks of rows of dw
 
