@@ -30,14 +30,16 @@ class Layer<C, V>::BackwardPass {
  private:
   using Magnitude = typename Lanes<V>::I;
   static constexpr int kIdentity[1] = {0};
-  // So few rows in all read weights as they lie, at a stride that caches do not like twice.
-  static constexpr int64_t kUnpackedRows = 12;
+  // So few rows in all read weights as they lie, at a stride that caches do not like twice. Somewhat more
+  // rows of one step use each weight once, just after it was packed.
+  static constexpr int64_t kUnpackedRows = 12, kOnceRows = 256;
 
   const LayerGradParams& p;
   const int threads;
   const bool projected = Projected(p), tiled = Tiled(p);
   const bool narrow = p.storage != kOwn, stage_dy = p.dy != nullptr && narrow;
   const bool unpacked = !narrow && p.rows <= kUnpackedRows;
+  const bool once = p.T == 1 && p.rows > kUnpackedRows&& p.rows <= kOnceRows && !tiled;
   const int64_t own_panels = (Panels(p) + threads - 1) / threads;
   const int64_t own_vecs = (HoutVecs(p) + threads - 1) / threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
@@ -46,7 +48,7 @@ class Layer<C, V>::BackwardPass {
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
   const ColumnTiles<V> x_tiles{(p.I + N - 1) / N};
   // Rows of dX at a time, whole blocks of them to a thread.
-  const int64_t x_rows = (p.rows < 768 ? 48 : 96) * (tiled ? 2 : 1);
+  const int64_t x_rows = once ? p.rows : (p.rows < 768 ? 48 : 96) * (tiled ? 2 : 1);
   // As operands of tiles, the gates of dh = d W_hh follow each other along the depth; those of dX are
   // summed one by one, so that an operand stays in the second-level cache.
   const parts::Cut cut = parts::CutOf(p.storage, p.H), d_cut = parts::CutBeside(p.storage, p.H);
@@ -90,23 +92,32 @@ class Layer<C, V>::BackwardPass {
     const T* dy;
     int64_t dy_stride;
   };
-  // The right operand of a product: a tile of columns of w, as it lies in memory or packed.
-  struct Columns {
-    const T* w;
-    int64_t stride;
-  };
-
-  T* TakeHh(Scratch& s) const { return s.Take<T>(C::kH * p.H * own_columns); }
-  T* TakeIh(Scratch& s) const { return s.Take<T>(p.dx ? C::kX * p.H * x_tiles.vecs * N : 0); }
+  T* TakeHh(Scratch& s) const { return s.Take<T>(once ? 0 : C::kH * p.H * own_columns); }
+  T* TakeIh(Scratch& s) const {
+    return s.Take<T>(p.dx && !once ? C::kX * p.H * x_tiles.vecs * N : 0);
+  }
   // Columns col .. col + width of a w [K, cols]. Unpacked they are read in place, unless they reach past
   // the last column.
   bool ReadInPlace(int64_t cols, int64_t col, int64_t width) const {
     return unpacked && col + width <= cols;
   }
-  Columns RightOperand(const void* w, int64_t cols, int64_t col, int64_t width,
-                       const T* packed) const {
-    if (ReadInPlace(cols, col, width)) return {static_cast<const T*>(w) + col, cols};
-    return {packed, width};
+  // out [n][NV vectors] (+)= the gates of n rows of d times those columns of w, `packed` if they are.
+  template <int NV>
+  void Product(const int* gates, int count, int64_t row, int64_t n, const void* w, int64_t cols,
+               int64_t col, const T* packed, T* out, int64_t stride, bool accumulate) const {
+    constexpr int kWidth = NV * N;
+    const bool in_place = unpacked && col + kWidth <= cols;
+    const T* right = in_place ? static_cast<const T*>(w) + col : packed;
+    const int64_t ldw = in_place ? cols : kWidth;
+    for (int q = 0; q < count; q++) {
+      const T* left = Gate(gates[q], row);
+      if (once)
+        GemmColumns<V, NV>(n, left, d_stride, At(w, p.storage, q * p.H * cols), p.storage, p.H,
+                           cols, col, out, stride, q > 0 || accumulate);
+      else
+        GemmRows<V, NV>(n, left, d_stride, right + q * p.H * ldw, ldw, p.H, out, stride,
+                        q > 0 || accumulate);
+    }
   }
   // W_hr's columns of the own units: f(first vector, number of them, where they are packed).
   template <class F>
@@ -220,7 +231,7 @@ void Layer<C, V>::BackwardPass::Direction(Team& team, Own& my) {
 // W_hh as the right operand of dh = d W_hh: per gate [H][own columns].
 template <class C, class V>
 void Layer<C, V>::BackwardPass::PackVectors(Own& my) const {
-  if (my.packed) return;
+  if (my.packed || once) return;
   if (tiled && my.w_hh == nullptr) my.spare.Build([&](Scratch& s) { my.w_hh = TakeHh(s); });
   ForColumnTiles<V>(my.first / N, my.last / N, [&](int64_t v, auto nv) {
     constexpr int kWidth = decltype(nv)::value * N;
@@ -431,11 +442,8 @@ void Layer<C, V>::BackwardPass::RecurrentGrad(Own& my, const Step& step) const {
   ForColumnTiles<V>(my.first / N, my.last / N, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value;
     if (v * N >= p.Hout) return;
-    const Columns right =
-        RightOperand(my.w->w_hh, p.Hout, v * N, NV * N, my.w_hh + (v * N - my.first) * C::kH * p.H);
-    for (int q = 0; q < C::kH; q++)
-      GemmRows<V, NV>(step.n, Gate(C::kDh[q], step.row), d_stride, right.w + q * p.H * right.stride,
-                      right.stride, p.H, dh + v * N, h_stride, q > 0 || !projected);
+    Product<NV>(C::kDh, C::kH, step.row, step.n, my.w->w_hh, p.Hout, v * N,
+                my.w_hh + (v * N - my.first) * C::kH * p.H, dh + v * N, h_stride, !projected);
   });
 }
 
@@ -468,7 +476,7 @@ template <class C, class V>
 void Layer<C, V>::BackwardPass::InputGrad(Team& team, Own& my) {
   const bool by_columns = p.rows <= x_rows;
   const bool on_tiles = PackInputTiles(team, my);
-  if (!on_tiles) {
+  if (!on_tiles && !once) {
     PackInputVectors(team, my);
     if (!by_columns) team.Sync();
   }
@@ -558,10 +566,8 @@ void Layer<C, V>::BackwardPass::InputRows(Own& my, int64_t r0, int64_t n,
   x_tiles.For(tiles.begin, tiles.end, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value, kWidth = NV * N;
     const int64_t col = v * N, width = p.I - col < kWidth ? p.I - col : kWidth;
-    const Columns right = RightOperand(my.w->w_ih, p.I, col, kWidth, w_ih + col * C::kX * p.H);
-    for (int q = 0; q < C::kX; q++)
-      GemmRows<V, NV>(n, Gate(C::kDx[q], r0), d_stride, right.w + q * p.H * right.stride,
-                      right.stride, p.H, my.dx, kWidth, q > 0);
+    Product<NV>(C::kDx, C::kX, r0, n, my.w->w_ih, p.I, col, w_ih + col * C::kX * p.H, my.dx, kWidth,
+                false);
     for (int64_t r = 0; r < n; r++) {
       T* out = my.dx + r * kWidth;
       const int64_t at = (r0 + r) * p.I + col;

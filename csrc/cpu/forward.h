@@ -26,24 +26,40 @@ class Layer<C, V>::ForwardPass {
   // Panels of one product on tiles: an even number of tiles wide.
   static constexpr int kTiledGroup = kXVecs % 2 || kHVecs % 2 ? 2 : 1;
 
-  // Packing W is one pass over it and makes its rows columns, so that a product needs no sums over
-  // lanes. So few rows, in all or of a step, do not repay that (some Hout / 8 steps of one row do); long
-  // rows of W have fewer such sums, and in vectors of a whole line they stream as fast as panels do.
-  static bool UnpackedX(const LayerParams& p) {
-    return p.storage == kOwn && p.rows <= (p.I >= 256 ? 16 : 12);
+  // How a product with W is done. Packing W is one pass over it and makes its rows columns, so that the
+  // product needs no sums over lanes (kPacked). So few rows, in all or of a step, do not repay that (some
+  // Hout / 8 steps of one row do); long rows of W have fewer such sums, and in vectors of a whole line
+  // they stream as fast as panels do (kDots). Where the other side has fewer rows than W, those are made
+  // columns instead, and W is read as it lies (kTurned).
+  enum class Way { kPacked, kDots, kTurned };
+  static Way WayOfX(const LayerParams& p, int threads) {
+    if (p.storage != kOwn) return Way::kPacked;
+    if (p.rows <= (p.I >= 256 ? 16 : 12)) return Way::kDots;
+    return Turns(p, threads, C::kX) ? Way::kTurned : Way::kPacked;
   }
-  static bool UnpackedH(const LayerParams& p) {
-    if (p.storage != kOwn) return false;
-    if (p.rows <= 16) return true;
-    if (p.Hout % N != 0) return false;
-    if (p.B == 1) return p.T <= p.Hout / 8 || (sizeof(V) == 64 && p.Hout >= 512);
-    return p.B == 2 && p.T <= 32 && p.Hout >= 512;
+  static Way WayOfH(const LayerParams& p, int threads) {
+    if (p.storage != kOwn) return Way::kPacked;
+    if (p.rows <= 16) return Way::kDots;
+    if (Turns(p, threads, C::kH)) return Way::kTurned;
+    if (p.Hout % N != 0) return Way::kPacked;
+    const bool dots = p.B == 1 ? p.T <= p.Hout / 8 || (sizeof(V) == 64 && p.Hout >= 512)
+                               : p.B == 2 && p.T <= 32 && p.Hout >= 512;
+    return dots ? Way::kDots : Way::kPacked;
   }
+  // Of one step: the rows that each thread turns are fewer than those of W that it would pack, and fill
+  // vectors, more or less.
+  static bool Turns(const LayerParams& p, int threads, int gates) {
+    return p.T == 1 && !Projected(p) && !Tiled(p) && 2 * p.B * threads <= gates * p.H &&
+           RoundUp(p.B, N) - p.B <= N / 2;
+  }
+  // Rows that are turned together: [k][row].
+  static constexpr int kTurnedVecs = 2;
+  static constexpr int64_t kTurned = kTurnedVecs * N;
 
   const LayerParams& p;
   const int threads;
   const bool projected = Projected(p), tiled = Tiled(p);
-  const bool unpacked_x = UnpackedX(p), unpacked_h = UnpackedH(p);
+  const Way x_way = WayOfX(p, threads), h_way = WayOfH(p, threads);
   const Input input{p};
   const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
   const int64_t own_vecs = (HoutVecs(p) + threads - 1) / threads;
@@ -62,12 +78,13 @@ class Layer<C, V>::ForwardPass {
   const bool in_place = p.hs != nullptr && !p.ragged;
   const bool direct_y = p.storage == kOwn && !projected;
   // One step of few rows reads all in place: nobody waits for what another thread writes.
-  const bool in_one =
-      p.T == 1 && p.hs == nullptr && direct_y && unpacked_x && unpacked_h && p.Hout % kUnits == 0;
+  const bool in_one = p.T == 1 && p.hs == nullptr && direct_y && x_way != Way::kPacked &&
+                      h_way != Way::kPacked && p.Hout % kUnits == 0;
 
   // A thread's memory, its part of the layer, and the direction it is at.
   struct Own : Part {
-    T *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
+    T *w_ih, *w_hh;  // packed, or the other side turned
+    T *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
     parts::Operand w_ih_tiles, w_hh_tiles, x_tiles;
     parts::Operand h_tiles[2];  // h before a step
     Balance x_balance, h_balance;
@@ -123,8 +140,11 @@ class Layer<C, V>::ForwardPass {
   };
 
   void TakeWeights(Scratch& s, Own& to) const {
-    to.w_ih = s.Take<T>(unpacked_x ? 0 : (one_chunk ? 1 : own_panels) * p.I * C::kX * kUnits);
-    to.w_hh = s.Take<T>(unpacked_h ? 0 : own_panels * p.Hout * C::kH * kUnits);
+    const auto size = [&](Way way, int64_t K, int64_t packed) {
+      return way == Way::kDots ? 0 : K * (way == Way::kTurned ? RoundUp(p.B, kTurned) : packed);
+    };
+    to.w_ih = s.Take<T>(size(x_way, p.I, (one_chunk ? 1 : own_panels) * C::kX * kUnits));
+    to.w_hh = s.Take<T>(size(h_way, p.Hout, own_panels * C::kH * kUnits));
   }
   T* GatesX(const Own& my, int64_t own_panel) const {
     return my.gates_x + own_panel / group * capacity * gates_x_stride +
@@ -157,7 +177,7 @@ class Layer<C, V>::ForwardPass {
     for (int q = 0; q < gates; q++)
       for (int j = 0; j < kPanelVecs; j++)
         PackTransposed<V>(At(w, p.storage, q * p.H * K), p.storage, panel * kUnits + j * N, p.H, K,
-                          dst + (q * kPanelVecs + j) * N, gates * kUnits);
+                          K, dst + (q * kPanelVecs + j) * N, gates * kUnits);
   }
   // The same as right operands of tiles.
   bool PackGateTiles(const void* w, int gates, int64_t K, int64_t panel,
@@ -171,14 +191,34 @@ class Layer<C, V>::ForwardPass {
       }
     return fits;
   }
-  // gates [n][gate][unit] of one panel, rows `stride` apart, = a w^T, w packed for the panel or
-  // (unpacked) whole; `before` as in GemmRows.
+  // The rows of a step as right operands of W, kTurned of them at a time.
+  void Turn(const T* a, int64_t lda, int64_t K, T* dst) const {
+    for (int64_t r = 0; r < p.B; r += N) {
+      const int64_t first = r / kTurned * kTurned, vecs = (p.B - first + N - 1) / N;
+      PackTransposed<V>(a, kOwn, r, p.B, K, lda, dst + first * K + (r - first),
+                        (vecs < kTurnedVecs ? vecs : kTurnedVecs) * N);
+    }
+  }
+  // f(rows, first row) for the rows of gates_h that wait for the gate math together.
+  template <class F>
+  static void ForGateRows(Way way, int64_t n, const F& f) {
+    if (way != Way::kTurned) return ForRowBlocks<kRowBlock>(n, f);
+    for (int64_t r = 0; r < n; r += kTurned) f(int(n - r < kTurned ? n - r : kTurned), r);
+  }
+  // gates [n][gate][unit] of one panel, rows `stride` apart, = a w^T. Packed is w for the panel, or a
+  // where it is turned; `before` as in GemmRows.
   template <int kGates>
-  void Product(bool unpacked, int64_t n, const T* a, int64_t lda, const void* w, const T* packed,
+  void Product(Way way, int64_t n, const T* a, int64_t lda, const void* w, const T* packed,
                int64_t K, int64_t panel, T* gates, int64_t stride, int64_t before) const {
-    if (!unpacked) {
+    if (way == Way::kPacked) {
       GemmRows<V, kGates * kPanelVecs>(n, a, lda, packed, kGates * kUnits, K, gates, stride, false,
                                        before);
+      return;
+    }
+    if (way == Way::kTurned) {
+      for (int64_t r = 0; r < n; r += kTurned)
+        TurnedProduct<kGates>(n - r < kTurned ? n - r : kTurned, packed + r * K, w, K, panel,
+                              gates + r * stride, stride);
       return;
     }
     for (int q = 0; q < kGates; q++)
@@ -187,6 +227,23 @@ class Layer<C, V>::ForwardPass {
         DotRows<V>(n, a, lda, static_cast<const T*>(w) + (q * p.H + unit) * K, UnitsFrom(p, unit),
                    K, gates + (q * kPanelVecs + j) * N, stride);
       }
+  }
+  // n <= kTurned rows: the gates come out as [unit][row], and are turned back.
+  template <int kGates>
+  void TurnedProduct(int64_t n, const T* turned, const void* w, int64_t K, int64_t panel, T* gates,
+                     int64_t stride) const {
+    alignas(kLine) T columns[kUnits * kTurned];
+    const int64_t unit = panel * kUnits, units = p.H - unit < kUnits ? p.H - unit : kUnits;
+    WithConstant<kTurnedVecs>(int((n + N - 1) / N), [&](auto nv) {
+      constexpr int NV = decltype(nv)::value;
+      for (int q = 0; q < kGates; q++) {
+        GemmRows<V, NV>(units, static_cast<const T*>(w) + (q * p.H + unit) * K, K, turned, NV * N,
+                        K, columns, NV * N, false);
+        for (int j = 0; j < kPanelVecs; j++)
+          PackTransposed<V>(columns, kOwn, j * N, units, n, NV * N,
+                            gates + (q * kPanelVecs + j) * N, stride);
+      }
+    });
   }
   static void GateMath(const StepRows& s, int64_t first, int rows);
 };
@@ -236,7 +293,7 @@ template <class C, class V>
 void Layer<C, V>::ForwardPass::Direction(Team& team, Own& my) {
   my.w = &p.w[my.dir];
   my.hs = p.hs ? static_cast<T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride : nullptr;
-  my.packed = unpacked_x && unpacked_h;
+  my.packed = x_way != Way::kPacked && h_way != Way::kPacked;
   if (tiled) PackTiles(team, my);
   PackPanels(my);
   if (projected) PackProjection(my);
@@ -297,9 +354,9 @@ void Layer<C, V>::ForwardPass::PackVectors(Own& my) const {
   if (tiled && my.w_ih == nullptr) my.spare.Build([&](Scratch& s) { TakeWeights(s, my); });
   for (int64_t at = 0; at < my.count; at++) {
     const int64_t panel = my.mine.begin + at;
-    if (!unpacked_x && !one_chunk)
+    if (x_way == Way::kPacked && !one_chunk)
       PackGates(my.w->w_ih, C::kX, p.I, panel, my.w_ih + at * p.I * C::kX * kUnits);
-    if (!unpacked_h) PackGates(my.w->w_hh, C::kH, p.Hout, panel, PackedH(my, at));
+    if (h_way == Way::kPacked) PackGates(my.w->w_hh, C::kH, p.Hout, panel, PackedH(my, at));
   }
   my.packed = true;
 }
@@ -327,7 +384,7 @@ void Layer<C, V>::ForwardPass::PackProjection(Own& my) const {
   ForColumnTiles<V>(my.columns.begin, my.columns.end, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value;
     for (int j = 0; j < NV; j++)
-      PackTransposed<V>(my.w->w_hr, p.storage, (v + j) * N, p.Hout, p.H,
+      PackTransposed<V>(my.w->w_hr, p.storage, (v + j) * N, p.Hout, p.H, p.H,
                         my.w_hr + (v - my.columns.begin) * N * p.H + j * N, NV * N);
   });
 }
@@ -384,11 +441,13 @@ void Layer<C, V>::ForwardPass::InputGates(Own& my, const Chunk& chunk) const {
     if (my.tiles && InputGatesOnTiles(my, x, r, n)) continue;
     if (x.storage != kOwn) x = Stage(my, chunk);
     PackVectors(my);
+    const T* rows = static_cast<const T*>(x.first) + r * x.stride;
+    if (x_way == Way::kTurned) Turn(rows, x.stride, p.I, my.w_ih);
     for (int64_t at = 0; at < my.count; at++) {
       T* packed = my.w_ih + (one_chunk ? 0 : at) * p.I * C::kX * kUnits;
-      if (one_chunk && !unpacked_x) PackGates(my.w->w_ih, C::kX, p.I, my.mine.begin + at, packed);
-      Product<C::kX>(unpacked_x, n, static_cast<const T*>(x.first) + r * x.stride, x.stride,
-                     my.w->w_ih, packed, p.I, my.mine.begin + at,
+      if (one_chunk && x_way == Way::kPacked)
+        PackGates(my.w->w_ih, C::kX, p.I, my.mine.begin + at, packed);
+      Product<C::kX>(x_way, n, rows, x.stride, my.w->w_ih, packed, p.I, my.mine.begin + at,
                      GatesX(my, at) + r * gates_x_stride, gates_x_stride, 0);
     }
   }
@@ -489,12 +548,14 @@ void Layer<C, V>::ForwardPass::RecurrentGates(Own& my, const Chunk& chunk, const
       }
       return;
     }
+  if (h_way == Way::kTurned) Turn(step.h, step.ldh, p.Hout, my.w_hh);
   for (int64_t at = 0; at < my.count; at++) {
     const StepRows s = RowsOf(my, chunk, step, at);
     T* gates_h = my.gates_h + at % group * C::kH * kUnits;
-    ForRowBlocks<kRowBlock>(step.n, [&](int rows, int64_t r) {
-      Product<C::kH>(unpacked_h, rows, step.h + r * step.ldh, step.ldh, my.w->w_hh, PackedH(my, at),
-                     p.Hout, my.mine.begin + at, gates_h, gates_h_stride, r);
+    ForGateRows(h_way, step.n, [&](int rows, int64_t r) {
+      const T* packed = h_way == Way::kTurned ? my.w_hh + r * p.Hout : PackedH(my, at);
+      Product<C::kH>(h_way, rows, step.h + r * step.ldh, step.ldh, my.w->w_hh, packed, p.Hout,
+                     my.mine.begin + at, gates_h, gates_h_stride, r);
       GateMath(s, r, rows);
     });
   }

@@ -190,15 +190,15 @@ void GemmRows(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const typen
   });
 }
 
-// c[rows][NV vectors] (+)= a^T b of packed operands a [K][kPackedRow], b [K][NV vectors], rows <=
-// kTileRows, NV <= kTileVecs.
+// c[rows][NV vectors] (+)= a^T b of a [K][rows], its rows lda apart, and a packed b [K][NV vectors], rows
+// <= kTileRows, NV <= kTileVecs.
 template <class V, int NV>
-void GemmPacked(int rows, const typename Lanes<V>::T* a, const typename Lanes<V>::T* b, int64_t K,
-                typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
+void GemmPacked(int rows, const typename Lanes<V>::T* a, int64_t lda, const typename Lanes<V>::T* b,
+                int64_t K, typename Lanes<V>::T* c, int64_t ldc, bool accumulate) {
   if constexpr (NV <= kTileVecs<V>)
     WithConstant<kTileRows<V>>(rows, [&](auto mr) {
-      GemmTile<V, decltype(mr)::value, NV, true>(a, kPackedRow<V>, b, NV * Lanes<V>::kSize, K, c,
-                                                 ldc, accumulate, nullptr, 0);
+      GemmTile<V, decltype(mr)::value, NV, true>(a, lda, b, NV * Lanes<V>::kSize, K, c, ldc,
+                                                 accumulate, nullptr, 0);
     });
 }
 
@@ -387,7 +387,7 @@ using OwnVec = Vec<FRNN_SCALAR, kVectorBytes / sizeof(FRNN_SCALAR)>;
                                                       const FRNN_SCALAR*, int64_t, int64_t,  \
                                                       FRNN_SCALAR*, int64_t, bool, int64_t); \
   FRNN_DEFINE_GEMM template void GemmPacked<OwnVec, NV>(                                     \
-      int, const FRNN_SCALAR*, const FRNN_SCALAR*, int64_t, FRNN_SCALAR*, int64_t, bool);
+      int, const FRNN_SCALAR*, int64_t, const FRNN_SCALAR*, int64_t, FRNN_SCALAR*, int64_t, bool);
 FRNN_GEMM(1)
 FRNN_GEMM(2)
 FRNN_GEMM(3)
@@ -443,23 +443,24 @@ FRNN_INLINE V LoadVec(const void* row, Storage s, int64_t i, int n) {
   return load<V>(lanes);
 }
 
-// dst[k * k_stride + lane] = w[(row0 + lane)][k], lane < N: one vector of units, K columns. Rows at
-// and past `rows` are zero.
+// dst[k * k_stride + lane] = w[(row0 + lane)][k], lane < N: one vector of units, K columns of rows ldw
+// apart. Rows at and past `rows` are zero.
 template <class V>
 FRNN_NOINLINE void PackTransposed(const void* w, Storage s, int64_t row0, int64_t rows, int64_t K,
-                                  typename Lanes<V>::T* dst, int64_t k_stride) {
+                                  int64_t ldw, typename Lanes<V>::T* dst, int64_t k_stride) {
   using T = typename Lanes<V>::T;
   constexpr int N = Lanes<V>::kSize;
   // Whole lines of memory: rows may be a power of two apart, and then few of them stay in the cache.
   constexpr int kVecs = sizeof(V) < kLine ? kLine / sizeof(V) : 1;
   int64_t k = 0;
   if (s == StorageOf<T>::kValue && row0 + N <= rows)
-    for (const T* first = static_cast<const T*>(w) + row0 * K; k + kVecs * N <= K; k += kVecs * N) {
+    for (const T* first = static_cast<const T*>(w) + row0 * ldw; k + kVecs * N <= K;
+         k += kVecs * N) {
       V block[kVecs][N];
       FRNN_UNROLL
       for (int lane = 0; lane < N; lane++) {
         FRNN_UNROLL
-        for (int j = 0; j < kVecs; j++) block[j][lane] = load<V>(first + lane * K + k + j * N);
+        for (int j = 0; j < kVecs; j++) block[j][lane] = load<V>(first + lane * ldw + k + j * N);
       }
       FRNN_UNROLL
       for (int j = 0; j < kVecs; j++) {
@@ -472,7 +473,7 @@ FRNN_NOINLINE void PackTransposed(const void* w, Storage s, int64_t row0, int64_
     const int n = int(K - k < N ? K - k : N);
     V block[N];
     for (int lane = 0; lane < N; lane++)
-      block[lane] = row0 + lane < rows ? LoadVec<V>(w, s, (row0 + lane) * K + k, n) : V{};
+      block[lane] = row0 + lane < rows ? LoadVec<V>(w, s, (row0 + lane) * ldw + k, n) : V{};
     Transpose(block);
     for (int i = 0; i < n; i++) store<V>(dst + (k + i) * k_stride, block[i]);
   }
@@ -483,6 +484,23 @@ template <int kWidth, class T>
 void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col, T* dst) {
   for (int64_t k = 0; k < K; k++)
     LoadPadded<kWidth>(At(w, s, k * cols + col), s, cols - col, dst + k * kWidth);
+}
+
+// c[M][NV vectors] (+)= a[M][K] w[K][col .. col + NV vectors), for one use of w: so many of its rows are
+// packed at a time as stay in the first-level cache. What is summed in which order is as with all of them
+// packed, M > 2.
+constexpr int64_t kColumnDepth = 64;
+template <class V, int NV>
+void GemmColumns(int64_t M, const typename Lanes<V>::T* a, int64_t lda, const void* w, Storage s,
+                 int64_t K, int64_t cols, int64_t col, typename Lanes<V>::T* c, int64_t ldc,
+                 bool accumulate) {
+  constexpr int kWidth = NV * Lanes<V>::kSize;
+  alignas(kLine) typename Lanes<V>::T packed[kColumnDepth * kWidth];
+  for (int64_t k = 0; k < K; k += kColumnDepth) {
+    const int64_t depth = K - k < kColumnDepth ? K - k : kColumnDepth;
+    PackColumns<kWidth>(At(w, s, k * cols), s, depth, cols, col, packed);
+    GemmRows<V, NV>(M, a + k, lda, packed, kWidth, depth, c, ldc, accumulate || k > 0);
+  }
 }
 
 FRNN_END

@@ -20,6 +20,8 @@ class WeightGrad {
   // Some 96 rows of dw, so that its part stays in the second-level cache.
   static constexpr int64_t kGroup = (kRows > 4 ? 16 : 24) * kRows;
   static constexpr int64_t kTileGroup = 12;  // blocks of rows of dw
+  // So few rows of d are read as they lie.
+  static constexpr int64_t kUnpackedRows = 64;
 
   int64_t gates, H;   // rows of dw: gate q, unit u, at q * H + u
   const int* column;  // gate q's gradients start at column[q] * gate_stride of d
@@ -180,13 +182,14 @@ class WeightGrad {
     const auto my_rows = team.Split(gates * H, kRows);
     for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += kGroup) {
       const int64_t m1 = my_rows.end - m0 < kGroup ? my_rows.end : m0 + kGroup;
-      PackLeft(m0, m1, r0, n);
+      Left left[kGroup / kRows];
+      PackLeft(m0, m1, r0, n, left);
       tiles.For(0, tiles.count, [&](int64_t v, auto nv) {
         constexpr int NV = decltype(nv)::value;
         for (int64_t k = 0; k < n; k += kDepth)
           for (int64_t m = m0; m < m1; m += kRows)
             Tile<NV>(Result() + m * cols + v * N, int(m1 - m < kRows ? m1 - m : kRows),
-                     cols - v * N, pack_a + ((m - m0) / kRows * block + k) * kPackedRow<V>,
+                     cols - v * N, left[(m - m0) / kRows].From(k),
                      pack_b + v * N * block + k * NV * N, n - k < kDepth ? n - k : kDepth,
                      r0 + k > 0);
       });
@@ -194,17 +197,24 @@ class WeightGrad {
     team.Sync();
   }
 
+  // kRows gate rows of d, of which row r is at r * stride.
+  struct Left {
+    const T* first;
+    int64_t stride;
+    Left From(int64_t row) const { return {first + row * stride, stride}; }
+  };
+
   // `width` columns of dw are left from `out` on.
   template <int NV>
-  void Tile(T* out, int count, int64_t width, const T* a, const T* b, int64_t depth,
+  void Tile(T* out, int count, int64_t width, const Left& a, const T* b, int64_t depth,
             bool accumulate) const {
     constexpr int kWidth = NV * N;
     if (width >= kWidth) {
-      GemmPacked<V, NV>(count, a, b, depth, out, cols, accumulate);
+      GemmPacked<V, NV>(count, a.first, a.stride, b, depth, out, cols, accumulate);
       return;
     }
     T edge[kRows * kWidth];
-    GemmPacked<V, NV>(count, a, b, depth, edge, kWidth, false);
+    GemmPacked<V, NV>(count, a.first, a.stride, b, depth, edge, kWidth, false);
     for (int i = 0; i < count; i++)
       for (int64_t j = 0; j < width; j++) {
         T& value = out[i * cols + j];
@@ -212,14 +222,18 @@ class WeightGrad {
       }
   }
 
-  // pack_a: [block of kRows gate rows][row][kPackedRow]
-  void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n) const {
+  // The gate rows m0 .. m1. pack_a: [block of kRows gate rows][row][kPackedRow]
+  void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n, Left* left) const {
     for (int64_t m = m0; m < m1; m += kRows) {
       const int64_t count = m1 - m < kRows ? m1 - m : kRows;
       T* dst = pack_a + (m - m0) / kRows * kPackedRow<V> * Block(rows);
       const T* src = d + r0 * d_stride;
       const int64_t first = Column(m);
-      if (m / H == (m + count - 1) / H) {  // columns of one gate are adjacent, and rows of d padded
+      const bool one_gate = m / H == (m + count - 1) / H;  // columns of one are adjacent
+      Left& to = left[(m - m0) / kRows] = {dst, kPackedRow<V>};
+      if (one_gate && n <= kUnpackedRows) {
+        to = {src + first, d_stride};
+      } else if (one_gate) {  // rows of d are padded
         for (int64_t r = 0; r < n; r++)
           memcpy(dst + r * kPackedRow<V>, src + r * d_stride + first, kPackedRow<V> * sizeof(T));
       } else {
