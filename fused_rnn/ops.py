@@ -270,13 +270,13 @@ def _allow_tf32(x: Tensor) -> bool:
 
 @lru_cache
 def _facts(target: str, cell: str) -> tuple[int, int]:
-    """(saved values per unit, extra states) of a cell."""
+    """(values of a unit on the tape, extra states) of a cell."""
     library = build.library(target)
     name = cell.encode()
-    saved, extra = (library.frnn_cell_fact(name, i) for i in range(2))
-    if saved < 0:
+    tape, extra = (library.frnn_cell_fact(name, i) for i in range(2))
+    if tape < 0:
         raise RuntimeError(f"cell: unknown cell {cell!r}")
-    return saved, extra
+    return tape, extra
 
 
 @lru_cache
@@ -306,7 +306,7 @@ def _layer_fake(
     cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     target = _target(x.device)
-    saved, extra = _facts(target, cell)
+    tape, _ = _facts(target, cell)
     directions, batch, width = h0.shape
     w_hr, batch_sizes = rest[_WEIGHT_NAMES.index("w_hr")], rest[_N_WEIGHTS]
     hidden = width if w_hr is None else w_hr.shape[1]
@@ -316,7 +316,7 @@ def _layer_fake(
     return (
         *_layer_infer_fake(cell, x, h0, c0),
         x.new_empty((directions, lead * batch + rows, hs_row), dtype=x.dtype if as_x else dtype),
-        x.new_empty((directions, rows, saved + extra, units), dtype=dtype),
+        x.new_empty((directions, rows, tape, units), dtype=dtype),
     )
 
 

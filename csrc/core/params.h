@@ -24,13 +24,19 @@ constexpr int64_t RowStride(int64_t units) {
   return RoundUp(units, kAlign) + 16;
 }  // + 16: no 4 KB aliasing
 
-struct DirectionWeights {
-  const void* w_ih;  // [kX H, I]
-  const void* w_hh;  // [kH H, Hout]
-  const void* b_ih;  // [kX H] or null
-  const void* b_hh;  // [kH H] or null
-  const void* w_hr;  // [Hout, H] or null: h = w_hr h_full
+// What one direction of a layer has beside its input, or the gradients of that.
+constexpr int kMaxParams = 16;
+template <class P>
+struct DirectionTensors {
+  P w_ih;                // [kX H, I]
+  P w_hh;                // [kH H, Hout], null if kH = 0
+  P b_ih;                // [kX H] or null
+  P b_hh;                // [kH H] or null
+  P w_hr;                // [Hout, H] or null: h = w_hr h_full
+  P params[kMaxParams];  // [H] each, as many as the cell has
 };
+using DirectionWeights = DirectionTensors<const void*>;
+using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
 
 // One layer over one sequence. Rows are the valid (t, b) pairs, time-major: row offsets[t] + b, b <
 // batch_sizes[t]. No padding between members: engines compare calls byte by byte.
@@ -54,15 +60,11 @@ struct LayerParams {
   // For the backward; null when nothing is to be saved. Their contents are the engine's own; shapes
   // on the CPU (in the computing type):
   void* hs;     // [dirs, B + rows, hs_stride]: h0, then h_t; with w_hr also h_full behind h
-  void* saved;  // [dirs, rows, kSaved + kStates - 1, Padded(H)]
+  void* saved;  // [dirs, rows, tape, Padded(H)]
 };
 constexpr int64_t HsStride(int64_t H, int64_t Hout) {
   return RowStride(Hout) + (H == Hout ? 0 : RowStride(H));
 }
-
-struct DirectionGrads {
-  void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;  // null: not wanted
-};
 
 struct LayerGradParams : LayerParams {
   const void* dy;  // null: zero. Strides as for x.
@@ -78,8 +80,12 @@ static_assert(std::has_unique_object_representations_v<LayerGradParams>);
 
 // What a binding must know of a cell.
 struct CellFacts {
-  int gates_x, gates_h, extra_states, saved;
-  bool uses_h;  // elementwise, so that h can not be projected
+  int gates_x, gates_h;
+  int extra_states;  // beside h
+  int tape;          // values of a unit that a row keeps for the backward
+  int params;
+  bool projectable;
+  const char* const* param_names;
 };
 
 // An engine instance: one cell, one computing type, one instruction set.

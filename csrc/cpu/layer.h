@@ -12,8 +12,8 @@
 #pragma once
 #include <vector>
 
-#include "core/cell.h"
 #include "core/scratch.h"
+#include "core/step.h"
 #include "cpu/gemm.h"
 #include "cpu/threads.h"
 #include "cpu/tiles.h"
@@ -34,9 +34,10 @@ class Layer {
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kPanelVecs = C::kH <= 2 ? 2 : 1;
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
-  static constexpr int kExtra = C::kStates - 1;
-  static constexpr int kTape =
-      C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
+  static constexpr int kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
+  // Of c, the state that is the output; -1 if h is.
+  static constexpr int kOutputExtra = C::kOutput - (C::kOutput > C::kRecurrent) -
+                                      (C::kOutput == C::kRecurrent ? C::kOutput + 1 : 0);
   // What a thread could do while a team of two waits at a barrier, and while a team starts: of narrow
   // vectors less.
   static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);
@@ -58,12 +59,16 @@ class Layer {
   }
 
   static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
-  static int64_t Macs(const LayerParams& p) { return p.rows * C::kH * p.H * (p.Hout + p.I); }
+  static int64_t Macs(const LayerParams& p) {
+    return p.rows * p.H * (C::kH * p.Hout + C::kX * p.I);
+  }
   static bool IsShort(const LayerParams& p) { return Macs(p) < kMacsOfShortCall; }
   // As many as do a step sooner than one fewer would: each adds to what all wait for at the barrier.
+  // Without a recurrent product nobody waits before the end.
   static int Threads(const LayerParams& p) {
     const int64_t most = p.threads < Panels(p) ? p.threads : Panels(p);
-    const int64_t macs = Macs(p) < kMacsPerTeam ? 0 : p.B * C::kH * p.H * p.Hout;
+    const int64_t at_once = C::kH > 0 ? p.B * C::kH * p.H * p.Hout : Macs(p);
+    const int64_t macs = Macs(p) < kMacsPerTeam ? 0 : at_once;
     int64_t n = 1;
     while (n < most && n * (n + 1) * kMacsPerBarrier <= macs) n++;
     if (n > 1 && IsShort(p) && Crowd::Here()) n--;
@@ -151,7 +156,7 @@ class Layer {
     if (dir == 0) return t == 0 ? b : p.B + p.offsets[t - 1] + b;
     return t + 1 < p.T && b < p.batch_sizes[t + 1] ? p.B + p.offsets[t + 1] + b : b;
   }
-  static T* Tape(const LayerParams& p, int dir, int64_t t, int64_t panel) {
+  static T* TapeOf(const LayerParams& p, int dir, int64_t t, int64_t panel) {
     T* base = static_cast<T*>(p.saved) + dir * p.rows * kTape * Padded(p.H);
     return base + (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kTape * kUnits;
   }

@@ -197,7 +197,7 @@ struct Call {
     FRNN_CHECK(c0.has_value() == (kernels.extra_states > 0),
                "c0: ", c0.has_value() ? "this cell has no c" : "this cell needs c");
     p.c0 = arguments.Take("c0", c0, {p.dirs, p.B, kernels.extra_states * p.H});
-    FRNN_CHECK(!w_hr.has_value() || !kernels.uses_h,
+    FRNN_CHECK(!w_hr.has_value() || kernels.projectable,
                "w_hr: this cell reads h elementwise and takes no projection");
     for (int d = 0; d < p.dirs; d++) {
       const Optional* w = &weights[d * kWeights];
@@ -227,7 +227,7 @@ struct Call {
   }
   ScalarType HsType() const { return Device::kHsInStorageType ? arguments.dtype() : computing(); }
   Dims SavedShape() const {
-    return {p.dirs, p.rows, kernels.saved + kernels.extra_states, Device::SavedUnits(p.H)};
+    return {p.dirs, p.rows, kernels.tape, Device::SavedUnits(p.H)};
   }
 
   // What the backward reads beside: the gradients that come in, and what the forward saved.
@@ -401,7 +401,7 @@ struct Operators {
 
 // Registers the three operators for one dispatch key, and exports the facts that the fakes of
 // fused_rnn/ops.py need, without a detour through the dispatcher.
-//   frnn_cell_fact(cell, i): 0: saved values per unit, 1: extra states; -1 for an unknown cell
+//   frnn_cell_fact(cell, i): 0: values of a unit on the tape, 1: extra states; -1 for an unknown cell
 //   frnn_saved_fact(H, Hout, i): 0: units padded, 1: a row of hs, 2: leading blocks of B rows in hs,
 //                                3: whether hs has the dtype of x
 #define FRNN_REGISTER(Device, KEY)                                                         \
@@ -413,7 +413,7 @@ struct Operators {
   extern "C" __attribute__((visibility("default"))) int frnn_cell_fact(const char* cell,   \
                                                                        int fact) {         \
     const auto* kernels = Device::Find(cell, frnn::Storage::kFloat);                       \
-    return kernels == nullptr ? -1 : (fact == 0 ? kernels->saved : kernels->extra_states); \
+    return kernels == nullptr ? -1 : (fact == 0 ? kernels->tape : kernels->extra_states);  \
   }                                                                                        \
   extern "C" __attribute__((visibility("default"))) int64_t frnn_saved_fact(               \
       int64_t H, int64_t Hout, int fact) {                                                 \
