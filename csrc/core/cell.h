@@ -50,19 +50,9 @@ struct States {
   // The number in the cell of state e of c.
   static constexpr int OfExtra(int e) { return e < C::kRecurrent ? e : e + 1; }
   static constexpr bool ReadsExtra(int e) { return C::kReads >> OfExtra(e) & 1; }
-};
-
-// What a row keeps of a unit for the backward: saved values, then the states of c that are read.
-template <class C>
-struct Tape {
-  static constexpr int kExtra = States<C>::kExtra;
-  // Where state e of c lies; behind the last one, the size of all.
-  static constexpr int OfExtra(int e) {
-    int at = C::kSaved;
-    for (int i = 0; i < e; i++) at += States<C>::ReadsExtra(i);
-    return at;
-  }
-  static constexpr int kSize = OfExtra(kExtra);
+  // Of c, the state that is the output; -1 if that is h.
+  static constexpr int kOutputExtra =
+      C::kOutput == C::kRecurrent ? -1 : C::kOutput - (C::kOutput > C::kRecurrent);
 };
 
 template <int N, int M>
@@ -91,12 +81,13 @@ constexpr bool CheckCell() {
   return true;
 }
 
+// `tape`: values of a unit that the engine keeps for the backward.
 template <class C>
-constexpr CellFacts FactsOf() {
+constexpr CellFacts FactsOf(int tape) {
   // A projection changes the width of h, which is then no value of a unit.
   const bool projectable =
       C::kH > 0 && C::kOutput == C::kRecurrent && !States<C>::kReadsH && !C::kReadsNewH;
-  return {C::kX, C::kH, C::kStates - 1, Tape<C>::kSize, C::kParams, projectable, C::kParamNames};
+  return {C::kX, C::kH, States<C>::kExtra, tape, C::kParams, projectable, C::kParamNames};
 }
 
 }  // namespace frnn

@@ -13,7 +13,8 @@ namespace frnn {
 //   V Param(k)
 //   V H(), Extra(e)          the states before the step
 //   void SetH(V), SetExtra(e, V)
-//   void Keep(k, V)          value k of the tape
+//   void Keep(k, V)          for the backward: value k that the cell saved
+//   void KeepExtra(e, V)     and state e of c before the step
 template <class C, class V>
 struct ForwardStep {
   Pack<V, C::kX> x;
@@ -48,12 +49,12 @@ struct ForwardStep {
     for (int k = 0; k < C::kSaved; k++) to.Keep(k, saved[k]);
     FRNN_UNROLL
     for (int e = 0; e < States<C>::kExtra; e++)
-      if (States<C>::ReadsExtra(e)) to.Keep(Tape<C>::OfExtra(e), s[States<C>::OfExtra(e)]);
+      if (States<C>::ReadsExtra(e)) to.KeepExtra(e, s[States<C>::OfExtra(e)]);
   }
 };
 
 // A view of the backward has
-//   V Kept(k)                       value k of the tape
+//   V Kept(k), KeptExtra(e)         what the forward kept
 //   V Param(k)
 //   V H(), NewH()                   h before and after the step
 //   V GradH(), GradExtra(e)         what reaches the new states from later steps
@@ -81,7 +82,7 @@ struct BackwardStep {
     FRNN_UNROLL
     for (int e = 0; e < States<C>::kExtra; e++) {
       const int j = States<C>::OfExtra(e);
-      s[j] = States<C>::ReadsExtra(e) ? from.Kept(Tape<C>::OfExtra(e)) : V{};
+      s[j] = States<C>::ReadsExtra(e) ? from.KeptExtra(e) : V{};
       ds_new[j] = from.GradExtra(e);
     }
     from.AddGradOutput(ds_new[C::kOutput]);
@@ -89,7 +90,7 @@ struct BackwardStep {
   FRNN_HD void Compute() { C::backward(saved, s, h_new, p, ds_new, d, ds, dp); }
 
   template <class View>
-  FRNN_HD void Store(View& to) const {
+  FRNN_HD void Store(View&& to) const {
     FRNN_UNROLL
     for (int i = 0; i < C::kD; i++) to.SetGate(i, d[i]);
     to.SetGradH(ds[C::kRecurrent]);

@@ -368,6 +368,7 @@ struct Layer<C, V>::BackwardPass::View {
     for (int k = 0; k < C::kParams; k++) dparam[k] = V{};
   }
   FRNN_INLINE V Kept(int k) const { return load<V>(tape + (row * kTape + k) * kUnits); }
+  FRNN_INLINE V KeptExtra(int e) const { return Kept(Tape<C>::OfExtra(e)); }
   FRNN_INLINE V Param(int k) const { return load<V>(params + k * kUnits); }
   FRNN_INLINE V H() const {
     return load<V>(my.hs + PreviousRow(pass.p, my.dir, step.t, row) * pass.hs_stride + unit);

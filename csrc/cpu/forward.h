@@ -147,6 +147,7 @@ class Layer<C, V>::ForwardPass {
       store<V>(OfExtra(e), c);
       if (e == kOutputExtra) SetOutput(c);
     }
+    FRNN_INLINE void KeepExtra(int e, const V& c) const { Keep(Tape<C>::OfExtra(e), c); }
     FRNN_INLINE void Keep(int k, const V& v) const {
       store<V>(s.tape + (row * kTape + k) * kUnits + vec * N, v);
     }

@@ -20,11 +20,25 @@
 
 FRNN_BEGIN
 
+// The tape of a row, in values per unit: what the cell saved, then the states of c that it reads. h is
+// at hand.
+template <class C>
+struct Tape {
+  static constexpr int kExtra = States<C>::kExtra;
+  static constexpr int OfExtra(int e) {
+    int at = C::kSaved;
+    for (int i = 0; i < e; i++) at += States<C>::ReadsExtra(i);
+    return at;
+  }
+  static constexpr int kSize = OfExtra(kExtra);
+};
+
 template <class C, class V>
 class Layer {
  public:
   static void Forward(const LayerParams& p) { Run<ForwardPass>(p); }
   static void Backward(const LayerGradParams& p) { Run<BackwardPass>(p); }
+  static constexpr CpuKernels Kernels() { return {FactsOf<C>(kTape), &Forward, &Backward}; }
 
  private:
   class ForwardPass;
@@ -34,10 +48,8 @@ class Layer {
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kPanelVecs = C::kH <= 2 ? 2 : 1;
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
-  static constexpr int kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
-  // Of c, the state that is the output; -1 if h is.
-  static constexpr int kOutputExtra = C::kOutput - (C::kOutput > C::kRecurrent) -
-                                      (C::kOutput == C::kRecurrent ? C::kOutput + 1 : 0);
+  static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
+  static constexpr int kTape = Tape<C>::kSize;
   // What a thread could do while a team of two waits at a barrier, and while a team starts: of narrow
   // vectors less.
   static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);

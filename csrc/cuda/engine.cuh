@@ -14,6 +14,7 @@ struct Engine {
   static Plan PlanOf(const LayerParams& p, const CudaCall& call) {
     Problem problem{C::kX, C::kH, p.H, p.B, p.T, kStorage<T>, p.dirs};
     problem.projected = p.H != p.Hout;
+    problem.output_is_h = States<C>::kOutputExtra < 0;
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;
     for (int d = 0; d < p.dirs; d++)
@@ -58,9 +59,7 @@ struct Engine {
   }
 
   static constexpr CudaKernels Kernels() {
-    CudaKernels kernels{FactsOf<C>(), &ForwardWorkspace, &BackwardWorkspace, &Forward, &Backward};
-    kernels.saved = Steps<C, T>::kCell;
-    return kernels;
+    return {FactsOf<C>(Tape<C>::kSize), &ForwardWorkspace, &BackwardWorkspace, &Forward, &Backward};
   }
 };
 
