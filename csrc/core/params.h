@@ -51,8 +51,8 @@ struct LayerParams {
   // x_t[b] = x + t * x_t_stride + b * x_b_stride; ragged: row r = x + r * x_b_stride
   const void* x;
   int64_t x_t_stride, x_b_stride;
-  const void* h0;  // [dirs, B, Hout]
-  const void* c0;  // [dirs, B, kStates - 1, H] or null
+  const void* h0;  // [dirs, B, Hout], null: zeros
+  const void* c0;  // [dirs, B, kStates - 1, H], null: zeros
   DirectionWeights w[2];
   void* y;    // [rows, dirs * Hout]
   void* h_n;  // [dirs, B, Hout]

@@ -62,8 +62,8 @@ class Layer<C, V>::ForwardPass {
   const bool in_place = p.hs != nullptr && !p.ragged;
   const bool direct_y = p.storage == kOwn && !projected;
   // One step of few rows reads all in place: nobody waits for what another thread writes.
-  const bool in_one =
-      p.T == 1 && p.hs == nullptr && direct_y && unpacked_x && unpacked_h && p.Hout % kUnits == 0;
+  const bool in_one = p.T == 1 && p.h0 != nullptr && p.hs == nullptr && direct_y && unpacked_x &&
+                      unpacked_h && p.Hout % kUnits == 0;
 
   // A thread's memory, its part of the layer, and the direction it is at.
   struct Own : Part {
@@ -361,8 +361,9 @@ void Layer<C, V>::ForwardPass::PackPanels(Own& my) const {
       LoadPadded<kUnits>(At(my.w->params[k], p.storage, unit), p.storage, n,
                          my.params + (at * C::kParams + k) * kUnits);
     for (int64_t r = 0; r < p.B * kExtra; r++)
-      LoadPadded<kUnits>(At(p.c0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
-                         n, my.c + (at * p.B * kExtra + r) * kUnits);
+      LoadPadded<kUnits>(
+          p.c0 ? At(p.c0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit) : nullptr, p.storage,
+          p.c0 ? n : 0, my.c + (at * p.B * kExtra + r) * kUnits);
   }
 }
 
