@@ -24,16 +24,25 @@ constexpr int64_t RowStride(int64_t units) {
   return RoundUp(units, kAlign) + 16;
 }  // + 16: no 4 KB aliasing
 
-// What one direction of a layer has beside its input, or the gradients of that.
+// The tensors of one direction of a layer, or their gradients: in the order of the names that
+// TensorName gives them, by which they are known everywhere.
 constexpr int kMaxParams = 16;
 template <class P>
 struct DirectionTensors {
+  static constexpr int kNamed = 5, kCount = kNamed + kMaxParams;
+
   P w_ih;                // [kX H, I]
   P w_hh;                // [kH H, Hout], null if kH = 0
   P b_ih;                // [kX H] or null
   P b_hh;                // [kH H] or null
   P w_hr;                // [Hout, H] or null: h = w_hr h_full
   P params[kMaxParams];  // [H] each, as many as the cell has
+
+  const P& operator[](int i) const {
+    const P* const named[] = {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr};
+    return i < kNamed ? *named[i] : params[i - kNamed];
+  }
+  P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
 using DirectionWeights = DirectionTensors<const void*>;
 using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
@@ -86,12 +95,19 @@ struct CellFacts {
   int params;
   bool projectable;
   const char* const* param_names;
+
+  int tensors() const { return DirectionWeights::kNamed + params; }
+  const char* TensorName(int i) const {
+    constexpr const char* kNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
+    return i < DirectionWeights::kNamed ? kNames[i] : param_names[i - DirectionWeights::kNamed];
+  }
 };
 
 // An engine instance: one cell, one computing type, one instruction set.
 struct CpuKernels : CellFacts {
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
+  void (*scale)(void* data, const void* by, int64_t n, Storage);  // data[i] *= by[i]
 };
 
 // A card, as far as plans depend on it.
@@ -129,6 +145,7 @@ struct CudaKernels : CellFacts {
   int64_t (*bwd_workspace)(const LayerGradParams&, const CudaCall&);
   void (*layer_fwd)(const LayerParams&, const CudaCall&);
   void (*layer_bwd)(const LayerGradParams&, const CudaCall&);
+  void (*scale)(void* data, const void* by, int64_t n, const CudaCall&);  // data[i] *= by[i]
 };
 
 // The instance for a cell's name and storage, or null for an unknown name.

@@ -38,7 +38,18 @@ class Layer {
  public:
   static void Forward(const LayerParams& p) { Run<ForwardPass>(p); }
   static void Backward(const LayerGradParams& p) { Run<BackwardPass>(p); }
-  static constexpr CpuKernels Kernels() { return {FactsOf<C>(kTape), &Forward, &Backward}; }
+  static void Scale(void* data, const void* by, int64_t n, Storage storage) {
+    constexpr int64_t kBlock = 256;
+    T a[kBlock], b[kBlock];
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int64_t count = n - i < kBlock ? n - i : kBlock;
+      LoadRow<T>(At(data, storage, i), storage, a, count);
+      LoadRow<T>(At(by, storage, i), storage, b, count);
+      for (int64_t j = 0; j < count; j++) a[j] *= b[j];
+      StoreRow<T>(At(data, storage, i), storage, a, count);
+    }
+  }
+  static constexpr CpuKernels Kernels() { return {FactsOf<C>(kTape), &Forward, &Backward, &Scale}; }
 
  private:
   class ForwardPass;

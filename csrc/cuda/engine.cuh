@@ -58,8 +58,23 @@ struct Engine {
     Run(p, call, &Steps<C, T>::Backward);
   }
 
+  static void Scale(void* data, const void* by, int64_t n, const CudaCall& call) {
+    constexpr int64_t kWidth = 256;
+    const int64_t rows = (n + kWidth - 1) / kWidth;
+    if (n == 0) return;
+    const unsigned blocks = unsigned(std::min<int64_t>(rows, 65535));
+    Launch(ScaleBy<T>, dim3(1, blocks), dim3(unsigned(kWidth)), 0,
+           static_cast<cudaStream_t>(call.streams[0]), n, kWidth, static_cast<T*>(data),
+           static_cast<const T*>(by));
+  }
+
   static constexpr CudaKernels Kernels() {
-    return {FactsOf<C>(Tape<C>::kSize), &ForwardWorkspace, &BackwardWorkspace, &Forward, &Backward};
+    return {FactsOf<C>(Tape<C>::kSize),
+            &ForwardWorkspace,
+            &BackwardWorkspace,
+            &Forward,
+            &Backward,
+            &Scale};
   }
 };
 

@@ -180,6 +180,15 @@ __global__ void Convert(int64_t rows, int64_t columns, Rows<To> to, Rows<const F
   });
 }
 
+// data[i] *= by[i], rows of `width` at a time.
+template <class T>
+__global__ void ScaleBy(int64_t n, int64_t width, T* data, const T* by) {
+  ForEach((n + width - 1) / width, width, [&](int64_t row, int64_t column) {
+    const int64_t i = row * width + column;
+    if (i < n) data[i] = Narrow<T>(Widen(data[i]) * Widen(by[i]));
+  });
+}
+
 // Projected h, copied from y to where the next step reads it, or to the last states.
 template <class T>
 __global__ void Publish(int64_t rows, int64_t next_rows, int64_t width, Rows<const T> h,
