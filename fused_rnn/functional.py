@@ -163,22 +163,7 @@ def step_directly(
 ) -> Any:
     """``step``, to hx, or None. B may be missing everywhere; as in ``recurrent_directly``."""
     calls = ops.direct_calls(x)
-    if not calls:
-        return None
-    if is_grad_enabled():
-        h, c = _halves(hx)
-        weights: list[Any] = [parameters[name] for name in names if name in parameters]
-        if ops.wants_grad((*weights, x, h, c)):
-            if h is None or x.dim() != 2 or h.dim() != 2 or len(weights) < len(names):
-                return None
-            c0 = None if c is None else c.unsqueeze(0)
-            runs: list[Any] = [(*weights, None)]
-            found = ops.layer_directly(cell, x.unsqueeze(0), h.unsqueeze(0), c0, runs)
-            if found is None:
-                return None
-            _, h_n, c_n = found
-            return _joined(h_n.squeeze_(0), None if c_n is None else c_n.squeeze_(0))
-    return calls.step(cell, x, hx, parameters, names)
+    return calls.step(cell, x, hx, parameters, names) if calls else None
 
 
 def _halves(hx: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -77,7 +77,7 @@ def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        facts = (*_MODULES, vars(forward_ad), Tensor().is_neg, _WATCHERS)
+        facts = (_record_step, *_MODULES, vars(forward_ad), Tensor().is_neg, _WATCHERS)
         _direct = build.direct_calls(*facts) or False
     return native
 
@@ -172,7 +172,7 @@ def called_directly(
 
 
 def direct_calls(x: Tensor) -> Any:
-    """The direct functions if they may be called for this input. They know no gradients."""
+    """The direct functions if they may be called for this input. ``step`` alone knows gradients."""
     if is_dynamo_compiling() or not _direct or not x.is_cpu:
         return None
     return _direct
@@ -406,9 +406,67 @@ class _EagerLayer(torch.autograd.Function):
         return (*_layer_grad(ctx, *grads, backward=_direct_layer_backward), None)
 
 
-# ``_EagerLayer.apply`` without its search for tensors that a transform has left behind: there are
-# none among those that a direct call took.
+class _EagerStep(torch.autograd.Function):
+    """One step of a cell that a direct call has done, with x and the states as the cell has them.
+
+    ``found`` is (the new states, which of the seven inputs are there as bits, what the backward
+    needs: these inputs, hs, saved).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, *inputs: Any) -> Any:
+        states, ctx.present, kept = inputs[-1]
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None = None) -> tuple[Any, ...]:
+        needed, kept = ctx.needs_input_grad, ctx.saved_tensors
+        if dh is None and dc is None:
+            return (None,) * len(needed)
+        if torch.is_grad_enabled():  # create_graph=True
+            return _step_grad(ctx, dh, dc, kept, _ops.layer_backward.default)
+        if calls := direct_calls(kept[0]):
+            found: tuple[Any, ...] | None = calls.step_backward(
+                ctx.cell, dh, dc, ctx.present, kept, needed
+            )
+            if found is not None:
+                return found
+        return _step_grad(ctx, dh, dc, kept, _plain_layer_backward)
+
+
+def _step_grad(
+    ctx: Any,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    kept: tuple[Tensor, ...],
+    backward: Callable[..., tuple[Tensor, ...]],
+) -> tuple[Any, ...]:
+    """The gradients of a step by the operator, for which it is a sequence."""
+    needed = ctx.needs_input_grad[1:-1]
+    *there, hs, saved = kept
+    rest = iter(there)
+    inputs = [next(rest) if ctx.present >> i & 1 else None for i in range(len(needed))]
+    layered = [None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (dh, dc, *inputs[:3])]
+    weights = (*inputs[3:], *(None,) * (3 + _N_WEIGHTS - len(inputs)))
+    needs = sum(1 << i for i, need in enumerate(needed) if need)
+    grads = backward(ctx.cell, None, *layered, *weights, None, hs, saved, needs, False)
+    return (
+        None,
+        *(
+            g.reshape(t.shape) if need and t is not None else None
+            for g, t, need in zip(grads, inputs, needed, strict=False)
+        ),
+        None,
+    )
+
+
+# ``apply`` without its search for tensors that a transform has left behind: there are none among
+# those that a direct call took.
 _apply_plain = super(torch.autograd.Function, _EagerLayer).apply
+_record_step = super(torch.autograd.Function, _EagerStep).apply
 
 
 def _layer_recomputed(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

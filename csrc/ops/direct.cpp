@@ -37,6 +37,7 @@
 #pragma weak PyEval_RestoreThread
 #pragma weak PyEval_SaveThread
 #pragma weak PyLong_AsLongLong
+#pragma weak PyLong_FromLongLong
 #pragma weak PyModule_Create2
 #pragma weak PyObject_CallFunctionObjArgs
 #pragma weak PyList_GetItem
@@ -63,6 +64,7 @@ namespace frnn {
 namespace {
 
 struct Unusual {};  // thrown where the operator has to take over
+struct Raised {};   // thrown where Python's error is for the caller
 
 // A function of torch without arguments. Of one that is C alone, Python has no part in the call, which
 // then takes half as long.
@@ -96,6 +98,7 @@ Question is_this_negative;                               // is_neg of some tenso
 PyObject *module_type, *module_call, *module_call_impl;  // torch.nn.Module, and what it came with
 PyObject* global_hooks;                                  // those of all modules: a tuple of dicts
 PyObject* forward_mode;                                  // the dict of torch.autograd.forward_ad
+PyObject* record_step;                                   // ops.py: makes a step differentiable
 Question watchers[8];
 Py_ssize_t watcher_count = 0;
 
@@ -127,6 +130,23 @@ struct Names {
 const Names& names() {
   static const Names found;
   return found;
+}
+
+// An object of Python that is ours, or null.
+struct Owned {
+  explicit Owned(PyObject* object) : object(object) {}
+  ~Owned() { Py_DecRef(object); }
+  Owned(const Owned&) = delete;
+  static PyObject* Another(PyObject* object) {
+    Py_IncRef(object);
+    return object;
+  }
+  PyObject* const object;
+};
+
+bool Has(PyObject* object, PyObject* name, PyObject* value) {
+  const Owned found(PyObject_GetAttr(object, name));
+  return found.object == value;
 }
 
 // A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
@@ -322,14 +342,17 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
+MaybeBorrowed BorrowedOrNone(PyObject* object) {
+  return object == Py_None ? MaybeBorrowed() : Borrowed(object);
+}
+
 struct Hidden {
   MaybeBorrowed h, c;
 };
 
 // As users write hidden states: h, a pair (h, c), or None.
 Hidden HiddenState(PyObject* object) {
-  if (object == Py_None) return {};
-  if (Py_TYPE(object) != &PyTuple_Type) return {Borrowed(object), {}};
+  if (Py_TYPE(object) != &PyTuple_Type) return {BorrowedOrNone(object), {}};
   if (PyTuple_Size(object) != 2) throw Unusual();
   return {Borrowed(PyTuple_GetItem(object, 0)), Borrowed(PyTuple_GetItem(object, 1))};
 }
@@ -358,9 +381,7 @@ class Kept {
   }
   const std::vector<PyObject*>& objects() const { return objects_; }
   int64_t size() const { return int64_t(objects_.size()); }
-  MaybeBorrowed Tensor(int64_t i) const {
-    return objects_[i] == Py_None ? MaybeBorrowed() : Borrowed(objects_[i]);
-  }
+  MaybeBorrowed Tensor(int64_t i) const { return BorrowedOrNone(objects_[i]); }
 
  private:
   std::vector<PyObject*> objects_;
@@ -388,10 +409,7 @@ class Reader {
   Reader(PyObject* const* arguments, Py_ssize_t n) : next_(arguments), end_(arguments + n) {}
   PyObject* Object() { return Next(); }
   const char* Text() { return TextOf(Next()); }
-  MaybeBorrowed Tensor() {
-    PyObject* object = Next();
-    return object == Py_None ? MaybeBorrowed() : Borrowed(object);
-  }
+  MaybeBorrowed Tensor() { return BorrowedOrNone(Next()); }
   Borrowed Present() {
     const MaybeBorrowed t = Tensor();
     if (!t.has_value()) throw Unusual();
@@ -432,9 +450,7 @@ PyObject* MakeTuple(size_t n, const F& make) {
   return tuple;
 }
 PyObject* ToPythonOrNone(std::optional<Made>& t) {
-  if (t.has_value()) return t->ToPython();
-  Py_IncRef(Py_None);
-  return Py_None;
+  return t.has_value() ? t->ToPython() : Owned::Another(Py_None);
 }
 PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
   return MakeTuple(tensors.size(), [&](size_t i) { return ToPythonOrNone(*tensors.begin()[i]); });
@@ -449,12 +465,15 @@ bool IsWatched() {
   return false;
 }
 
-// The boundary to Python, which no exception may cross: None stands for all of them, and for null.
+// The boundary to Python, which no exception of C++ may cross: None stands for all but Raised, and for
+// null.
 template <PyObject* (*function)(Reader&)>
 PyObject* Guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
   try {
     Reader reader(arguments, n);
     if (PyObject* result = function(reader)) return result;
+  } catch (const Raised&) {
+    return nullptr;
   } catch (...) {
   }
   PyErr_Clear();
@@ -499,10 +518,9 @@ struct Outputs {
   // The states as a module returns them: h_n, or (h_n, c_n).
   PyObject* HiddenState() { return c_n.has_value() ? ToTuple({&h_n, &c_n}) : h_n->ToPython(); }
 };
-enum Wanted {
-  kStates,  // of one step of one layer and direction, whose y is h_n
-  kAll,
-  kSaved,  // all, and hs and saved, of one layer
+struct Wanted {
+  bool y;      // false: of one step of one layer and direction, whose y is h_n
+  bool saved;  // hs and saved, of one layer
 };
 
 // Whether the layers take some microseconds, by the products they need.
@@ -546,14 +564,14 @@ Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0, co
       if (!y.has_value()) y.emplace(call.YShape(), dtype);
       p.y = y->data();
       x = Borrowed(y->data(), dtype, call.YShape());
-    } else if (wanted != kStates) {
+    } else if (wanted.y) {
       outputs.y.emplace(call.YShape(), dtype);
       p.y = outputs.y->data();
     } else {
       p.y = p.h_n;
     }
   }
-  if (wanted == kSaved) {
+  if (wanted.saved) {
     DirectCall& call = calls.front();
     outputs.hs.emplace(call.HsShape(), call.HsType());
     outputs.saved.emplace(call.SavedShape(), call.computing());
@@ -574,6 +592,9 @@ struct LayerArguments {
     for (auto& w : weights) w = arguments.Tensor();
     batch_sizes = arguments.Tensor();
   }
+  LayerArguments(const Borrowed& x, const MaybeBorrowed& h0, const MaybeBorrowed& c0)
+      : x(x), h0(h0), c0(c0) {}
+
   Borrowed x;
   MaybeBorrowed h0, c0;
   Weights weights;
@@ -585,7 +606,7 @@ PyObject* LayerInfer(Reader& arguments) {
   const char* cell = arguments.Text();
   const LayerArguments a(arguments);
   arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, kAll);
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, {true, false});
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
 }
 
@@ -594,26 +615,22 @@ PyObject* Layer(Reader& arguments) {
   const char* cell = arguments.Text();
   const LayerArguments a(arguments);
   arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, kSaved);
+  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, {true, true});
   return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n, &outputs.hs, &outputs.saved});
 }
 
-// (cell, dy, dh_n, dc_n, x, h0, c0, ten weights, batch_sizes, hs, saved, needs) -> 13 gradients,
-// None where they are not wanted.
-PyObject* LayerBackward(Reader& arguments) {
-  const char* cell = arguments.Text();
-  const MaybeBorrowed dy = arguments.Tensor(), dh_n = arguments.Tensor(), dc_n = arguments.Tensor();
-  const LayerArguments a(arguments);
-  const Borrowed hs = arguments.Present();
-  const Borrowed saved = arguments.MaybeEmpty();  // some cells save nothing
-  const int64_t needs = arguments.Integer();
-  arguments.End();
+// The gradients of the operator's arguments, as far as they are wanted.
+using Gradients = std::array<std::optional<Made>, kGradients>;
+
+Gradients RunBackward(const char* cell, const MaybeBorrowed& dy, const MaybeBorrowed& dh_n,
+                      const MaybeBorrowed& dc_n, const LayerArguments& a, const Borrowed& hs,
+                      const Borrowed& saved, int64_t needs) {
   if (!a.h0.has_value()) throw Unusual();
   DirectCall call(cell, a.x, *a.h0, a.c0, a.weights, a.batch_sizes);
   call.TakeGradients(dy, dh_n, dc_n, hs, saved);
   if (call.SkipsRowsOf(a.x)) throw Unusual();
   const auto slots = call.GradientSlots();
-  std::array<std::optional<Made>, kGradients> gradients;
+  Gradients gradients;
   for (int i = 0; i < kGradients; i++) {
     const MaybeBorrowed like = i == 0 ? a.x : i == 1 ? a.h0 : i == 2 ? a.c0 : a.weights[i - 3];
     if (like.has_value() && (needs >> i & 1)) {
@@ -627,6 +644,20 @@ PyObject* LayerBackward(Reader& arguments) {
     const WithoutGil released;
     call.kernels.layer_bwd(call.p);
   }
+  return gradients;
+}
+
+// (cell, dy, dh_n, dc_n, x, h0, c0, ten weights, batch_sizes, hs, saved, needs) -> 13 gradients,
+// None where they are not wanted.
+PyObject* LayerBackward(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const MaybeBorrowed dy = arguments.Tensor(), dh_n = arguments.Tensor(), dc_n = arguments.Tensor();
+  const LayerArguments a(arguments);
+  const Borrowed hs = arguments.Present();
+  const Borrowed saved = arguments.MaybeEmpty();  // some cells save nothing
+  const int64_t needs = arguments.Integer();
+  arguments.End();
+  Gradients gradients = RunBackward(cell, dy, dh_n, dc_n, a, hs, saved, needs);
   return MakeTuple(kGradients, [&](size_t i) { return ToPythonOrNone(gradients[i]); });
 }
 
@@ -648,33 +679,132 @@ struct Stack {
         to[j == per_run - 1 && j % 2 == 0 ? kWeights - 1 : j] = flat.Tensor(i * per_run + j);
     }
     if (batch_first) x.SwapLeading();
-    Outputs outputs = frnn::Run(cell, x, hx.h, hx.c, weights.data(), layers, std::nullopt, kAll);
+    Outputs outputs =
+        frnn::Run(cell, x, hx.h, hx.c, weights.data(), layers, std::nullopt, {true, false});
     if (batch_first) outputs.y->SwapLeading();
     return MakeTuple(
         2, [&](size_t i) { return i == 0 ? outputs.y->ToPython() : outputs.HiddenState(); });
   }
 };
 
-// A step of a cell, its four weights in the schemas' order, to hx. x and the states are [B, features],
-// or [features] alone.
-PyObject* RunStep(const char* cell, Borrowed x, Hidden hx, const Kept& four) {
-  auto& [h, c] = hx;
+// ---- one step of a cell ----
+
+// What a step reads, in the order of the schemas: x, h, c, w_ih, w_hh, b_ih, b_hh. x and the states are
+// [B, features], or [features] alone.
+constexpr int kStepInputs = 7;
+
+struct Step {
+  explicit Step(const std::array<MaybeBorrowed, kStepInputs>& inputs)
+      : added(inputs[0].has_value() ? 3 - int(inputs[0]->dim()) : 0),
+        layer(Layered(inputs[0]).value(), Layered(inputs[1]), Layered(inputs[2])) {
+    std::copy(inputs.begin() + 3, inputs.end(), layer.weights.begin());
+  }
+  // With the dimensions that a layer has beside those of a step, which come back out of Made.
+  MaybeBorrowed Layered(MaybeBorrowed t) const {
+    if (added != 1 && added != 2) throw Unusual();
+    for (int i = 0; i < added && t.has_value(); i++) t = t->Unsqueezed();
+    return t;
+  }
+  void Squeeze(std::optional<Made>& t) const {
+    for (int i = 0; i < added && t.has_value(); i++) t->Squeeze();
+  }
+
+  const int added;
+  LayerArguments layer;
+};
+
+// Of tensors, tuples of them, and None.
+bool WantsGrad(PyObject* object) {
+  if (object == Py_None) return false;
+  if (Py_TYPE(object) != &PyTuple_Type) return !Has(object, names().requires_grad, Py_False);
+  for (Py_ssize_t i = 0, n = PyTuple_Size(object); i < n; i++)
+    if (WantsGrad(PyTuple_GetItem(object, i))) return true;
+  return false;
+}
+bool WantsGrad(const Kept& weights, PyObject* x, PyObject* hx) {
+  if (!aoti_torch_grad_mode_is_enabled()) return false;
+  for (PyObject* weight : weights.objects())
+    if (WantsGrad(weight)) return true;
+  return WantsGrad(x) || WantsGrad(hx);
+}
+
+// To hx, which is differentiable if that is `wanted`. Of the results autograd then takes what the
+// backward reads, without those that are missing: (cell, the inputs, (hx, the inputs that are there as
+// bits, tensors)) -> hx.
+PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Kept& four, bool wanted) {
   if (four.size() != 4) throw Unusual();
-  Weights weights;
-  for (int i = 0; i < 4; i++) weights[i] = four.Tensor(i);
-  const int added = 3 - int(x.dim());
-  if (added != 1 && added != 2) throw Unusual();
-  for (int i = 0; i < added; i++) {
-    x = x.Unsqueezed();
-    if (h.has_value()) h = h->Unsqueezed();
-    if (c.has_value()) c = c->Unsqueezed();
+  const bool pair = Py_TYPE(hx) == &PyTuple_Type;
+  auto [h, c] = HiddenState(hx);
+  const Step step(
+      {Borrowed(x), h, c, four.Tensor(0), four.Tensor(1), four.Tensor(2), four.Tensor(3)});
+  const LayerArguments& a = step.layer;
+  if (wanted && !h.has_value()) throw Unusual();
+  Outputs outputs =
+      Run(TextOf(cell), a.x, a.h0, a.c0, &a.weights, 1, std::nullopt, {false, wanted});
+  step.Squeeze(outputs.h_n);
+  step.Squeeze(outputs.c_n);
+  if (!wanted) return outputs.HiddenState();
+
+  const auto& w = four.objects();
+  PyObject* const inputs[kStepInputs] = {x,
+                                         pair ? PyTuple_GetItem(hx, 0) : hx,
+                                         pair ? PyTuple_GetItem(hx, 1) : Py_None,
+                                         w[0],
+                                         w[1],
+                                         w[2],
+                                         w[3]};
+  std::vector<PyObject*> there;
+  int64_t bits = 0;
+  for (int i = 0; i < kStepInputs; i++)
+    if (inputs[i] != Py_None) {
+      there.push_back(inputs[i]);
+      bits |= int64_t(1) << i;
+    }
+  const Owned found(MakeTuple(3, [&](size_t i) {
+    if (i == 0) return outputs.HiddenState();
+    if (i == 1) return PyLong_FromLongLong(bits);
+    return MakeTuple(there.size() + 2, [&](size_t j) {
+      if (j < there.size()) return Owned::Another(there[j]);
+      return (j == there.size() ? outputs.hs : outputs.saved)->ToPython();
+    });
+  }));
+  PyObject* result =
+      PyObject_CallFunctionObjArgs(record_step, cell, inputs[0], inputs[1], inputs[2], inputs[3],
+                                   inputs[4], inputs[5], inputs[6], found.object, nullptr);
+  if (result == nullptr) throw Raised();
+  return result;
+}
+
+// (cell, dh, dc, bits and tensors as autograd got them, of which inputs of record_step a gradient is
+// wanted) -> the gradients of its inputs
+PyObject* StepBackward(Reader& arguments) {
+  const char* cell = arguments.Text();
+  const MaybeBorrowed dh = arguments.Tensor(), dc = arguments.Tensor();
+  const int64_t bits = arguments.Integer();
+  PyObject *tensors = arguments.Object(), *wanted = arguments.Object();
+  arguments.End();
+  if (PyTuple_Size(wanted) <= kStepInputs) throw Unusual();
+  Py_ssize_t at = 0;
+  const auto next = [&](bool may_be_empty) {
+    PyObject* object = PyTuple_GetItem(tensors, at++);
+    if (object == nullptr) throw Unusual();
+    return Borrowed(object, may_be_empty);
+  };
+  std::array<MaybeBorrowed, kStepInputs> inputs;
+  int64_t needs = 0;
+  for (int i = 0; i < kStepInputs; i++) {
+    if (bits >> i & 1) inputs[i] = next(false);
+    needs |= int64_t(PyTuple_GetItem(wanted, 1 + i) == Py_True) << i;
   }
-  Outputs outputs = Run(cell, x, h, c, &weights, 1, std::nullopt, kStates);
-  for (int i = 0; i < added; i++) {
-    outputs.h_n->Squeeze();
-    if (outputs.c_n.has_value()) outputs.c_n->Squeeze();
-  }
-  return outputs.HiddenState();
+  const Borrowed hs = next(false), saved = next(true);
+  const Step step(inputs);
+  Gradients gradients = RunBackward(cell, std::nullopt, step.Layered(dh), step.Layered(dc),
+                                    step.layer, hs, saved, needs);
+  for (int i = 0; i < 3; i++) step.Squeeze(gradients[i]);
+  const size_t n = size_t(PyTuple_Size(wanted));
+  return MakeTuple(n, [&](size_t i) {
+    return i >= 1 && i <= kStepInputs ? ToPythonOrNone(gradients[i - 1]) : Owned::Another(Py_None);
+  });
 }
 
 // (cell, x, hx, parameters, names, layers, directions, has_biases, batch_first) -> (y, hx). hx is h,
@@ -695,14 +825,12 @@ PyObject* StackInfer(Reader& arguments) {
 }
 
 // (cell, x, hx, parameters, names) -> hx
-PyObject* Step(Reader& arguments) {
-  const char* cell = arguments.Text();
-  const Borrowed x = arguments.Present();
-  const Hidden hx = arguments.HiddenState();
+PyObject* OneStep(Reader& arguments) {
+  PyObject *cell = arguments.Object(), *x = arguments.Object(), *hx = arguments.Object();
   Kept named;
   arguments.Named(named);
   arguments.End();
-  return RunStep(cell, x, hx, named);
+  return RunStep(cell, x, hx, named, WantsGrad(named, x, hx));
 }
 
 // ---- calls of modules ----
@@ -727,12 +855,6 @@ class Attributes {
   PyObject* dict_;
 };
 
-bool Has(PyObject* object, PyObject* name, PyObject* value) {
-  PyObject* found = PyObject_GetAttr(object, name);
-  Py_DecRef(found);
-  return found == value;
-}
-
 // Whether torch.nn.Module.__call__ would do nothing but call the usual forward: no hooks, and nothing
 // that it goes through replaced, of the module or of its class.
 bool IsPlain(PyObject* module, const Attributes& own) {
@@ -748,15 +870,6 @@ bool IsPlain(PyObject* module, const Attributes& own) {
   return usual != nullptr && Has(type, names().forward, usual) &&
          Has(type, names().call_impl, module_call_impl) &&
          Has(module_type, names().call, module_call);
-}
-
-// Of tensors, tuples of them, and None.
-bool WantsGrad(PyObject* object) {
-  if (object == Py_None) return false;
-  if (Py_TYPE(object) != &PyTuple_Type) return !Has(object, names().requires_grad, Py_False);
-  for (Py_ssize_t i = 0, n = PyTuple_Size(object); i < n; i++)
-    if (WantsGrad(PyTuple_GetItem(object, i))) return true;
-  return false;
 }
 
 // (module, the arguments of its call, those by name, cell) -> what the call returns. For a stack of
@@ -784,13 +897,10 @@ PyObject* Called(Reader& arguments) {
   } else {
     weights.AddNamed(parameters, own.Get(names().weight_names));
   }
-  if (aoti_torch_grad_mode_is_enabled()) {
-    for (PyObject* weight : weights.objects())
-      if (WantsGrad(weight)) return nullptr;
-    if (WantsGrad(input) || WantsGrad(hx)) return nullptr;
-  }
+  const bool wants_grad = WantsGrad(weights, input, hx);
+  if (wants_grad && !one_step) return nullptr;
   if (!IsPlain(module, own) || IsWatched()) return nullptr;
-  if (one_step) return RunStep(TextOf(cell), Borrowed(input), HiddenState(hx), weights);
+  if (one_step) return RunStep(cell, input, hx, weights, wants_grad);
 
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;
   Stack stack;
@@ -815,8 +925,8 @@ PyObject* Setup(Reader& arguments) {
     Py_IncRef(object);
     return object;
   };
-  for (PyObject** field : {&tensor_type, &parameter_type, &is_negative, &module_type, &module_call,
-                           &module_call_impl, &global_hooks, &forward_mode})
+  for (PyObject** field : {&tensor_type, &parameter_type, &is_negative, &record_step, &module_type,
+                           &module_call, &module_call_impl, &global_hooks, &forward_mode})
     *field = keep(arguments.Object());
   is_this_negative = Question(keep(arguments.Object()));
   PyObject* all = arguments.Object();
@@ -845,7 +955,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
       {"layer_backward", AsMethod(Guarded<Unwatched<LayerBackward>>), METH_FASTCALL, nullptr},
       {"layer_infer", AsMethod(Guarded<Unwatched<LayerInfer>>), METH_FASTCALL, nullptr},
       {"stack_infer", AsMethod(Guarded<Unwatched<StackInfer>>), METH_FASTCALL, nullptr},
-      {"step", AsMethod(Guarded<Unwatched<Step>>), METH_FASTCALL, nullptr},
+      {"step", AsMethod(Guarded<Unwatched<OneStep>>), METH_FASTCALL, nullptr},
+      {"step_backward", AsMethod(Guarded<Unwatched<StepBackward>>), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {
