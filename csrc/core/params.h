@@ -97,6 +97,12 @@ struct CellFacts {
   const char* const* param_names;
 
   int tensors() const { return DirectionWeights::kNamed + params; }
+  // Bits of the tensors that a layer has.
+  int64_t Present(bool biases, bool projection) const {
+    return 1 | int64_t(gates_h > 0) << 1 | int64_t(biases) << 2 |
+           int64_t(biases && gates_h > 0) << 3 | int64_t(projection) << 4 |
+           ((int64_t(1) << params) - 1) << DirectionWeights::kNamed;
+  }
   const char* TensorName(int i) const {
     constexpr const char* kNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
     return i < DirectionWeights::kNamed ? kNames[i] : param_names[i - DirectionWeights::kNamed];

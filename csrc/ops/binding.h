@@ -259,9 +259,12 @@ struct Call {
     return arguments.Take("masks", masks, {between, p.T, p.B, width});
   }
   // What the forward left to the backward. Without a tape, which is empty then, layers run again.
-  void TakeForward(const T& between, const T& hs, const T& saved) {
+  void TakeForward(const Optional& between, const T& hs, const T& saved) {
     stack.keeps_between = true;
-    stack.between = Left("between", between, BetweenShape(), arguments.dtype());
+    if (stack.layers > 1) {
+      FRNN_CHECK(between.has_value(), "between: not what the forward returned");
+      stack.between = Left("between", *between, BetweenShape(), arguments.dtype());
+    }
     if (hs.dim() > 1)
       PutTape(Left("hs", hs, HsShape(stack.layers), HsType()),
               Left("saved", saved, SavedShape(stack.layers), computing()), true);
@@ -553,7 +556,7 @@ struct Operators {
 };
 
 template <class Device>
-bool FindFacts(const char* cell, frnn_cell_t* facts) {
+bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const auto* found = Device::Find(cell, Storage::kFloat);
   if (found == nullptr) return false;
   *facts = {found->gates_x, found->gates_h, found->extra_states, found->tape};
@@ -578,7 +581,8 @@ const char* FindTensor(const char* cell, int i) {
   }                                                                                             \
   extern "C" {                                                                                  \
   /* Writes what is known of a cell; false if it is unknown. */                                 \
-  __attribute__((visibility("default"))) bool frnn_cell(const char* cell, frnn_cell_t* facts) { \
+  __attribute__((visibility("default"))) bool frnn_cell(const char* cell,                       \
+                                                        frnn::frnn_cell_t* facts) {             \
     return frnn::FindFacts<Device>(cell, facts);                                                \
   }                                                                                             \
   /* Name i of the tensors of a cell, null behind the last one. */                              \
@@ -586,7 +590,7 @@ const char* FindTensor(const char* cell, int i) {
     return frnn::FindTensor<Device>(cell, i);                                                   \
   }                                                                                             \
   /* The shape of a tape, see Call. */                                                          \
-  __attribute__((visibility("default"))) frnn_tape_t frnn_tape(int64_t H, int64_t Hout) {       \
+  __attribute__((visibility("default"))) frnn::frnn_tape_t frnn_tape(int64_t H, int64_t Hout) { \
     return {Device::SavedUnits(H), Device::HsStride(H, Hout), Device::kSavedLead,               \
             Device::kHsInStorageType};                                                          \
   }                                                                                             \
