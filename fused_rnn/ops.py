@@ -35,7 +35,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # saved are the tape, whose layout is the engine's own.
 _INPUTS = (
     "str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? masks, "
-    "Tensor? batch_sizes, int layers, int directions, int present, bool allow_tf32=False"
+    "Tensor? batch_sizes, int layers, int directions, int present, bool allow_tf32"
 )
 _SCHEMAS = {
     "recurrent_infer": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
@@ -449,6 +449,8 @@ def _gradients(
     """The gradients of x, h0, c0 and the weights, None where they are not ``needed``."""
     if all(g is None for g in grads):
         return [None] * len(needed)
+    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        return _gradients_of_batch(call, saved, grads, needed, backward)
     x, h0, c0, masks, batch_sizes, between, hs, tape, weights = saved
     empty = x.new_empty(0)
     kept = (empty if t is None else t for t in (between, hs, tape))
@@ -456,6 +458,35 @@ def _gradients(
     inputs = _inputs(call, x, h0, c0, masks, batch_sizes, weights)
     *first, dw = backward(*grads, *kept, needs, *inputs)
     return [g if need else None for g, need in zip((*first, *dw), needed, strict=True)]
+
+
+def _gradients_of_batch(
+    call: Call,
+    saved: _Saved,
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    backward: Callable[..., Any],
+) -> list[Tensor | None]:
+    """``_gradients`` one by one, for the vmap of ``torch.autograd.grad(is_grads_batched=True)``,
+    whose own loop knows no operator that takes a list of tensors."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    rows = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    count = max(r.shape[0] for r in rows if r is not None)
+    parts = [
+        _gradients(
+            call,
+            saved,
+            [None if r is None else r[i if r.shape[0] > 1 else 0] for r in rows],
+            needed,
+            backward,
+        )
+        for i in range(count)
+    ]
+    return [
+        None if same[0] is None else torch._add_batch_dim(torch.stack(same), 0, level)
+        for same in zip(*parts, strict=True)
+    ]
 
 
 class _EagerRecurrent(torch.autograd.Function):
