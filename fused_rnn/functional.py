@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import _VF, Tensor, is_grad_enabled
+from torch import _VF, Tensor
 
 from . import ops, reference
-from .reference import CELLS, Weights
+from .reference import BIASES, CELLS, PROJECTION, present_bits
+
+__all__ = ["called_directly", "present_bits", "recurrent", "recurrent_directly", "step"]
 
 _TORCH_STACK: dict[str, Any] = {
     "rnn_tanh": _VF.rnn_tanh,
@@ -52,9 +54,9 @@ def _wants_torch_operator(x: Tensor) -> bool:
     return exporting or torch.jit.is_tracing()
 
 
-def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-    """``ops`` or ``reference``: both have ``layer`` and ``layer_recomputed``."""
-    if not ops.transformed() and ops.supports(cell, [x, *states, *weights]):
+def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+    """``ops`` or ``reference``: both have ``recurrent``."""
+    if not ops.transformed() and ops.supports([x, *states, *weights]):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
     for kind, operands in (("hidden", states), ("parameter", weights)):
@@ -94,7 +96,13 @@ def _autocast_dtype(
 
 
 def _autocast_results(
-    cell: str, low: torch.dtype, h: Tensor, c: Tensor | None, *, projected: bool, fused: bool
+    cell: str,
+    low: torch.dtype,
+    x: Tensor,
+    states: Sequence[Tensor],
+    *,
+    projected: bool,
+    fused: bool,
 ) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of h and c that torch.nn returns under autocast to ``low``.
 
@@ -102,14 +110,15 @@ def _autocast_results(
     own dtype, and a projection is one more product. ``fused``: torch.nn hands an LSTM without
     projection to oneDNN, which stays in ``low``. On CUDA everything is cast first.
     """
-    if h.is_cuda:
+    if x.is_cuda:
         return low, low
-    if c is None:
-        h_dtype = torch.promote_types(low, h.dtype) if CELLS[cell].mixes_h else low
+    mixed = torch.promote_types(low, states[-1].dtype if states else x.dtype)
+    if len(CELLS[cell].states) == 1:
+        h_dtype = mixed if CELLS[cell].mixes_h else low
         return h_dtype, h_dtype
     if fused and not projected:
         return low, low
-    c_dtype = torch.promote_types(low, c.dtype)
+    c_dtype = mixed
     return low if projected else c_dtype, c_dtype
 
 
@@ -131,10 +140,10 @@ def recurrent_directly(
     names: list[str],
     num_layers: int,
     bidirectional: bool,
-    has_biases: bool,
+    present: int,
     batch_first: bool,
 ) -> Any:
-    """``recurrent`` without dropout, to (y, hx); or None.
+    """``recurrent`` without dropout and gradients, to (y, hx); or None.
 
     hx is h, or a pair (h, c), and comes back in that form; None is zeros. The weights are those
     parameters that ``names`` says. If ``batch_first``, x and y have that layout.
@@ -142,19 +151,12 @@ def recurrent_directly(
     calls = ops.direct_calls(x)
     if not calls:
         return None
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    if ops.wants_grad((*(parameters.get(name) for name in names), x, *states)):
+        return None
     directions = 2 if bidirectional else 1
-    if is_grad_enabled():
-        h0, c0 = _halves(hx)
-        weights: list[Any] = [parameters[name] for name in names if name in parameters]
-        if ops.wants_grad((*weights, x, h0, c0)):
-            if h0 is None or batch_first or num_layers > 1 or x.dim() != 3:
-                return None
-            if len(weights) < len(names):
-                return None
-            found = ops.layer_directly(cell, x, h0, c0, _runs(weights, directions, has_biases))
-            return found and (found[0], _joined(found[1], found[2]))
-    return calls.stack_infer(
-        cell, x, hx, parameters, names, num_layers, directions, has_biases, batch_first
+    return calls.infer_stack(
+        cell, x, hx, parameters, names, num_layers, directions, present, batch_first
     )
 
 
@@ -166,31 +168,19 @@ def step_directly(
     return calls.step(cell, x, hx, parameters, names) if calls else None
 
 
-def _halves(hx: Any) -> tuple[Tensor | None, Tensor | None]:
-    """h and c of hx; neither of what is unusual, which no direct call takes."""
-    if isinstance(hx, Tensor):
-        return hx, None
-    usual = type(hx) is tuple and len(hx) == 2 and all(isinstance(t, Tensor) for t in hx)
-    return hx if usual else (None, None)
-
-
-def _joined(h: Tensor, c: Tensor | None) -> Any:
-    return h if c is None else (h, c)
-
-
 # --- A stack of layers ---------------------------------------------------------------------------
 
 
 def recurrent(
     cell: str,
     x: Tensor,
-    h0: Tensor,
+    h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
     *,
     num_layers: int,
     bidirectional: bool,
-    has_biases: bool,
+    present: int,
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
@@ -201,10 +191,10 @@ def recurrent(
     Args:
         cell: one of ``reference.CELLS``.
         x: [T, B, I], or the rows [R, I] of a PackedSequence with its ``batch_sizes``.
-        h0: [L*D, B, P], layer-major.
-        c0: [L*D, B, C], or None for a cell without elementwise states.
-        weights: flat, in the order of torch.nn: for each layer and direction weight_ih, weight_hh,
-            with ``has_biases`` bias_ih and bias_hh, and weight_hr where h is projected.
+        h0: [L*D, B, P], layer-major; None for zeros.
+        c0: [L*D, B, C]; None for zeros, and for a cell without states beside h.
+        weights: flat: for each layer and direction the tensors of the cell, in their order.
+        present: which of these there are, see ``present_bits``.
         dropout: probability of zeroing an output of any layer but the last, while ``training``.
         recompute: keep no more for the backward than the inputs of each layer, which runs again
             there. Torch's operators and transforms do not know it, and keep what they keep.
@@ -212,43 +202,51 @@ def recurrent(
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0.
     """
-    if _wants_torch_operator(x):
-        # cuDNN refuses states with strides of their own.
-        hx = h0.contiguous() if c0 is None else (h0.contiguous(), c0.contiguous())
-        config = (has_biases, num_layers, dropout, training, bool(bidirectional))
-        if batch_sizes is None:
-            result = _TORCH_STACK[cell](x, hx, list(weights), *config, False)
-        else:
-            result = _TORCH_STACK[cell](x, batch_sizes, hx, list(weights), *config)
-        return result if c0 is not None else (*result, None)
-
+    directions = 2 if bidirectional else 1
+    if len(weights) != num_layers * directions * present.bit_count():
+        raise RuntimeError(
+            f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
+            "at every call"
+        )
+    if _wants_torch_operator(x) and cell in _TORCH_STACK:
+        return _by_torch(
+            cell,
+            x,
+            h0,
+            c0,
+            weights,
+            num_layers,
+            bidirectional,
+            present,
+            dropout,
+            training,
+            batch_sizes,
+        )
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    states = [s for s in (h0, c0) if s is not None]
+    shape = (num_layers, directions, present)
     if not training:
         dropout = 0.0
-    directions = 2 if bidirectional else 1
-    shape = (num_layers, directions, has_biases)
-    states = (h0,) if c0 is None else (h0, c0)
     low = _autocast_dtype(x, states, weights)
     if low is None:
-        return _stack(cell, x, states, weights, shape, dropout, batch_sizes, recompute)
+        return _run(cell, x, h0, c0, weights, shape, dropout, batch_sizes, recompute)
 
-    # Weights come in pairs, but for weight_hr.
-    projected = len(weights) // (num_layers * directions) % 2 == 1
     h_dtype, c_dtype = _autocast_results(
         cell,
         low,
-        h0,
-        c0,
-        projected=projected,
+        x,
+        states,
+        projected=bool(present & PROJECTION),
         fused=batch_sizes is None and ops.onednn_takes(x.dtype),
     )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
     with torch.autocast(x.device.type, enabled=False):
-        y, h_n, c_n = _stack(
+        y, h_n, c_n = _run(
             cell,
             x.to(wide),
-            [s.to(wide) for s in states],
+            None if h0 is None else h0.to(wide),
+            None if c0 is None else c0.to(wide),
             [w.to(wide) for w in weights],
             shape,
             dropout,
@@ -258,57 +256,54 @@ def recurrent(
         return y.to(h_dtype), h_n.to(h_dtype), None if c_n is None else c_n.to(c_dtype)
 
 
-def _stack(
+def _run(
     cell: str,
     x: Tensor,
-    states: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
     weights: Sequence[Tensor],
-    shape: tuple[int, int, bool],
+    shape: tuple[int, int, int],
     dropout: float,
     batch_sizes: Tensor | None,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, has_biases)."""
-    engine = _engine(cell, x, states, weights)
-    run_layer = engine.layer_recomputed if recompute and not ops.transformed() else engine.layer
-    layers, directions, has_biases = shape
-    runs = _runs(weights, layers * directions, has_biases)
-    if layers == 1:
-        return run_layer(
-            cell, x, states[0], states[1] if len(states) > 1 else None, runs, batch_sizes
-        )
-
-    h0s = states[0].split(directions)
-    c0s = states[1].split(directions) if len(states) > 1 else [None] * layers
-    h_n, c_n = [], []
-    for i in range(layers):
-        if i > 0 and dropout > 0:
-            x = F.dropout(x, dropout, training=True)
-        x, h, c = run_layer(
-            cell, x, h0s[i], c0s[i], runs[i * directions : (i + 1) * directions], batch_sizes
-        )
-        h_n.append(h)
-        c_n.append(c)
-    return x, torch.cat(h_n), torch.cat(c_n) if len(states) > 1 else None
+    """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, present)."""
+    engine = _engine(x, [s for s in (h0, c0) if s is not None], weights)
+    layers, directions, _ = shape
+    masks = None
+    if dropout > 0 and layers > 1:  # torch.nn's numbers: layer by layer, in its shape
+        ones = x.new_ones((*x.shape[:-1], directions * weights[1].shape[1]))
+        masks = torch.stack([F.dropout(ones, dropout, training=True) for _ in range(layers - 1)])
+    found: tuple[Tensor, Tensor, Tensor | None] = engine.recurrent(
+        cell, x, h0, c0, weights, masks, batch_sizes, *shape, recompute and not ops.transformed()
+    )
+    return found
 
 
-def _runs(weights: Sequence[Tensor], runs: int, has_biases: bool) -> list[Weights]:
-    """The weights of each layer and direction by themselves."""
-    per_run, over = divmod(len(weights), runs)
-    if over or per_run - 2 * has_biases not in (2, 3):
-        raise RuntimeError(
-            f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
-            "at every call"
-        )
-    return [_named(weights[i : i + per_run], has_biases) for i in range(0, len(weights), per_run)]
-
-
-def _named(weights: Sequence[Tensor], has_biases: bool) -> Weights:
-    """Name the weights of one run, with None for those that are not there."""
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if has_biases else (None, None)
-    w_hr = rest[-1] if len(rest) % 2 == 1 else None
-    return w_ih, w_hh, b_ih, b_hh, w_hr
+def _by_torch(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    present: int,
+    dropout: float,
+    training: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``recurrent`` by torch's own operator."""
+    h0, c0 = reference.initial_states(cell, x, h0, c0, weights, batch_sizes, present)
+    # cuDNN refuses states with strides of their own.
+    hx = h0.contiguous() if c0 is None else (h0.contiguous(), c0.contiguous())
+    has_biases = bool(present & BIASES)
+    config = (has_biases, num_layers, dropout, training, bool(bidirectional))
+    if batch_sizes is None:
+        result = _TORCH_STACK[cell](x, hx, list(weights), *config, False)
+    else:
+        result = _TORCH_STACK[cell](x, batch_sizes, hx, list(weights), *config)
+    return result if c0 is not None else (*result, None)
 
 
 # --- One step of a cell --------------------------------------------------------------------------
@@ -331,35 +326,39 @@ def step(
         return (result, None) if c is None else result
 
     _check_step(x, states, w_ih, w_hh)
-    run = (w_ih, w_hh, b_ih, b_hh, None)  # people drop one bias of the two
-    low = _autocast_dtype(x, states, _present(run))
+    run = (w_ih, w_hh, b_ih, b_hh)  # people drop one bias of the two
+    present = sum(1 << i for i, w in enumerate(run) if w is not None)
+    weights = [w for w in run if w is not None]
+    low = _autocast_dtype(x, states, weights)
     if low is None:
-        return _step(cell, x, states, run)
-    h_dtype, c_dtype = _autocast_results(cell, low, h, c, projected=False, fused=False)
+        return _step(cell, x, states, weights, present)
+    h_dtype, c_dtype = _autocast_results(cell, low, x, states, projected=False, fused=False)
     with torch.autocast(x.device.type, enabled=False):
-        cast: Any = [None if w is None else w.to(h_dtype) for w in run]
-        h_new, c_new = _step(cell, x.to(h_dtype), [s.to(h_dtype) for s in states], tuple(cast))
+        cast = [w.to(h_dtype) for w in weights]
+        states = [s.to(h_dtype) for s in states]
+        h_new, c_new = _step(cell, x.to(h_dtype), states, cast, present)
         return h_new, None if c_new is None else c_new.to(c_dtype)
 
 
-def _present(run: Weights) -> list[Tensor]:
-    return [w for w in run if w is not None]
-
-
 def _step(
-    cell: str, x: Tensor, states: Sequence[Tensor], run: Weights
+    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], present: int
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    engine = _engine(cell, x, states, _present(run))
+    engine = _engine(x, states, weights)
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
-    h, c = states if len(states) > 1 else (states[0], None)
-    _, h_n, c_n = engine.layer(
+    h, c = (*states, None)[:2]
+    _, h_n, c_n = engine.recurrent(
         cell,
         x.unsqueeze(0),
         h.unsqueeze(0),
         None if c is None else c.unsqueeze(0),
-        [run],
+        weights,
+        None,
+        None,
+        1,
+        1,
+        present,
     )
     return _one_step(h_n), None if c_n is None else _one_step(c_n)
 

@@ -129,7 +129,7 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """nn.Module's, which takes as long as a small step and mostly finds nothing to do."""
-        found = functional.called_directly(self, args, kwargs)
+        found = functional.called_directly(self, args, kwargs, self.mode.lower())
         return super().__call__(*args, **kwargs) if found is None else found
 
     def extra_repr(self) -> str:
@@ -183,8 +183,26 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
                 f"Expected {self.input_size}, got {input.size(-1)}"
             )
 
+    def _present(self) -> int:
+        return functional.present_bits(
+            self.mode.lower(), biases=self.bias, projection=self.proj_size > 0
+        )
+
+    def _check_arguments(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+        """What torch.nn checks, for which it has states of zeros where none are given."""
+        if hx is None and self._own_hooks:
+            self.check_input(input, batch_sizes)
+            return
+        if hx is None:
+            batch = input.size(self._batch_dim()) if batch_sizes is None else batch_sizes[0]
+            hx = self._zero_hidden(input, batch)
+        self.check_forward_args(input, hx, batch_sizes)
+
+    def _batch_dim(self) -> int:
+        return 0 if self.batch_first else 1
+
     def _run(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
-        h0, c0 = self._split_hidden(hx)
+        h0, c0 = (None, None) if hx is None else self._split_hidden(hx)
         y, h_n, c_n = functional.recurrent(
             self.mode.lower(),
             x,
@@ -193,7 +211,7 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             self._weights(),
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
-            has_biases=self.bias,
+            present=self._present(),
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
@@ -213,7 +231,7 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         dim = input.dim()
         if dim not in _RANKS:
             raise ValueError(self._wrong_input.format(self.mode, dim))
-        batch_dim = 0 if self.batch_first else 1
+        batch_dim = self._batch_dim()
         if hx is not None:
             self._check_hidden_dim(hx, dim)
         if dim == 2:
@@ -221,10 +239,9 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             if hx is not None:
                 h, c = self._split_hidden(hx)
                 hx = self._join_hidden(h.unsqueeze(1), None if c is None else c.unsqueeze(1))
-        if hx is None:
-            hx = self._zero_hidden(input, input.size(batch_dim))
-        self.check_forward_args(input, hx, None)
-        hx = self.permute_hidden(hx, None)
+        self._check_arguments(input, hx, None)
+        if hx is not None:
+            hx = self.permute_hidden(hx, None)
         y, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
         if self.batch_first:
             in_place = functional.reshapes_in_place(y)
@@ -255,18 +272,15 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
             self._flat_weights_names,
             self.num_layers,
             self.bidirectional,
-            self.bias,
+            self._present(),
             self.batch_first,
         )
         return found
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         rows, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
-            hx = self._zero_hidden(rows, batch_sizes[0])
-            self.check_forward_args(rows, hx, batch_sizes)
-        else:  # in the user's order, the kernels see sequences from the longest to the shortest
-            self.check_forward_args(rows, hx, batch_sizes)
+        self._check_arguments(rows, hx, batch_sizes)
+        if hx is not None:  # in the user's order, the kernels see the longest sequences first
             hx = self.permute_hidden(hx, sorted_indices)
         y, hx = self._run(rows, hx, batch_sizes)
         packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
@@ -543,7 +557,7 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``_Recurrent.__call__``."""
-        found = functional.called_directly(self, args, kwargs, self._cell())
+        found = functional.called_directly(self, args, kwargs, self._cell(), _CELL_WEIGHTS)
         return super().__call__(*args, **kwargs) if found is None else found
 
     def _cell(self) -> str:

@@ -1,10 +1,10 @@
 """The native operators: schemas, fakes, autograd, vmap. The only file that names ``torch.ops``.
 
-``layer`` runs one layer (one or two directions) over a sequence. It has a twin without autograd
-(``layer_infer``, which saves nothing) and a backward that is an operator too, with a formula of its
-own, so that derivatives of every order exist. What the backward needs is an input or an output of
-the forward; nothing hides on ctx. A second twin (``layer_recomputed``) keeps its inputs alone, and
-its backward begins with ``layer``.
+``recurrent`` runs a stack of layers over a sequence. It has a twin that keeps nothing for a
+backward (``recurrent_infer``), one that keeps what goes into each layer alone, whose backward runs
+layers again (``recurrent_recomputed``), and a backward that is an operator too, with a formula of
+its own, so that derivatives of every order exist. What the backward needs is an input or an output
+of the forward; nothing hides on ctx.
 
 The kernels are registered by the native libraries (``csrc/ops/cpu.cpp``, ``cuda.cpp``) when
 ``build`` loads them, each at its first use.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.library
@@ -25,41 +25,54 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as nn_module
 
 from . import build, reference
-from .reference import Weights
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+Gradients = tuple[Any, ...]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WEIGHT_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
-_N_WEIGHTS = 2 * len(_WEIGHT_NAMES)
-_N_INPUTS = 3 + _N_WEIGHTS + 1  # x, h0, c0, weights, batch_sizes
 
-_WEIGHT_SCHEMA = (
-    "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-    "Tensor? w_ih_r, Tensor? w_hh_r, Tensor? b_ih_r, Tensor? b_hh_r, Tensor? w_hr_r"
+# As for ``reference.recurrent``. between [L-1, rows, D*P] is what a layer gives to the next; hs and
+# saved are the tape, whose layout is the engine's own.
+_INPUTS = (
+    "str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? masks, "
+    "Tensor? batch_sizes, int layers, int directions, int present, bool allow_tf32"
 )
-_LAYER_ARGS = f"Tensor x, Tensor h0, Tensor? c0, {_WEIGHT_SCHEMA}, Tensor? batch_sizes"
-
-# x [T, B, I] or packed rows [R, I] with batch_sizes [T]; h0 [D, B, P]; c0 [D, B, C]; weights as in
-# reference.Weights, the second five for the reversed direction. hs and saved belong to the
-# backward; their layout is the engine's own.
 _SCHEMAS = {
-    "layer": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
-    "(Tensor y, Tensor h_n, Tensor c_n, Tensor hs, Tensor saved)",
-    "layer_infer": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
-    "(Tensor y, Tensor h_n, Tensor c_n)",
-    "layer_recomputed": f"(str cell, {_LAYER_ARGS}, bool allow_tf32=False) -> "
-    "(Tensor y, Tensor h_n, Tensor c_n)",
-    # Bit i of `needs`: gradient i is wanted; the others come back empty.
-    "layer_backward": f"(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER_ARGS}, "
-    "Tensor hs, Tensor saved, int needs, bool allow_tf32=False) -> "
-    f"({', '.join(['Tensor'] * (3 + _N_WEIGHTS))})",
+    "recurrent_infer": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
+    "recurrent": f"({_INPUTS}) -> "
+    "(Tensor y, Tensor h_n, Tensor c_n, Tensor between, Tensor hs, Tensor saved)",
+    "recurrent_recomputed": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor between)",
+    # needs: which gradients are wanted, by their numbers: x, h0, c0, then the weights. The others
+    # come back empty.
+    "recurrent_backward": "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor between, Tensor hs, "
+    f"Tensor saved, int[] needs, {_INPUTS}) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw)",
 }
+_CELL_AT = {name: 7 if name == "recurrent_backward" else 0 for name in _SCHEMAS}
 
-_library = torch.library.Library("fused_rnn", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-_ops = torch.ops.fused_rnn
+
+class Call(NamedTuple):
+    """What a call is about beside its tensors."""
+
+    cell: str
+    layers: int
+    directions: int
+    present: int
+    allow_tf32: bool = False
+
+
+# A namespace is torch's to give away once. Another copy of this module in the process, as what
+# reloads programs makes, works with the operators of the first, which outlives its module here.
+_ops: Any = torch.ops.fused_rnn
+_registered = vars(_ops).get("_registered")  # the first copy's schemas and library
+if _registered is None:
+    _library = torch.library.Library("fused_rnn", "DEF")
+    for _name, _schema in _SCHEMAS.items():
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+elif _registered[0] != _SCHEMAS:
+    raise ImportError(
+        "fused_rnn: another version of it was imported in this process, and its operators stay: "
+        "start a new process"
+    )
 
 
 # ---- what the package calls ----
@@ -82,7 +95,7 @@ def _is_native(target: str) -> bool:
     return native
 
 
-def supports(cell: str, tensors: Sequence[Tensor | None]) -> bool:
+def supports(tensors: Iterable[Tensor | None]) -> bool:
     """Whether native kernels take these tensors: one floating dtype, dense, CPU, CUDA or meta.
 
     The first call for a type of device builds or loads its library.
@@ -129,6 +142,67 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def recurrent(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    layers: int,
+    directions: int,
+    present: int,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The contract of ``reference.recurrent`` on the native kernels."""
+    call = Call(cell, layers, directions, present, _allow_tf32(x))
+    train = wants_grad((x, h0, c0, *weights))
+    compiling = torch.compiler.is_compiling()
+    if train and not compiling:
+        run = _EagerRecomputed if recompute else _EagerRecurrent
+        y, h_n, c_n = run.apply(call, x, h0, c0, masks, batch_sizes, *weights)
+        return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
+    if not train and masks is None and (calls := direct_calls(x)):
+        found: tuple[Tensor, Tensor, Tensor | None] | None = calls.forward(
+            *call[:4], x, h0, c0, batch_sizes, tuple(weights), False
+        )
+        if found is not None:
+            return found
+    name = "recurrent_recomputed" if recompute else "recurrent"
+    op = getattr(_ops, name if train else "recurrent_infer").default
+    y, h_n, c_n = op(*_inputs(call, x, h0, c0, masks, batch_sizes, weights))[:3]
+    return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
+
+
+def _inputs(
+    call: Call,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Any, ...]:
+    """In the order of the schemas."""
+    cell, *rest = call
+    return (cell, x, h0, c0, list(weights), masks, batch_sizes, *rest)
+
+
+@_constant
+def _rnn_allows_tf32() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def _allow_tf32(x: Tensor) -> bool:
+    """Whether float32 products may be rounded to TF32: the setting that torch.nn obeys there."""
+    return x.is_cuda and x.dtype == torch.float32 and _rnn_allows_tf32()
+
+
 # ---- direct calls: the CPU's kernels without torch's dispatcher, which takes longer than one step
 # of a small layer. The functions (csrc/ops/direct.cpp) take plain tensors in the usual layouts and
 # return None for all else, which then goes the ordinary way: to be refused, copied, converted. ----
@@ -159,16 +233,21 @@ _MODULES = (
 
 
 def called_directly(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cell: str | None = None
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    cell: str,
+    names: list[str] | None = None,
 ) -> Any:
     """``module(*args, **kwargs)`` by a direct call, or None if it has to go all the way.
 
-    That is of a stack of layers, or of ``cell``. Without gradients it is the whole call, in which
-    nobody has a part: no hook, no mode, no method or attribute that was replaced.
+    That is of a stack of layers, or of one step, whose weights ``names`` are. Without gradients,
+    and of a step with them, it is the whole call, in which nobody has a part: no hook, no mode, no
+    method or attribute that was replaced.
     """
     if is_dynamo_compiling() or not _direct:
         return None
-    return _direct.called(module, args, kwargs, cell)
+    return _direct.called(module, args, kwargs, cell, names)
 
 
 def direct_calls(x: Tensor) -> Any:
@@ -178,186 +257,141 @@ def direct_calls(x: Tensor) -> Any:
     return _direct
 
 
-def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def layer_directly(
-    cell: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Weights],
-    batch_sizes: Tensor | None = None,
-) -> Any:
-    """``layer`` by a direct call, or None."""
-    calls = direct_calls(x)
-    if not calls:
-        return None
-    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
-    if not wants_grad(tensors):
-        return calls.layer_infer(cell, *tensors)
-    found = calls.layer(cell, *tensors)
-    return found and _apply_plain(cell, *tensors, False, found)
-
-
-def layer(
-    cell: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Weights],
-    batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The contract of ``reference.layer`` on the native kernels."""
-    found: tuple[Tensor, Tensor, Tensor | None] | None
-    if found := layer_directly(cell, x, h0, c0, weights, batch_sizes):
-        return found
-    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
-    arguments = (cell, *tensors, _allow_tf32(x))
-    if not wants_grad(tensors):
-        y, h_n, c_n = _ops.layer_infer.default(*arguments)
-    elif torch.compiler.is_compiling():
-        y, h_n, c_n, _, _ = _ops.layer.default(*arguments)
-    else:
-        y, h_n, c_n = _EagerLayer.apply(*arguments, None)
-    return y, h_n, None if c0 is None else c_n
-
-
-def layer_recomputed(
-    cell: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Weights],
-    batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``layer``, but the backward runs the forward again instead of keeping what it computed."""
-    tensors = (x, h0, c0, *_ten(weights), batch_sizes)
-    if not wants_grad(tensors):
-        return layer(cell, x, h0, c0, weights, batch_sizes)
-    arguments = (cell, *tensors, _allow_tf32(x))
-    if torch.compiler.is_compiling():
-        y, h_n, c_n = _ops.layer_recomputed.default(*arguments)
-    else:
-        y, h_n, c_n = _EagerRecomputedLayer.apply(*arguments, None)
-    return y, h_n, None if c0 is None else c_n
-
-
-def _ten(weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
-    """The weights of two directions; those of the second may be missing."""
-    return (*weights[0], *(weights[1] if len(weights) == 2 else (None,) * len(_WEIGHT_NAMES)))
-
-
-def _runs(ten: Sequence[Any], h0: Tensor) -> list[Any]:
-    """The inverse of ``_ten``."""
-    half = len(_WEIGHT_NAMES)
-    return [ten[:half], ten[half:]][: h0.shape[0]]
-
-
-@_constant
-def _rnn_allows_tf32() -> bool:
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
-def _allow_tf32(x: Tensor) -> bool:
-    """Whether float32 products may be rounded to TF32: the setting that torch.nn obeys there."""
-    return x.is_cuda and x.dtype == torch.float32 and _rnn_allows_tf32()
-
-
 # ---- shapes (fakes) ----
 
 
+class _Facts(ctypes.Structure):
+    """frnn_cell_t of csrc/ops/binding.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("gates_x", "gates_h", "extra_states", "tape")]
+
+
+class _Tape(ctypes.Structure):
+    """frnn_tape_t of csrc/ops/binding.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("units", "hs_row", "hs_lead")),
+        ("hs_as_x", ctypes.c_bool),
+    ]
+
+
 @lru_cache
-def _facts(target: str, cell: str) -> tuple[int, int]:
-    """(saved values per unit, extra states) of a cell."""
-    library = build.library(target)
-    name = cell.encode()
-    saved, extra = (library.frnn_cell_fact(name, i) for i in range(2))
-    if saved < 0:
+def _facts(target: str, cell: str) -> Any:
+    """What the library knows of a cell."""
+    facts, find = _Facts(), build.library(target).frnn_cell
+    find.restype = ctypes.c_bool
+    if not find(cell.encode(), ctypes.byref(facts)):
         raise RuntimeError(f"cell: unknown cell {cell!r}")
-    return saved, extra
+    return facts
 
 
 @lru_cache
-def _saved_facts(target: str, hidden: int, width: int) -> tuple[int, int, int, bool]:
-    """Units padded, a row of hs, blocks of B rows that it has before its own, dtype as of x?"""
-    fact = build.library(target).frnn_saved_fact
-    fact.restype = ctypes.c_int64
-    fact.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
-    units, row, lead, as_x = (fact(hidden, width, i) for i in range(4))
-    return units, row, lead, bool(as_x)
+def _tape(target: str, hidden: int, width: int) -> Any:
+    """The shape of a tape of so many units, and of h of this width."""
+    find = build.library(target).frnn_tape
+    find.restype, find.argtypes = _Tape, (ctypes.c_int64, ctypes.c_int64)
+    return find(hidden, width)
+
+
+def tensor_names(target: str, cell: str) -> tuple[str, ...]:
+    """What the library calls the tensors of a cell: the same as ``reference.Cell.tensors``."""
+    find = build.library(target).frnn_tensor
+    find.restype, names = ctypes.c_char_p, []
+    while name := find(cell.encode(), len(names)):
+        names.append(name.decode())
+    return tuple(names)
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _layer_infer_fake(
-    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Tensor | None
+class _Sizes(NamedTuple):
+    """Of a call: sequences B, units H, width P of h and C of c, all rows of x."""
+
+    batch: Any
+    hidden: Any
+    width: Any
+    extra: Any
+    rows: Any
+
+
+def _sizes(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    present: int,
+) -> _Sizes:
+    found = reference.CELLS[cell]
+    run = dict(zip(reference.present_names(cell, present), weights, strict=False))
+    hidden = run["w_ih"].shape[0] // found.gates
+    width = run["w_hh"].shape[1] if "w_hh" in run else hidden
+    if h0 is not None:
+        batch = h0.shape[1]
+    elif batch_sizes is None:
+        batch = x.shape[1]
+    else:  # a number that is in the data
+        batch = torch.library.get_ctx().new_dynamic_size()
+    rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
+    return _Sizes(batch, hidden, width, (len(found.states) - 1) * hidden, rows)
+
+
+def _infer_fake(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    layers: int,
+    directions: int,
+    present: int,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    directions, batch, width = h0.shape
-    c_width = 0 if c0 is None else c0.shape[2]
-    y = x.new_empty((*x.shape[:-1], directions * width))
-    return y, x.new_empty(h0.shape), x.new_empty((directions, batch, c_width))
+    n = _sizes(cell, x, h0, c0, weights, batch_sizes, present)
+    runs = layers * directions
+    y = x.new_empty((*x.shape[:-1], directions * n.width))
+    return y, x.new_empty((runs, n.batch, n.width)), x.new_empty((runs, n.batch, n.extra))
 
 
-def _layer_fake(
-    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    target = _target(x.device)
-    saved, extra = _facts(target, cell)
-    directions, batch, width = h0.shape
-    w_hr, batch_sizes = rest[_WEIGHT_NAMES.index("w_hr")], rest[_N_WEIGHTS]
-    hidden = width if w_hr is None else w_hr.shape[1]
-    rows = x.shape[0] if batch_sizes is not None else x.shape[0] * batch
-    units, hs_row, lead, as_x = _saved_facts(target, int(hidden), int(width))
-    dtype = _computing(x.dtype)
+def _recomputed_fake(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    y, h_n, c_n = _infer_fake(cell, x, *rest)
+    layers, rows = rest[5], y.numel() // max(y.shape[-1], 1)
+    return y, h_n, c_n, x.new_empty((layers - 1, rows, y.shape[-1]))
+
+
+def _fake(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    h0, c0, weights, _, batch_sizes, layers, directions, present, *_ = rest
+    n, target = _sizes(cell, x, h0, c0, weights, batch_sizes, present), _target(x.device)
+    tape, runs, dtype = _tape(target, int(n.hidden), int(n.width)), layers * directions, x.dtype
+    y, h_n, c_n, between = _recomputed_fake(cell, x, *rest)
+    hs = (runs, tape.hs_lead * h_n.shape[1] + n.rows, tape.hs_row)
+    saved = (runs, n.rows, _facts(target, cell).tape, tape.units)
+    hs_dtype = dtype if tape.hs_as_x else _computing(dtype)
     return (
-        *_layer_infer_fake(cell, x, h0, c0),
-        x.new_empty((directions, lead * batch + rows, hs_row), dtype=x.dtype if as_x else dtype),
-        x.new_empty((directions, rows, saved + extra, units), dtype=dtype),
+        y,
+        h_n,
+        c_n,
+        between,
+        x.new_empty(hs, dtype=hs_dtype),
+        x.new_empty(saved, dtype=_computing(dtype)),
     )
 
 
-def _layer_backward_fake(
-    cell: str, dy: Any, dh_n: Any, dc_n: Any, *rest: Any
-) -> tuple[Tensor, ...]:
-    tensors, needs = rest[: 3 + _N_WEIGHTS], rest[6 + _N_WEIGHTS]
-    x = tensors[0]
-    return tuple(
-        x.new_empty(0) if t is None or not needs >> i & 1 else t.new_empty(t.shape)
-        for i, t in enumerate(tensors)
-    )
+def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
+    needs, (_, x, h0, c0, weights, *_) = arguments[6], arguments[7:]
+    gradients = [
+        x.new_empty(0) if t is None or i not in needs else t.new_empty(t.shape)
+        for i, t in enumerate((x, h0, c0, *weights))
+    ]
+    return (*gradients[:3], gradients[3:])
 
 
 # ---- first derivatives ----
-
-
-def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.cell, *tensors, ctx.allow_tf32 = inputs
-    ctx.set_materialize_grads(False)  # an unused h_n costs no zeros
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.save_for_backward(*tensors, *output[3:])
-
-
-def _layer_grad(
-    ctx: Any,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    *_: Any,
-    backward: Callable[..., tuple[Tensor | None, ...]] = _ops.layer_backward.default,
-) -> tuple[Any, ...]:
-    needed = ctx.needs_input_grad[1 : 4 + _N_WEIGHTS]
-    if all(g is None for g in (dy, dh_n, dc_n)):
-        return (None,) * (len(needed) + 3)
-    needs = sum(1 << i for i, need in enumerate(needed) if need)
-    tensors = ctx.saved_tensors
-    if len(tensors) == _N_INPUTS:  # of layer_recomputed
-        tensors += _plain_layer(ctx.cell, *tensors, ctx.allow_tf32)[3:]
-    grads = backward(ctx.cell, dy, dh_n, dc_n, *tensors, needs, ctx.allow_tf32)
-    return (None, *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None)
 
 
 def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -371,46 +405,151 @@ def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_plain_layer = _below_autograd(_ops.layer.default)
-_plain_layer_backward = _below_autograd(_ops.layer_backward.default)
+_plain = _below_autograd(_ops.recurrent.default)
+_plain_recomputed = _below_autograd(_ops.recurrent_recomputed.default)
+_plain_backward = _below_autograd(_ops.recurrent_backward.default)
 
 
-def _direct_layer_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """The operator's arguments; first tries the direct call, which gives None for no gradient."""
-    *inputs, _allow_tf32 = arguments
-    if calls := direct_calls(inputs[4]):
-        found: tuple[Tensor | None, ...] | None = calls.layer_backward(*inputs)
-        if found is not None:
-            return found
-    return _plain_layer_backward(*arguments)
+class _Saved(NamedTuple):
+    """What the backward reads."""
+
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    masks: Tensor | None
+    batch_sizes: Tensor | None
+    between: Tensor | None
+    hs: Tensor | None
+    saved: Tensor | None
+    weights: tuple[Tensor, ...]
 
 
-class _EagerLayer(torch.autograd.Function):
+def _save(ctx: Any, saved: _Saved) -> None:
+    """Those tensors that there are: tools that look at what is saved expect no None."""
+    tensors = (*saved[:-1], *saved.weights)
+    ctx.there = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
+    ctx.set_materialize_grads(False)  # an unused h_n costs no zeros
+
+
+def _restore(ctx: Any) -> _Saved:
+    rest = iter(ctx.saved_tensors)
+    tensors = [next(rest) if there else None for there in ctx.there]
+    count = len(_Saved._fields) - 1
+    return _Saved(*tensors[:count], tuple(tensors[count:]))  # type: ignore[arg-type]
+
+
+def _gradients(
+    call: Call,
+    saved: _Saved,
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    backward: Callable[..., Any],
+) -> list[Tensor | None]:
+    """The gradients of x, h0, c0 and the weights, None where they are not ``needed``."""
+    if all(g is None for g in grads):
+        return [None] * len(needed)
+    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        return _gradients_of_batch(call, saved, grads, needed, backward)
+    x, h0, c0, masks, batch_sizes, between, hs, tape, weights = saved
+    empty = x.new_empty(0)
+    kept = (empty if t is None else t for t in (between, hs, tape))
+    needs = [i for i, need in enumerate(needed) if need]
+    inputs = _inputs(call, x, h0, c0, masks, batch_sizes, weights)
+    *first, dw = backward(*grads, *kept, needs, *inputs)
+    return [g if need else None for g, need in zip((*first, *dw), needed, strict=True)]
+
+
+def _gradients_of_batch(
+    call: Call,
+    saved: _Saved,
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    backward: Callable[..., Any],
+) -> list[Tensor | None]:
+    """``_gradients`` one by one, for the vmap of ``torch.autograd.grad(is_grads_batched=True)``,
+    whose own loop knows no operator that takes a list of tensors."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    rows = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    count = max(r.shape[0] for r in rows if r is not None)
+    parts = [
+        _gradients(
+            call,
+            saved,
+            [None if r is None else r[i if r.shape[0] > 1 else 0] for r in rows],
+            needed,
+            backward,
+        )
+        for i in range(count)
+    ]
+    return [
+        None if same[0] is None else torch._add_batch_dim(torch.stack(same), 0, level)
+        for same in zip(*parts, strict=True)
+    ]
+
+
+class _EagerRecurrent(torch.autograd.Function):
     """What ``register_autograd`` makes of the same functions, at less than half its cost per call;
-    in a loop over single steps that is most of the time.
-
-    ``found`` is the operator's result if there is one already, from a direct call.
-    """
+    in a loop over short sequences that is most of the time."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *arguments, found = inputs
-        output = found or _plain_layer(*arguments)
-        _layer_setup(ctx, tuple(arguments), output)
-        return output[:3]
+    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, h0, c0, masks, batch_sizes, *weights = tensors
+        ctx.call, found = call, None
+        if masks is None and (calls := direct_calls(x)):
+            found = calls.forward(*call[:4], x, h0, c0, batch_sizes, tuple(weights), True)
+        if found is None:
+            found = _plain(*_inputs(call, x, h0, c0, masks, batch_sizes, weights))
+        y, h_n, c_n, *kept = found
+        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, *kept, tuple(weights)))
+        return y, h_n, c_n
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
+        saved, needed = _restore(ctx), ctx.needs_input_grad
+        wanted = (*needed[1:4], *needed[6:])
+        found = None
         if torch.is_grad_enabled():  # create_graph=True
-            return (*_layer_grad(ctx, *grads), None)
-        return (*_layer_grad(ctx, *grads, backward=_direct_layer_backward), None)
+            run = _ops.recurrent_backward.default
+        else:
+            run = _plain_backward
+            found = _direct_backward(ctx.call, saved, grads, wanted)
+        if found is None:
+            found = _gradients(ctx.call, saved, grads, wanted, run)
+        return (None, *found[:3], None, None, *found[3:])
+
+
+def _direct_backward(
+    call: Call, saved: _Saved, grads: Sequence[Tensor | None], wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...] | None:
+    calls = direct_calls(saved.x)
+    if not calls or saved.masks is not None or saved.hs is None or all(g is None for g in grads):
+        return None
+    x, h0, c0, _, batch_sizes, between, hs, tape, weights = saved
+    inputs = (*call[:4], x, h0, c0, batch_sizes, weights)
+    found: tuple[Tensor | None, ...] | None = calls.backward(
+        *inputs, *grads, between, hs, tape, wanted
+    )
+    return found
+
+
+class _EagerRecomputed(_EagerRecurrent):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, h0, c0, masks, batch_sizes, *weights = tensors
+        ctx.call = call
+        inputs = _inputs(call, x, h0, c0, masks, batch_sizes, weights)
+        y, h_n, c_n, between = _plain_recomputed(*inputs)
+        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, between, None, None, tuple(weights)))
+        return y, h_n, c_n
 
 
 class _EagerStep(torch.autograd.Function):
     """One step of a cell that a direct call has done, with x and the states as the cell has them.
 
-    ``found`` is (the new states, which of the seven inputs are there as bits, what the backward
-    needs: these inputs, hs, saved).
+    The inputs are x, h, c and the tensors of the cell. ``found`` is (the new states, which of the
+    inputs are there as bits, what the backward needs: these inputs, hs, saved).
     """
 
     @staticmethod
@@ -422,19 +561,19 @@ class _EagerStep(torch.autograd.Function):
         return states
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None = None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None = None) -> Gradients:
         needed, kept = ctx.needs_input_grad, ctx.saved_tensors
         if dh is None and dc is None:
             return (None,) * len(needed)
         if torch.is_grad_enabled():  # create_graph=True
-            return _step_grad(ctx, dh, dc, kept, _ops.layer_backward.default)
+            return _step_grad(ctx, dh, dc, kept, _ops.recurrent_backward.default)
         if calls := direct_calls(kept[0]):
             found: tuple[Any, ...] | None = calls.step_backward(
                 ctx.cell, dh, dc, ctx.present, kept, needed
             )
             if found is not None:
                 return found
-        return _step_grad(ctx, dh, dc, kept, _plain_layer_backward)
+        return _step_grad(ctx, dh, dc, kept, _plain_backward)
 
 
 def _step_grad(
@@ -442,92 +581,90 @@ def _step_grad(
     dh: Tensor | None,
     dc: Tensor | None,
     kept: tuple[Tensor, ...],
-    backward: Callable[..., tuple[Tensor, ...]],
-) -> tuple[Any, ...]:
+    backward: Callable[..., Any],
+) -> Gradients:
     """The gradients of a step by the operator, for which it is a sequence."""
     needed = ctx.needs_input_grad[1:-1]
-    *there, hs, saved = kept
+    *there, hs, tape = kept
+    places = [i for i in range(len(needed)) if i < 3 or ctx.present >> i & 1]
     rest = iter(there)
-    inputs = [next(rest) if ctx.present >> i & 1 else None for i in range(len(needed))]
-    layered = [None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (dh, dc, *inputs[:3])]
-    weights = (*inputs[3:], *(None,) * (3 + _N_WEIGHTS - len(inputs)))
-    needs = sum(1 << i for i, need in enumerate(needed) if need)
-    grads = backward(ctx.cell, None, *layered, *weights, None, hs, saved, needs, False)
-    return (
-        None,
-        *(
-            g.reshape(t.shape) if need and t is not None else None
-            for g, t, need in zip(grads, inputs, needed, strict=False)
-        ),
-        None,
+    inputs = [next(rest) if ctx.present >> i & 1 else None for i in places]
+    dh, dc, x, h, c = (
+        None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (dh, dc, *inputs[:3])
     )
+    saved = _Saved(x, h, c, None, None, None, hs, tape, tuple(inputs[3:]))  # type: ignore[arg-type]
+    call = Call(ctx.cell, 1, 1, ctx.present >> 3)
+    wanted = [needed[i] for i in places]
+    grads = iter(_gradients(call, saved, (None, dh, dc), wanted, backward))
+    shaped = {
+        i: None if g is None or t is None else g.reshape(t.shape)
+        for i, t, g in zip(places, inputs, grads, strict=True)
+    }
+    return (None, *(shaped.get(i) for i in range(len(needed))), None)
 
 
 # ``apply`` without its search for tensors that a transform has left behind: there are none among
 # those that a direct call took.
-_apply_plain = super(torch.autograd.Function, _EagerLayer).apply
 _record_step = super(torch.autograd.Function, _EagerStep).apply
 
 
-def _layer_recomputed(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Not ``layer_infer``, whose way may differ: the gradients must be those of what was returned.
-    The tape it writes is freed at once."""
-    y, h_n, c_n, _, _ = _plain_layer(*inputs)
-    return y, h_n, c_n
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of both operators: what ``_EagerRecurrent`` and ``_EagerRecomputed`` do."""
+    cell, x, h0, c0, weights, masks, batch_sizes, *rest = inputs
+    ctx.call = Call(cell, *rest)
+    between, hs, tape = (*output[3:], None, None)[:3]
+    ctx.mark_non_differentiable(*output[3:])
+    _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, between, hs, tape, tuple(weights)))
 
 
-# Any device: the work is done by the operators that it calls.
-_library.impl("layer_recomputed", _layer_recomputed, "CompositeExplicitAutograd")
+def _grad(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> Gradients:
+    _, x, h0, c0, weights, *rest = ctx.needs_input_grad
+    wanted = (x, h0, c0, *weights)
+    backward = _ops.recurrent_backward.default
+    dx, dh0, dc0, *dw = _gradients(ctx.call, _restore(ctx), (dy, dh_n, dc_n), wanted, backward)
+    return (None, dx, dh0, dc0, dw, *(None,) * len(rest))
 
 
+# ---- the operators where no library has registered its kernels ----
+#
 # A program that torch.export has saved calls the operators in a process where no module of ours has
 # loaded the kernels, or on a machine that has none. What is registered for every device does that,
 # until a library registers its kernels, which come first.
-def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    x_at = 3 if name == "layer_backward" else 0
 
-    def call(cell: str, *arguments: Any) -> Any:
-        if supports(cell, [arguments[x_at]]):
-            return getattr(_ops, name).default(cell, *arguments)
-        return otherwise(cell, *arguments)
+
+def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    x_at = _CELL_AT[name] + 1
+
+    def call(*arguments: Any) -> Any:
+        if supports([arguments[x_at]]):
+            return getattr(_ops, name).default(*arguments)
+        return otherwise(*arguments)
 
     return call
 
 
-def _reference_layer_infer(
-    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any
+def _reference_infer(
+    cell: str, x: Tensor, h0: Any, c0: Any, weights: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weights, batch_sizes = _runs(rest[:_N_WEIGHTS], h0), rest[_N_WEIGHTS]
-    y, h_n, c_n = reference.layer(cell, x, h0, c0, weights, batch_sizes)
-    return y, h_n, x.new_empty((*h0.shape[:2], 0)) if c_n is None else c_n
+    *rest, _allow_tf32 = rest
+    y, h_n, c_n = reference.recurrent(cell, x, h0, c0, weights, *rest)
+    return y, h_n, x.new_empty((*h_n.shape[:2], 0)) if c_n is None else c_n
 
 
-def _reference_layer(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *_reference_layer_infer(cell, x, *rest), x.new_empty(0), x.new_empty(0)
+def _reference_recomputed(*inputs: Any) -> tuple[Tensor, ...]:
+    return *_reference_infer(*inputs), inputs[1].new_empty(0)
 
 
-def _no_layer_backward(*arguments: Any) -> Any:
+def _reference_recurrent(*inputs: Any) -> tuple[Tensor, ...]:
+    x = inputs[1]
+    return *_reference_infer(*inputs), x.new_empty(0), x.new_empty(0), x.new_empty(0)
+
+
+def _no_backward(*arguments: Any) -> Any:
     raise RuntimeError(
         "An exported program trains on native kernels only, which are not there: "
         "python -m fused_rnn doctor"
     )
-
-
-for _name, _otherwise in (
-    ("layer", _reference_layer),
-    ("layer_infer", _reference_layer_infer),
-    ("layer_backward", _no_layer_backward),
-):
-    _library.impl(_name, _load_kernels(_name, _otherwise), "CompositeExplicitAutograd")
-
-
-class _EagerRecomputedLayer(_EagerLayer):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *arguments, _found = inputs
-        output = _layer_recomputed(*arguments)
-        _layer_setup(ctx, tuple(arguments), output)
-        return output
 
 
 # ---- second derivatives: the first ones again, through the differentiable reference ----
@@ -582,24 +719,32 @@ def _vjp_grads(
     return tuple(None if t is None else found.get(id(t)) for t in (*duals, *inputs))
 
 
-def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, *tensors, _hs, _saved, needs, _allow_tf32 = inputs
-    ctx.cell, ctx.needs = cell, needs
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    dy, dh_n, dc_n, _, _, _, needs, cell, x, h0, c0, weights, masks, batch_sizes, *rest = inputs
+    ctx.call, ctx.needs = Call(cell, *rest), needs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    tensors = (dy, dh_n, dc_n, masks, batch_sizes, x, h0, c0, *weights)
+    ctx.there = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
 
 
-def _layer_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
-    dy, dh_n, dc_n, *tensors, batch_sizes = ctx.saved_tensors
+def _backward_grad(ctx: Any, *ggs: Any) -> Gradients:
+    rest = iter(ctx.saved_tensors)
+    dy, dh_n, dc_n, masks, batch_sizes, *tensors = (
+        next(rest) if there else None for there in ctx.there
+    )
+    cell, layers, directions, present, _ = ctx.call
 
-    def forward(
-        x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return reference.layer(ctx.cell, x, h0, c0, _runs(weights, h0), batch_sizes)
+    def forward(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Any:
+        return reference.recurrent(
+            cell, x, h0, c0, weights, masks, batch_sizes, layers, directions, present
+        )
 
-    wanted = [bool(ctx.needs >> i & 1) for i in range(len(tensors))]
-    grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, ggs)
-    return (None, *grads, None, None, None, None, None)
+    *first, dw = ggs
+    wanted = [i in ctx.needs for i in range(len(tensors))]
+    grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, (*first, *(dw or ())))
+    cotangents, (dx, dh0, dc0, *ddw) = grads[:3], grads[3:]
+    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * 6)
 
 
 # ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its
@@ -607,36 +752,60 @@ def _layer_backward_grad(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
 # backward of an ordinary forward. ----
 
 
-def _vmap_by_slices(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    def rule(
-        info: Any, in_dims: tuple[int | None, ...], *args: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _vmap_by_slices(op: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    def part(a: Any, d: Any, i: int) -> Any:
+        if isinstance(d, (list, tuple)):
+            return [part(b, e, i) for b, e in zip(a, d, strict=True)]
+        return a if d is None else a.select(d, i)
+
+    def stacked(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], Tensor):
+            return torch.stack(list(parts))
+        return [torch.stack(same) for same in zip(*parts, strict=True)]
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         slices = [
-            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            op(*(part(a, d, i) for a, d in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
-        outputs = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
-        return outputs, (0,) * len(outputs)
+        outputs = tuple(stacked(parts) for parts in zip(*slices, strict=True))
+        return outputs, tuple(0 if isinstance(o, Tensor) else [0] * len(o) for o in outputs)
 
     return rule
 
 
-_FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "layer": _layer_fake,
-    "layer_infer": _layer_infer_fake,
-    "layer_recomputed": _layer_infer_fake,
-    "layer_backward": _layer_backward_fake,
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"fused_rnn::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(
-        f"fused_rnn::{_name}", _vmap_by_slices(getattr(_ops, _name).default), lib=_library
-    )
-for _name, _grad, _setup in (
-    ("layer", _layer_grad, _layer_setup),
-    ("layer_recomputed", _layer_grad, _layer_setup),
-    ("layer_backward", _layer_backward_grad, _layer_backward_setup),
-):
-    torch.library.register_autograd(
-        f"fused_rnn::{_name}", _grad, setup_context=_setup, lib=_library
-    )
+# ---- registration ----
+
+
+def _register(library: torch.library.Library) -> None:
+    """All that torch is to know of the operators beside their kernels."""
+    otherwise: dict[str, Callable[..., Any]] = {
+        "recurrent_infer": _reference_infer,
+        "recurrent": _reference_recurrent,
+        "recurrent_recomputed": _reference_recomputed,
+        "recurrent_backward": _no_backward,
+    }
+    fakes: dict[str, Callable[..., tuple[Any, ...]]] = {
+        "recurrent_infer": _infer_fake,
+        "recurrent": _fake,
+        "recurrent_recomputed": _recomputed_fake,
+        "recurrent_backward": _backward_fake,
+    }
+    gradients: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+        "recurrent": (_grad, _setup),
+        "recurrent_recomputed": (_grad, _setup),
+        "recurrent_backward": (_backward_grad, _backward_setup),
+    }
+    for name in _SCHEMAS:
+        path, op = f"fused_rnn::{name}", getattr(_ops, name).default
+        library.impl(name, _load_kernels(name, otherwise[name]), "CompositeExplicitAutograd")
+        torch.library.register_fake(path, fakes[name], lib=library)
+        torch.library.register_vmap(path, _vmap_by_slices(op), lib=library)
+        if name in gradients:
+            gradient, setup = gradients[name]
+            torch.library.register_autograd(path, gradient, setup_context=setup, lib=library)
+
+
+if _registered is None:
+    _register(_library)
+    _ops._registered = (_SCHEMAS, _library)

@@ -10,7 +10,8 @@ import ctypes
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,7 @@ cpu_engine_only = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.skipif(build.backend() != "native", reason="tests of the native library")
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("x", "h0", "c0") + tuple(
-    f"{name}{suffix}" for suffix in ("", "_r") for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Case:
     B: int = 3
     I: int = 4  # noqa: E741
     H: int = 6
+    L: int = 1
     D: int = 1
     P: int = 0
     bias: bool = True
@@ -50,11 +48,28 @@ class Case:
     def __str__(self) -> str:
         flags = "".join(f"-{f}" for f in ("bias", "ragged", "batch_first") if getattr(self, f))
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.cell}-T{self.T}B{self.B}I{self.I}H{self.H}D{self.D}P{self.P}{flags}-{kind}"
+        sizes = "".join(f"{name}{getattr(self, name)}" for name in "TBIHLDP")
+        return f"{self.cell}-{sizes}{flags}-{kind}"
+
+    @property
+    def present(self) -> int:
+        return reference.present_bits(self.cell, biases=self.bias, projection=self.P > 0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of ``arguments``."""
+        weights = reference.present_names(self.cell, self.present)
+        runs = [f"{i}{'_r' * d}" for i in range(self.L) for d in range(self.D)]
+        return ("x", "h0", "c0", *(f"{name}_{run}" for run in runs for name in weights))
+
+    def rest(self, batch_sizes: Tensor | None) -> tuple[Any, ...]:
+        """What stands behind the weights in the operators' schemas, without dropout."""
+        return None, batch_sizes, self.L, self.D, self.present
 
     def arguments(self) -> tuple[list[Tensor | None], Tensor | None]:
-        """(x, h0, c0, ten weights) with unit-scale entries, and batch_sizes."""
-        width, gates = self.P or self.H, GATES[self.cell]
+        """(x, h0, c0, *weights) with unit-scale entries, and batch_sizes."""
+        cell = reference.CELLS[self.cell]
+        width, rows = self.P or self.H, cell.gates * self.H
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, dtype=torch.float64) * scale).to(self.dtype)
@@ -68,37 +83,32 @@ class Case:
             x = draw(self.B, self.T, self.I).transpose(0, 1)
         else:
             x = draw(self.T, self.B, self.I)
-        c0 = draw(self.D, self.B, self.H) if self.cell == "lstm" else None
+        runs, others = self.L * self.D, len(cell.states) - 1
+        c0 = draw(runs, self.B, others * self.H) if others else None
         weights: list[Tensor | None] = []
-        for direction in range(2):
-            shapes: list[tuple[int, ...] | None] = [
-                (gates * self.H, self.I),
-                (gates * self.H, width),
-            ]
-            shapes += [(gates * self.H,)] * 2 if self.bias else [None, None]
-            shapes += [(self.P, self.H) if self.P else None]
+        for run in range(runs):
+            shapes = {
+                "w_ih": (rows, self.I if run < self.D else self.D * width),
+                "w_hh": (rows, width),
+                "b_ih": (rows,),
+                "b_hh": (rows,),
+                "w_hr": (self.P, self.H),
+            }
             weights += [
-                None if s is None or direction >= self.D else draw(*s, scale=self.H**-0.5)
-                for s in shapes
+                draw(*shapes.get(name, (self.H,)), scale=self.H**-0.5)
+                for name in reference.present_names(self.cell, self.present)
             ]
-        return [x, draw(self.D, self.B, width), c0, *weights], batch_sizes
+        return [x, draw(runs, self.B, width), c0, *weights], batch_sizes
 
 
 def run(
-    fn: Any, case: Case, tensors: list[Tensor | None], batch_sizes: Tensor | None
+    fn: Any, case: Case, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None
 ) -> tuple[Any, ...]:
     x, h0, c0, *weights = tensors
-    return fn(
-        case.cell,
-        x,
-        h0,
-        c0,
-        [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)],
-        batch_sizes,
-    )
+    return fn(case.cell, x, h0, c0, weights, *case.rest(batch_sizes))
 
 
-def leaves(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+def leaves(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
 
 
@@ -118,7 +128,7 @@ def results(
     found = {
         n: o.detach() for n, o in zip(("y", "h_n", "c_n"), outputs, strict=True) if o is not None
     }
-    found |= {f"d{n}": t.grad for n, t in zip(NAMES, tensors, strict=True) if t is not None}
+    found |= {f"d{n}": t.grad for n, t in zip(case.names, tensors, strict=True) if t is not None}
     return found
 
 
@@ -129,9 +139,9 @@ def check(case: Case, threads: int, seed: int) -> None:
     torch.set_num_threads(threads)
     try:
         arguments = case.arguments()
-        exact = results(reference.layer, case, arguments, torch.float64, seed)
-        ours = results(ops.layer, case, arguments, case.dtype, seed)
-        plain = results(reference.layer, case, arguments, case.dtype, seed)
+        exact = results(reference.recurrent, case, arguments, torch.float64, seed)
+        ours = results(ops.recurrent, case, arguments, case.dtype, seed)
+        plain = results(reference.recurrent, case, arguments, case.dtype, seed)
     finally:
         torch.set_num_threads(before)
     eps = torch.finfo(case.dtype).eps
@@ -170,6 +180,7 @@ def random_case(generator: Any) -> Case:
         B=pick(1, 2, 3, 7, 16, 33),
         I=pick(1, 3, 17, 33, 64, 65),
         H=H,
+        L=pick(1, 1, 2, 3),
         D=pick(1, 2),
         P=pick(0, max(1, H // 3)) if cell == "lstm" and H > 1 else 0,
         bias=pick(True, True, False),
@@ -249,7 +260,7 @@ def test_lesser_instruction_sets(capability: str, chosen: dict[str, str], seed: 
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("cell", reference.CELLS)
 @pytest.mark.parametrize("shape", [(1, 40, 65), (7, 30, 130), (33, 10, 193)], ids=str)
 def test_same_for_any_number_of_threads(cell: str, shape: tuple[int, int, int], seed: int) -> None:
     B, T, H = shape
@@ -259,7 +270,7 @@ def test_same_for_any_number_of_threads(cell: str, shape: tuple[int, int, int], 
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(results(ops.layer, case, arguments, case.dtype, seed))
+        found.append(results(ops.recurrent, case, arguments, case.dtype, seed))
     torch.set_num_threads(before)
     for name, want in found[0].items():
         assert all(torch.equal(other[name], want) for other in found[1:]), name
@@ -302,31 +313,35 @@ def test_constants_are_marked_as_torch_marks_them() -> None:
 
 OPCHECK = [
     Case("gru", dtype=torch.float32),
-    Case("lstm", D=2, P=2, dtype=torch.float32),
+    Case("lstm", L=2, D=2, P=2, dtype=torch.float32),
     Case("rnn_tanh", ragged=True, D=2, bias=False, dtype=torch.float32),
     Case("lstm", batch_first=True, dtype=torch.bfloat16),
 ]
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
-def test_opcheck_layer(case: Case, seed: int) -> None:
+def test_opcheck(case: Case, dropout: bool, seed: int) -> None:
     tensors, batch_sizes = case.arguments()
     x, h0, c0, *weights = leaves(tensors, case.dtype)
-    arguments = (case.cell, x, h0, c0, *weights, batch_sizes)
-    torch.library.opcheck(torch.ops.fused_rnn.layer.default, arguments)
-    plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    torch.library.opcheck(torch.ops.fused_rnn.layer_infer.default, plain)
-    y, h_n, c_n, hs, saved = torch.ops.fused_rnn.layer.default(*plain)
-    needs = sum(1 << i for i, t in enumerate((x, h0, c0, *weights)) if t is not None)
+    masks, *rest = case.rest(batch_sizes)
+    if dropout:
+        masks = torch.rand(case.L - 1, *x.shape[:-1], case.D * (case.P or case.H)).to(case.dtype)
+    arguments = (case.cell, x, h0, c0, weights, masks, *rest, False)
+    operators = torch.ops.fused_rnn
+    torch.library.opcheck(operators.recurrent.default, arguments)
+    torch.library.opcheck(operators.recurrent_recomputed.default, arguments)
+    x, h0, c0, *weights = tensors
+    plain = (case.cell, x, h0, c0, weights, masks, *rest, False)
+    torch.library.opcheck(operators.recurrent_infer.default, plain)
+    y, h_n, c_n, *kept = operators.recurrent.default(*plain)
+    needs = [i for i, t in enumerate(tensors) if t is not None]
     cotangents = (
         torch.randn_like(y),
         torch.randn_like(h_n),
         torch.randn_like(c_n) if c0 is not None else None,
     )
-    torch.library.opcheck(
-        torch.ops.fused_rnn.layer_backward.default,
-        (case.cell, *cotangents, *plain[1:], hs, saved, needs),
-    )
+    torch.library.opcheck(operators.recurrent_backward.default, (*cotangents, *kept, needs, *plain))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +350,7 @@ def test_opcheck_layer(case: Case, seed: int) -> None:
         Case("rnn_tanh", D=2, T=3, B=2, H=3),
         Case("rnn_relu", T=2, B=2, H=3, bias=False),
         Case("gru", T=3, B=2, H=3, ragged=True, D=2),
-        Case("lstm", T=3, B=2, I=2, H=3, P=2, D=2),
+        Case("lstm", T=3, B=2, I=2, H=3, P=2, L=2, D=2),
     ],
     ids=str,
 )
@@ -347,7 +362,7 @@ def test_first_and_second_derivatives(case: Case, seed: int) -> None:
         filled: list[Tensor | None] = [None] * len(tensors)
         for i, value in zip(present, values, strict=True):
             filled[i] = value
-        return tuple(o for o in run(ops.layer, case, filled, batch_sizes) if o is not None)
+        return tuple(o for o in run(ops.recurrent, case, filled, batch_sizes) if o is not None)
 
     inputs = tuple(t for t in leaves(tensors, torch.float64) if t is not None)
     assert torch.autograd.gradcheck(fn, inputs)
@@ -370,7 +385,7 @@ def test_gradients_of_any_layout(dtype: torch.dtype, seed: int) -> None:
         grads = []
         for value in (dy, dy.contiguous()):
             tensors = leaves(arguments[0], dtype)
-            run(ops.layer, case, tensors, None)[0].backward(value)
+            run(ops.recurrent, case, tensors, None)[0].backward(value)
             grads.append([t.grad for t in tensors if t is not None])
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), name
 
@@ -379,13 +394,13 @@ def test_only_wanted_gradients(seed: int) -> None:
     case = Case("lstm", D=2, P=2, dtype=torch.float32)
     arguments, _ = case.arguments()
     everything = leaves(arguments, case.dtype)
-    run(ops.layer, case, everything, None)[0].sum().backward()
-    for i, name in enumerate(NAMES):
+    run(ops.recurrent, case, everything, None)[0].sum().backward()
+    for i, name in enumerate(case.names):
         if arguments[i] is None:
             continue
         tensors = [None if t is None else t.clone() for t in arguments]
         tensors[i].requires_grad_()  # type: ignore[union-attr]
-        run(ops.layer, case, tensors, None)[0].sum().backward()
+        run(ops.recurrent, case, tensors, None)[0].sum().backward()
         assert torch.equal(tensors[i].grad, everything[i].grad), name  # type: ignore[union-attr]
 
 
@@ -395,52 +410,83 @@ def test_no_grad_saves_nothing(seed: int) -> None:
     case = Case("gru", T=50, B=16, I=32, H=64, dtype=torch.float32)
     tensors, _ = case.arguments()
     with torch.no_grad(), profile() as trace:
-        run(ops.layer, case, tensors, None)
+        run(ops.recurrent, case, tensors, None)
     called = {event.key for event in trace.key_averages()}
-    assert "fused_rnn::layer_infer" in called and "fused_rnn::layer" not in called
+    assert "fused_rnn::recurrent_infer" in called and "fused_rnn::recurrent" not in called
 
 
 def test_saved_tensors_are_defined_to_the_last_value(seed: int) -> None:
     """No uninitialised memory in what the forward returns, padding included."""
+
+    def saving(*arguments: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.ops.fused_rnn.recurrent.default(*arguments, False)
+        return found
+
     for case in (
-        Case("lstm", H=17, P=5, D=2),
+        Case("lstm", H=17, P=5, L=2, D=2),
         Case("gru", H=33, ragged=True, D=2),
         Case("rnn_tanh", H=65),
     ):
         tensors, batch_sizes = case.arguments()
         with torch.no_grad():
-            first = torch.ops.fused_rnn.layer.default(case.cell, *tensors, batch_sizes)
+            first = run(saving, case, tensors, batch_sizes)
             # Memory that a careless kernel would be handed again.
             junk = [torch.full_like(t, float("nan")) for t in first]
             del junk
-            second = torch.ops.fused_rnn.layer.default(case.cell, *tensors, batch_sizes)
+            second = run(saving, case, tensors, batch_sizes)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case
 
 
+def change(**changes: Any) -> Any:
+    """What replaces arguments of the operator by others, by name: functions of them."""
+
+    def spoil(arguments: dict[str, Any]) -> dict[str, Any]:
+        return arguments | {name: fn(arguments[name]) for name, fn in changes.items()}
+
+    return spoil
+
+
+def weight(at: int, fn: Any) -> Any:
+    return change(weights=lambda w: [fn(t) if i == at else t for i, t in enumerate(w)])
+
+
 BAD = {
-    "cell": (dict(), lambda a: ("lstmm", *a[1:]), "unknown cell"),
-    "x shape": (dict(), lambda a: (a[0], a[1][0], *a[2:]), r"x: expected \[T, B, I\]"),
-    "h0 shape": (dict(), lambda a: (*a[:2], a[2][:, :2], *a[3:]), "h0: expected batch"),
+    "cell": ("gru", change(cell=lambda _: "lstmm"), "unknown cell 'lstmm'"),
+    "x shape": ("gru", change(x=lambda x: x[0]), r"x: expected \[T, B, I\], got shape \(3, 4\)"),
+    "h0 shape": (
+        "gru",
+        change(h0=lambda h: h[:, :2]),
+        r"h0: expected shape \(1, 3, 6\), got \(1, 2, 6\)",
+    ),
     "w_ih shape": (
-        dict(),
-        lambda a: (*a[:4], a[4][:, 1:], *a[5:]),
+        "gru",
+        weight(0, lambda w: w[:, 1:]),
         r"w_ih: expected shape \(18, 4\), got \(18, 3\)",
     ),
-    "c0 given": (dict(), lambda a: (*a[:3], a[2], *a[4:]), "this cell has no c"),
-    "c0 missing": (dict(cell="lstm"), lambda a: (*a[:3], None, *a[4:]), "this cell needs c"),
+    "too few weights": (
+        "gru",
+        change(weights=lambda w: w[1:]),
+        "weights: expected 4 for each of 1 layers and directions, got 3",
+    ),
+    "not its weights": ("gru", change(present=lambda _: 0b111110), "weights: "),
+    "projection": ("gru", change(present=lambda _: 0b10111), "takes no projection"),
+    "no layers": ("gru", change(layers=lambda _: 0), "layers: expected at least 1, got 0"),
+    "directions": ("gru", change(directions=lambda _: 3), "directions: expected 1 or 2, got 3"),
+    "c0 given": ("gru", lambda a: a | {"c0": a["h0"]}, "this cell has no c"),
     "bias dtype": (
-        dict(),
-        lambda a: (*a[:6], a[6].float(), *a[7:]),
+        "gru",
+        weight(2, lambda b: b.float()),
         "b_ih: expected the dtype of x",
     ),
-    "no steps": (
-        dict(),
-        lambda a: (a[0], a[1][:0], *a[2:]),
-        "Expected sequence length to be larger than 0",
+    "masks": (
+        "gru",
+        change(masks=lambda _: torch.ones(1, 5, 3, 7, dtype=torch.float64)),
+        r"masks: expected shape \(0, 5, 3, 6\), got \(1, 5, 3, 7\)",
     ),
+    "no steps": ("gru", change(x=lambda x: x[:0]), "Expected sequence length to be larger than 0"),
     "batch sizes": (
-        dict(ragged=True),
-        lambda a: (*a[:-1], torch.tensor([1, 3])),
+        "gru ragged",
+        change(batch_sizes=lambda _: torch.tensor([1, 3])),
         "batch_sizes: expected positive, not increasing",
     ),
 }
@@ -448,10 +494,32 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_are_refused(name: str, seed: int) -> None:
-    changes, spoil, message = BAD[name]
-    case = replace(Case("gru"), **changes)
-    tensors, batch_sizes = case.arguments()
-    arguments = (case.cell, *tensors, batch_sizes)
-    torch.ops.fused_rnn.layer_infer.default(*arguments)
+    cell, spoil, message = BAD[name]
+    case = Case(cell.split()[0], ragged="ragged" in cell)
+    (x, h0, c0, *weights), batch_sizes = case.arguments()
+    operator = torch.ops.fused_rnn.recurrent_infer.default
+    values = (case.cell, x, h0, c0, weights, *case.rest(batch_sizes), False)
+    arguments = dict(zip((a.name for a in operator._schema.arguments), values, strict=True))
+    operator(**arguments)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fused_rnn.layer_infer.default(*spoil(arguments))
+        operator(**spoil(arguments))
+
+
+@pytest.mark.parametrize("cell", reference.CELLS)
+def test_library_and_reference_agree_on_a_cell(cell: str) -> None:
+    """What csrc/cells declares, and what reference.py says of the same cell."""
+    known, facts = reference.CELLS[cell], ops._facts("cpu", cell)
+    assert ops.tensor_names("cpu", cell) == known.tensors
+    assert facts.gates_x == known.gates and facts.extra_states == len(known.states) - 1
+
+
+def test_states_of_zeros_need_not_be_given(seed: int) -> None:
+    for case in (Case("lstm", L=2, D=2, P=2), Case("gru", T=1), Case("rnn_tanh", ragged=True)):
+        tensors, batch_sizes = case.arguments()
+        zeros = [
+            torch.zeros_like(t) if i in (1, 2) and t is not None else t
+            for i, t in enumerate(tensors)
+        ]
+        found = run(ops.recurrent, case, [tensors[0], None, None, *tensors[3:]], batch_sizes)
+        expected = run(ops.recurrent, case, zeros, batch_sizes)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None)

@@ -205,17 +205,6 @@ def checkpointed(inner: nn.Module) -> nn.Module:
     return Checkpointed()
 
 
-@pytest.mark.skipif(not native(), reason="about the operator")
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_opcheck(cell: str) -> None:
-    gates = {"lstm": 4, "gru": 3}[cell] * 6
-    x, h, c = torch.randn(5, 3, 4), torch.randn(1, 3, 6), torch.randn(1, 3, 6)
-    weights = [torch.randn(gates, n) for n in (4, 6)] + [torch.randn(gates) for _ in range(2)]
-    tensors = [x, h, c if cell == "lstm" else None, *weights, *[None] * 6]
-    arguments = [None if t is None else t.requires_grad_() for t in tensors]
-    torch.library.opcheck(torch.ops.fused_rnn.layer_recomputed.default, (cell, *arguments, None))
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_transforms_take_no_notice(name: str) -> None:
     plain, recomputed = both(name, 3, 4, dtype=torch.float64)
@@ -353,7 +342,8 @@ def test_function() -> None:
     plain, _ = both("RNN", H, H)
     weights = list(plain.parameters())
     x, h = torch.randn(T, B, H), torch.zeros(1, B, H)
-    settings = dict(num_layers=1, bidirectional=False, has_biases=True)
+    present = functional.present_bits("rnn_tanh", biases=True, projection=False)
+    settings = dict(num_layers=1, bidirectional=False, present=present)
     sizes = [
         saved_bytes(
             lambda r=r: functional.recurrent(

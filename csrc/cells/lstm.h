@@ -8,14 +8,15 @@
 
 namespace frnn {
 
-struct LSTM {
+struct LSTM : CellDefaults {
   static constexpr int kX = 4, kH = 4, kStates = 2, kSaved = 4, kD = 4;
   static constexpr int kDx[kX] = {0, 1, 2, 3}, kDh[kH] = {0, 1, 2, 3};
-  static constexpr bool kUsesH = false, kUsesNewH = false;
+  static constexpr int kReads = 0b10;  // c
 
   template <class V>
   FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>& s,
-                              Pack<V, kStates>& s_new, Pack<V, kSaved>& saved) {
+                              const Pack<V, kParams>&, Pack<V, kStates>& s_new,
+                              Pack<V, kSaved>& saved) {
     const V i = sigmoid(V(x[0] + h[0])), f = sigmoid(V(x[1] + h[1])), g = tanh(V(x[2] + h[2])),
             o = sigmoid(V(x[3] + h[3]));
     const V c = f * s[1] + i * g;
@@ -25,8 +26,8 @@ struct LSTM {
   }
   template <class V>
   FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s, V,
-                               const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
-                               Pack<V, kStates>& ds) {
+                               const Pack<V, kParams>&, const Pack<V, kStates>& ds_new,
+                               Pack<V, kD>& d, Pack<V, kStates>& ds, Pack<V, kParams>&) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tc = tanh(V(f * s[1] + i * g));
     const V dc = ds_new[1] + ds_new[0] * o * tanh_grad(tc);

@@ -5,20 +5,21 @@
 namespace frnn {
 
 template <class F>
-struct Rnn {
+struct Rnn : CellDefaults {
   static constexpr int kX = 1, kH = 1, kStates = 1, kSaved = 0, kD = 1;
   static constexpr int kDx[kX] = {0}, kDh[kH] = {0};
-  static constexpr bool kUsesH = false, kUsesNewH = true;
+  static constexpr int kReads = 0;
+  static constexpr bool kReadsNewH = true;
 
   template <class V>
   FRNN_HD static void forward(const Pack<V, kX>& x, const Pack<V, kH>& h, const Pack<V, kStates>&,
-                              Pack<V, kStates>& s_new, Pack<V, kSaved>&) {
+                              const Pack<V, kParams>&, Pack<V, kStates>& s_new, Pack<V, kSaved>&) {
     s_new[0] = F::f(V(x[0] + h[0]));
   }
   template <class V>
   FRNN_HD static void backward(const Pack<V, kSaved>&, const Pack<V, kStates>&, V h_new,
-                               const Pack<V, kStates>& ds_new, Pack<V, kD>& d,
-                               Pack<V, kStates>& ds) {
+                               const Pack<V, kParams>&, const Pack<V, kStates>& ds_new,
+                               Pack<V, kD>& d, Pack<V, kStates>& ds, Pack<V, kParams>&) {
     d[0] = ds_new[0] * F::df(h_new);
     ds[0] = V{};
   }

@@ -1,18 +1,27 @@
 // The contract of a cell: pure pointwise math on one unit of one batch row, for any V. Everything
-// else is the engine's.
+// else is the engine's. A cell is a struct that derives from CellDefaults and declares
 //
-//   kX, kH    number of input-side and hidden-side pre-activations (gates): x_q = x W_ih^T + b_ih, h_q = h W_hh^T + b_hh
-//   kStates   elementwise states; state 0 is h, the one that goes through W_hh
-//   kSaved    values the forward keeps for the backward, beside the states
-//   kD        distinct gate gradients; the gradient of x_q is d[kDx[q]], that of h_q is d[kDh[q]]
-//   kUsesH    whether the math reads h_{t-1} elementwise
-//   kUsesNewH whether the backward reads h_t. Either refuses a projection, which changes the width of h.
+//   kX, kH       number of gates with an input part, x_q = x W_ih^T + b_ih, and of those with a
+//                recurrent part, h_q = h W_hh^T + b_hh. A gate may have one of the two; kH = 0 is a
+//                cell without recurrence through a matrix
+//   kStates      states, of one value per unit each
+//   kSaved       values that the forward keeps for the backward, beside the states
+//   kD           distinct gate gradients; that of x_q is d[kDx[q]], that of h_q is d[kDh[q]]
+//   kReads       bit j: the math reads state j of the step before elementwise, forward or backward
+// and may declare
+//   kRecurrent   the state that goes through W_hh and is called h, of the width of a projection (0)
+//   kOutput      the state that is the layer's output (0)
+//   kReadsNewH   whether the backward reads h_t (no)
+//   kParams      parameters of one value per unit, such as peepholes (none), and their names, in
+//                kParamNames. Their gradients are summed over steps and batch
 //
-//   forward (x[kX], h[kH], s[kStates])                           -> s_new[kStates], saved[kSaved]
-//   backward(saved[kSaved], s[kStates], h_t, ds_new[kStates])    -> d[kD], ds[kStates]
+//   forward (x[kX], h[kH], s[kStates], p[kParams])                  -> s_new[kStates], saved[kSaved]
+//   backward(saved[kSaved], s[kStates], h_t, p[kParams], ds_new[kStates])
+//                                                    -> d[kD], ds[kStates], dp[kParams]
 //
 // ds holds the elementwise paths to the previous states; the path of h through W_hh is added by the
-// engine. h_t is as it was stored, rounded to a 16-bit type if need be.
+// engine. h_t is as it was stored, rounded to a 16-bit type if need be. States that are not in
+// kReads are unspecified where they come in.
 #pragma once
 #include "core/math.h"
 #include "core/params.h"
@@ -26,6 +35,26 @@ struct Pack {
   FRNN_HD const V& operator[](int i) const { return v[i]; }
 };
 
+struct CellDefaults {
+  static constexpr int kRecurrent = 0, kOutput = 0, kParams = 0;
+  static constexpr bool kReadsNewH = false;
+  static constexpr int kDh[1] = {0};
+  static constexpr const char* kParamNames[1] = {nullptr};
+};
+
+// The states as engines hold them: h, and beside it the others, in their order, which are called c.
+template <class C>
+struct States {
+  static constexpr int kExtra = C::kStates - 1;  // of c
+  static constexpr bool kReadsH = C::kReads >> C::kRecurrent & 1;
+  // The number in the cell of state e of c.
+  static constexpr int OfExtra(int e) { return e < C::kRecurrent ? e : e + 1; }
+  static constexpr bool ReadsExtra(int e) { return C::kReads >> OfExtra(e) & 1; }
+  // Of c, the state that is the output; -1 if that is h.
+  static constexpr int kOutputExtra =
+      C::kOutput == C::kRecurrent ? -1 : C::kOutput - (C::kOutput > C::kRecurrent);
+};
+
 template <int N, int M>
 constexpr bool AllBelow(const int (&index)[N]) {
   for (int i : index)
@@ -35,18 +64,30 @@ constexpr bool AllBelow(const int (&index)[N]) {
 
 template <class C>
 constexpr bool CheckCell() {
-  static_assert(C::kX >= 1 && C::kH >= 1 && C::kStates >= 1 && C::kSaved >= 0,
+  static_assert(C::kX >= 1 && C::kH >= 0 && C::kStates >= 1 && C::kSaved >= 0,
                 "a cell has gates and states");
-  static_assert(sizeof(C::kDx) / sizeof(int) == C::kX && sizeof(C::kDh) / sizeof(int) == C::kH,
+  static_assert(sizeof(C::kDx) / sizeof(int) == C::kX &&
+                    (C::kH == 0 || sizeof(C::kDh) / sizeof(int) == C::kH),
                 "one gradient per gate");
-  static_assert(AllBelow<C::kX, C::kD>(C::kDx) && AllBelow<C::kH, C::kD>(C::kDh),
-                "gradient indices lie below kD");
+  static_assert(
+      AllBelow<C::kX, C::kD>(C::kDx) && AllBelow<sizeof(C::kDh) / sizeof(int), C::kD>(C::kDh),
+      "gradient indices lie below kD");
+  static_assert(C::kRecurrent >= 0 && C::kRecurrent < C::kStates && C::kOutput >= 0 &&
+                    C::kOutput < C::kStates && C::kReads >> C::kStates == 0,
+                "h, the output and what is read are states");
+  static_assert(C::kParams >= 0 && C::kParams <= kMaxParams, "there is room for parameters");
+  static_assert(C::kParams == 0 || sizeof(C::kParamNames) / sizeof(char*) == C::kParams,
+                "one name per parameter");
   return true;
 }
 
+// `tape`: values of a unit that the engine keeps for the backward.
 template <class C>
-constexpr CellFacts FactsOf() {
-  return {C::kX, C::kH, C::kStates - 1, C::kSaved, C::kUsesH || C::kUsesNewH};
+constexpr CellFacts FactsOf(int tape) {
+  // A projection changes the width of h, which is then no value of a unit.
+  const bool projectable =
+      C::kH > 0 && C::kOutput == C::kRecurrent && !States<C>::kReadsH && !C::kReadsNewH;
+  return {C::kX, C::kH, States<C>::kExtra, tape, C::kParams, projectable, C::kParamNames};
 }
 
 }  // namespace frnn

@@ -24,13 +24,28 @@ constexpr int64_t RowStride(int64_t units) {
   return RoundUp(units, kAlign) + 16;
 }  // + 16: no 4 KB aliasing
 
-struct DirectionWeights {
-  const void* w_ih;  // [kX H, I]
-  const void* w_hh;  // [kH H, Hout]
-  const void* b_ih;  // [kX H] or null
-  const void* b_hh;  // [kH H] or null
-  const void* w_hr;  // [Hout, H] or null: h = w_hr h_full
+// The tensors of one direction of a layer, or their gradients: in the order of the names that
+// TensorName gives them, by which they are known everywhere.
+constexpr int kMaxParams = 16;
+template <class P>
+struct DirectionTensors {
+  static constexpr int kNamed = 5, kCount = kNamed + kMaxParams;
+
+  P w_ih;                // [kX H, I]
+  P w_hh;                // [kH H, Hout], null if kH = 0
+  P b_ih;                // [kX H] or null
+  P b_hh;                // [kH H] or null
+  P w_hr;                // [Hout, H] or null: h = w_hr h_full
+  P params[kMaxParams];  // [H] each, as many as the cell has
+
+  const P& operator[](int i) const {
+    const P* const named[] = {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr};
+    return i < kNamed ? *named[i] : params[i - kNamed];
+  }
+  P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
+using DirectionWeights = DirectionTensors<const void*>;
+using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
 
 // One layer over one sequence. Rows are the valid (t, b) pairs, time-major: row offsets[t] + b, b <
 // batch_sizes[t]. No padding between members: engines compare calls byte by byte.
@@ -45,8 +60,8 @@ struct LayerParams {
   // x_t[b] = x + t * x_t_stride + b * x_b_stride; ragged: row r = x + r * x_b_stride
   const void* x;
   int64_t x_t_stride, x_b_stride;
-  const void* h0;  // [dirs, B, Hout]
-  const void* c0;  // [dirs, B, kStates - 1, H] or null
+  const void* h0;  // [dirs, B, Hout], null: zeros
+  const void* c0;  // [dirs, B, kStates - 1, H], null: zeros
   DirectionWeights w[2];
   void* y;    // [rows, dirs * Hout]
   void* h_n;  // [dirs, B, Hout]
@@ -54,15 +69,11 @@ struct LayerParams {
   // For the backward; null when nothing is to be saved. Their contents are the engine's own; shapes
   // on the CPU (in the computing type):
   void* hs;     // [dirs, B + rows, hs_stride]: h0, then h_t; with w_hr also h_full behind h
-  void* saved;  // [dirs, rows, kSaved + kStates - 1, Padded(H)]
+  void* saved;  // [dirs, rows, tape, Padded(H)]
 };
 constexpr int64_t HsStride(int64_t H, int64_t Hout) {
   return RowStride(Hout) + (H == Hout ? 0 : RowStride(H));
 }
-
-struct DirectionGrads {
-  void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;  // null: not wanted
-};
 
 struct LayerGradParams : LayerParams {
   const void* dy;  // null: zero. Strides as for x.
@@ -78,14 +89,31 @@ static_assert(std::has_unique_object_representations_v<LayerGradParams>);
 
 // What a binding must know of a cell.
 struct CellFacts {
-  int gates_x, gates_h, extra_states, saved;
-  bool uses_h;  // elementwise, so that h can not be projected
+  int gates_x, gates_h;
+  int extra_states;  // beside h
+  int tape;          // values of a unit that a row keeps for the backward
+  int params;
+  bool projectable;
+  const char* const* param_names;
+
+  int tensors() const { return DirectionWeights::kNamed + params; }
+  // Bits of the tensors that a layer has.
+  int64_t Present(bool biases, bool projection) const {
+    return 1 | int64_t(gates_h > 0) << 1 | int64_t(biases) << 2 |
+           int64_t(biases && gates_h > 0) << 3 | int64_t(projection) << 4 |
+           ((int64_t(1) << params) - 1) << DirectionWeights::kNamed;
+  }
+  const char* TensorName(int i) const {
+    constexpr const char* kNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
+    return i < DirectionWeights::kNamed ? kNames[i] : param_names[i - DirectionWeights::kNamed];
+  }
 };
 
 // An engine instance: one cell, one computing type, one instruction set.
 struct CpuKernels : CellFacts {
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
+  void (*scale)(void* data, const void* by, int64_t n, Storage);  // data[i] *= by[i]
 };
 
 // A card, as far as plans depend on it.
@@ -123,6 +151,7 @@ struct CudaKernels : CellFacts {
   int64_t (*bwd_workspace)(const LayerGradParams&, const CudaCall&);
   void (*layer_fwd)(const LayerParams&, const CudaCall&);
   void (*layer_bwd)(const LayerGradParams&, const CudaCall&);
+  void (*scale)(void* data, const void* by, int64_t n, const CudaCall&);  // data[i] *= by[i]
 };
 
 // The instance for a cell's name and storage, or null for an unknown name.

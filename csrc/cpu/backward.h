@@ -61,7 +61,7 @@ class Layer<C, V>::BackwardPass {
 
   // A thread's memory, its part of the layer, and the direction it is at.
   struct Own : Part {
-    T *w_hh, *w_hr, *dc, *dy, *db, *dx, *dx_rows, *pack_a;
+    T *w_hh, *w_hr, *params, *dc, *dy, *db, *dparams, *dx, *dx_rows, *pack_a;
     parts::Operand w_hh_tiles, dx_tiles, tiles_a;
     parts::Operand d_tiles[2];  // d of a step
     Balance d_balance, dx_balance[C::kX], dw_balance;
@@ -135,6 +135,7 @@ class Layer<C, V>::BackwardPass {
   void Start(Own& my) const;
   Step StepAt(Own& my, int64_t number) const;
   void Unproject(Team& team, Own& my, const Step& step) const;
+  struct View;
   Magnitude GateGrads(Own& my, const Step& step) const;
   void ShareGrads(Team& team, Own& my, const Step& step, const Magnitude& largest);
   void RecurrentGrad(Own& my, const Step& step) const;
@@ -161,6 +162,8 @@ Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
       my.dc = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
       my.db = s.Take<T>(own_panels * C::kD * kUnits);
+      my.params = s.Take<T>(own_panels * C::kParams * kUnits);
+      my.dparams = s.Take<T>(own_panels * C::kParams * kUnits);
       my.dx = s.Take<T>(p.dx ? x_rows * kTileVecs<V> * N : 0);
       my.pack_a = s.Take<T>(WeightGrad<V>::PackASize(p.rows));
       my.w_hh_tiles = take_tiles(s, own_columns, C::kH * padded_gate, cut);
@@ -215,6 +218,7 @@ void Layer<C, V>::BackwardPass::Direction(Team& team, Own& my) {
     if (projected) Unproject(team, my, step);
     const Magnitude largest = GateGrads(my, step);
     if (tiled) ShareGrads(team, my, step, largest);
+    if (C::kH == 0) continue;
     team.Sync();
     RecurrentGrad(my, step);
   }
@@ -274,10 +278,19 @@ void Layer<C, V>::BackwardPass::PackProjection(Own& my) const {
   });
 }
 
-// db = 0; dc and dh from what comes after the last step.
+// The parameters [number][unit] of the own panels; their gradients and db = 0; dc and dh from what
+// comes after the last step.
 template <class C, class V>
 void Layer<C, V>::BackwardPass::Start(Own& my) const {
-  for (int64_t i = 0; i < (my.mine.end - my.mine.begin) * C::kD * kUnits; i++) my.db[i] = 0;
+  const int64_t count = my.mine.end - my.mine.begin;
+  for (int64_t i = 0; i < count * C::kD * kUnits; i++) my.db[i] = 0;
+  for (int64_t i = 0; i < count * C::kParams * kUnits; i++) my.dparams[i] = 0;
+  for (int64_t at = 0; at < count; at++)
+    for (int k = 0; k < C::kParams; k++) {
+      const int64_t unit = (my.mine.begin + at) * kUnits;
+      LoadPadded<kUnits>(At(my.w->params[k], p.storage, unit), p.storage, p.H - unit,
+                         my.params + (at * C::kParams + k) * kUnits);
+    }
   for (int64_t i = my.mine.begin; i < my.mine.end; i++)
     for (int64_t r = 0; r < p.B * kExtra; r++) {
       const int64_t unit = i * kUnits;
@@ -329,71 +342,104 @@ void Layer<C, V>::BackwardPass::Unproject(Team& team, Own& my, const Step& step)
   });
 }
 
+// The operands of one vector of units in the rows of a step, as core/step.h asks for them. What is
+// summed over rows stays here until StoreSums.
+template <class C, class V>
+struct Layer<C, V>::BackwardPass::View {
+  const BackwardPass& pass;
+  const Own& my;
+  const Step& step;
+  int64_t unit;  // its first one
+  int lanes;     // of them below H
+  const T* tape;
+  T *d, *dc, *db, *dparams;
+  const T* params;
+  int64_t row = 0;
+  V bias[C::kD], dparam[C::kParams > 0 ? C::kParams : 1];
+  Magnitude largest;
+
+  FRNN_INLINE View(const BackwardPass& pass, const Own& my, const Step& step, int64_t panel,
+                   int vec, const Magnitude& largest)
+      : pass(pass),
+        my(my),
+        step(step),
+        unit(panel * kUnits + vec * N),
+        lanes(UnitsFrom(pass.p, unit)),
+        tape(TapeOf(pass.p, my.dir, step.t, panel) + vec * N),
+        d(pass.d + step.row * pass.d_stride + unit),
+        largest(largest) {
+    const int64_t at = panel - my.mine.begin;
+    dc = my.dc + at * pass.p.B * kExtra * kUnits + vec * N;
+    db = my.db + at * C::kD * kUnits + vec * N;
+    params = my.params + at * C::kParams * kUnits + vec * N;
+    dparams = my.dparams + at * C::kParams * kUnits + vec * N;
+    FRNN_UNROLL
+    for (int q = 0; q < C::kD; q++) bias[q] = V{};
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++) dparam[k] = V{};
+  }
+  FRNN_INLINE V Kept(int k) const { return load<V>(tape + (row * kTape + k) * kUnits); }
+  FRNN_INLINE V KeptExtra(int e) const { return Kept(Tape<C>::OfExtra(e)); }
+  FRNN_INLINE V Param(int k) const { return load<V>(params + k * kUnits); }
+  FRNN_INLINE V H() const {
+    return load<V>(my.hs + PreviousRow(pass.p, my.dir, step.t, row) * pass.hs_stride + unit);
+  }
+  FRNN_INLINE V NewH() const {
+    return load<V>(my.hs + (pass.p.B + step.row + row) * pass.hs_stride + unit);
+  }
+  FRNN_INLINE V GradH() const {
+    return load<V>(pass.projected ? pass.dh_full + row * pass.full_stride + unit : OfGradH());
+  }
+  FRNN_INLINE V GradExtra(int e) const { return load<V>(dc + (row * kExtra + e) * kUnits); }
+  // With a projection it is in GradH already.
+  FRNN_INLINE void AddGradOutput(V& to) const {
+    if (step.dy && !pass.projected)
+      to += load_n<V>(step.dy + row * step.dy_stride + unit - my.first, lanes);
+  }
+  FRNN_INLINE void SetGate(int i, const V& g) {
+    store<V>(d + row * pass.d_stride + i * pass.gate_stride, g);
+    bias[i] += g;
+    if constexpr (kTiles) {
+      const auto magnitude = bit_cast<Magnitude>(g) & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+  }
+  FRNN_INLINE void SetGradH(const V& g) const {
+    if (!pass.projected) store<V>(OfGradH(), g);
+  }
+  FRNN_INLINE void SetGradExtra(int e, const V& g) const {
+    store<V>(dc + (row * kExtra + e) * kUnits, g);
+  }
+  FRNN_INLINE void AddGradParam(int k, const V& g) { dparam[k] += g; }
+  FRNN_INLINE void StoreSums() const {
+    FRNN_UNROLL
+    for (int q = 0; q < C::kD; q++) store<V>(db + q * kUnits, load<V>(db + q * kUnits) + bias[q]);
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++)
+      store<V>(dparams + k * kUnits, load<V>(dparams + k * kUnits) + dparam[k]);
+  }
+
+ private:
+  FRNN_INLINE T* OfGradH() const { return pass.dh + row * pass.h_stride + unit; }
+};
+
 // d of the own units, from dh, dc and what the forward saved; dc and the elementwise path of dh are
 // replaced by those of the step before. The largest |d|, as bits.
 template <class C, class V>
 auto Layer<C, V>::BackwardPass::GateGrads(Own& my, const Step& step) const -> Magnitude {
-  const LayerGradParams& p = this->p;
-  const bool projected = this->projected;
-  const int dir = my.dir;
-  const int64_t first = my.first, n = step.n, t = step.t, row = step.row;
-  const T* dy = step.dy;
   Magnitude largest{};
-  for (int64_t i = my.mine.begin; i < my.mine.end; i++) {
-    const int64_t unit = i * kUnits;
-    const T* tape = Tape(p, dir, t, i);
-    T* db = my.db + (i - my.mine.begin) * C::kD * kUnits;
-    T* dc_panel = my.dc + (i - my.mine.begin) * p.B * kExtra * kUnits;
+  for (int64_t panel = my.mine.begin; panel < my.mine.end; panel++) {
     FRNN_UNROLL
-    for (int j = 0; j < kPanelVecs; j++) {
-      const int lanes = UnitsFrom(p, unit + j * N);
-      V bias[C::kD];
-      FRNN_UNROLL
-      for (int q = 0; q < C::kD; q++) bias[q] = V{};
-      for (int64_t b = 0; b < n; b++) {
-        Pack<V, C::kSaved> saved;
-        Pack<V, C::kStates> state, dstate_new, dstate;
-        Pack<V, C::kD> grad;
-        const T* tape_b = tape + b * kTape * kUnits + j * N;
-        FRNN_UNROLL
-        for (int q = 0; q < C::kSaved; q++) saved[q] = load<V>(tape_b + q * kUnits);
-        T* dh_b = dh + b * h_stride + unit + j * N;
-        if (projected) {
-          dstate_new[0] = load<V>(dh_full + b * full_stride + unit + j * N);
-        } else {
-          dstate_new[0] = load<V>(dh_b);
-          if (dy) dstate_new[0] += load_n<V>(dy + b * step.dy_stride + unit - first + j * N, lanes);
-        }
-        state[0] =
-            C::kUsesH ? load<V>(my.hs + PreviousRow(p, dir, t, b) * hs_stride + unit + j * N) : V{};
-        T* dc = dc_panel + b * kExtra * kUnits + j * N;
-        FRNN_UNROLL
-        for (int e = 0; e < kExtra; e++) {
-          state[1 + e] = load<V>(tape_b + (C::kSaved + e) * kUnits);
-          dstate_new[1 + e] = load<V>(dc + e * kUnits);
-        }
-
-        const V h_new =
-            C::kUsesNewH ? load<V>(my.hs + (p.B + row + b) * hs_stride + unit + j * N) : V{};
-        C::backward(saved, state, h_new, dstate_new, grad, dstate);
-
-        T* d_b = d + (row + b) * d_stride + unit + j * N;
-        FRNN_UNROLL
-        for (int q = 0; q < C::kD; q++) {
-          store<V>(d_b + q * gate_stride, grad[q]);
-          bias[q] += grad[q];
-          if constexpr (kTiles) {
-            const auto magnitude = bit_cast<Magnitude>(grad[q]) & 0x7fffffff;
-            largest = magnitude > largest ? magnitude : largest;
-          }
-        }
-        if (!projected) store<V>(dh_b, dstate[0]);
-        FRNN_UNROLL
-        for (int e = 0; e < kExtra; e++) store<V>(dc + e * kUnits, dstate[1 + e]);
+    for (int vec = 0; vec < kPanelVecs; vec++) {
+      View view(*this, my, step, panel, vec, largest);
+      for (; view.row < step.n; view.row++) {
+        BackwardStep<C, V> unit;
+        unit.Load(view);
+        unit.Compute();
+        unit.Store(view);
       }
-      FRNN_UNROLL
-      for (int q = 0; q < C::kD; q++)
-        store<V>(db + q * kUnits + j * N, load<V>(db + q * kUnits + j * N) + bias[q]);
+      view.StoreSums();
+      largest = view.largest;
     }
   }
   return largest;
@@ -449,7 +495,7 @@ void Layer<C, V>::BackwardPass::RecurrentGrad(Own& my, const Step& step) const {
 
 // ---- of the whole sequence ----
 
-// dh0, dc0 and db, the own parts.
+// dh0, dc0 and the gradients of biases and parameters, the own parts.
 template <class C, class V>
 void Layer<C, V>::BackwardPass::StoreGrads(Own& my) const {
   for (int64_t b = 0; b < p.B && p.dh0 && my.valid > 0; b++)
@@ -464,6 +510,10 @@ void Layer<C, V>::BackwardPass::StoreGrads(Own& my) const {
     for (int q = 0; q < C::kH && my.dw->b_hh; q++)
       StoreRow<T>(At(my.dw->b_hh, p.storage, q * p.H + unit), p.storage, db + C::kDh[q] * kUnits,
                   n);
+    for (int k = 0; k < C::kParams; k++)
+      if (my.dw->params[k])
+        StoreRow<T>(At(my.dw->params[k], p.storage, unit), p.storage,
+                    my.dparams + ((i - my.mine.begin) * C::kParams + k) * kUnits, n);
     for (int64_t r = 0; r < p.B * kExtra && p.dc0; r++)
       StoreRow<T>(At(p.dc0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
                   my.dc + ((i - my.mine.begin) * p.B * kExtra + r) * kUnits, n);
@@ -632,7 +682,7 @@ void Layer<C, V>::BackwardPass::WeightGrads(Team& team, Own& my) {
     WeightGrad<V>::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
   } else {
     x_grad.Run(team, load_x);
-    h_grad.Run(team, load_h);
+    if (C::kH > 0) h_grad.Run(team, load_h);
   }
   if (projected) {
     WeightGrad<V> projection_grad = h_grad;

@@ -78,13 +78,13 @@ class Layer<C, V>::ForwardPass {
   const bool in_place = p.hs != nullptr && !p.ragged;
   const bool direct_y = p.storage == kOwn && !projected;
   // One step of few rows reads all in place: nobody waits for what another thread writes.
-  const bool in_one = p.T == 1 && p.hs == nullptr && direct_y && x_way != Way::kPacked &&
-                      h_way != Way::kPacked && p.Hout % kUnits == 0;
+  const bool in_one = p.T == 1 && p.h0 != nullptr && p.hs == nullptr && direct_y &&
+                      x_way != Way::kPacked && h_way != Way::kPacked && p.Hout % kUnits == 0;
 
   // A thread's memory, its part of the layer, and the direction it is at.
   struct Own : Part {
     T *w_ih, *w_hh;  // packed, or the other side turned
-    T *b_ih, *b_hh, *w_hr, *gates_x, *gates_h, *c, *x;
+    T *b_ih, *b_hh, *w_hr, *params, *gates_x, *gates_h, *c, *x;
     parts::Operand w_ih_tiles, w_hh_tiles, x_tiles;
     parts::Operand h_tiles[2];  // h before a step
     Balance x_balance, h_balance;
@@ -126,10 +126,11 @@ class Layer<C, V>::ForwardPass {
     const T* gates_x;  // [n, kX, units], without bias, rows gates_x_stride apart
     const T* gates_h;  // [n, kH, units], without bias, rows gates_h_stride apart
     int64_t gates_x_stride, gates_h_stride;
-    const T* b_ih;  // [kX, units]
-    const T* b_hh;  // [kH, units]
-    const T* h;     // h_{t-1} of the panel, rows h_stride apart
-    T* h_new;       // rows h_stride apart (h_full, rows full_stride apart, with a projection)
+    const T* b_ih;    // [kX, units]
+    const T* b_hh;    // [kH, units]
+    const T* params;  // [kParams, units]
+    const T* h;       // h_{t-1} of the panel, rows h_stride apart
+    T* h_new;         // rows h_stride apart (h_full, rows full_stride apart, with a projection)
     int64_t h_stride, h_new_stride;
     T* c;     // [n, kExtra, units], replaced
     T* tape;  // [n, kTape, units] or null
@@ -137,6 +138,45 @@ class Layer<C, V>::ForwardPass {
     int64_t y_stride;
     int64_t units;  // valid units from the panel's first one on
     Storage round;  // h is rounded to this
+  };
+  // The operands of one vector of units of a panel in one row, as core/step.h asks for them.
+  struct View {
+    const StepRows& s;
+    int64_t row, gates_row;  // of the step, and of gates_h
+    int vec;                 // of the panel
+
+    FRNN_INLINE V GateX(int q) const {
+      return load<V>(s.gates_x + row * s.gates_x_stride + OfGate(q)) + load<V>(s.b_ih + OfGate(q));
+    }
+    FRNN_INLINE V GateH(int q) const {
+      return load<V>(s.gates_h + gates_row * s.gates_h_stride + OfGate(q)) +
+             load<V>(s.b_hh + OfGate(q));
+    }
+    FRNN_INLINE V Param(int k) const { return load<V>(s.params + OfGate(k)); }
+    FRNN_INLINE V H() const { return load<V>(s.h + row * s.h_stride + vec * N); }
+    FRNN_INLINE V Extra(int e) const { return load<V>(OfExtra(e)); }
+    FRNN_INLINE void SetH(const V& h) const {
+      const V rounded = RoundToStorage(h, s.round);
+      store<V>(s.h_new + row * s.h_new_stride + vec * N, rounded);
+      if constexpr (kOutputExtra < 0) SetOutput(rounded);
+    }
+    FRNN_INLINE void SetExtra(int e, const V& c) const {
+      store<V>(OfExtra(e), c);
+      if (e == kOutputExtra) SetOutput(c);
+    }
+    FRNN_INLINE void KeepExtra(int e, const V& c) const { Keep(Tape<C>::OfExtra(e), c); }
+    FRNN_INLINE void Keep(int k, const V& v) const {
+      store<V>(s.tape + (row * kTape + k) * kUnits + vec * N, v);
+    }
+
+   private:
+    FRNN_INLINE int OfGate(int q) const { return (q * kPanelVecs + vec) * N; }
+    FRNN_INLINE T* OfExtra(int e) const { return s.c + (row * kExtra + e) * kUnits + vec * N; }
+    FRNN_INLINE void SetOutput(const V& y) const {
+      const int64_t left = s.units - vec * N;
+      if (s.y && left > 0)
+        store_n<V>(s.y + row * s.y_stride + vec * N, y, int(left < N ? left : N));
+    }
   };
 
   void TakeWeights(Scratch& s, Own& to) const {
@@ -258,6 +298,7 @@ Layer<C, V>::ForwardPass::ForwardPass(const LayerParams& p, int threads) : p(p),
       if (!tiled) TakeWeights(s, my);
       my.b_ih = s.Take<T>(own_panels * C::kX * kUnits);
       my.b_hh = s.Take<T>(own_panels * C::kH * kUnits);
+      my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
       my.gates_x = s.Take<T>(own_groups * capacity * gates_x_stride);
       my.gates_h = s.Take<T>(kRowBlock * gates_h_stride);
@@ -314,7 +355,7 @@ void Layer<C, V>::ForwardPass::Direction(Team& team, Own& my) {
       if (projected) Project(team, my, step);
       if (tiled && number + 1 < p.T) ShareH(team, my, step.h_new, step.ldh, step.n, number + 1);
       if (my.valid > 0) StoreOutputs(my, step);
-      if (!in_one) team.Sync();
+      if (C::kH > 0 && !in_one) team.Sync();
     }
   }
   StoreExtraStates(my);
@@ -361,7 +402,7 @@ void Layer<C, V>::ForwardPass::PackVectors(Own& my) const {
   my.packed = true;
 }
 
-// Biases [gate][unit] and c_0 [row][state][unit] of the own panels.
+// Biases [gate][unit], parameters [number][unit] and c_0 [row][state][unit] of the own panels.
 template <class C, class V>
 void Layer<C, V>::ForwardPass::PackPanels(Own& my) const {
   for (int64_t at = 0; at < my.count; at++) {
@@ -373,9 +414,13 @@ void Layer<C, V>::ForwardPass::PackPanels(Own& my) const {
     };
     pack(my.w->b_ih, C::kX, my.b_ih);
     pack(my.w->b_hh, C::kH, my.b_hh);
+    for (int k = 0; k < C::kParams; k++)
+      LoadPadded<kUnits>(At(my.w->params[k], p.storage, unit), p.storage, n,
+                         my.params + (at * C::kParams + k) * kUnits);
     for (int64_t r = 0; r < p.B * kExtra; r++)
-      LoadPadded<kUnits>(At(p.c0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
-                         n, my.c + (at * p.B * kExtra + r) * kUnits);
+      LoadPadded<kUnits>(
+          p.c0 ? At(p.c0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit) : nullptr, p.storage,
+          p.c0 ? n : 0, my.c + (at * p.B * kExtra + r) * kUnits);
   }
 }
 
@@ -515,12 +560,13 @@ auto Layer<C, V>::ForwardPass::RowsOf(const Own& my, const Chunk& chunk, const S
   s.gates_h_stride = gates_h_stride;
   s.b_ih = my.b_ih + at * C::kX * kUnits;
   s.b_hh = my.b_hh + at * C::kH * kUnits;
+  s.params = my.params + at * C::kParams * kUnits;
   s.h = step.h + unit;
   s.h_stride = step.ldh;
   s.h_new = (projected ? step.full : step.h_new) + unit;
   s.h_new_stride = projected ? step.ld_full : step.ldh;
   s.c = my.c + at * p.B * kExtra * kUnits;
-  s.tape = p.hs && kTape > 0 ? Tape(p, my.dir, step.t, panel) : nullptr;
+  s.tape = p.hs && kTape > 0 ? TapeOf(p, my.dir, step.t, panel) : nullptr;
   s.y_stride = p.dirs * p.Hout;
   s.y = direct_y ? static_cast<T*>(p.y) + step.row * s.y_stride + my.dir * p.Hout + unit : nullptr;
   s.units = p.H - unit;
@@ -532,7 +578,7 @@ auto Layer<C, V>::ForwardPass::RowsOf(const Own& my, const Chunk& chunk, const S
 // drains while the next product runs.
 template <class C, class V>
 void Layer<C, V>::ForwardPass::RecurrentGates(Own& my, const Chunk& chunk, const Step& step) const {
-  if constexpr (kTiles)
+  if constexpr (kTiles && C::kH > 0)
     if (step.tiles) {
       for (int64_t g = 0; g < my.groups; g++) {
         const int64_t at = group * (step.number % 2 ? my.groups - 1 - g : g);
@@ -554,8 +600,9 @@ void Layer<C, V>::ForwardPass::RecurrentGates(Own& my, const Chunk& chunk, const
     T* gates_h = my.gates_h + at % group * C::kH * kUnits;
     ForGateRows(h_way, step.n, [&](int rows, int64_t r) {
       const T* packed = h_way == Way::kTurned ? my.w_hh + r * p.Hout : PackedH(my, at);
-      Product<C::kH>(h_way, rows, step.h + r * step.ldh, step.ldh, my.w->w_hh, packed, p.Hout,
-                     my.mine.begin + at, gates_h, gates_h_stride, r);
+      if constexpr (C::kH > 0)
+        Product<C::kH>(h_way, rows, step.h + r * step.ldh, step.ldh, my.w->w_hh, packed, p.Hout,
+                       my.mine.begin + at, gates_h, gates_h_stride, r);
       GateMath(s, r, rows);
     });
   }
@@ -582,7 +629,7 @@ void Layer<C, V>::ForwardPass::Project(Team& team, Own& my, const Step& step) co
 template <class C, class V>
 bool Layer<C, V>::ForwardPass::ShareH(Team& team, Own& my, const T* h, int64_t ldh, int64_t n,
                                       int64_t number) {
-  if constexpr (kTiles) {
+  if constexpr (kTiles && C::kH > 0) {
     const int64_t parity = number & 1;
     const parts::Operand& to = my.h_tiles[parity];
     const bool measured = ShareLargest(team, to, h_largest[parity], n, [&](float* largest) {
@@ -607,9 +654,15 @@ void Layer<C, V>::ForwardPass::StoreOutputs(Own& my, const Step& step) const {
                                               : 0;
   for (int64_t r = 0; r < step.n; r++) {
     const T* h = step.h_new + r * step.ldh + my.first;
-    if (!direct_y)
+    if (!direct_y && kOutputExtra < 0)
       StoreRow<T>(At(p.y, p.storage, ((step.row + r) * p.dirs + my.dir) * p.Hout + my.first),
                   p.storage, h, my.valid);
+    for (int64_t at = 0; at < my.count && !direct_y && kOutputExtra >= 0; at++) {
+      const int64_t unit = (my.mine.begin + at) * kUnits;
+      StoreRow<T>(At(p.y, p.storage, ((step.row + r) * p.dirs + my.dir) * p.H + unit), p.storage,
+                  my.c + ((at * p.B + r) * kExtra + kOutputExtra) * kUnits,
+                  p.H - unit < kUnits ? p.H - unit : kUnits);
+    }
     if (my.hs && !in_place)
       memcpy(my.hs + (p.B + step.row + r) * hs_stride + my.first, h,
              (my.last - my.first) * sizeof(T));
@@ -634,43 +687,15 @@ void Layer<C, V>::ForwardPass::StoreExtraStates(Own& my) const {
 // The pointwise part of a step, for one panel and the rows from `first` on.
 template <class C, class V>
 void Layer<C, V>::ForwardPass::GateMath(const StepRows& s, int64_t first, int rows) {
-  for (int64_t m = first; m < first + rows; m++) {
+  for (int64_t row = first; row < first + rows; row++) {
     FRNN_UNROLL
-    for (int j = 0; j < kPanelVecs; j++) {
-      Pack<V, C::kX> x;
-      Pack<V, C::kH> h;
-      Pack<V, C::kStates> state, state_new;
-      Pack<V, C::kSaved> saved;
-      FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++)
-        x[q] = load<V>(s.gates_x + m * s.gates_x_stride + (q * kPanelVecs + j) * N) +
-               load<V>(s.b_ih + (q * kPanelVecs + j) * N);
-      FRNN_UNROLL
-      for (int q = 0; q < C::kH; q++)
-        h[q] = load<V>(s.gates_h + (m - first) * s.gates_h_stride + (q * kPanelVecs + j) * N) +
-               load<V>(s.b_hh + (q * kPanelVecs + j) * N);
-      state[0] = C::kUsesH ? load<V>(s.h + m * s.h_stride + j * N) : V{};
-      T* c = s.c + m * kExtra * kUnits + j * N;
-      FRNN_UNROLL
-      for (int e = 0; e < kExtra; e++) state[1 + e] = load<V>(c + e * kUnits);
-
-      C::forward(x, h, state, state_new, saved);
-
-      const V h_new = RoundToStorage(state_new[0], s.round);
-      store<V>(s.h_new + m * s.h_new_stride + j * N, h_new);
-      if (s.y) {
-        const int64_t left = s.units - j * N;
-        if (left > 0) store_n<V>(s.y + m * s.y_stride + j * N, h_new, int(left < N ? left : N));
-      }
-      FRNN_UNROLL
-      for (int e = 0; e < kExtra; e++) store<V>(c + e * kUnits, state_new[1 + e]);
-      if (s.tape) {
-        T* tape = s.tape + m * kTape * kUnits + j * N;
-        FRNN_UNROLL
-        for (int q = 0; q < C::kSaved; q++) store<V>(tape + q * kUnits, saved[q]);
-        FRNN_UNROLL
-        for (int e = 0; e < kExtra; e++) store<V>(tape + (C::kSaved + e) * kUnits, state[1 + e]);
-      }
+    for (int vec = 0; vec < kPanelVecs; vec++) {
+      const View view{s, row, row - first, vec};
+      ForwardStep<C, V> step;
+      step.Load(view);
+      step.Compute();
+      step.StoreStates(view);
+      if (s.tape) step.StoreTape(view);
     }
   }
 }

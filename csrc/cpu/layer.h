@@ -12,19 +12,44 @@
 #pragma once
 #include <vector>
 
-#include "core/cell.h"
 #include "core/scratch.h"
+#include "core/step.h"
 #include "cpu/gemm.h"
 #include "cpu/threads.h"
 #include "cpu/tiles.h"
 
 FRNN_BEGIN
 
+// The tape of a row, in values per unit: what the cell saved, then the states of c that it reads. h is
+// at hand.
+template <class C>
+struct Tape {
+  static constexpr int kExtra = States<C>::kExtra;
+  static constexpr int OfExtra(int e) {
+    int at = C::kSaved;
+    for (int i = 0; i < e; i++) at += States<C>::ReadsExtra(i);
+    return at;
+  }
+  static constexpr int kSize = OfExtra(kExtra);
+};
+
 template <class C, class V>
 class Layer {
  public:
   static void Forward(const LayerParams& p) { Run<ForwardPass>(p); }
   static void Backward(const LayerGradParams& p) { Run<BackwardPass>(p); }
+  static void Scale(void* data, const void* by, int64_t n, Storage storage) {
+    constexpr int64_t kBlock = 256;
+    T a[kBlock], b[kBlock];
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int64_t count = n - i < kBlock ? n - i : kBlock;
+      LoadRow<T>(At(data, storage, i), storage, a, count);
+      LoadRow<T>(At(by, storage, i), storage, b, count);
+      for (int64_t j = 0; j < count; j++) a[j] *= b[j];
+      StoreRow<T>(At(data, storage, i), storage, a, count);
+    }
+  }
+  static constexpr CpuKernels Kernels() { return {FactsOf<C>(kTape), &Forward, &Backward, &Scale}; }
 
  private:
   class ForwardPass;
@@ -34,9 +59,8 @@ class Layer {
   static constexpr int N = Lanes<V>::kSize;
   static constexpr int kPanelVecs = C::kH <= 2 ? 2 : 1;
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
-  static constexpr int kExtra = C::kStates - 1;
-  static constexpr int kTape =
-      C::kSaved + kExtra;  // per unit and row: what the cell saved, then c_{t-1}
+  static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
+  static constexpr int kTape = Tape<C>::kSize;
   // What a thread could do while a team of two waits at a barrier, and while a team starts: of narrow
   // vectors less.
   static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);
@@ -58,12 +82,16 @@ class Layer {
   }
 
   static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
-  static int64_t Macs(const LayerParams& p) { return p.rows * C::kH * p.H * (p.Hout + p.I); }
+  static int64_t Macs(const LayerParams& p) {
+    return p.rows * p.H * (C::kH * p.Hout + C::kX * p.I);
+  }
   static bool IsShort(const LayerParams& p) { return Macs(p) < kMacsOfShortCall; }
   // As many as do a step sooner than one fewer would: each adds to what all wait for at the barrier.
+  // Without a recurrent product nobody waits before the end.
   static int Threads(const LayerParams& p) {
     const int64_t most = p.threads < Panels(p) ? p.threads : Panels(p);
-    const int64_t macs = Macs(p) < kMacsPerTeam ? 0 : p.B * C::kH * p.H * p.Hout;
+    const int64_t at_once = C::kH > 0 ? p.B * C::kH * p.H * p.Hout : Macs(p);
+    const int64_t macs = Macs(p) < kMacsPerTeam ? 0 : at_once;
     int64_t n = 1;
     while (n < most && n * (n + 1) * kMacsPerBarrier <= macs) n++;
     if (n > 1 && IsShort(p) && Crowd::Here()) n--;
@@ -151,7 +179,7 @@ class Layer {
     if (dir == 0) return t == 0 ? b : p.B + p.offsets[t - 1] + b;
     return t + 1 < p.T && b < p.batch_sizes[t + 1] ? p.B + p.offsets[t + 1] + b : b;
   }
-  static T* Tape(const LayerParams& p, int dir, int64_t t, int64_t panel) {
+  static T* TapeOf(const LayerParams& p, int dir, int64_t t, int64_t panel) {
     T* base = static_cast<T*>(p.saved) + dir * p.rows * kTape * Padded(p.H);
     return base + (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kTape * kUnits;
   }

@@ -14,6 +14,7 @@ struct Engine {
   static Plan PlanOf(const LayerParams& p, const CudaCall& call) {
     Problem problem{C::kX, C::kH, p.H, p.B, p.T, kStorage<T>, p.dirs};
     problem.projected = p.H != p.Hout;
+    problem.output_is_h = States<C>::kOutputExtra < 0;
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;
     for (int d = 0; d < p.dirs; d++)
@@ -57,10 +58,23 @@ struct Engine {
     Run(p, call, &Steps<C, T>::Backward);
   }
 
+  static void Scale(void* data, const void* by, int64_t n, const CudaCall& call) {
+    constexpr int64_t kWidth = 256;
+    const int64_t rows = (n + kWidth - 1) / kWidth;
+    if (n == 0) return;
+    const unsigned blocks = unsigned(std::min<int64_t>(rows, 65535));
+    Launch(ScaleBy<T>, dim3(1, blocks), dim3(unsigned(kWidth)), 0,
+           static_cast<cudaStream_t>(call.streams[0]), n, kWidth, static_cast<T*>(data),
+           static_cast<const T*>(by));
+  }
+
   static constexpr CudaKernels Kernels() {
-    CudaKernels kernels{FactsOf<C>(), &ForwardWorkspace, &BackwardWorkspace, &Forward, &Backward};
-    kernels.saved = Steps<C, T>::kCell;
-    return kernels;
+    return {FactsOf<C>(Tape<C>::kSize),
+            &ForwardWorkspace,
+            &BackwardWorkspace,
+            &Forward,
+            &Backward,
+            &Scale};
   }
 };
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <utility>
 
-#include "core/cell.h"
+#include "core/step.h"
 #include "cuda/device.h"
 
 namespace frnn {
@@ -28,114 +28,147 @@ struct Rows {
   FRNN_HD explicit operator bool() const { return data != nullptr; }
 };
 
+// The tape of a row on a card, in values per unit: what the cell saved, c_{t-1}, and h_t if the
+// backward reads that.
+template <class C>
+struct Tape {
+  static constexpr int kC = C::kSaved, kNewH = kC + States<C>::kExtra;
+  static constexpr int kSize = kNewH + (C::kReadsNewH ? 1 : 0);
+};
+
 // One step of one direction. `rows` sequences are running; the first `next_rows` of them go on.
 template <class T>
 struct GateForwardArgs {
   int64_t rows, next_rows, H;
-  Rows<const Wide<T>> gx;      // [rows, kX H] = x W_ih^T
-  Rows<const Wide<T>> gh;      // [rows, kH H] = h W_hh^T
-  const T *b_ih, *b_hh;        // [kX H], [kH H] or null
-  Rows<const T> h_prev;        // [rows, H], read if the cell uses h elementwise
-  Rows<const Wide<T>> c_prev;  // [rows, kExtra H]
-  Rows<T> h;                   // [rows, H]: into y, or before the projection
-  bool publish;                // not projected: h is also written to
-  Rows<T> h_next, h_last;      // [.., H]: for the rows that go on, and for the others
-  Rows<Wide<T>> c_next;        // [next_rows, kExtra H]
-  Rows<T> c_last;              // [rows, kExtra H], written from next_rows on
-  Rows<Wide<T>> saved;         // [rows, (kSaved + kUsesNewH) H] or null
+  Rows<const Wide<T>> gx;       // [rows, kX H] = x W_ih^T
+  Rows<const Wide<T>> gh;       // [rows, kH H] = h W_hh^T
+  const T *b_ih, *b_hh;         // [kX H], [kH H] or null
+  const T* params[kMaxParams];  // [H] each
+  Rows<const T> h_prev;         // [rows, H], read if the cell uses h elementwise
+  Rows<const Wide<T>> c_prev;   // [rows, kExtra H]; of the tape, if there is one
+  Rows<T> output;               // [rows, H]: of y, or before the projection
+  bool publish;                 // not projected: h is also written to
+  Rows<T> h_next, h_last;       // [.., H]: for the rows that go on, and for the others
+  Rows<Wide<T>> c_next;         // [next_rows, kExtra H]
+  Rows<T> c_last;               // [rows, kExtra H], written from next_rows on
+  Rows<Wide<T>> tape;           // [rows, tape H] or null
+};
+
+// A unit of a row, as core/step.h asks for its operands.
+template <class C, class T>
+struct GateForwardView {
+  using A = Wide<T>;
+  const GateForwardArgs<T>& a;
+  int64_t row, u;
+
+  FRNN_HD A GateX(int q) const {
+    return a.gx(row, q * a.H + u) + (a.b_ih ? Widen(a.b_ih[q * a.H + u]) : A(0));
+  }
+  FRNN_HD A GateH(int q) const {
+    return a.gh(row, q * a.H + u) + (a.b_hh ? Widen(a.b_hh[q * a.H + u]) : A(0));
+  }
+  FRNN_HD A Param(int k) const { return Widen(a.params[k][u]); }
+  FRNN_HD A H() const { return Widen(a.h_prev(row, u)); }
+  FRNN_HD A Extra(int e) const { return a.c_prev(row, e * a.H + u); }
+  FRNN_HD void SetH(A h) const {
+    const T h_new = Narrow<T>(h);
+    if (States<C>::kOutputExtra < 0) a.output(row, u) = h_new;
+    if (a.publish) (row < a.next_rows ? a.h_next : a.h_last)(row, u) = h_new;
+    if (C::kReadsNewH && a.tape) Keep(Tape<C>::kNewH, Widen(h_new));
+  }
+  FRNN_HD void SetExtra(int e, A c) const {
+    if (e == States<C>::kOutputExtra) a.output(row, u) = Narrow<T>(c);
+    if (row < a.next_rows)
+      a.c_next(row, e * a.H + u) = c;
+    else
+      a.c_last(row, e * a.H + u) = Narrow<T>(c);
+  }
+  FRNN_HD void Keep(int k, A v) const { a.tape(row, k * a.H + u) = v; }
+  FRNN_HD void KeepExtra(int, A) const {}  // c_prev lies on the tape
 };
 
 template <class C, class T>
 __global__ void GateForward(GateForwardArgs<T> a) {
-  using A = Wide<T>;
   ForEach(a.rows, a.H, [&](int64_t row, int64_t u) {
-    Pack<A, C::kX> x;
-    Pack<A, C::kH> h;
-    Pack<A, C::kStates> s, s_new;
-    Pack<A, C::kSaved> saved;
-    FRNN_UNROLL
-    for (int q = 0; q < C::kX; q++)
-      x[q] = a.gx(row, q * a.H + u) + (a.b_ih ? Widen(a.b_ih[q * a.H + u]) : A(0));
-    FRNN_UNROLL
-    for (int q = 0; q < C::kH; q++)
-      h[q] = a.gh(row, q * a.H + u) + (a.b_hh ? Widen(a.b_hh[q * a.H + u]) : A(0));
-    s[0] = C::kUsesH ? Widen(a.h_prev(row, u)) : A(0);
-    FRNN_UNROLL
-    for (int j = 1; j < C::kStates; j++) s[j] = a.c_prev(row, (j - 1) * a.H + u);
-
-    C::forward(x, h, s, s_new, saved);
-
-    const T h_new = Narrow<T>(s_new[0]);
-    a.h(row, u) = h_new;
-    const bool goes_on = row < a.next_rows;
-    if (a.publish) (goes_on ? a.h_next : a.h_last)(row, u) = h_new;
-    FRNN_UNROLL
-    for (int j = 1; j < C::kStates; j++) {
-      if (goes_on)
-        a.c_next(row, (j - 1) * a.H + u) = s_new[j];
-      else
-        a.c_last(row, (j - 1) * a.H + u) = Narrow<T>(s_new[j]);
-    }
-    if (a.saved) {
-      FRNN_UNROLL
-      for (int k = 0; k < C::kSaved; k++) a.saved(row, k * a.H + u) = saved[k];
-      if constexpr (C::kUsesNewH) a.saved(row, C::kSaved * a.H + u) = Widen(h_new);
-    }
+    const GateForwardView<C, T> view{a, row, u};
+    ForwardStep<C, Wide<T>> step;
+    step.Load(view);
+    step.Compute();
+    step.StoreStates(view);
+    if (a.tape) step.StoreTape(view);
   });
 }
 
 template <class T>
 struct GateBackwardArgs {
   int64_t rows, H;
-  Rows<const Wide<T>> dh;      // [rows, H]: what reaches h_t from later steps
-  Rows<const T> dy;            // [rows, H], added to it, or null
-  Rows<const Wide<T>> saved;   // as written by GateForward
-  Rows<const T> h_prev;        // [rows, H]
-  Rows<const Wide<T>> c_prev;  // [rows, kExtra H]
-  Rows<Wide<T>> dc;            // [rows, kExtra H]: of c_t on entry, of c_{t-1} on return
-  Rows<T> dgx, dgh;            // [rows, kX H], [rows, kH H]; dgh null if it is the same
-  Rows<Wide<T>> dh_prev;       // [rows, H]: the elementwise path, written if the cell uses h
+  Rows<const Wide<T>> dh;       // [rows, H]: what reaches h_t from later steps
+  Rows<const T> dy;             // [rows, H]: what reaches the output, or null
+  Rows<const Wide<T>> tape;     // as written by GateForward
+  Rows<const T> h_prev;         // [rows, H]
+  const T* params[kMaxParams];  // [H] each
+  Rows<Wide<T>> dc;             // [rows, kExtra H]: of c_t on entry, of c_{t-1} on return
+  Rows<T> dgx, dgh;             // [rows, kX H], [rows, kH H]; dgh null if it is the same
+  Rows<Wide<T>> dh_prev;        // [rows, H]: the elementwise path, written if there is one
+  Rows<Wide<T>> dparams;        // [rows, kParams H], added to
 };
 
-// f(q, i): gate q has the gradient d[i]. Indices are constants of the compiler: device code can not
-// read the cell's static arrays.
+// f(q) for the gates whose gradient is d[i]. Device code can not read the cell's static arrays, so
+// that they are constants of the compiler, as i is where this is inlined.
 template <class C, int... q, class F>
-FRNN_HD void ForGatesX(std::integer_sequence<int, q...>, const F& f) {
-  (f(q, std::integral_constant<int, C::kDx[q]>()), ...);
+FRNN_HD void ForGatesX(int i, std::integer_sequence<int, q...>, const F& f) {
+  ((std::integral_constant<int, C::kDx[q]>() == i ? f(q) : void()), ...);
 }
 template <class C, int... q, class F>
-FRNN_HD void ForGatesH(std::integer_sequence<int, q...>, const F& f) {
-  (f(q, std::integral_constant<int, C::kDh[q]>()), ...);
+FRNN_HD void ForGatesH(int i, std::integer_sequence<int, q...>, const F& f) {
+  ((std::integral_constant<int, C::kDh[q]>() == i ? f(q) : void()), ...);
 }
+template <class C, class F>
+FRNN_HD void ForGatesX(int i, const F& f) {
+  ForGatesX<C>(i, std::make_integer_sequence<int, C::kX>(), f);
+}
+template <class C, class F>
+FRNN_HD void ForGatesH(int i, const F& f) {
+  ForGatesH<C>(i, std::make_integer_sequence<int, C::kH>(), f);
+}
+
+// Whether a gradient reaches h_{t-1} by another way than W_hh.
+template <class C>
+constexpr bool kGradReachesH = States<C>::kReadsH || C::kH == 0;
+
+template <class C, class T>
+struct GateBackwardView {
+  using A = Wide<T>;
+  const GateBackwardArgs<T>& a;
+  int64_t row, u;
+
+  FRNN_HD A Kept(int k) const { return a.tape(row, k * a.H + u); }
+  FRNN_HD A KeptExtra(int e) const { return Kept(Tape<C>::kC + e); }
+  FRNN_HD A Param(int k) const { return Widen(a.params[k][u]); }
+  FRNN_HD A H() const { return Widen(a.h_prev(row, u)); }
+  FRNN_HD A NewH() const { return Kept(Tape<C>::kNewH); }
+  FRNN_HD A GradH() const { return a.dh(row, u); }
+  FRNN_HD A GradExtra(int e) const { return a.dc(row, e * a.H + u); }
+  FRNN_HD void AddGradOutput(A& to) const { to += a.dy ? Widen(a.dy(row, u)) : A(0); }
+  FRNN_HD void SetGate(int i, A d) const {
+    ForGatesX<C>(i, [&](int q) { a.dgx(row, q * a.H + u) = Narrow<T>(d); });
+    if (a.dgh) ForGatesH<C>(i, [&](int q) { a.dgh(row, q * a.H + u) = Narrow<T>(d); });
+  }
+  FRNN_HD void SetGradH(A dh) const {
+    if (kGradReachesH<C>) a.dh_prev(row, u) = dh;
+  }
+  FRNN_HD void SetGradExtra(int e, A dc) const { a.dc(row, e * a.H + u) = dc; }
+  FRNN_HD void AddGradParam(int k, A d) const { a.dparams(row, k * a.H + u) += d; }
+};
 
 template <class C, class T>
 __global__ void GateBackward(GateBackwardArgs<T> a) {
-  using A = Wide<T>;
   ForEach(a.rows, a.H, [&](int64_t row, int64_t u) {
-    Pack<A, C::kSaved> saved;
-    Pack<A, C::kStates> s, ds_new, ds;
-    Pack<A, C::kD> d;
-    FRNN_UNROLL
-    for (int k = 0; k < C::kSaved; k++) saved[k] = a.saved(row, k * a.H + u);
-    const A h_new = C::kUsesNewH ? a.saved(row, C::kSaved * a.H + u) : A(0);
-    s[0] = C::kUsesH ? Widen(a.h_prev(row, u)) : A(0);
-    ds_new[0] = a.dh(row, u) + (a.dy ? Widen(a.dy(row, u)) : A(0));
-    FRNN_UNROLL
-    for (int j = 1; j < C::kStates; j++) {
-      s[j] = a.c_prev(row, (j - 1) * a.H + u);
-      ds_new[j] = a.dc(row, (j - 1) * a.H + u);
-    }
-
-    C::backward(saved, s, h_new, ds_new, d, ds);
-
-    if constexpr (C::kUsesH) a.dh_prev(row, u) = ds[0];
-    FRNN_UNROLL
-    for (int j = 1; j < C::kStates; j++) a.dc(row, (j - 1) * a.H + u) = ds[j];
-    ForGatesX<C>(std::make_integer_sequence<int, C::kX>(),
-                 [&](int q, auto i) { a.dgx(row, q * a.H + u) = Narrow<T>(d[i]); });
-    if (a.dgh)
-      ForGatesH<C>(std::make_integer_sequence<int, C::kH>(),
-                   [&](int q, auto i) { a.dgh(row, q * a.H + u) = Narrow<T>(d[i]); });
+    const GateBackwardView<C, T> view{a, row, u};
+    BackwardStep<C, Wide<T>> step;
+    step.Load(view);
+    step.Compute();
+    step.Store(view);
   });
 }
 
@@ -144,6 +177,15 @@ template <class To, class From>
 __global__ void Convert(int64_t rows, int64_t columns, Rows<To> to, Rows<const From> from) {
   ForEach(rows, columns, [&](int64_t row, int64_t column) {
     to(row, column) = Narrow<To>(from ? Wide<To>(Widen(from(row, column))) : Wide<To>(0));
+  });
+}
+
+// data[i] *= by[i], rows of `width` at a time.
+template <class T>
+__global__ void ScaleBy(int64_t n, int64_t width, T* data, const T* by) {
+  ForEach((n + width - 1) / width, width, [&](int64_t row, int64_t column) {
+    const int64_t i = row * width + column;
+    if (i < n) data[i] = Narrow<T>(Widen(data[i]) * Widen(by[i]));
   });
 }
 

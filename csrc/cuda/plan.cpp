@@ -40,8 +40,9 @@ constexpr int64_t kResidentSteps = 8;
 bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
   const int64_t size = StorageSize(problem.storage);
   const bool products = size == 2 || (problem.storage == Storage::kFloat && problem.allow_tf32);
-  return device.major >= 8 && products && !problem.projected && problem.aligned &&
-         problem.H * size % 16 == 0 && problem.H > 0 && problem.B > 0;
+  return device.major >= 8 && products && !problem.projected && problem.output_is_h &&
+         problem.gates_h > 0 && problem.aligned && problem.H * size % 16 == 0 && problem.H > 0 &&
+         problem.B > 0;
 }
 
 int64_t TilesOf(const Problem& problem) { return (problem.B + kTileRows - 1) / kTileRows; }
@@ -95,7 +96,7 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
   const int64_t rows = std::max(kFullRows, cached_rows);
   plan.chunk_steps = std::clamp<int64_t>(rows / std::max<int64_t>(1, problem.B), 1, problem.T);
 
-  const int64_t launches = 2 * problem.T * problem.dirs;
+  const int64_t launches = (problem.gates_h > 0 ? 2 : 1) * problem.T * problem.dirs;
   plan.variant = launches >= kGraphLaunches ? Variant::kGraph : Variant::kSteps;
   bool resident = problem.T >= kResidentSteps, local = resident;
   if (force != nullptr && *force != '\0') {

@@ -21,7 +21,7 @@ struct Problem {
   int64_t H, B, T;
   Storage storage;
   int dirs;
-  bool projected = false, allow_tf32 = false;
+  bool projected = false, output_is_h = true, allow_tf32 = false;
   bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
 };
 

@@ -143,19 +143,17 @@ __global__ void Transpose(int64_t rows, int64_t columns, const T* from, T* to) {
       to[(column + i) * rows + row + threadIdx.x] = square[threadIdx.x][i];
 }
 
-// The tape of a row, in values per unit: what the cell saved, h_t if its backward reads that, c_{t-1}.
-template <class C>
-struct Tape {
-  static constexpr int kExtra = C::kStates - 1;
-  static constexpr int kCell = C::kSaved + (C::kUsesNewH ? 1 : 0);
-  static constexpr int kTape = kCell + kExtra;
-};
+// Whether a cell has resident kernels for a type: blocks tell each other h, which is the output.
+template <class C, class T>
+constexpr bool kHasResident =
+    kStorage<T> != Storage::kDouble && C::kH > 0 && States<C>::kOutputExtra < 0;
 
 template <class T>
 struct ResidentForwardDirection {
   int64_t start, way;           // the time of step 0, +1 or -1
   const T* h0;                  // [B, H] or null
   const T *w_hh, *b_ih, *b_hh;  // [kH H, H], [kX H] or null, [kH H] or null
+  const T* params[kMaxParams];  // [H] each
   const Wide<T>* gx;            // [.., kX H], from row gx_row on
   int64_t gx_row;
   T* hs;  // [rows, H]: what a row starts from. Those of step `begin` and those in which sequences
@@ -163,12 +161,49 @@ struct ResidentForwardDirection {
   T* y;   // [rows, dirs H], from the first unit of this direction on
   Wide<T>* c;          // [B, kExtra H]: before step begin, then after step end - 1
   T *h_last, *c_last;  // [B, H], [B, kExtra H]
-  Wide<T>* tape;       // [rows, kTape H] or null
+  Wide<T>* tape;       // [rows, tape H] or null
 };
 template <class T>
 struct ResidentForwardArgs {
   ResidentSteps steps;
   ResidentForwardDirection<T> dir[2];
+};
+
+// Views of an item, as core/step.h asks for them: what lies in registers, and what goes to memory.
+template <class C, class SumH>
+struct ResidentInputs {
+  const float* gx;  // with biases
+  const SumH& gate_h;
+  const Pack<float, C::kParams>& params;
+  const float& h;
+  const Pack<float, States<C>::kExtra>& c;
+
+  FRNN_HD Quick GateX(int q) const { return gx[q]; }
+  FRNN_HD Quick GateH(int q) const { return gate_h(q); }
+  FRNN_HD Quick Param(int k) const { return params[k]; }
+  FRNN_HD Quick H() const { return h; }
+  FRNN_HD Quick Extra(int e) const { return c[e]; }
+};
+template <class C, class T>
+struct ResidentResults {
+  T h_new;
+  float& h;
+  Pack<float, States<C>::kExtra>& c;
+  int64_t H;
+  T *y, *h_last, *c_last;  // h_last is null while the sequence goes on
+  float* tape;
+
+  FRNN_HD void SetH(Quick) const {
+    h = Widen(h_new);
+    *y = h_new;
+    if (h_last) *h_last = h_new;
+  }
+  FRNN_HD void SetExtra(int e, Quick v) const {
+    c[e] = v.v;
+    if (h_last) c_last[e * H] = Narrow<T>(v.v);
+  }
+  FRNN_HD void Keep(int k, Quick v) const { tape[k * H] = v.v; }
+  FRNN_HD void KeepExtra(int e, Quick v) const { Keep(Tape<C>::kC + e, v); }
 };
 
 template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
@@ -177,7 +212,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   constexpr int kM = kGroups * C::kH;
   using Product = ResidentProduct<T, kM, kBlocks, kTiles, kSplitOf<kM, kLocal>>;
   using Block = ResidentBlock<kGroups, kTiles>;
-  constexpr int kItems = Block::kItems, kExtra = C::kStates - 1;
+  constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra;
   float* sums = DynamicShared<float>();                            // [2][kSums]
   T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
   const ResidentSteps n = args.steps;
@@ -200,7 +235,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   };
 
   int64_t place[kItems];  // row * H + unit, of the rows of a step
-  float c[kItems][kExtra > 0 ? kExtra : 1], h[kItems], gx[kItems][C::kX] = {}, b_hh[kItems][C::kH];
+  float gx[kItems][C::kX] = {}, b_hh[kItems][C::kH], h[kItems];
+  Pack<float, kExtra> c[kItems];
+  Pack<float, C::kParams> params[kItems];
   const auto fetch = [&] {  // does not depend on other blocks
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
@@ -220,7 +257,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
       c[i][j] = at.Exists(i) ? a.c[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
-    h[i] = C::kUsesH && at.Exists(i) ? start(at.Batch(i), at.Unit(i)) : 0;
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++)
+      params[i][k] = at.Exists(i) ? Widen(a.params[k][at.Unit(i)]) : 0;
+    h[i] = States<C>::kReadsH && at.Exists(i) ? start(at.Batch(i), at.Unit(i)) : 0;
   }
   const int stride = int(LocalStride<T>(H)), half = kTiles * kTileRows * stride;
   if constexpr (kLocal) {
@@ -244,27 +284,18 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     __syncthreads();
 
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
-    Pack<Quick, C::kSaved> saved[kItems];
-    Pack<Quick, C::kStates> old[kItems], fresh[kItems];
+    ForwardStep<C, Quick> unit[kItems];
     T h_new[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
-      Pack<Quick, C::kX> x;
-      Pack<Quick, C::kH> g;
-      FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++) x[q] = gx[i][q];
-      FRNN_UNROLL
-      for (int q = 0; q < C::kH; q++)
-        g[q] = Product::Sum(now, Block::Group(i) * C::kH + q, Block::Tile(i), Block::J(i)) +
+      const auto gate_h = [&](int q) {
+        return Product::Sum(now, Block::Group(i) * C::kH + q, Block::Tile(i), Block::J(i)) +
                b_hh[i][q];
-      old[i][0] = h[i];
-      FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) old[i][j + 1] = c[i][j];
-
-      C::forward(x, g, old[i], fresh[i], saved[i]);
-
-      h_new[i] = Narrow<T>(fresh[i][0].v);
+      };
+      unit[i].Load(ResidentInputs<C, decltype(gate_h)>{gx[i], gate_h, params[i], h[i], c[i]});
+      unit[i].Compute();
+      h_new[i] = Narrow<T>(unit[i].s_new[C::kRecurrent].v);
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
@@ -277,24 +308,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
-      h[i] = Widen(h_new[i]);
-      FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) c[i][j] = fresh[i][j + 1].v;
-      a.y[at.Wide(place[i], i, n.dirs)] = h_new[i];
-      if (at.Batch(i) >= next.running) {  // the sequence ends
-        a.h_last[at.Batch(i) * H + at.Unit(i)] = h_new[i];
-        FRNN_UNROLL
-        for (int j = 0; j < kExtra; j++)
-          a.c_last[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] = Narrow<T>(c[i][j]);
-      }
-      if (a.tape) {
-        float* tape = a.tape + at.Wide(place[i], i, Tape<C>::kTape);
-        FRNN_UNROLL
-        for (int k = 0; k < C::kSaved; k++) tape[k * H] = saved[i][k].v;
-        if constexpr (C::kUsesNewH) tape[C::kSaved * H] = h[i];
-        FRNN_UNROLL
-        for (int j = 0; j < kExtra; j++) tape[(Tape<C>::kCell + j) * H] = old[i][j + 1].v;
-      }
+      const bool ends = at.Batch(i) >= next.running;
+      const ResidentResults<C, T> to{h_new[i],
+                                     h[i],
+                                     c[i],
+                                     H,
+                                     a.y + at.Wide(place[i], i, n.dirs),
+                                     ends ? a.h_last + at.Batch(i) * H + at.Unit(i) : nullptr,
+                                     a.c_last + at.Batch(i) * kExtra * H + at.Unit(i),
+                                     a.tape + at.Wide(place[i], i, Tape<C>::kSize)};
+      unit[i].StoreStates(to);
+      if (!a.tape) continue;
+      unit[i].StoreTape(to);
+      if (C::kReadsNewH) to.Keep(Tape<C>::kNewH, h[i]);
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) place[i] += step;
@@ -314,13 +340,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 template <class T>
 struct ResidentBackwardDirection {
   int64_t start, way;
-  const T* w_hh_t;  // [H, kH H] = W_hh^T
+  const T* w_hh_t;              // [H, kH H] = W_hh^T
+  const T* params[kMaxParams];  // [H] each
   const T* dy;  // (t, b) at t dy_t_stride + b dy_b_stride, ragged row r at r dy_b_stride; or null
   int64_t dy_t_stride, dy_b_stride;
   const T* hs;          // [rows, H]
-  const Wide<T>* tape;  // [rows, kTape H]
+  const Wide<T>* tape;  // [rows, tape H]
   T *dgx, *dgh;         // [rows, kX H], [rows, kH H]; dgh is kUnwritten. The same for some cells
   Wide<T>*dh, *dc;      // [B, H], [B, kExtra H]: of the last states, then of the first
+  Wide<T>* dparams;     // [B, kParams H]
 };
 template <class T>
 struct ResidentBackwardArgs {
@@ -328,12 +356,46 @@ struct ResidentBackwardArgs {
   ResidentBackwardDirection<T> dir[2];
 };
 
+// Views as in the forward. Gate gradients of W_hh are published before.
+template <class C>
+struct ResidentGrads {
+  const float* tape;
+  const Pack<float, C::kParams>& params;
+  const float &h, &dh;
+  const Pack<float, States<C>::kExtra>& dc;
+  const float& dy;
+
+  FRNN_HD Quick Kept(int k) const { return tape[k]; }
+  FRNN_HD Quick KeptExtra(int e) const { return tape[Tape<C>::kC + e]; }
+  FRNN_HD Quick Param(int k) const { return params[k]; }
+  FRNN_HD Quick H() const { return h; }
+  FRNN_HD Quick NewH() const { return tape[Tape<C>::kNewH]; }
+  FRNN_HD Quick GradH() const { return dh; }
+  FRNN_HD Quick GradExtra(int e) const { return dc[e]; }
+  FRNN_HD void AddGradOutput(Quick& to) const { to = to + dy; }
+};
+template <class C, class T>
+struct ResidentCarry {
+  float& dh;
+  Pack<float, States<C>::kExtra>& dc;
+  Pack<float, C::kParams>& dparams;
+  T* dgx;  // null if it is dgh
+  int64_t H;
+
+  FRNN_HD void SetGate(int i, Quick d) const {
+    if (dgx) ForGatesX<C>(i, [&](int q) { dgx[q * H] = Narrow<T>(d.v); });
+  }
+  FRNN_HD void SetGradH(Quick d) const { dh = kGradReachesH<C> ? d.v : 0; }
+  FRNN_HD void SetGradExtra(int e, Quick d) const { dc[e] = d.v; }
+  FRNN_HD void AddGradParam(int k, Quick d) const { dparams[k] += d.v; }
+};
+
 template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentBackward(const __grid_constant__ ResidentBackwardArgs<T> args) {
   using Product = ResidentProduct<T, kGroups, kBlocks, kTiles, kSplitOf<kGroups, kLocal>>;
   using Block = ResidentBlock<kGroups, kTiles>;
-  constexpr int kItems = Block::kItems, kExtra = C::kStates - 1, kTape = Tape<C>::kTape;
+  constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
   float* sums = DynamicShared<float>();                            // [2][kSums]
   T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
   const ResidentSteps n = args.steps;
@@ -353,15 +415,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   TimeRows rows = RowsOf(n, time);
 
   int64_t place[kItems];
-  float dh[kItems], dc[kItems][kExtra > 0 ? kExtra : 1];
-  float dy[kItems] = {}, h_prev[kItems] = {}, tape[kItems][kTape] = {};
+  float dh[kItems], dy[kItems] = {}, h_prev[kItems] = {}, tape[kItems][kTape] = {};
+  Pack<float, kExtra> dc[kItems];
+  Pack<float, C::kParams> params[kItems], dparams[kItems];
   const auto fetch = [&] {
     const int64_t dy_at = n.offsets ? rows.first * a.dy_b_stride : time * a.dy_t_stride;
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
       if (a.dy) dy[i] = Widen(a.dy[dy_at + at.Batch(i) * a.dy_b_stride + at.Unit(i)]);
-      if constexpr (C::kUsesH) h_prev[i] = Widen(a.hs[place[i]]);
+      if constexpr (States<C>::kReadsH) h_prev[i] = Widen(a.hs[place[i]]);
       const float* from = a.tape + at.Wide(place[i], i, kTape);
       FRNN_UNROLL
       for (int k = 0; k < kTape; k++) tape[i][k] = from[k * H];
@@ -374,28 +437,22 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
       dc[i][j] = at.Exists(i) ? a.dc[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++) {
+      params[i][k] = at.Exists(i) ? Widen(a.params[k][at.Unit(i)]) : 0;
+      dparams[i][k] = 0;
+    }
   }
   const int stride = int(LocalStride<T>(C::kH * H)), half = kTiles * kTileRows * stride;
   fetch();
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
-    Pack<Quick, C::kStates> d_old[kItems];
-    Pack<Quick, C::kD> d[kItems];
+    BackwardStep<C, Quick> unit[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
-      Pack<Quick, C::kSaved> saved;
-      Pack<Quick, C::kStates> old, d_new;
-      FRNN_UNROLL
-      for (int k = 0; k < C::kSaved; k++) saved[k] = tape[i][k];
-      old[0] = h_prev[i];
-      d_new[0] = dh[i] + dy[i];
-      FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) {
-        old[j + 1] = tape[i][Tape<C>::kCell + j];
-        d_new[j + 1] = dc[i][j];
-      }
-      C::backward(saved, old, Quick(C::kUsesNewH ? tape[i][C::kSaved] : 0), d_new, d[i], d_old[i]);
+      unit[i].Load(ResidentGrads<C>{tape[i], params[i], h_prev[i], dh[i], dc[i], dy[i]});
+      unit[i].Compute();
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
@@ -403,22 +460,20 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       const bool runs = at.Runs(i, rows);
       T* dgh = a.dgh + at.Wide(place[i], i, C::kH);
       T* own = published + (s & 1) * half + Block::Row(i) * stride + at.Unit(i);
-      ForGatesH<C>(std::make_integer_sequence<int, C::kH>(), [&](int q, auto index) {
-        const T v = Narrow<T>(d[i][index].v);
-        PublishUnit(dgh + q * H, v, runs);
-        if (kLocal && runs) own[q * H] = v;
-      });
+      FRNN_UNROLL
+      for (int g = 0; g < C::kD; g++)
+        ForGatesH<C>(g, [&](int q) {
+          const T v = Narrow<T>(unit[i].d[g].v);
+          PublishUnit(dgh + q * H, v, runs);
+          if (kLocal && runs) own[q * H] = v;
+        });
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
-      dh[i] = C::kUsesH ? d_old[i][0].v : 0;
-      FRNN_UNROLL
-      for (int j = 0; j < kExtra; j++) dc[i][j] = d_old[i][j + 1].v;
-      if (a.dgx == a.dgh) continue;
-      T* dgx = a.dgx + at.Wide(place[i], i, C::kX);
-      ForGatesX<C>(std::make_integer_sequence<int, C::kX>(),
-                   [&](int q, auto index) { dgx[q * H] = Narrow<T>(d[i][index].v); });
+      T* dgx = a.dgx == a.dgh ? nullptr : a.dgx + at.Wide(place[i], i, C::kX);
+      const ResidentCarry<C, T> to{dh[i], dc[i], dparams[i], dgx, H};
+      unit[i].Store(to);
     }
     const TimeRows seen = rows;
     time -= a.way;
@@ -443,6 +498,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     a.dh[at.Batch(i) * H + at.Unit(i)] = dh[i];
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++) a.dc[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] = dc[i][j];
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++)
+      a.dparams[(at.Batch(i) * C::kParams + k) * H + at.Unit(i)] = dparams[i][k];
   }
 }
 

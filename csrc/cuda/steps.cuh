@@ -39,7 +39,7 @@ class Workspace {
 template <class C, class T>
 class Steps {
  public:
-  static constexpr int kExtra = Tape<C>::kExtra, kCell = Tape<C>::kCell, kTape = Tape<C>::kTape;
+  static constexpr int kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
 
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
@@ -147,12 +147,14 @@ class Steps {
           dc(w.Take<A>(p.B * kExtra * p.H)),
           dhp(w.Take<T>(Projected(p) ? p.rows * p.Hout : 0)),
           dh_full(w.Take<A>(Projected(p) ? p.B * p.H : 0)),
-          partial(w.Take<A>(kSumParts * std::max(C::kX, C::kH) * p.H)),
+          dparams(w.Take<A>(p.B * C::kParams * p.H)),
+          partial(w.Take<A>(kSumParts * std::max({C::kX, C::kH, C::kParams}) * p.H)),
           w_hh_t(w.Take<T>(plan.keeps_weights() ? C::kH * p.H * p.H : 0)) {}
     T *dgx, *dgh;  // [rows, kX H], [rows, kH H]: gate gradients; dgh null if it is the same
     A *dh, *dc;    // [B, Hout], [B, kExtra H]: what the steps already seen pass back
     T* dhp;        // [rows, Hout]: gradient of the projected h
     A* dh_full;    // [B, H]: and of h before the projection
+    A* dparams;    // [B, kParams H]: gradients of parameters, of the steps already seen
     A* partial;    // [kSumParts, gates H]
     T* w_hh_t;     // [H, kH H]: W_hh^T, for a resident kernel
   };
@@ -180,7 +182,7 @@ class Steps {
       return {p.hs ? Hs() + Row(s) * p.Hout : w.h_ring + (s & 1) * p.B * p.Hout, p.Hout};
     }
     Rows<A> CPrev(const ForwardBuffers& w, int64_t s) const {  // [batch, kExtra H]
-      if (p.hs) return {TapeOf(s) + kCell * p.H, kTape * p.H};
+      if (p.hs) return {TapeOf(s) + Tape<C>::kC * p.H, kTape * p.H};
       return {w.c_ring + (s & 1) * p.B * kExtra * p.H, kExtra * p.H};
     }
     Rows<T> Y(int64_t s) const {  // [batch, Hout], of this direction
@@ -252,8 +254,9 @@ class Steps {
           {&c_prev(running, 0), c_prev.stride},
           {State(static_cast<const T*>(p.c0), kExtra * p.H, running), kExtra * p.H});
 
-      Product({kStorage<T>, kStorage<A>, false, true, batch, C::kH * p.H, p.Hout, h_prev.data,
-               p.Hout, p.w[d].w_hh, p.Hout, false, w.gh, C::kH * p.H});
+      if (C::kH > 0)
+        Product({kStorage<T>, kStorage<A>, false, true, batch, C::kH * p.H, p.Hout, h_prev.data,
+                 p.Hout, p.w[d].w_hh, p.Hout, false, w.gh, C::kH * p.H});
 
       const bool projected = Projected(p), goes_on = s + 1 < p.T;
       const Rows<T> h_next = goes_on ? HPrev(w, s + 1) : Rows<T>{nullptr, p.Hout};
@@ -267,13 +270,14 @@ class Steps {
       a.b_hh = static_cast<const T*>(p.w[d].b_hh);
       a.h_prev = {h_prev.data, h_prev.stride};
       a.c_prev = {c_prev.data, c_prev.stride};
-      a.h = projected ? full : y;
+      for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
+      a.output = projected ? full : y;
       a.publish = !projected;
       a.h_next = h_next;
       a.h_last = h_last;
       if (kExtra > 0 && goes_on) a.c_next = CPrev(w, s + 1);
       a.c_last = {State(static_cast<T*>(p.c_n), kExtra * p.H), kExtra * p.H};
-      if (p.saved) a.saved = {TapeOf(s), kTape * p.H};
+      if (p.saved) a.tape = {TapeOf(s), kTape * p.H};
       Run(GateForward<C, T>, batch, p.H, a);
       if (!projected) return;
       Product({kStorage<T>, kStorage<T>, false, true, batch, p.Hout, p.H, full.data, p.H,
@@ -309,6 +313,8 @@ class Steps {
           {State(static_cast<const T*>(g.dh_n), p.Hout), p.Hout});
       Run(Convert<A, T>, p.B, kExtra * p.H, p.B, kExtra * p.H, {w.dc, kExtra * p.H},
           {State(static_cast<const T*>(g.dc_n), kExtra * p.H), kExtra * p.H});
+      const int64_t width = C::kParams * p.H;
+      Run(Convert<A, T>, p.B, width, p.B, width, {w.dparams, width}, {nullptr, 0});
     }
 
     void BackwardChunk(const BackwardBuffers& w, int64_t begin, int64_t end) const {
@@ -330,20 +336,20 @@ class Steps {
         a.dh = {w.dh, p.H};
         a.dy = dy;
       }
-      const A* tape = this->TapeOf(s);
-      a.saved = {tape, kTape * p.H};
+      a.tape = {this->TapeOf(s), kTape * p.H};
       a.h_prev = {this->Hs() + row * p.Hout, p.Hout};
-      a.c_prev = {tape + kCell * p.H, kTape * p.H};
+      for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
       a.dc = {w.dc, kExtra * p.H};
       a.dgx = {w.dgx + row * C::kX * p.H, C::kX * p.H};
       if (!Same()) a.dgh = {w.dgh + row * C::kH * p.H, C::kH * p.H};
       a.dh_prev = {w.dh, p.H};
+      a.dparams = {w.dparams, C::kParams * p.H};
       Run(GateBackward<C, T>, batch, p.H, a);
 
-      if (s == 0 && g.dh0 == nullptr) return;
+      if (C::kH == 0 || (s == 0 && g.dh0 == nullptr)) return;
       // dh_{t-1} = dgh W_hh, beside the elementwise path if there is one.
       Product({kStorage<T>, kStorage<A>, false, false, batch, p.Hout, C::kH * p.H, Dgh(w, row),
-               C::kH * p.H, p.w[d].w_hh, p.Hout, C::kUsesH, w.dh, p.Hout});
+               C::kH * p.H, p.w[d].w_hh, p.Hout, kGradReachesH<C>, w.dh, p.Hout});
     }
 
     // Gradients that are sums over all rows, and those of the initial states.
@@ -357,8 +363,10 @@ class Steps {
       OuterProduct(dw.w_ih, w.dgx, C::kX * p.H, p.x, p.I, x_stride);
       OuterProduct(dw.w_hh, Dgh(w, 0), C::kH * p.H, this->Hs(), p.Hout, p.Hout);
       if (Projected(p)) OuterProduct(dw.w_hr, w.dhp, p.Hout, this->HsFull(), p.H, p.H);
-      SumRows(dw.b_ih, w.dgx, C::kX * p.H, w.partial);
-      SumRows(dw.b_hh, Dgh(w, 0), C::kH * p.H, w.partial);
+      SumRows<T>(dw.b_ih, p.rows, {w.dgx, C::kX * p.H}, C::kX * p.H, w.partial);
+      SumRows<T>(dw.b_hh, p.rows, {Dgh(w, 0), C::kH * p.H}, C::kH * p.H, w.partial);
+      for (int k = 0; k < C::kParams; k++)
+        SumRows<A>(dw.params[k], p.B, {w.dparams + k * p.H, C::kParams * p.H}, p.H, w.partial);
     }
 
    private:
@@ -377,12 +385,14 @@ class Steps {
         Product({kStorage<T>, kStorage<T>, true, false, n, m, p.rows, left, n, right, stride, false,
                  dw, m});
     }
-    void SumRows(void* db, const T* of, int64_t columns, A* partial) const {
-      if (db == nullptr) return;
-      const int64_t parts = std::min(kSumParts, p.rows);
-      Run(ColumnSumParts<T>, parts, columns, p.rows, columns, parts, {of, columns}, partial);
+    template <class Of>
+    void SumRows(void* sum, int64_t rows, const Rows<const Of>& of, int64_t columns,
+                 A* partial) const {
+      if (sum == nullptr) return;
+      const int64_t parts = std::min(kSumParts, rows);
+      Run(ColumnSumParts<Of>, parts, columns, rows, columns, parts, of, partial);
       Run(ColumnSum<T>, 1, columns, columns, parts, static_cast<const A*>(partial),
-          static_cast<T*>(db));
+          static_cast<T*>(sum));
     }
 
     const LayerGradParams& g;
@@ -411,26 +421,26 @@ class Steps {
   static void ForwardResident(const LayerParams& p, const Plan& plan, const CudaCall& call,
                               const ForwardBuffers* buffers, const int64_t* first,
                               const ResidentSteps& steps) {
-    if constexpr (kStorage<T> != Storage::kDouble) {
+    if constexpr (kHasResident<C, T>) {
       ResidentForwardArgs<T> args{};
       args.steps = steps;
       for (int d = 0; d < p.dirs; d++) {
         const Direction on(p, plan, call, d);
         const DirectionWeights& w = p.w[d];
-        args.dir[d] = {on.Time(0),
-                       d == 0 ? 1 : -1,
-                       on.State(static_cast<const T*>(p.h0), p.Hout),
-                       static_cast<const T*>(w.w_hh),
-                       static_cast<const T*>(w.b_ih),
-                       static_cast<const T*>(w.b_hh),
-                       buffers[d].gx,
-                       first[d],
-                       on.States(buffers[d]),
-                       static_cast<T*>(p.y) + d * p.Hout,
-                       buffers[d].c,
-                       on.State(static_cast<T*>(p.h_n), p.Hout),
-                       on.State(static_cast<T*>(p.c_n), kExtra * p.H),
-                       p.saved ? on.Saved() : nullptr};
+        ResidentForwardDirection<T>& a = args.dir[d];
+        a.start = on.Time(0), a.way = d == 0 ? 1 : -1;
+        a.h0 = on.State(static_cast<const T*>(p.h0), p.Hout);
+        a.w_hh = static_cast<const T*>(w.w_hh);
+        a.b_ih = static_cast<const T*>(w.b_ih);
+        a.b_hh = static_cast<const T*>(w.b_hh);
+        for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(w.params[k]);
+        a.gx = buffers[d].gx, a.gx_row = first[d];
+        a.hs = on.States(buffers[d]);
+        a.y = static_cast<T*>(p.y) + d * p.Hout;
+        a.c = buffers[d].c;
+        a.h_last = on.State(static_cast<T*>(p.h_n), p.Hout);
+        a.c_last = on.State(static_cast<T*>(p.c_n), kExtra * p.H);
+        a.tape = p.saved ? on.Saved() : nullptr;
       }
       WithResidentInstance<C, T>(plan, [&](auto instance) {
         instance.Forward(plan.copies * p.dirs, args, static_cast<cudaStream_t>(call.streams[0]));
@@ -440,7 +450,7 @@ class Steps {
 
   static void BackwardResident(const LayerGradParams& p, const Plan& plan, const CudaCall& call,
                                const BackwardBuffers* buffers, const ResidentSteps& steps) {
-    if constexpr (kStorage<T> != Storage::kDouble) {
+    if constexpr (kHasResident<C, T>) {
       ResidentBackwardArgs<T> args{};
       args.steps = steps;
       const cudaStream_t stream = static_cast<cudaStream_t>(call.streams[0]);
@@ -450,12 +460,16 @@ class Steps {
         on.Unwritten(dgh, p.rows * C::kH * p.H);
         Launch(Transpose<T>, dim3((p.H + 31) / 32, (C::kH * p.H + 31) / 32), dim3(32, 8), 0, stream,
                C::kH * p.H, p.H, static_cast<const T*>(p.w[d].w_hh), buffers[d].w_hh_t);
-        args.dir[d] = {on.Time(0),        d == 0 ? 1 : -1,
-                       buffers[d].w_hh_t, p.dy ? static_cast<const T*>(p.dy) + d * p.Hout : nullptr,
-                       p.dy_t_stride,     p.dy_b_stride,
-                       on.Hs(),           on.Saved(),
-                       buffers[d].dgx,    dgh,
-                       buffers[d].dh,     buffers[d].dc};
+        ResidentBackwardDirection<T>& a = args.dir[d];
+        a.start = on.Time(0), a.way = d == 0 ? 1 : -1;
+        a.w_hh_t = buffers[d].w_hh_t;
+        for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
+        a.dy = p.dy ? static_cast<const T*>(p.dy) + d * p.Hout : nullptr;
+        a.dy_t_stride = p.dy_t_stride, a.dy_b_stride = p.dy_b_stride;
+        a.hs = on.Hs(), a.tape = on.Saved();
+        a.dgx = buffers[d].dgx, a.dgh = dgh;
+        a.dh = buffers[d].dh, a.dc = buffers[d].dc;
+        a.dparams = buffers[d].dparams;
       }
       WithResidentInstance<C, T>(
           plan, [&](auto instance) { instance.Backward(plan.copies * p.dirs, args, stream); });

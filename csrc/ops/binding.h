@@ -20,7 +20,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/params.h"
+#include "stack/stack.h"
 
 // Newer torch defines it, with the cause in the message.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -46,9 +46,6 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-constexpr int kWeights = 5;  // w_ih, w_hh, b_ih, b_hh, w_hr
-constexpr int kGradients = 3 + 2 * kWeights;
-
 template <class T>
 Storage StorageOf(const T& t, const char* name) {
   switch (t.scalar_type()) {
@@ -65,7 +62,7 @@ Storage StorageOf(const T& t, const char* name) {
   }
 }
 
-inline std::string Shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+inline std::string ShapeText(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::string s = "(";
   for (size_t i = 0; i < sizes.size(); i++) s += (i ? ", " : "") + std::to_string(sizes[i]);
   return s + ")";
@@ -101,7 +98,19 @@ bool SameShape(const T& t, const Sizes& expected) {
 template <class T>
 void CheckShape(const char* name, const T& t, std::initializer_list<int64_t> expected) {
   FRNN_CHECK(SameShape(t, expected), name, ": expected shape ",
-             Shape({expected.begin(), expected.size()}), ", got ", Shape(t.sizes()));
+             ShapeText({expected.begin(), expected.size()}), ", got ", ShapeText(t.sizes()));
+}
+
+inline int64_t BytesOf(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 2;
+  }
 }
 
 inline Tensor ContiguousCopy(const Tensor& t) { return torch::stable::contiguous(t); }
@@ -124,6 +133,7 @@ inline Tensor New(const Tensor& like, const Dims& sizes, ScalarType dtype) {
 //     static Tensor Input(const Tensor& rows, bool ragged);     // as the engine can read it
 //     static void Forward(const Kernels&, const LayerParams&, const Tensor& x, bool allow_tf32);
 //     static void Backward(const Kernels&, const LayerGradParams&, const Tensor& x, bool allow_tf32);
+//     static void Scale(const Kernels&, void* data, const void* mask, int64_t n, Storage, const Tensor& x);
 //   };
 
 // Tensor arguments as the engines read them. Copies that this takes live as long as the call.
@@ -161,30 +171,44 @@ class Arguments {
   std::forward_list<T> kept_;
 };
 
-// One call of a layer: arguments checked, and laid out for an engine.
+// What fakes need to know of a cell and of a tape.
+extern "C" {
+struct frnn_cell_t {
+  int gates_x, gates_h, extra_states, tape;
+};
+struct frnn_tape_t {
+  int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
+  bool hs_as_x;                    // its dtype is that of x, or the computing one
+};
+}
+
+// What a call is about beside its tensors. Bit i of `present`: tensor i of the cell's list is among the
+// weights, which are those of each layer and direction in turn.
+struct Shape {
+  const char* cell;
+  int64_t layers, directions, present;
+};
+
+// One call of a stack of layers: arguments checked, and laid out for an engine.
 template <class Device, class T>
 struct Call {
   using Optional = std::optional<T>;
 
-  Call(const char* cell, const T& x, const T& h0, const Optional& c0,
-       const std::array<Optional, 2 * kWeights>& weights, const Optional& batch_sizes)
-      : storage(StorageOf(x, "x")), kernels(Find(cell, storage)), arguments(x) {
+  Call(const Call&) = delete;
+  Call(const Shape& shape, const T& x, const Optional& h0, const Optional& c0, const T* weights,
+       size_t count, const Optional& batch_sizes)
+      : storage(StorageOf(x, "x")), kernels(Find(shape.cell, storage)), arguments(x) {
     p.storage = storage;
     p.ragged = batch_sizes.has_value();
     FRNN_CHECK(x.dim() == (p.ragged ? 2 : 3), "x: expected ", p.ragged ? "[rows, I]" : "[T, B, I]",
-               ", got shape ", Shape(x.sizes()));
-    FRNN_CHECK(h0.dim() == 3, "h0: expected [directions, B, Hout], got shape ", Shape(h0.sizes()));
-    p.dirs = int(h0.size(0));
-    p.B = h0.size(1);
-    p.Hout = h0.size(2);
-    FRNN_CHECK(p.dirs == 1 || p.dirs == 2, "h0: expected 1 or 2 directions, got ", p.dirs);
-    FRNN_CHECK(weights[0].has_value() && weights[1].has_value(),
-               "weights: w_ih and w_hh are required");
-    // Where Hout is H, the engines take h for what it is.
-    const Optional& w_hr = weights[4];
-    FRNN_CHECK(!w_hr.has_value() || (w_hr->dim() == 2 && w_hr->size(1) != p.Hout),
-               "w_hr: expected [Hout, H] with Hout other than H, got shape ", Shape(w_hr->sizes()));
-    p.H = w_hr.has_value() ? w_hr->size(1) : p.Hout;
+               ", got shape ", ShapeText(x.sizes()));
+    FRNN_CHECK(shape.directions == 1 || shape.directions == 2, "directions: expected 1 or 2, got ",
+               shape.directions);
+    FRNN_CHECK(shape.layers >= 1 && shape.layers < 1 << 16, "layers: expected at least 1, got ",
+               shape.layers);
+    stack.layers = int(shape.layers);
+    stack.extra_states = kernels.extra_states;
+    p.dirs = int(shape.directions);
     p.I = x.size(-1);
     Steps(x, batch_sizes);
     p.threads = int(torch::stable::get_num_threads());
@@ -193,69 +217,79 @@ struct Call {
     p.x = rows.const_data_ptr();
     p.x_t_stride = p.ragged ? 0 : rows.stride(0);
     p.x_b_stride = rows.stride(p.ragged ? 0 : 1);
-    p.h0 = arguments.Take("h0", h0, {p.dirs, p.B, p.Hout});
-    FRNN_CHECK(c0.has_value() == (kernels.extra_states > 0),
-               "c0: ", c0.has_value() ? "this cell has no c" : "this cell needs c");
-    p.c0 = arguments.Take("c0", c0, {p.dirs, p.B, kernels.extra_states * p.H});
-    FRNN_CHECK(!w_hr.has_value() || !kernels.uses_h,
-               "w_hr: this cell reads h elementwise and takes no projection");
-    for (int d = 0; d < p.dirs; d++) {
-      const Optional* w = &weights[d * kWeights];
-      for (int i = 0; i < kWeights; i++)
-        FRNN_CHECK(w[i].has_value() == weights[i].has_value(),
-                   "weights: both directions need the same ones");
-      p.w[d].w_ih = arguments.Take("w_ih", w[0], {kernels.gates_x * p.H, p.I});
-      p.w[d].w_hh = arguments.Take("w_hh", w[1], {kernels.gates_h * p.H, p.Hout});
-      p.w[d].b_ih = arguments.Take("b_ih", w[2], {kernels.gates_x * p.H});
-      p.w[d].b_hh = arguments.Take("b_hh", w[3], {kernels.gates_h * p.H});
-      p.w[d].w_hr = arguments.Take("w_hr", w[4], {p.Hout, p.H});
-    }
+    TakeWeights(shape.present, weights, count);
+    const int64_t runs = stack.layers * p.dirs;
+    p.h0 = arguments.Take("h0", h0, {runs, p.B, p.Hout});
+    FRNN_CHECK(!c0.has_value() || kernels.extra_states > 0, "c0: this cell has no c");
+    p.c0 = arguments.Take("c0", c0, {runs, p.B, kernels.extra_states * p.H});
   }
 
   ScalarType computing() const {
     return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   }
+  int64_t runs() const { return int64_t(stack.layers) * p.dirs; }
   Dims YShape() const {
-    const int64_t width = p.dirs * p.Hout;
-    return p.ragged ? Dims{p.rows, width} : Dims{p.T, p.B, width};
+    return p.ragged ? Dims{p.rows, stack.Width()} : Dims{p.T, p.B, stack.Width()};
   }
-  Dims HShape() const { return {p.dirs, p.B, p.Hout}; }
-  Dims CShape() const { return {p.dirs, p.B, kernels.extra_states * p.H}; }
-  // hs: [dirs, rows, ..] and saved: [dirs, rows, kSaved + kExtra, ..], see LayerParams.
-  Dims HsShape() const {
-    return {p.dirs, Device::kSavedLead * p.B + p.rows, Device::HsStride(p.H, p.Hout)};
+  Dims BetweenShape() const { return {stack.BetweenParts(), p.rows, stack.Width()}; }
+  Dims HShape() const { return {runs(), p.B, p.Hout}; }
+  Dims CShape() const { return {runs(), p.B, kernels.extra_states * p.H}; }
+  // The tape of so many layers: hs [layers * dirs, rows, ..], saved [layers * dirs, rows, tape, ..], see
+  // LayerParams.
+  Dims HsShape(int64_t layers) const {
+    return {layers * p.dirs, Device::kSavedLead * p.B + p.rows, Device::HsStride(p.H, p.Hout)};
   }
   ScalarType HsType() const { return Device::kHsInStorageType ? arguments.dtype() : computing(); }
-  Dims SavedShape() const {
-    return {p.dirs, p.rows, kernels.saved + kernels.extra_states, Device::SavedUnits(p.H)};
+  Dims SavedShape(int64_t layers) const {
+    return {layers * p.dirs, p.rows, kernels.tape, Device::SavedUnits(p.H)};
   }
 
-  // What the backward reads beside: the gradients that come in, and what the forward saved.
-  void TakeGradients(const Optional& dy, const Optional& dh_n, const Optional& dc_n, const T& hs,
-                     const T& saved) {
-    p.hs = Saved("hs", hs, HsShape(), HsType());
-    p.saved = Saved("saved", saved, SavedShape(), computing());
+  void PutTape(void* hs, void* saved, bool of_all_layers) {
+    p.hs = hs, p.saved = saved;
+    stack.keeps_tape = of_all_layers;
+    stack.hs_bytes = Bytes(HsShape(1), HsType());
+    stack.saved_bytes = Bytes(SavedShape(1), computing());
+  }
+
+  // Dropout between layers: [layers - 1, rows of x, directions * Hout] of zeros and 1 / (1 - p).
+  const void* TakeMasks(const Optional& masks, const T& x) {
+    if (!masks.has_value()) return nullptr;
+    const int64_t width = stack.Width(), between = stack.layers - 1;
+    if (p.ragged) return arguments.Take("masks", masks, {between, x.size(0), width});
+    return arguments.Take("masks", masks, {between, p.T, p.B, width});
+  }
+  // What the forward left to the backward. Without a tape, which is empty then, layers run again.
+  void TakeForward(const Optional& between, const T& hs, const T& saved) {
+    stack.keeps_between = true;
+    if (stack.layers > 1) {
+      FRNN_CHECK(between.has_value(), "between: not what the forward returned");
+      stack.between = Left("between", *between, BetweenShape(), arguments.dtype());
+    }
+    if (hs.dim() > 1)
+      PutTape(Left("hs", hs, HsShape(stack.layers), HsType()),
+              Left("saved", saved, SavedShape(stack.layers), computing()), true);
+  }
+  void TakeGradients(const Optional& dy, const Optional& dh_n, const Optional& dc_n) {
     if (dy.has_value()) {
       if (p.ragged)
-        CheckShape("dy", *dy, {p.rows, p.dirs * p.Hout});
+        CheckShape("dy", *dy, {p.rows, stack.Width()});
       else
-        CheckShape("dy", *dy, {p.T, p.B, p.dirs * p.Hout});
+        CheckShape("dy", *dy, {p.T, p.B, stack.Width()});
       const T& rows = arguments.Rows("dy", *dy);
       p.dy = rows.const_data_ptr();
       p.dy_t_stride = p.ragged ? 0 : rows.stride(0);
       p.dy_b_stride = rows.stride(p.ragged ? 0 : 1);
     }
-    p.dh_n = arguments.Take("dh_n", dh_n, {p.dirs, p.B, p.Hout});
+    p.dh_n = arguments.Take("dh_n", dh_n, {runs(), p.B, p.Hout});
     if (kernels.extra_states > 0)
-      p.dc_n = arguments.Take("dc_n", dc_n, {p.dirs, p.B, kernels.extra_states * p.H});
+      p.dc_n = arguments.Take("dc_n", dc_n, {runs(), p.B, kernels.extra_states * p.H});
   }
-  // Where the gradients of x, h0, c0 and the ten weights go, in this order.
-  std::array<void**, kGradients> GradientSlots() {
-    std::array<void**, kGradients> slots = {&p.dx, &p.dh0, &p.dc0};
-    size_t i = 3;
-    for (DirectionGrads& g : p.dw)
-      for (void** slot : {&g.w_ih, &g.w_hh, &g.b_ih, &g.b_hh, &g.w_hr}) slots[i++] = slot;
-    return slots;
+  // Where the gradients of x, h0, c0 and the weights go, in this order.
+  void** GradientSlot(int64_t i) {
+    void** const first[] = {&p.dx, &p.dh0, &p.dc0};
+    if (i < 3) return first[i];
+    const int64_t each = int64_t(tensors.size());
+    return &stack.gradients[(i - 3) / each][tensors[(i - 3) % each]];
   }
   // Whether the engine leaves rows of dx alone, which must then be zero.
   bool SkipsRowsOf(const T& x) const { return p.ragged && x.size(0) > p.rows; }
@@ -263,7 +297,9 @@ struct Call {
   Storage storage;
   const typename Device::Kernels& kernels;
   Arguments<Device, T> arguments;
-  LayerGradParams p{};
+  Stack stack;
+  LayerGradParams& p = stack.all;
+  std::vector<int> tensors;  // those of the cell's list that are there
 
  private:
   std::vector<int64_t> steps_;  // p.batch_sizes, then p.offsets
@@ -273,8 +309,69 @@ struct Call {
     FRNN_CHECK(kernels != nullptr, "cell: unknown cell '", cell, "'");
     return *kernels;
   }
+  static size_t Bytes(const Dims& sizes, ScalarType dtype) {
+    size_t bytes = size_t(BytesOf(dtype));
+    for (const int64_t n : sizes) bytes *= size_t(n);
+    return bytes;
+  }
 
-  void* Saved(const char* name, const T& t, const Dims& shape, ScalarType dtype) {
+  // The sizes that weights have, and each where the engine reads it.
+  void TakeWeights(int64_t present, const T* weights, size_t count) {
+    for (int i = 0; i < kernels.tensors(); i++)
+      if (present >> i & 1) tensors.push_back(i);
+    FRNN_CHECK(present >> kernels.tensors() == 0 && count == size_t(runs()) * tensors.size(),
+               "weights: expected ", tensors.size(), " for each of ", runs(),
+               " layers and directions, got ", count);
+    const auto find = [&](int tensor) -> const T* {
+      for (size_t k = 0; k < tensors.size(); k++)
+        if (tensors[k] == tensor) return &weights[k];
+      return nullptr;
+    };
+    const T *w_ih = find(0), *w_hh = find(1), *w_hr = find(4);
+    FRNN_CHECK(w_ih != nullptr && (w_hh != nullptr) == (kernels.gates_h > 0),
+               kernels.gates_h > 0 ? "weights: w_ih and w_hh are required"
+                                   : "weights: w_ih is required, and there is no w_hh");
+    for (int i = DirectionWeights::kNamed; i < kernels.tensors(); i++)
+      FRNN_CHECK(find(i) != nullptr, "weights: ", kernels.TensorName(i), " is required");
+    FRNN_CHECK(w_hr == nullptr || kernels.projectable,
+               "w_hr: this cell reads h elementwise and takes no projection");
+    const T& sized = w_hh != nullptr ? *w_hh : *w_ih;
+    FRNN_CHECK(sized.dim() == 2, w_hh != nullptr ? "w_hh" : "w_ih",
+               ": expected 2 dimensions, got shape ", ShapeText(sized.sizes()));
+    p.Hout = w_hh != nullptr ? w_hh->size(1) : w_ih->size(0) / kernels.gates_x;
+    // Where Hout is H, the engines take h for what it is.
+    FRNN_CHECK(w_hr == nullptr || (w_hr->dim() == 2 && w_hr->size(1) != p.Hout),
+               "w_hr: expected [Hout, H] with Hout other than H, got shape ",
+               ShapeText(w_hr->sizes()));
+    p.H = w_hr != nullptr ? w_hr->size(1) : p.Hout;
+
+    stack.weights.resize(size_t(runs()));
+    stack.gradients.resize(size_t(runs()));
+    for (int64_t run = 0; run < runs(); run++) {
+      const int64_t width = run < p.dirs ? p.I : stack.Width();
+      for (const int i : tensors) stack.weights[run][i] = TakeWeight(i, *weights++, width);
+    }
+  }
+  const void* TakeWeight(int i, const T& t, int64_t width) {
+    const char* name = kernels.TensorName(i);
+    const int64_t gates_x = kernels.gates_x * p.H, gates_h = kernels.gates_h * p.H;
+    switch (i) {
+      case 0:
+        return arguments.Take(name, t, {gates_x, width});
+      case 1:
+        return arguments.Take(name, t, {gates_h, p.Hout});
+      case 2:
+        return arguments.Take(name, t, {gates_x});
+      case 3:
+        return arguments.Take(name, t, {gates_h});
+      case 4:
+        return arguments.Take(name, t, {p.Hout, p.H});
+      default:
+        return arguments.Take(name, t, {p.H});
+    }
+  }
+
+  void* Left(const char* name, const T& t, const Dims& shape, ScalarType dtype) {
     FRNN_CHECK(SameShape(t, shape) && t.scalar_type() == dtype && t.is_contiguous() &&
                    Device::Owns(t, arguments.index()),
                name, ": not what the forward returned");
@@ -294,16 +391,16 @@ struct Call {
       const T& contiguous = arguments.Contiguous(*batch_sizes);
       const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
       std::copy(data, data + p.T, sizes);
+      p.B = sizes[0];
     } else {
-      FRNN_CHECK(x.size(1) == p.B, "h0: expected batch ", x.size(1), ", got ", p.B);
+      p.B = x.size(1);
       std::fill(sizes, offsets, p.B);
     }
     for (int64_t t = 0; t < p.T; t++) {
       FRNN_CHECK(sizes[t] <= (t == 0 ? p.B : sizes[t - 1]) && (sizes[t] > 0 || !p.ragged),
-                 "batch_sizes: expected positive, not increasing, at most B = ", p.B);
+                 "batch_sizes: expected positive, not increasing, got ", sizes[t], " at step ", t);
       offsets[t + 1] = offsets[t] + sizes[t];
     }
-    FRNN_CHECK(!p.ragged || sizes[0] == p.B, "h0: expected batch ", sizes[0], ", got ", p.B);
     p.rows = offsets[p.T];
     // Data past the last step is ignored, as in torch.nn.
     FRNN_CHECK(!p.ragged || x.size(0) >= p.rows, "x: expected at least ", p.rows, " rows, got ",
@@ -313,111 +410,188 @@ struct Call {
   }
 };
 
+// What the schemas of all operators end with, see fused_rnn/ops.py.
 // clang-format off
-#define FRNN_WEIGHT_ARGUMENTS \
-  const Tensor& w_ih, const Tensor& w_hh, const Optional& b_ih, const Optional& b_hh, const Optional& w_hr, \
-  const Optional& w_ih_r, const Optional& w_hh_r, const Optional& b_ih_r, const Optional& b_hh_r, const Optional& w_hr_r
-#define FRNN_WEIGHT_LIST {w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r}
+#define FRNN_INPUTS \
+  std::string cell, const Tensor &x, const Optional &h0, const Optional &c0, \
+  const std::vector<Tensor> &weights, const Optional &masks, const Optional &batch_sizes, \
+  int64_t layers, int64_t directions, int64_t present, bool allow_tf32
+#define FRNN_INPUTS_LIST \
+  {cell, x, h0, c0, weights, masks, batch_sizes, layers, directions, present, allow_tf32}
 // clang-format on
-
-template <size_t... I>
-auto ToTuple(const std::vector<Tensor>& v, std::index_sequence<I...>) {
-  return std::make_tuple(v[I]...);
-}
 
 template <class Device>
 struct Operators {
-  // Runs the forward; with hs and saved they hold what the backward needs.
-  static std::tuple<Tensor, Tensor, Tensor> Forward(Call<Device, Tensor>& call, const Tensor& x,
-                                                    bool allow_tf32, Tensor* hs, Tensor* saved) {
-    auto& p = call.p;
-    const ScalarType dtype = x.scalar_type();
-    Tensor y = Device::NewLarge(x, call.YShape(), dtype);
-    Tensor h_n = New(x, call.HShape(), dtype);
-    Tensor c_n = New(x, call.CShape(), dtype);
-    if (hs != nullptr) {
-      *hs = Device::NewLarge(x, call.HsShape(), call.HsType());
-      *saved = Device::NewLarge(x, call.SavedShape(), call.computing());
-      p.hs = hs->mutable_data_ptr();
-      p.saved = saved->mutable_data_ptr();
+  struct Inputs {
+    const std::string& cell;
+    const Tensor& x;
+    const Optional &h0, &c0;
+    const std::vector<Tensor>& weights;
+    const Optional &masks, &batch_sizes;
+    int64_t layers, directions, present;
+    bool allow_tf32;
+  };
+  enum class Keeps { kNothing, kBetween, kAll };
+
+  // A call, and the memory that it works in.
+  struct Work {
+    explicit Work(const Inputs& in)
+        : in(in),
+          call({in.cell.c_str(), in.layers, in.directions, in.present}, in.x, in.h0, in.c0,
+               in.weights.data(), in.weights.size(), in.batch_sizes),
+          masks(call.TakeMasks(in.masks, in.x)) {}
+
+    void NewOutputs() {
+      y = Device::NewLarge(in.x, call.YShape(), in.x.scalar_type());
+      h_n = New(in.x, call.HShape(), in.x.scalar_type());
+      c_n = New(in.x, call.CShape(), in.x.scalar_type());
+      call.p.y = y.mutable_data_ptr();
+      call.p.h_n = h_n.mutable_data_ptr();
+      call.p.c_n = c_n.mutable_data_ptr();
     }
-    p.y = y.mutable_data_ptr();
-    p.h_n = h_n.mutable_data_ptr();
-    p.c_n = c_n.mutable_data_ptr();
-    if (p.rows > 0) Device::Forward(call.kernels, p, x, allow_tf32);
-    return {y, h_n, c_n};
+    void NewBetween(bool kept) {
+      call.stack.keeps_between = kept;
+      between = Device::NewLarge(in.x, call.BetweenShape(), in.x.scalar_type());
+      call.stack.between = between.mutable_data_ptr();
+    }
+    void NewTape(bool of_all_layers) {
+      const int64_t layers = of_all_layers ? call.stack.layers : 1;
+      hs = Device::NewLarge(in.x, call.HsShape(layers), call.HsType());
+      saved = Device::NewLarge(in.x, call.SavedShape(layers), call.computing());
+      call.PutTape(hs.mutable_data_ptr(), saved.mutable_data_ptr(), of_all_layers);
+    }
+    // What the stack calls: a layer's forward and backward, and what dropout does between two layers.
+    auto Forward() const {
+      return
+          [this](const LayerParams& p) { Device::Forward(call.kernels, p, in.x, in.allow_tf32); };
+    }
+    auto Backward() const {
+      return [this](const LayerGradParams& p) {
+        Device::Backward(call.kernels, p, in.x, in.allow_tf32);
+      };
+    }
+    auto Dropout() const {
+      return [this](void* data, int layer) {
+        const size_t bytes = size_t(in.x.numel() / std::max<int64_t>(1, in.x.size(-1))) *
+                             size_t(call.stack.Width() * StorageSize(call.storage));
+        if (masks != nullptr)
+          Device::Scale(call.kernels, data, static_cast<const char*>(masks) + layer * bytes,
+                        call.p.rows * call.stack.Width(), call.storage, in.x);
+      };
+    }
+
+    const Inputs in;
+    Call<Device, Tensor> call;
+    const void* masks;
+    Tensor y, h_n, c_n, between, hs, saved;
+  };
+
+  static void Forward(Work& work, Keeps keeps) {
+    work.NewOutputs();
+    work.NewBetween(keeps != Keeps::kNothing);
+    if (keeps != Keeps::kNothing) work.NewTape(keeps == Keeps::kAll);
+    if (work.call.p.rows > 0) work.call.stack.Forward(work.Forward(), work.Dropout());
+  }
+  static std::tuple<Tensor, Tensor, Tensor> Infer(FRNN_INPUTS) {
+    Work w(FRNN_INPUTS_LIST);
+    Forward(w, Keeps::kNothing);
+    return {w.y, w.h_n, w.c_n};
+  }
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Train(FRNN_INPUTS) {
+    Work w(FRNN_INPUTS_LIST);
+    Forward(w, Keeps::kAll);
+    return {w.y, w.h_n, w.c_n, w.between, w.hs, w.saved};
+  }
+  // Not Infer, whose way may differ: the gradients must be those of what was returned.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> Recomputed(FRNN_INPUTS) {
+    Work w(FRNN_INPUTS_LIST);
+    Forward(w, Keeps::kBetween);
+    return {w.y, w.h_n, w.c_n, w.between};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> Layer(
-      std::string cell, const Tensor& x, const Tensor& h0, const Optional& c0,
-      FRNN_WEIGHT_ARGUMENTS, const Optional& batch_sizes, bool allow_tf32) {
-    Call<Device, Tensor> call(cell.c_str(), x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
-    Tensor hs, saved;
-    auto [y, h_n, c_n] = Forward(call, x, allow_tf32, &hs, &saved);
-    return {y, h_n, c_n, hs, saved};
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor> LayerInfer(std::string cell, const Tensor& x,
-                                                       const Tensor& h0, const Optional& c0,
-                                                       FRNN_WEIGHT_ARGUMENTS,
-                                                       const Optional& batch_sizes,
-                                                       bool allow_tf32) {
-    Call<Device, Tensor> call(cell.c_str(), x, h0, c0, FRNN_WEIGHT_LIST, batch_sizes);
-    return Forward(call, x, allow_tf32, nullptr, nullptr);
-  }
-
-  // Bit i of `needs` asks for output i; the others are empty.
-  static auto LayerBackward(std::string cell, const Optional& dy, const Optional& dh_n,
-                            const Optional& dc_n, const Tensor& x, const Tensor& h0,
-                            const Optional& c0, FRNN_WEIGHT_ARGUMENTS, const Optional& batch_sizes,
-                            const Tensor& hs, const Tensor& saved, int64_t needs, bool allow_tf32) {
-    const std::array<Optional, 2 * kWeights> weights = FRNN_WEIGHT_LIST;
-    Call<Device, Tensor> call(cell.c_str(), x, h0, c0, weights, batch_sizes);
-    auto& p = call.p;
-    call.TakeGradients(dy, dh_n, dc_n, hs, saved);
-
-    const bool nothing = p.rows == 0;
-    const auto slots = call.GradientSlots();
-    std::vector<Tensor> grads;
-    for (int i = 0; i < kGradients; i++) {
+  // Gradients of x, h0 and c0, then of the weights. `needs` lists those that are wanted, numbered in
+  // this order; the others are empty. Without a tape, hs and saved are.
+  static std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> Backward(
+      const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensor& between,
+      const Tensor& hs, const Tensor& saved, const std::vector<int64_t>& needs, FRNN_INPUTS) {
+    Work work(FRNN_INPUTS_LIST);
+    auto& call = work.call;
+    call.TakeForward(between, hs, saved);
+    call.TakeGradients(dy, dh_n, dc_n);
+    const bool nothing = call.p.rows == 0;
+    std::vector<Tensor> gradients;
+    for (int64_t i = 0; i < 3 + int64_t(weights.size()); i++) {
       const Optional like = i == 0 ? x : i == 1 ? h0 : i == 2 ? c0 : weights[i - 3];
-      const bool wanted = like.has_value() && (needs >> i & 1);
-      if (!wanted)
-        grads.push_back(New(x, {0}, x.scalar_type()));
+      if (!like.has_value() || !Contains(needs, i))
+        gradients.push_back(New(x, {0}, x.scalar_type()));
       else if (nothing || (i == 0 && call.SkipsRowsOf(x)))
-        grads.push_back(torch::stable::new_zeros(*like, like->sizes()));
-      else if (i == 0)  // dx goes on to the layer before and is gone; those of weights stay
-        grads.push_back(Device::NewLarge(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type()));
+        gradients.push_back(torch::stable::new_zeros(*like, like->sizes()));
+      else if (i == 0)  // dx goes on to what was before and is gone; those of weights stay
+        gradients.push_back(
+            Device::NewLarge(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type()));
       else
-        grads.push_back(torch::stable::new_empty(*like, like->sizes()));
-      *slots[i] = wanted ? grads.back().mutable_data_ptr() : nullptr;
+        gradients.push_back(torch::stable::new_empty(*like, like->sizes()));
+      if (gradients.back().numel() > 0) *call.GradientSlot(i) = gradients.back().mutable_data_ptr();
     }
-    if (!nothing) Device::Backward(call.kernels, p, x, allow_tf32);
-    return ToTuple(grads, std::make_index_sequence<kGradients>());
+    if (!nothing) {
+      Tensor passed[2];
+      for (int i = 0; i < std::min(2, call.stack.layers - 1); i++) {
+        passed[i] = Device::NewLarge(x, call.YShape(), x.scalar_type());
+        call.stack.grad_between[i] = passed[i].mutable_data_ptr();
+      }
+      if (!call.stack.keeps_tape) {
+        work.NewTape(false);
+        work.NewOutputs();
+        call.stack.outputs_again = call.p.y;
+      }
+      call.stack.Backward(work.Forward(), work.Backward(), work.Dropout());
+    }
+    return {gradients[0], gradients[1], gradients[2], {gradients.begin() + 3, gradients.end()}};
+  }
+
+ private:
+  static bool Contains(const std::vector<int64_t>& list, int64_t i) {
+    return std::find(list.begin(), list.end(), i) != list.end();
   }
 };
 
+template <class Device>
+bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
+  const auto* found = Device::Find(cell, Storage::kFloat);
+  if (found == nullptr) return false;
+  *facts = {found->gates_x, found->gates_h, found->extra_states, found->tape};
+  return true;
+}
+template <class Device>
+const char* FindTensor(const char* cell, int i) {
+  const auto* found = Device::Find(cell, Storage::kFloat);
+  return found != nullptr && i < found->tensors() ? found->TensorName(i) : nullptr;
+}
+
 }  // namespace frnn
 
-// Registers the three operators for one dispatch key, and exports the facts that the fakes of
-// fused_rnn/ops.py need, without a detour through the dispatcher.
-//   frnn_cell_fact(cell, i): 0: saved values per unit, 1: extra states; -1 for an unknown cell
-//   frnn_saved_fact(H, Hout, i): 0: units padded, 1: a row of hs, 2: leading blocks of B rows in hs,
-//                                3: whether hs has the dtype of x
-#define FRNN_REGISTER(Device, KEY)                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(fused_rnn, KEY, m) {                                           \
-    m.impl("layer", TORCH_BOX(&frnn::Operators<Device>::Layer));                           \
-    m.impl("layer_infer", TORCH_BOX(&frnn::Operators<Device>::LayerInfer));                \
-    m.impl("layer_backward", TORCH_BOX(&frnn::Operators<Device>::LayerBackward));          \
-  }                                                                                        \
-  extern "C" __attribute__((visibility("default"))) int frnn_cell_fact(const char* cell,   \
-                                                                       int fact) {         \
-    const auto* kernels = Device::Find(cell, frnn::Storage::kFloat);                       \
-    return kernels == nullptr ? -1 : (fact == 0 ? kernels->saved : kernels->extra_states); \
-  }                                                                                        \
-  extern "C" __attribute__((visibility("default"))) int64_t frnn_saved_fact(               \
-      int64_t H, int64_t Hout, int fact) {                                                 \
-    if (fact == 2) return Device::kSavedLead;                                              \
-    if (fact == 3) return Device::kHsInStorageType;                                        \
-    return fact == 0 ? Device::SavedUnits(H) : Device::HsStride(H, Hout);                  \
+// Registers the operators for one dispatch key, and exports the facts that fused_rnn/ops.py needs,
+// without a detour through the dispatcher.
+#define FRNN_REGISTER(Device, KEY)                                                              \
+  STABLE_TORCH_LIBRARY_IMPL(fused_rnn, KEY, m) {                                                \
+    m.impl("recurrent_infer", TORCH_BOX(&frnn::Operators<Device>::Infer));                      \
+    m.impl("recurrent", TORCH_BOX(&frnn::Operators<Device>::Train));                            \
+    m.impl("recurrent_recomputed", TORCH_BOX(&frnn::Operators<Device>::Recomputed));            \
+    m.impl("recurrent_backward", TORCH_BOX(&frnn::Operators<Device>::Backward));                \
+  }                                                                                             \
+  extern "C" {                                                                                  \
+  /* Writes what is known of a cell; false if it is unknown. */                                 \
+  __attribute__((visibility("default"))) bool frnn_cell(const char* cell,                       \
+                                                        frnn::frnn_cell_t* facts) {             \
+    return frnn::FindFacts<Device>(cell, facts);                                                \
+  }                                                                                             \
+  /* Name i of the tensors of a cell, null behind the last one. */                              \
+  __attribute__((visibility("default"))) const char* frnn_tensor(const char* cell, int i) {     \
+    return frnn::FindTensor<Device>(cell, i);                                                   \
+  }                                                                                             \
+  /* The shape of a tape, see Call. */                                                          \
+  __attribute__((visibility("default"))) frnn::frnn_tape_t frnn_tape(int64_t H, int64_t Hout) { \
+    return {Device::SavedUnits(H), Device::HsStride(H, Hout), Device::kSavedLead,               \
+            Device::kHsInStorageType};                                                          \
+  }                                                                                             \
   }

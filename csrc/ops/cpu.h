@@ -12,17 +12,6 @@ torch_from_blob(void* data, int64_t dim, const int64_t* sizes, const int64_t* st
 
 namespace frnn {
 
-inline int64_t BytesOf(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-    case ScalarType::Long:
-      return 8;
-    case ScalarType::Float:
-      return 4;
-    default:
-      return 2;
-  }
-}
 // Of a contiguous tensor. False where there are too many to count: an expanded input has any size.
 inline bool CountBytes(const Dims& sizes, ScalarType dtype, int64_t& bytes) {
   bytes = BytesOf(dtype);
@@ -82,6 +71,10 @@ struct Cpu {
   }
   static void Backward(const Kernels& kernels, const LayerGradParams& p, const Tensor&, bool) {
     kernels.layer_bwd(p);
+  }
+  static void Scale(const Kernels& kernels, void* data, const void* mask, int64_t n,
+                    Storage storage, const Tensor&) {
+    kernels.scale(data, mask, n, storage);
   }
 };
 

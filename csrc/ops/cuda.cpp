@@ -106,6 +106,13 @@ struct Cuda {
                       bool allow_tf32) {
     Run(kernels.fwd_workspace, kernels.layer_fwd, p, x, allow_tf32);
   }
+  static void Scale(const Kernels& kernels, void* data, const void* mask, int64_t n, Storage,
+                    const Tensor& x) {
+    Streams streams(Index(x));
+    CudaCall call{};
+    streams.Lend(&call);
+    kernels.scale(data, mask, n, call);
+  }
   static void Backward(const Kernels& kernels, const LayerGradParams& p, const Tensor& x,
                        bool allow_tf32) {
     Run(kernels.bwd_workspace, kernels.layer_bwd, p, x, allow_tf32);

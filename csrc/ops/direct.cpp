@@ -15,7 +15,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <list>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -40,6 +39,7 @@
 #pragma weak PyLong_FromLongLong
 #pragma weak PyModule_Create2
 #pragma weak PyObject_CallFunctionObjArgs
+#pragma weak PyObject_CallObject
 #pragma weak PyList_GetItem
 #pragma weak PyList_Size
 #pragma weak PyObject_CallNoArgs
@@ -106,12 +106,12 @@ Py_ssize_t watcher_count = 0;
 struct Names {
   static PyObject* Interned(const char* text) { return PyUnicode_InternFromString(text); }
   PyObject* const hx = Interned("hx");
-  PyObject* const mode = Interned("mode");
   PyObject* const num_layers = Interned("num_layers");
   PyObject* const bidirectional = Interned("bidirectional");
   PyObject* const bias = Interned("bias");
   PyObject* const batch_first = Interned("batch_first");
   PyObject* const dropout = Interned("dropout");
+  PyObject* const proj_size = Interned("proj_size");
   PyObject* const training = Interned("training");
   PyObject* const parameters = Interned("_parameters");
   PyObject* const weight_names = Interned("_flat_weights_names");
@@ -122,8 +122,6 @@ struct Names {
   PyObject* const compiled_call_impl = Interned("_compiled_call_impl");
   PyObject* const hooks[4] = {Interned("_forward_hooks"), Interned("_forward_pre_hooks"),
                               Interned("_backward_hooks"), Interned("_backward_pre_hooks")};
-  PyObject* const cell_weights[4] = {Interned("weight_ih"), Interned("weight_hh"),
-                                     Interned("bias_ih"), Interned("bias_hh")};
   PyObject* const requires_grad = Interned("requires_grad");
   PyObject* const current_level = Interned("_current_level");
 };
@@ -201,13 +199,6 @@ class Borrowed {
     std::copy(strides_, strides_ + dims_, t.strides_ + 1);
     t.shape_[0] = 1;
     t.strides_[0] = shape_[0] * strides_[0];
-    return t;
-  }
-  // n of the leading dimension, from `first` on.
-  Borrowed Part(int64_t first, int64_t n) const {
-    Borrowed t = *this;
-    t.data_ += first * strides_[0] * BytesOf(dtype_);
-    t.shape_[0] = n;
     return t;
   }
   void SwapLeading() {
@@ -293,10 +284,6 @@ class Made {
     const auto& t = block_->managed.tensor;
     return std::accumulate(t.shape, t.shape + t.dims, size_t(t.dtype.bits / 8),
                            std::multiplies<>());
-  }
-  // Part i of n equal ones.
-  void* Part(int64_t i, int64_t n) const {
-    return static_cast<char*>(data()) + i * (int64_t(bytes()) / n);
   }
   void SwapLeading() {
     std::swap(block_->shape[0], block_->shape[1]);
@@ -486,232 +473,149 @@ PyObject* Unwatched(Reader& arguments) {
 }
 
 using DirectCall = Call<Cpu, Borrowed>;
-using Weights = std::array<MaybeBorrowed, 2 * kWeights>;
 
-// States of zeros for all layers, in the memory returned. Their sizes are found before Call checks
-// those of its arguments.
-Made Zeros(const char* cell, const Borrowed& x, const Weights* layers, int64_t count,
-           const MaybeBorrowed& batch_sizes, MaybeBorrowed* h0, MaybeBorrowed* c0) {
-  const CpuKernels* kernels = Cpu::Find(cell, StorageOf(x, "x"));
-  const MaybeBorrowed &w_hh = layers[0][1], &w_hr = layers[0][4];
-  if (kernels == nullptr || x.dim() < 2 || !w_hh.has_value()) throw Unusual();
-  int64_t B = x.size(x.dim() - 2);
-  if (batch_sizes.has_value()) {
-    if (batch_sizes->scalar_type() != ScalarType::Long) throw Unusual();
-    const int64_t rows = B;
-    B = *static_cast<const int64_t*>(batch_sizes->const_data_ptr());
-    if (B <= 0 || B > rows) throw Unusual();
+// What the schemas of the operators have in common. Dropout is the operators' alone.
+struct Inputs {
+  Shape shape;
+  Borrowed x;
+  MaybeBorrowed h0, c0, batch_sizes;
+  std::vector<Borrowed> weights;
+
+  // (cell, layers, directions, present, x, h0, c0, batch_sizes, weights)
+  static Inputs Of(Reader& arguments) {
+    Shape shape{};
+    shape.cell = arguments.Text();
+    shape.layers = arguments.Integer();
+    shape.directions = arguments.Integer();
+    shape.present = arguments.Integer();
+    const Borrowed x = arguments.Present();
+    const MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
+    Inputs in{shape, x, h0, c0, arguments.Tensor(), {}};
+    PyObject* weights = arguments.Object();
+    const Py_ssize_t n = PyTuple_Size(weights);
+    in.weights.reserve(size_t(std::max<Py_ssize_t>(n, 0)));
+    for (Py_ssize_t i = 0; i < n; i++) in.weights.emplace_back(PyTuple_GetItem(weights, i));
+    return in;
   }
-  const int64_t runs = count * (layers[0][kWeights].has_value() ? 2 : 1);
-  const int64_t Hout = w_hh->size(-1), H = w_hr.has_value() ? w_hr->size(-1) : Hout;
-  Made zeros({runs, B, std::max(H, Hout)}, x.scalar_type());
-  std::memset(zeros.data(), 0, zeros.bytes());
-  *h0 = Borrowed(zeros.data(), x.scalar_type(), {runs, B, Hout});
-  if (kernels->extra_states > 0) *c0 = Borrowed(zeros.data(), x.scalar_type(), {runs, B, H});
-  return zeros;
-}
+  std::unique_ptr<DirectCall> ToCall() const {
+    return std::make_unique<DirectCall>(shape, x, h0, c0, weights.data(), weights.size(),
+                                        batch_sizes);
+  }
+};
 
 // Outputs of a stack of layers, before they are Python's.
 struct Outputs {
-  std::optional<Made> y, h_n, c_n, hs, saved;
+  std::optional<Made> y, h_n, c_n, between, hs, saved;
 
   // The states as a module returns them: h_n, or (h_n, c_n).
   PyObject* HiddenState() { return c_n.has_value() ? ToTuple({&h_n, &c_n}) : h_n->ToPython(); }
 };
 struct Wanted {
-  bool y;      // false: of one step of one layer and direction, whose y is h_n
-  bool saved;  // hs and saved, of one layer
+  bool y;     // false: of one step of one layer and direction, whose y is h_n
+  bool tape;  // for the backward
 };
 
-// Whether the layers take some microseconds, by the products they need.
-bool IsBrief(const std::list<DirectCall>& calls) {
-  int64_t macs = 0;
-  for (const DirectCall& call : calls)
-    macs += call.p.dirs * call.p.rows * call.kernels.gates_h * call.p.H * (call.p.I + call.p.Hout);
-  return macs < 1000000;
+// Whether it takes some microseconds, by the products that it needs.
+bool IsBrief(const DirectCall& call) {
+  const LayerGradParams& p = call.p;
+  const int64_t width = std::max(p.I, call.stack.Width());
+  return call.runs() * p.rows * p.H *
+             (call.kernels.gates_x * width + call.kernels.gates_h * p.Hout) <
+         1000000;
 }
 
-// Runs layers one after the other. h0 and c0 hold the states of all of them; null: zeros.
-Outputs Run(const char* cell, Borrowed x, MaybeBorrowed h0, MaybeBorrowed c0, const Weights* layers,
-            int64_t count, const MaybeBorrowed& batch_sizes, Wanted wanted) {
-  std::optional<Made> zeros;
-  if (!h0.has_value() && !c0.has_value())
-    zeros = Zeros(cell, x, layers, count, batch_sizes, &h0, &c0);
-  if (!h0.has_value() || h0->size(0) % count != 0) throw Unusual();
-  if (c0.has_value() && c0->size(0) != h0->size(0)) throw Unusual();
-  const int64_t dirs = h0->size(0) / count;
-
-  Outputs outputs;
-  std::optional<Made> between[2];  // what one layer gives to the next
-  std::list<DirectCall> calls;
-  const ScalarType dtype = x.scalar_type();
-  for (int64_t i = 0; i < count; i++) {
-    MaybeBorrowed c0_i;
-    if (c0.has_value()) c0_i = c0->Part(i * dirs, dirs);
-    DirectCall& call =
-        calls.emplace_back(cell, x, h0->Part(i * dirs, dirs), c0_i, layers[i], batch_sizes);
-    auto& p = call.p;
-    const auto all = [&](Dims shape) {
-      shape[0] *= count;
-      return shape;
-    };
-    if (i == 0) outputs.h_n.emplace(all(call.HShape()), dtype);
-    if (i == 0 && call.kernels.extra_states > 0) outputs.c_n.emplace(all(call.CShape()), dtype);
-    p.h_n = outputs.h_n->Part(i, count);
-    if (outputs.c_n.has_value()) p.c_n = outputs.c_n->Part(i, count);
-    if (i + 1 < count) {
-      auto& y = between[i & 1];
-      if (!y.has_value()) y.emplace(call.YShape(), dtype);
-      p.y = y->data();
-      x = Borrowed(y->data(), dtype, call.YShape());
-    } else if (wanted.y) {
-      outputs.y.emplace(call.YShape(), dtype);
-      p.y = outputs.y->data();
-    } else {
-      p.y = p.h_n;
-    }
+Outputs Run(const Inputs& in, Wanted wanted) {
+  const auto call = in.ToCall();
+  LayerGradParams& p = call->p;
+  Stack& stack = call->stack;
+  const ScalarType dtype = in.x.scalar_type();
+  Outputs out;
+  out.h_n.emplace(call->HShape(), dtype);
+  p.h_n = out.h_n->data();
+  if (stack.extra_states > 0) {
+    out.c_n.emplace(call->CShape(), dtype);
+    p.c_n = out.c_n->data();
   }
-  if (wanted.saved) {
-    DirectCall& call = calls.front();
-    outputs.hs.emplace(call.HsShape(), call.HsType());
-    outputs.saved.emplace(call.SavedShape(), call.computing());
-    call.p.hs = outputs.hs->data();
-    call.p.saved = outputs.saved->data();
+  if (wanted.y) out.y.emplace(call->YShape(), dtype);
+  p.y = wanted.y ? out.y->data() : p.h_n;
+  stack.keeps_between = wanted.tape;
+  if (stack.layers > 1) {
+    out.between.emplace(call->BetweenShape(), dtype);
+    stack.between = out.between->data();
+  }
+  if (wanted.tape) {
+    out.hs.emplace(call->HsShape(stack.layers), call->HsType());
+    out.saved.emplace(call->SavedShape(stack.layers), call->computing());
+    call->PutTape(out.hs->data(), out.saved->data(), true);
   }
   // Not for what is done sooner than the lock is passed on and got back.
   std::optional<WithoutGil> released;
-  if (!IsBrief(calls)) released.emplace();
-  for (const DirectCall& call : calls) call.kernels.layer_fwd(call.p);
-  return outputs;
+  if (!IsBrief(*call)) released.emplace();
+  stack.Forward([&](const LayerParams& layer) { call->kernels.layer_fwd(layer); },
+                [](void*, int) {});
+  return out;
 }
 
-// What the schemas of the three operators have in common.
-struct LayerArguments {
-  explicit LayerArguments(Reader& arguments)
-      : x(arguments.Present()), h0(arguments.Tensor()), c0(arguments.Tensor()) {
-    for (auto& w : weights) w = arguments.Tensor();
-    batch_sizes = arguments.Tensor();
+// The gradients of x, h0, c0 and the weights, as far as they are wanted.
+using Gradients = std::vector<std::optional<Made>>;
+template <class Wants>
+Gradients RunBackward(const Inputs& in, const MaybeBorrowed& dy, const MaybeBorrowed& dh_n,
+                      const MaybeBorrowed& dc_n, const MaybeBorrowed& between, const Borrowed& hs,
+                      const Borrowed& saved, const Wants& wants) {
+  const auto call = in.ToCall();
+  Stack& stack = call->stack;
+  call->TakeForward(between, hs, saved);
+  call->TakeGradients(dy, dh_n, dc_n);
+  if (call->SkipsRowsOf(in.x) || !stack.keeps_tape) throw Unusual();
+  const ScalarType dtype = in.x.scalar_type();
+  Gradients gradients(3 + in.weights.size());
+  for (size_t i = 0; i < gradients.size(); i++) {
+    const MaybeBorrowed like = i == 0 ? in.x : i == 1 ? in.h0 : i == 2 ? in.c0 : in.weights[i - 3];
+    if (!like.has_value() || !wants(int(i))) continue;
+    const auto sizes = like->sizes();
+    // As in the operator, the pool's memory is for what is gone soon.
+    gradients[i].emplace(Dims(sizes.begin(), sizes.end()), dtype, i == 0);
+    *call->GradientSlot(int64_t(i)) = gradients[i]->data();
   }
-  LayerArguments(const Borrowed& x, const MaybeBorrowed& h0, const MaybeBorrowed& c0)
-      : x(x), h0(h0), c0(c0) {}
-
-  Borrowed x;
-  MaybeBorrowed h0, c0;
-  Weights weights;
-  MaybeBorrowed batch_sizes;
-};
-
-// (cell, x, h0, c0, ten weights, batch_sizes) -> (y, h_n, c_n or None)
-PyObject* LayerInfer(Reader& arguments) {
-  const char* cell = arguments.Text();
-  const LayerArguments a(arguments);
-  arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, {true, false});
-  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n});
-}
-
-// The same, with hs and saved behind.
-PyObject* Layer(Reader& arguments) {
-  const char* cell = arguments.Text();
-  const LayerArguments a(arguments);
-  arguments.End();
-  Outputs outputs = Run(cell, a.x, a.h0, a.c0, &a.weights, 1, a.batch_sizes, {true, true});
-  return ToTuple({&outputs.y, &outputs.h_n, &outputs.c_n, &outputs.hs, &outputs.saved});
-}
-
-// The gradients of the operator's arguments, as far as they are wanted.
-using Gradients = std::array<std::optional<Made>, kGradients>;
-
-Gradients RunBackward(const char* cell, const MaybeBorrowed& dy, const MaybeBorrowed& dh_n,
-                      const MaybeBorrowed& dc_n, const LayerArguments& a, const Borrowed& hs,
-                      const Borrowed& saved, int64_t needs) {
-  if (!a.h0.has_value()) throw Unusual();
-  DirectCall call(cell, a.x, *a.h0, a.c0, a.weights, a.batch_sizes);
-  call.TakeGradients(dy, dh_n, dc_n, hs, saved);
-  if (call.SkipsRowsOf(a.x)) throw Unusual();
-  const auto slots = call.GradientSlots();
-  Gradients gradients;
-  for (int i = 0; i < kGradients; i++) {
-    const MaybeBorrowed like = i == 0 ? a.x : i == 1 ? a.h0 : i == 2 ? a.c0 : a.weights[i - 3];
-    if (like.has_value() && (needs >> i & 1)) {
-      const auto sizes = like->sizes();
-      // As in the operator, the pool's memory is for what is gone soon.
-      gradients[i].emplace(Dims(sizes.begin(), sizes.end()), a.x.scalar_type(), i == 0);
-      *slots[i] = gradients[i]->data();
-    }
+  std::optional<Made> passed[2];
+  for (int i = 0; i < std::min(2, stack.layers - 1); i++) {
+    passed[i].emplace(call->YShape(), dtype);
+    stack.grad_between[i] = passed[i]->data();
   }
   {
     const WithoutGil released;
-    call.kernels.layer_bwd(call.p);
+    stack.Backward([](const LayerParams&) {},
+                   [&](const LayerGradParams& layer) { call->kernels.layer_bwd(layer); },
+                   [](void*, int) {});
   }
   return gradients;
 }
 
-// (cell, dy, dh_n, dc_n, x, h0, c0, ten weights, batch_sizes, hs, saved, needs) -> 13 gradients,
-// None where they are not wanted.
-PyObject* LayerBackward(Reader& arguments) {
-  const char* cell = arguments.Text();
-  const MaybeBorrowed dy = arguments.Tensor(), dh_n = arguments.Tensor(), dc_n = arguments.Tensor();
-  const LayerArguments a(arguments);
-  const Borrowed hs = arguments.Present();
-  const Borrowed saved = arguments.MaybeEmpty();  // some cells save nothing
-  const int64_t needs = arguments.Integer();
+// (inputs, tape?) -> (y, h_n, c_n or None), and with a tape (.., between or None, hs, saved)
+PyObject* Forward(Reader& arguments) {
+  const Inputs in = Inputs::Of(arguments);
+  const bool tape = arguments.Flag();
   arguments.End();
-  Gradients gradients = RunBackward(cell, dy, dh_n, dc_n, a, hs, saved, needs);
-  return MakeTuple(kGradients, [&](size_t i) { return ToPythonOrNone(gradients[i]); });
+  Outputs out = Run(in, {true, tape});
+  if (!tape) return ToTuple({&out.y, &out.h_n, &out.c_n});
+  return ToTuple({&out.y, &out.h_n, &out.c_n, &out.between, &out.hs, &out.saved});
 }
 
-// A stack of layers without dropout, its weights flat in torch.nn's order, to (y, hx).
-struct Stack {
-  int64_t layers, directions;
-  bool has_biases, batch_first;
-
-  PyObject* Run(const char* cell, Borrowed x, const Hidden& hx, const Kept& flat) const {
-    const int64_t runs = layers * directions, per_run = runs != 0 ? flat.size() / runs : 0;
-    if (x.dim() != 3 || layers < 1 || directions < 1 || directions > 2 || per_run < 2 ||
-        per_run > kWeights || per_run * runs != flat.size() || (per_run >= 4) != has_biases ||
-        (hx.h.has_value() && hx.h->size(0) != runs))
-      throw Unusual();
-    std::vector<Weights> weights(layers);
-    for (int64_t i = 0; i < runs; i++) {
-      MaybeBorrowed* to = &weights[i / directions][i % directions * kWeights];
-      for (int64_t j = 0; j < per_run; j++)  // h is projected if their number is odd
-        to[j == per_run - 1 && j % 2 == 0 ? kWeights - 1 : j] = flat.Tensor(i * per_run + j);
-    }
-    if (batch_first) x.SwapLeading();
-    Outputs outputs =
-        frnn::Run(cell, x, hx.h, hx.c, weights.data(), layers, std::nullopt, {true, false});
-    if (batch_first) outputs.y->SwapLeading();
-    return MakeTuple(
-        2, [&](size_t i) { return i == 0 ? outputs.y->ToPython() : outputs.HiddenState(); });
-  }
-};
-
-// ---- one step of a cell ----
-
-// What a step reads, in the order of the schemas: x, h, c, w_ih, w_hh, b_ih, b_hh. x and the states are
-// [B, features], or [features] alone.
-constexpr int kStepInputs = 7;
-
-struct Step {
-  explicit Step(const std::array<MaybeBorrowed, kStepInputs>& inputs)
-      : added(inputs[0].has_value() ? 3 - int(inputs[0]->dim()) : 0),
-        layer(Layered(inputs[0]).value(), Layered(inputs[1]), Layered(inputs[2])) {
-    std::copy(inputs.begin() + 3, inputs.end(), layer.weights.begin());
-  }
-  // With the dimensions that a layer has beside those of a step, which come back out of Made.
-  MaybeBorrowed Layered(MaybeBorrowed t) const {
-    if (added != 1 && added != 2) throw Unusual();
-    for (int i = 0; i < added && t.has_value(); i++) t = t->Unsqueezed();
-    return t;
-  }
-  void Squeeze(std::optional<Made>& t) const {
-    for (int i = 0; i < added && t.has_value(); i++) t->Squeeze();
-  }
-
-  const int added;
-  LayerArguments layer;
-};
+// (inputs, dy, dh_n, dc_n, between, hs, saved, a tuple: which gradients are wanted) -> as many, None
+// for the others
+PyObject* Backward(Reader& arguments) {
+  const Inputs in = Inputs::Of(arguments);
+  const MaybeBorrowed dy = arguments.Tensor(), dh_n = arguments.Tensor(), dc_n = arguments.Tensor();
+  const MaybeBorrowed between = arguments.Tensor();
+  const Borrowed hs = arguments.Present();
+  const Borrowed saved = arguments.MaybeEmpty();  // some cells save nothing
+  PyObject* wanted = arguments.Object();
+  arguments.End();
+  if (PyTuple_Size(wanted) != Py_ssize_t(3 + in.weights.size())) throw Unusual();
+  Gradients gradients = RunBackward(in, dy, dh_n, dc_n, between, hs, saved,
+                                    [&](int i) { return PyTuple_GetItem(wanted, i) == Py_True; });
+  return MakeTuple(gradients.size(), [&](size_t i) { return ToPythonOrNone(gradients[i]); });
+}
 
 // Of tensors, tuples of them, and None.
 bool WantsGrad(PyObject* object) {
@@ -728,49 +632,110 @@ bool WantsGrad(const Kept& weights, PyObject* x, PyObject* hx) {
   return WantsGrad(x) || WantsGrad(hx);
 }
 
+// ---- a stack of layers, without gradients and dropout, as modules call it ----
+
+// Its weights are flat, in the order of their names: those of each layer and direction in turn.
+PyObject* RunStack(const Shape& shape, bool batch_first, Borrowed x, const Hidden& hx,
+                   const Kept& flat) {
+  if (x.dim() != 3) throw Unusual();
+  if (batch_first) x.SwapLeading();
+  Inputs in{shape, x, hx.h, hx.c, {}, {}};
+  in.weights.reserve(size_t(flat.size()));
+  for (PyObject* weight : flat.objects()) in.weights.emplace_back(weight);
+  Outputs out = Run(in, {true, false});
+  if (hx.h.has_value() && hx.c.has_value() != out.c_n.has_value()) throw Unusual();
+  if (batch_first) out.y->SwapLeading();
+  return MakeTuple(2, [&](size_t i) { return i == 0 ? out.y->ToPython() : out.HiddenState(); });
+}
+
+// (cell, x, hx, parameters, names, layers, directions, present, batch_first) -> (y, hx). hx is h, or a
+// pair (h, c).
+PyObject* InferStack(Reader& arguments) {
+  Shape shape{};
+  shape.cell = arguments.Text();
+  const Borrowed x = arguments.Present();
+  const Hidden hx = arguments.HiddenState();
+  Kept flat;
+  arguments.Named(flat);
+  shape.layers = arguments.Integer();
+  shape.directions = arguments.Integer();
+  shape.present = arguments.Integer();
+  const bool batch_first = arguments.Flag();
+  arguments.End();
+  return RunStack(shape, batch_first, x, hx, flat);
+}
+
+// ---- one step of a cell ----
+
+// What a step reads: x, h, c, and the tensors of its cell in their order, each of which may be missing.
+// x and the states are [B, features], or [features] alone.
+struct Step {
+  Step(const char* cell, const std::vector<MaybeBorrowed>& inputs)
+      : added(inputs[0].has_value() ? 3 - int(inputs[0]->dim()) : 0), in{{cell, 1, 1, 0},
+                                                                         Layered(inputs[0]).value(),
+                                                                         Layered(inputs[1]),
+                                                                         Layered(inputs[2]),
+                                                                         {},
+                                                                         {}} {
+    for (size_t i = 3; i < inputs.size(); i++)
+      if (inputs[i].has_value()) {
+        in.weights.push_back(*inputs[i]);
+        in.shape.present |= int64_t(1) << (i - 3);
+      }
+  }
+  // With the dimensions that a layer has beside those of a step, which come back out of Made.
+  MaybeBorrowed Layered(MaybeBorrowed t) const {
+    if (added != 1 && added != 2) throw Unusual();
+    for (int i = 0; i < added && t.has_value(); i++) t = t->Unsqueezed();
+    return t;
+  }
+  void Squeeze(std::optional<Made>& t) const {
+    for (int i = 0; i < added && t.has_value(); i++) t->Squeeze();
+  }
+
+  const int added;
+  Inputs in;
+};
+
 // To hx, which is differentiable if that is `wanted`. Of the results autograd then takes what the
 // backward reads, without those that are missing: (cell, the inputs, (hx, the inputs that are there as
 // bits, tensors)) -> hx.
-PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Kept& four, bool wanted) {
-  if (four.size() != 4) throw Unusual();
+PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Kept& weights, bool wanted) {
   const bool pair = Py_TYPE(hx) == &PyTuple_Type;
-  auto [h, c] = HiddenState(hx);
-  const Step step(
-      {Borrowed(x), h, c, four.Tensor(0), four.Tensor(1), four.Tensor(2), four.Tensor(3)});
-  const LayerArguments& a = step.layer;
-  if (wanted && !h.has_value()) throw Unusual();
-  Outputs outputs =
-      Run(TextOf(cell), a.x, a.h0, a.c0, &a.weights, 1, std::nullopt, {false, wanted});
-  step.Squeeze(outputs.h_n);
-  step.Squeeze(outputs.c_n);
-  if (!wanted) return outputs.HiddenState();
+  if (pair && PyTuple_Size(hx) != 2) throw Unusual();
+  std::vector<PyObject*> inputs = {x, pair ? PyTuple_GetItem(hx, 0) : hx,
+                                   pair ? PyTuple_GetItem(hx, 1) : Py_None};
+  inputs.insert(inputs.end(), weights.objects().begin(), weights.objects().end());
+  std::vector<MaybeBorrowed> tensors;
+  tensors.reserve(inputs.size());
+  for (PyObject* input : inputs) tensors.push_back(BorrowedOrNone(input));
+  const Step step(TextOf(cell), tensors);
+  if (wanted && hx == Py_None) throw Unusual();
+  Outputs out = Run(step.in, {false, wanted});
+  if (hx != Py_None && pair != out.c_n.has_value()) throw Unusual();
+  step.Squeeze(out.h_n);
+  step.Squeeze(out.c_n);
+  if (!wanted) return out.HiddenState();
 
-  const auto& w = four.objects();
-  PyObject* const inputs[kStepInputs] = {x,
-                                         pair ? PyTuple_GetItem(hx, 0) : hx,
-                                         pair ? PyTuple_GetItem(hx, 1) : Py_None,
-                                         w[0],
-                                         w[1],
-                                         w[2],
-                                         w[3]};
   std::vector<PyObject*> there;
   int64_t bits = 0;
-  for (int i = 0; i < kStepInputs; i++)
+  for (size_t i = 0; i < inputs.size(); i++)
     if (inputs[i] != Py_None) {
       there.push_back(inputs[i]);
       bits |= int64_t(1) << i;
     }
   const Owned found(MakeTuple(3, [&](size_t i) {
-    if (i == 0) return outputs.HiddenState();
+    if (i == 0) return out.HiddenState();
     if (i == 1) return PyLong_FromLongLong(bits);
     return MakeTuple(there.size() + 2, [&](size_t j) {
       if (j < there.size()) return Owned::Another(there[j]);
-      return (j == there.size() ? outputs.hs : outputs.saved)->ToPython();
+      return (j == there.size() ? out.hs : out.saved)->ToPython();
     });
   }));
-  PyObject* result =
-      PyObject_CallFunctionObjArgs(record_step, cell, inputs[0], inputs[1], inputs[2], inputs[3],
-                                   inputs[4], inputs[5], inputs[6], found.object, nullptr);
+  const Owned call(MakeTuple(inputs.size() + 2, [&](size_t i) {
+    return Owned::Another(i == 0 ? cell : i <= inputs.size() ? inputs[i - 1] : found.object);
+  }));
+  PyObject* result = PyObject_CallObject(record_step, call.object);
   if (result == nullptr) throw Raised();
   return result;
 }
@@ -783,45 +748,33 @@ PyObject* StepBackward(Reader& arguments) {
   const int64_t bits = arguments.Integer();
   PyObject *tensors = arguments.Object(), *wanted = arguments.Object();
   arguments.End();
-  if (PyTuple_Size(wanted) <= kStepInputs) throw Unusual();
+  const Py_ssize_t n = PyTuple_Size(wanted), count = n - 2;  // beside the cell and what was found
+  if (count < 3) throw Unusual();
   Py_ssize_t at = 0;
   const auto next = [&](bool may_be_empty) {
     PyObject* object = PyTuple_GetItem(tensors, at++);
     if (object == nullptr) throw Unusual();
     return Borrowed(object, may_be_empty);
   };
-  std::array<MaybeBorrowed, kStepInputs> inputs;
-  int64_t needs = 0;
-  for (int i = 0; i < kStepInputs; i++) {
-    if (bits >> i & 1) inputs[i] = next(false);
-    needs |= int64_t(PyTuple_GetItem(wanted, 1 + i) == Py_True) << i;
+  std::vector<MaybeBorrowed> inputs(static_cast<size_t>(count));
+  std::vector<Py_ssize_t> places = {0, 1, 2};  // of those that are there, and of x, h and c
+  for (Py_ssize_t i = 0; i < count; i++) {
+    if (!(bits >> i & 1)) continue;
+    inputs[size_t(i)] = next(false);
+    if (i >= 3) places.push_back(i);
   }
   const Borrowed hs = next(false), saved = next(true);
-  const Step step(inputs);
-  Gradients gradients = RunBackward(cell, std::nullopt, step.Layered(dh), step.Layered(dc),
-                                    step.layer, hs, saved, needs);
-  for (int i = 0; i < 3; i++) step.Squeeze(gradients[i]);
-  const size_t n = size_t(PyTuple_Size(wanted));
-  return MakeTuple(n, [&](size_t i) {
-    return i >= 1 && i <= kStepInputs ? ToPythonOrNone(gradients[i - 1]) : Owned::Another(Py_None);
+  const Step step(cell, inputs);
+  Gradients gradients =
+      RunBackward(step.in, {}, step.Layered(dh), step.Layered(dc), {}, hs, saved,
+                  [&](int i) { return PyTuple_GetItem(wanted, 1 + places[size_t(i)]) == Py_True; });
+  for (int i = 0; i < 3; i++) step.Squeeze(gradients[size_t(i)]);
+  size_t given = 0;
+  return MakeTuple(size_t(n), [&](size_t i) {
+    if (given < places.size() && Py_ssize_t(i) == 1 + places[given])
+      return ToPythonOrNone(gradients[given++]);
+    return Owned::Another(Py_None);
   });
-}
-
-// (cell, x, hx, parameters, names, layers, directions, has_biases, batch_first) -> (y, hx). hx is h,
-// or a pair (h, c).
-PyObject* StackInfer(Reader& arguments) {
-  const char* cell = arguments.Text();
-  const Borrowed x = arguments.Present();
-  const Hidden hx = arguments.HiddenState();
-  Kept flat;
-  arguments.Named(flat);
-  Stack stack;
-  stack.layers = arguments.Integer();
-  stack.directions = arguments.Integer();
-  stack.has_biases = arguments.Flag();
-  stack.batch_first = arguments.Flag();
-  arguments.End();
-  return stack.Run(cell, x, hx, flat);
 }
 
 // (cell, x, hx, parameters, names) -> hx
@@ -872,11 +825,12 @@ bool IsPlain(PyObject* module, const Attributes& own) {
          Has(module_type, names().call, module_call);
 }
 
-// (module, the arguments of its call, those by name, cell) -> what the call returns. For a stack of
-// layers cell is None: the module says which.
+// (module, the arguments of its call, those by name, cell, the names of the weights of a step, or None)
+// -> what the call returns. Without names it is that of a stack of layers.
 PyObject* Called(Reader& arguments) {
   PyObject *module = arguments.Object(), *inputs = arguments.Object();
   PyObject *named = arguments.Object(), *cell = arguments.Object();
+  PyObject* step_names = arguments.Object();
   arguments.End();
   const Py_ssize_t given = PyTuple_Size(inputs), given_by_name = PyDict_Size(named);
   PyObject* hx = given == 2                         ? PyTuple_GetItem(inputs, 1)
@@ -888,29 +842,23 @@ PyObject* Called(Reader& arguments) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(input)) != tensor_type) return nullptr;
 
   const Attributes own(module);
-  const bool one_step = cell != Py_None;
-  PyObject* parameters = own.Get(names().parameters);
+  const bool one_step = step_names != Py_None;
   Kept weights;
-  if (one_step) {
-    weights.Reserve(4);
-    for (PyObject* name : names().cell_weights) weights.Add(parameters, name);
-  } else {
-    weights.AddNamed(parameters, own.Get(names().weight_names));
-  }
+  weights.AddNamed(own.Get(names().parameters),
+                   one_step ? step_names : own.Get(names().weight_names));
   const bool wants_grad = WantsGrad(weights, input, hx);
   if (wants_grad && !one_step) return nullptr;
   if (!IsPlain(module, own) || IsWatched()) return nullptr;
   if (one_step) return RunStep(cell, input, hx, weights, wants_grad);
 
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;
-  Stack stack;
-  stack.layers = IntegerOf(own.Get(names().num_layers));
-  stack.directions = FlagOf(own.Get(names().bidirectional)) ? 2 : 1;
-  stack.has_biases = FlagOf(own.Get(names().bias));
-  stack.batch_first = FlagOf(own.Get(names().batch_first));
-  std::string name = TextOf(own.Get(names().mode));
-  for (char& letter : name) letter |= letter >= 'A' && letter <= 'Z' ? 'a' - 'A' : 0;
-  return stack.Run(name.c_str(), Borrowed(input), HiddenState(hx), weights);
+  Shape shape{TextOf(cell), IntegerOf(own.Get(names().num_layers)),
+              FlagOf(own.Get(names().bidirectional)) ? 2 : 1, 0};
+  const auto* facts = Cpu::Find(shape.cell, Storage::kFloat);
+  if (facts == nullptr) return nullptr;
+  shape.present = facts->Present(FlagOf(own.Get(names().bias)), FlagOf(own.Get(names().proj_size)));
+  return RunStack(shape, FlagOf(own.Get(names().batch_first)), Borrowed(input), HiddenState(hx),
+                  weights);
 }
 
 // What torch has to offer -> True, or None where this torch has another way of exchange. A watcher is
@@ -951,10 +899,9 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
   static PyMethodDef methods[] = {
       {"setup", AsMethod(Guarded<Setup>), METH_FASTCALL, nullptr},
       {"called", AsMethod(Guarded<Called>), METH_FASTCALL, nullptr},
-      {"layer", AsMethod(Guarded<Unwatched<Layer>>), METH_FASTCALL, nullptr},
-      {"layer_backward", AsMethod(Guarded<Unwatched<LayerBackward>>), METH_FASTCALL, nullptr},
-      {"layer_infer", AsMethod(Guarded<Unwatched<LayerInfer>>), METH_FASTCALL, nullptr},
-      {"stack_infer", AsMethod(Guarded<Unwatched<StackInfer>>), METH_FASTCALL, nullptr},
+      {"forward", AsMethod(Guarded<Unwatched<Forward>>), METH_FASTCALL, nullptr},
+      {"backward", AsMethod(Guarded<Unwatched<Backward>>), METH_FASTCALL, nullptr},
+      {"infer_stack", AsMethod(Guarded<Unwatched<InferStack>>), METH_FASTCALL, nullptr},
       {"step", AsMethod(Guarded<Unwatched<OneStep>>), METH_FASTCALL, nullptr},
       {"step_backward", AsMethod(Guarded<Unwatched<StepBackward>>), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr},

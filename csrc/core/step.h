@@ -1,0 +1,104 @@
+// One step of one unit of one row, for any engine: from its operands in memory, through the cell,
+// and back. An engine lends a view of where its operands lie; this file is the one place that knows
+// their order, and where a stage has its turn: one that acts on gates before the cell
+// (ForwardStep::Compute, first line), or on states after it (last line), and what undoes them in
+// BackwardStep, in reverse.
+#pragma once
+#include "core/cell.h"
+
+namespace frnn {
+
+// A view of the forward has
+//   V GateX(q), GateH(q)     pre-activations with their biases
+//   V Param(k)
+//   V H(), Extra(e)          the states before the step
+//   void SetH(V), SetExtra(e, V)
+//   void Keep(k, V)          for the backward: value k that the cell saved
+//   void KeepExtra(e, V)     and state e of c before the step
+template <class C, class V>
+struct ForwardStep {
+  Pack<V, C::kX> x;
+  Pack<V, C::kH> h;
+  Pack<V, C::kStates> s, s_new;
+  Pack<V, C::kParams> p;
+  Pack<V, C::kSaved> saved;
+
+  template <class View>
+  FRNN_HD void Load(const View& from) {
+    FRNN_UNROLL
+    for (int q = 0; q < C::kX; q++) x[q] = from.GateX(q);
+    FRNN_UNROLL
+    for (int q = 0; q < C::kH; q++) h[q] = from.GateH(q);
+    s[C::kRecurrent] = States<C>::kReadsH ? from.H() : V{};
+    FRNN_UNROLL
+    for (int e = 0; e < States<C>::kExtra; e++) s[States<C>::OfExtra(e)] = from.Extra(e);
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++) p[k] = from.Param(k);
+  }
+  FRNN_HD void Compute() { C::forward(x, h, s, p, s_new, saved); }
+
+  template <class View>
+  FRNN_HD void StoreStates(const View& to) const {
+    to.SetH(s_new[C::kRecurrent]);
+    FRNN_UNROLL
+    for (int e = 0; e < States<C>::kExtra; e++) to.SetExtra(e, s_new[States<C>::OfExtra(e)]);
+  }
+  template <class View>
+  FRNN_HD void StoreTape(const View& to) const {
+    FRNN_UNROLL
+    for (int k = 0; k < C::kSaved; k++) to.Keep(k, saved[k]);
+    FRNN_UNROLL
+    for (int e = 0; e < States<C>::kExtra; e++)
+      if (States<C>::ReadsExtra(e)) to.KeepExtra(e, s[States<C>::OfExtra(e)]);
+  }
+};
+
+// A view of the backward has
+//   V Kept(k), KeptExtra(e)         what the forward kept
+//   V Param(k)
+//   V H(), NewH()                   h before and after the step
+//   V GradH(), GradExtra(e)         what reaches the new states from later steps
+//   void AddGradOutput(V&)          and from the layer's output
+//   void SetGate(i, V)              gate gradient d[i]
+//   void SetGradH(V), SetGradExtra(e, V)
+//   void AddGradParam(k, V)
+template <class C, class V>
+struct BackwardStep {
+  Pack<V, C::kSaved> saved;
+  Pack<V, C::kStates> s, ds_new, ds;
+  Pack<V, C::kParams> p, dp;
+  Pack<V, C::kD> d;
+  V h_new;
+
+  template <class View>
+  FRNN_HD void Load(const View& from) {
+    FRNN_UNROLL
+    for (int k = 0; k < C::kSaved; k++) saved[k] = from.Kept(k);
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++) p[k] = from.Param(k);
+    h_new = C::kReadsNewH ? from.NewH() : V{};
+    s[C::kRecurrent] = States<C>::kReadsH ? from.H() : V{};
+    ds_new[C::kRecurrent] = from.GradH();
+    FRNN_UNROLL
+    for (int e = 0; e < States<C>::kExtra; e++) {
+      const int j = States<C>::OfExtra(e);
+      s[j] = States<C>::ReadsExtra(e) ? from.KeptExtra(e) : V{};
+      ds_new[j] = from.GradExtra(e);
+    }
+    from.AddGradOutput(ds_new[C::kOutput]);
+  }
+  FRNN_HD void Compute() { C::backward(saved, s, h_new, p, ds_new, d, ds, dp); }
+
+  template <class View>
+  FRNN_HD void Store(View&& to) const {
+    FRNN_UNROLL
+    for (int i = 0; i < C::kD; i++) to.SetGate(i, d[i]);
+    to.SetGradH(ds[C::kRecurrent]);
+    FRNN_UNROLL
+    for (int e = 0; e < States<C>::kExtra; e++) to.SetGradExtra(e, ds[States<C>::OfExtra(e)]);
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++) to.AddGradParam(k, dp[k]);
+  }
+};
+
+}  // namespace frnn
