@@ -43,8 +43,9 @@ class Layer<C, V>::BackwardPass {
   const int64_t own_panels = (Panels(p) + threads - 1) / threads;
   const int64_t own_vecs = (HoutVecs(p) + threads - 1) / threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
-  const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H),
-                hs_stride = HsStride(p.H, p.Hout);
+  const bool dh_in_place = p.hs == nullptr && p.dh0 != nullptr && p.dirs == 1;
+  const int64_t h_stride = dh_in_place ? p.Hout : RowStride(p.Hout), full_stride = RowStride(p.H),
+                hs_stride = p.hs == nullptr ? p.Hout : HsStride(p.H, p.Hout);
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
   const ColumnTiles<V> x_tiles{(p.I + N - 1) / N};
   // Rows of dX at a time, whole blocks of them to a thread.
@@ -71,8 +72,8 @@ class Layer<C, V>::BackwardPass {
     int dir;
     const DirectionWeights* w;
     const DirectionGrads* dw;
-    const T* hs;
-    bool packed;  // w_hh, for vectors
+    const T *hs, *new_h;  // h before the first step, and after each
+    bool packed;          // w_hh, for vectors
   };
   std::vector<Own> own = std::vector<Own>(threads);
   T *d, *dh, *dh_seq, *dh_full, *w_ih = nullptr, *pack_b, *sum_ih, *sum_hh, *dx_sum;
@@ -184,7 +185,7 @@ Layer<C, V>::BackwardPass::BackwardPass(const LayerGradParams& p, int threads)
     x_right = take_tiles(s, RoundUp(p.I, N), grad_depth, grad_cut);
     h_right = take_tiles(s, RoundUp(p.Hout, N), grad_depth, grad_cut);
     d = s.Take<T>(p.rows * d_stride);
-    dh = s.Take<T>(p.B * h_stride);
+    dh = dh_in_place ? static_cast<T*>(p.dh0) : s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
     dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
     if (!tiled) w_ih = TakeIh(s);
@@ -207,7 +208,10 @@ template <class C, class V>
 void Layer<C, V>::BackwardPass::Direction(Team& team, Own& my) {
   my.w = &p.w[my.dir];
   my.dw = &p.dw[my.dir];
-  my.hs = static_cast<const T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride;
+  const int64_t rows_of_hs = p.hs ? p.B + p.rows : p.B;
+  my.hs = static_cast<const T*>(p.hs ? p.hs : p.h0) + my.dir * rows_of_hs * hs_stride;
+  my.new_h = p.hs ? my.hs + p.B * hs_stride
+                  : static_cast<const T*>(p.h_n) + my.dir * rows_of_hs * hs_stride;
   my.packed = false;
   if (tiled) PackTiles(team, my);
   if (projected) PackProjection(my);
@@ -385,7 +389,7 @@ struct Layer<C, V>::BackwardPass::View {
     return load<V>(my.hs + PreviousRow(pass.p, my.dir, step.t, row) * pass.hs_stride + unit);
   }
   FRNN_INLINE V NewH() const {
-    return load<V>(my.hs + (pass.p.B + step.row + row) * pass.hs_stride + unit);
+    return load<V>(my.new_h + (step.row + row) * pass.hs_stride + unit);
   }
   FRNN_INLINE V GradH() const {
     return load<V>(pass.projected ? pass.dh_full + row * pass.full_stride + unit : OfGradH());
@@ -498,7 +502,7 @@ void Layer<C, V>::BackwardPass::RecurrentGrad(Own& my, const Step& step) const {
 // dh0, dc0 and the gradients of biases and parameters, the own parts.
 template <class C, class V>
 void Layer<C, V>::BackwardPass::StoreGrads(Own& my) const {
-  for (int64_t b = 0; b < p.B && p.dh0 && my.valid > 0; b++)
+  for (int64_t b = 0; b < p.B && p.dh0 && my.valid > 0 && !dh_in_place; b++)
     StoreRow<T>(At(p.dh0, p.storage, (my.dir * p.B + b) * p.Hout + my.first), p.storage,
                 dh + b * h_stride + my.first, my.valid);
   for (int64_t i = my.mine.begin; i < my.mine.end; i++) {
@@ -616,8 +620,11 @@ void Layer<C, V>::BackwardPass::InputRows(Own& my, int64_t r0, int64_t n,
   x_tiles.For(tiles.begin, tiles.end, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value, kWidth = NV * N;
     const int64_t col = v * N, width = p.I - col < kWidth ? p.I - col : kWidth;
-    Product<NV>(C::kDx, C::kX, r0, n, my.w->w_ih, p.I, col, w_ih + col * C::kX * p.H, my.dx, kWidth,
+    const bool in_place = !narrow && my.dir == 0 && width == kWidth;
+    Product<NV>(C::kDx, C::kX, r0, n, my.w->w_ih, p.I, col, w_ih + col * C::kX * p.H,
+                in_place ? static_cast<T*>(p.dx) + r0 * p.I + col : my.dx, in_place ? p.I : kWidth,
                 false);
+    if (in_place) return;
     for (int64_t r = 0; r < n; r++) {
       T* out = my.dx + r * kWidth;
       const int64_t at = (r0 + r) * p.I + col;

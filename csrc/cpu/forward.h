@@ -77,9 +77,9 @@ class Layer<C, V>::ForwardPass {
   // finished rows beside it.
   const bool in_place = p.hs != nullptr && !p.ragged;
   const bool direct_y = p.storage == kOwn && !projected;
-  // One step of few rows reads all in place: nobody waits for what another thread writes.
-  const bool in_one = p.T == 1 && p.h0 != nullptr && p.hs == nullptr && direct_y &&
-                      x_way != Way::kPacked && h_way != Way::kPacked && p.Hout % kUnits == 0;
+  // One step reads h0 and writes h_n in place: nobody waits for what another thread writes.
+  const bool in_one =
+      p.T == 1 && p.h0 != nullptr && p.hs == nullptr && direct_y && !tiled && p.Hout % kUnits == 0;
 
   // A thread's memory, its part of the layer, and the direction it is at.
   struct Own : Part {
@@ -314,7 +314,7 @@ Layer<C, V>::ForwardPass::ForwardPass(const LayerParams& p, int threads) : p(p),
     for (Own& my : own) my.h_balance.Take(s, my.h_tiles[0]);
     w_ih_sizes = s.Take<fixed::Size>(threads * own[0].x_balance.depth);
     w_hh_sizes = s.Take<fixed::Size>(threads * own[0].h_balance.depth);
-    if (!in_place)
+    if (!in_place && !in_one)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
   });
@@ -354,7 +354,7 @@ void Layer<C, V>::ForwardPass::Direction(Team& team, Own& my) {
       RecurrentGates(my, chunk, step);
       if (projected) Project(team, my, step);
       if (tiled && number + 1 < p.T) ShareH(team, my, step.h_new, step.ldh, step.n, number + 1);
-      if (my.valid > 0) StoreOutputs(my, step);
+      if (my.valid > 0 && !in_one) StoreOutputs(my, step);
       if (C::kH > 0 && !in_one) team.Sync();
     }
   }
@@ -539,7 +539,9 @@ auto Layer<C, V>::ForwardPass::StepAt(const Own& my, int64_t number, int64_t t) 
   s.h = in_place ? my.hs + PreviousRow(p, my.dir, t, 0) * hs_stride
         : in_one ? static_cast<const T*>(p.h0) + my.dir * p.B * p.Hout
                  : h_buffer[number & 1];
-  s.h_new = in_place ? my.hs + (p.B + s.row) * hs_stride : h_buffer[(number + 1) & 1];
+  s.h_new = in_place ? my.hs + (p.B + s.row) * hs_stride
+            : in_one ? static_cast<T*>(p.h_n) + my.dir * p.B * p.Hout
+                     : h_buffer[(number + 1) & 1];
   s.ld_full = my.hs ? hs_stride : full_stride;
   s.full = !projected ? nullptr
            : my.hs    ? my.hs + (p.B + s.row) * hs_stride + h_stride
@@ -566,9 +568,11 @@ auto Layer<C, V>::ForwardPass::RowsOf(const Own& my, const Chunk& chunk, const S
   s.h_new = (projected ? step.full : step.h_new) + unit;
   s.h_new_stride = projected ? step.ld_full : step.ldh;
   s.c = my.c + at * p.B * kExtra * kUnits;
-  s.tape = p.hs && kTape > 0 ? TapeOf(p, my.dir, step.t, panel) : nullptr;
+  s.tape = p.saved && kTape > 0 ? TapeOf(p, my.dir, step.t, panel) : nullptr;
   s.y_stride = p.dirs * p.Hout;
-  s.y = direct_y ? static_cast<T*>(p.y) + step.row * s.y_stride + my.dir * p.Hout + unit : nullptr;
+  s.y = direct_y && p.y != p.h_n
+            ? static_cast<T*>(p.y) + step.row * s.y_stride + my.dir * p.Hout + unit
+            : nullptr;
   s.units = p.H - unit;
   s.round = projected ? kOwn : p.storage;
   return s;
