@@ -271,7 +271,7 @@ def _run(
     engine = _engine(x, [s for s in (h0, c0) if s is not None], weights)
     layers, directions, _ = shape
     masks = None
-    if dropout > 0 and layers > 1:  # torch.nn's numbers: layer by layer, in its shape
+    if layers > 1 and dropout > 0:  # torch.nn's numbers: layer by layer, in its shape
         ones = x.new_ones((*x.shape[:-1], directions * weights[1].shape[1]))
         masks = torch.stack([F.dropout(ones, dropout, training=True) for _ in range(layers - 1)])
     found: tuple[Tensor, Tensor, Tensor | None] = engine.recurrent(
