@@ -33,7 +33,7 @@ LINES = (
     ("LSTM with projection, training", "projected", "training float32"),
     ("one step of one sequence", "decode", "decode float32"),
 )
-CELLS = ("lstm", "gru", "rnn")
+LAYERS = ("lstm", "gru", "rnn")
 
 
 def texts(root: Path = ROOT) -> dict[Path, str]:
@@ -123,6 +123,7 @@ def _overview(files: Iterable[Results], folder: Path) -> str:
             "## On the CPU",
             table([*head, "best peer", "worst row"], lines),
             "## On a GPU",
+            "Of older versions of the kernels, as the page says.",
             *cards,
             "`python -m benchmarks pages` writes this page and those it links from the JSON files "
             "in this folder.\n",
@@ -133,30 +134,32 @@ def _overview(files: Iterable[Results], folder: Path) -> str:
 # --- README's tables -----------------------------------------------------------------------------
 
 
-def found_means(results: Path, suite: str, ending: str) -> list[Mean]:
-    return means(list(Results.read(results / f"{suite}-{ending}.json").rows.values()))
-
-
 def cpu_table(results: Path) -> str:
     """Two figures in every field: one for each machine."""
     body = []
     for name, suite, kind in LINES:
-        files = [found_means(results, suite, ending) for ending in MACHINES.values()]
-        everywhere = [{m.cell: m for m in found if m.kind == kind} for found in files]
-
-        def both(cell: str, value: Callable[[Mean], float], of: list[dict[str, Mean]]) -> str:
-            if not all(cell in by_cell for by_cell in of):
-                return ""
-            return " / ".join(gpu_page.number(value(by_cell[cell])) for by_cell in of)
-
-        to_torch = [both(cell, lambda m: m.of_peer["torch_nn"][0], everywhere) for cell in CELLS]
-        best = both("all", lambda m: m.best, everywhere)
-        worst = both("all", lambda m: m.worst, everywhere)
-        rows = everywhere[0]["all"].rows
+        machines = [_by_cell(results / f"{suite}-{end}.json", kind) for end in MACHINES.values()]
+        fields = [
+            _both(machines, cell, lambda mean: mean.of_peer["torch_nn"][0]) for cell in LAYERS
+        ]
+        fields.append(_both(machines, "all", lambda mean: mean.best))
+        fields.append(_both(machines, "all", lambda mean: mean.worst))
         link = f"[{name}](benchmarks/results/pages/{suite}-cpu.md)"
-        body.append([f"{link}, {rows} sizes", *to_torch, best, worst])
-    head = ["", "LSTM", "GRU", "RNN", "fastest", "worst size"]
-    return table(head, body)
+        body.append([f"{link}, {machines[0]['all'].rows} sizes", *fields])
+    return table(["", "LSTM", "GRU", "RNN", "fastest", "worst size"], body)
+
+
+def _by_cell(path: Path, kind: str) -> dict[str, Mean]:
+    found = means(list(Results.read(path).rows.values()))
+    return {mean.cell: mean for mean in found if mean.kind == kind}
+
+
+def _to_torch(mean: Mean) -> float:
+    return mean.of_peer["torch_nn"][0]
+
+
+def _both(machines: list[dict[str, Mean]], cell: str, value: Callable[[Mean], float]) -> str:
+    return " / ".join(gpu_page.number(value(found[cell])) for found in machines if cell in found)
 
 
 def gpu_table(results: Path) -> str:

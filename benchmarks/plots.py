@@ -14,8 +14,7 @@ import matplotlib
 from .cases import BYTES, CELLS, PHASES, Case
 from .floors import flops, gemm_rate, work
 from .gpu import page as gpu_page
-from .pages import CELLS as LAYERS
-from .pages import MACHINES
+from .pages import LAYERS, MACHINES
 from .report import title
 from .results import OURS, Results, Row, Spread, case_of, geometric_mean, ratio, seconds, timed
 
