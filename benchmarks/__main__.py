@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | table | plot | compare | readme | peers | suites``, see README.md"""
+"""``python -m benchmarks run | table | plot | compare | pages | peers | suites``, see README.md"""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("new", type=Path)
     p.add_argument("--tolerance", type=float, default=0.05, help="loss that is still no regression")
 
-    commands.add_parser("readme", help="write the picture in README.md anew from results/*.json")
+    commands.add_parser("pages", help="write what is made of results/: pages, README's tables")
     commands.add_parser("peers", help="say who can be measured here, and why others cannot")
     commands.add_parser("suites", help="list the suites")
     return top
@@ -119,9 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(path)
         elif a.command == "compare":
             return compare.main(Results.read(a.old), Results.read(a.new), a.tolerance)
-        elif a.command == "readme":
-            here = Path(__file__).parent
-            print(f"{report.write_picture(here / 'README.md', here / 'results')} files of results")
+        elif a.command == "pages":
+            from . import pages, plots
+
+            for path in [*pages.write(), plots.draw_speed(pages.RESULTS, pages.SPEED_PICTURE)]:
+                print(path.relative_to(pages.ROOT))
         elif a.command == "suites":
             for name in cases.suite_names():
                 print(

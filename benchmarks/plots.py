@@ -13,8 +13,10 @@ import matplotlib
 
 from .cases import BYTES, CELLS, PHASES, Case
 from .floors import flops, gemm_rate, work
+from .gpu import page as gpu_page
+from .pages import LAYERS, MACHINES
 from .report import title
-from .results import OURS, Results, Row, Spread, case_of, ratio, seconds, timed
+from .results import OURS, Results, Row, Spread, case_of, geometric_mean, ratio, seconds, timed
 
 matplotlib.use("Agg")  # draws to files; needs no display
 import matplotlib.pyplot as plt  # noqa: E402
@@ -336,3 +338,78 @@ def _intensity(case: Case) -> float:
     steps = case.T * (2 if case.phase == "training" else 1)
     read = size * (sum(todo.projection) + steps * case.layers * todo.recurrent)
     return flops(case) / read
+
+
+# --- README's picture ----------------------------------------------------------------------------
+
+PASSES = {"inference": "#0072b2", "training": "#d55e00"}
+
+
+def draw_speed(results: Path, path: Path) -> Path:
+    """How many times faster than torch.nn, by layer and pass, on two CPUs and a GPU."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), sharey=True, layout="constrained")
+        for axis, (name, ending) in zip(axes, MACHINES.items(), strict=False):
+            _speed_panel(axis, f"CPU ({name})\nfloat32, 2 cores")
+            for phase, suite in zip(PASSES, ("headline", "headline-train"), strict=True):
+                rows = Results.read(results / f"{suite}-{ending}.json").rows.values()
+                for place, cell in enumerate(LAYERS):
+                    own = [row for row in rows if case_of(row).cell == cell]
+                    found = [r.median for row in own if (r := ratio(row, "torch_nn"))]
+                    _speed_bar(axis, place, phase, found)
+        _speed_panel(axes[2], "GPU (H200)\nbfloat16, an older version of the kernels")
+        shown = gpu_page.read(results / "h200").shown
+        for place, cell in enumerate(LAYERS):
+            own = [row for row in shown if row.case.cell == cell]
+            for phase in PASSES:
+                _speed_bar(
+                    axes[2],
+                    place,
+                    phase,
+                    gpu_page.ratios_of(own, "bfloat16", phase, alone=True),
+                    gpu_page.ratios_of(own, "bfloat16", phase, alone=False),
+                )
+        axes[0].set_ylabel("times as fast as torch.nn")
+        axes[0].set_ylim(0.5, 16)
+        heading = "Speed relative to torch.nn (geometric means over sizes)"
+        figure.suptitle(heading, x=0.01, ha="left", size=13, weight="bold")
+        patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PASSES.values()]
+        dot = plt.Line2D([], [], ls="", marker="o", ms=3, color="#333333")
+        pale = plt.Rectangle((0, 0), 1, 1, color="#777777", alpha=0.3)
+        names = [*PASSES, "one size", "GPU: with the time that torch.nn takes to launch kernels"]
+        figure.legend([*patches, dot, pale], names, loc="outside lower left", ncol=4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+    return path
+
+
+def _speed_panel(axis: Any, name: str) -> None:
+    axis.set_title(name, fontsize=9)
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 4, 8, 16]))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axis.yaxis.set_minor_locator(FixedLocator([]))
+    axis.grid(axis="y")
+    axis.axhline(1, color="black", lw=1)
+    axis.set_xticks(range(len(LAYERS)), [cell.upper() for cell in LAYERS])
+    axis.tick_params(axis="x", length=0)
+
+
+def _speed_bar(
+    axis: Any, at: int, phase: str, found: list[float], in_all: list[float] | None = None
+) -> None:
+    """A bar to the geometric mean, a point for each size; ``in_all``: a pale bar on top of it."""
+    x = at + (-0.2 if phase == "inference" else 0.2)
+    mean = geometric_mean(found)
+    top = geometric_mean(in_all) if in_all else mean
+    colour = PASSES[phase]
+    axis.bar(x, mean - 1, width=0.36, bottom=1, color=colour, alpha=0.85)
+    if in_all:
+        axis.bar(x, top - mean, width=0.36, bottom=mean, color=colour, alpha=0.3)
+    steps = [0.2 * (i / max(1, len(found) - 1) - 0.5) for i in range(len(found))]
+    axis.plot([x + s for s in steps], found, ls="", marker="o", ms=2.5, color="#222222", alpha=0.7)
+    place: Any = dict(ha="center", va="center", size=9, color=colour)
+    axis.text(x, 0.6, f"{mean:.1f}x", weight="bold", **place)
+    if in_all:
+        axis.text(x, top * 1.12, f"{top:.1f}x", **place)

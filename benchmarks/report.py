@@ -1,10 +1,11 @@
-"""Results as Markdown: every row, the worst ones once more, and what could not be measured."""
+"""Results as Markdown: means, then every row, the slow ones first, then what was not measured."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 from . import peers
 from .results import (
@@ -21,23 +22,19 @@ from .results import (
     timed,
 )
 
-WORST = 8
-
 
 def render(results: Results, *, details: bool = False) -> str:
-    rows = list(results.rows.values())
+    rows = slow_first(results.rows.values())
     if not rows:
         return "no rows"
-    parts = [_provenance(results), _legend(), _table(_head(rows), _body(rows, rows))]
-    if summary := _summary(rows):
-        parts += ["**Geometric means of the ratios**", summary]
-    worst = [row for row in rows if best_peer(row)]
-    worst.sort(key=lambda row: best_peer(row)[1].median)  # type: ignore[index]
-    if len(worst) > WORST:
-        parts += ["**Worst rows**", _table(_head(rows), _body(worst[:WORST], rows))]
-    behind = sum(best_peer(row)[1].median < 1 for row in worst)  # type: ignore[index]
-    if worst:
-        parts.append(f"Slower than the best peer in {behind} of {len(worst)} rows.")
+    parts = [_provenance(results)]
+    if found := means(rows):
+        parts += ["**Geometric means of the ratios**", _summary(rows, found)]
+    compared = [best[1].median for row in rows if (best := best_peer(row))]
+    if compared:
+        behind = sum(median < 1 for median in compared)
+        parts.append(f"Slower than the best peer in {behind} of {len(compared)} rows.")
+    parts += ["**Rows, the slow ones first**", _legend(), table(_head(rows), _body(rows))]
     if len(_ours(rows)) > 1:
         parts += ["**Memory of our own ways to train**", _memory(rows)]
     if details:
@@ -47,43 +44,14 @@ def render(results: Results, *, details: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-_BEGIN, _END = "<!-- results -->\n", "<!-- end of results -->"
+def slow_first(rows: Iterable[Row]) -> list[Row]:
+    """By the ratio to the best peer; rows without one come last."""
 
+    def key(row: Row) -> float:
+        best = best_peer(row)
+        return best[1].median if best else float("inf")
 
-def write_picture(readme: Path, folder: Path) -> int:
-    """Put every file of results in the folder between README's marks. Returns their number."""
-    text = readme.read_text()
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    if not after:
-        raise ValueError(f"{readme} has no place marked for results")
-    files = sorted(folder.glob("*.json"))
-    parts = [_section(Results.read(path), readme.parent) for path in files]
-    readme.write_text(before + _BEGIN + "\n".join(parts) + _END + after)
-    return len(files)
-
-
-def _section(results: Results, base: Path) -> str:
-    """The summary in sight, every row one click away, pictures where they were drawn."""
-    stem = results.path.stem
-    rows = list(results.rows.values())
-    behind = [row for row in rows if (best := best_peer(row)) and best[1].median < 1]
-    compared = sum(best_peer(row) is not None for row in rows)
-    pictures = sorted(results.path.parent.glob(f"{stem}-*.png"))
-    links = [f"![{p.stem}]({p.relative_to(base).as_posix()})" for p in pictures]
-    return "\n\n".join(
-        [
-            f"### {stem}",
-            _provenance(results),
-            _summary(rows),
-            f"Slower than the best peer in {len(behind)} of {compared} rows"
-            + (":" if behind else "."),
-            *([_table(_head(rows), _body(behind, rows))] if behind else []),
-            f"<details><summary>All {len(rows)} rows</summary>\n\n{render(results)}\n\n</details>",
-            *links,
-            "",
-        ]
-    )
+    return sorted(rows, key=key)
 
 
 def _legend() -> str:
@@ -96,20 +64,27 @@ def _legend() -> str:
     )
 
 
-def _provenance(results: Results) -> str:
+def where(results: Results) -> str:
+    """The machine, and what ran beside on it."""
     machine = results.machine
+    busy = results.runs[-1].get("settings", {}).get("busy", 0) if results.runs else 0
+    beside = f" beside {busy} busy" if busy else ""
+    name = machine.get("gpu") or machine["cpu"]
+    return f"{name}, {machine['threads']} threads of {machine['cores']} cores{beside}"
+
+
+def when(run: dict[str, Any]) -> str:
+    """Commit and day."""
+    changed = " with changes" if run.get("changed") else ""
+    return f"commit {(run.get('commit') or '?')[:7]}{changed}, {run.get('date', '')[:10]}"
+
+
+def _provenance(results: Results) -> str:
     run = results.runs[-1] if results.runs else {}
     versions = ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())
-    changed = " with changes" if run.get("changed") else ""
-    busy = run.get("settings", {}).get("busy", 0)
-    beside = f" beside {busy} busy" if busy else ""
-    lines = [
-        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads of "
-        f"{machine['cores']} cores{beside}; {versions}; commit "
-        f"{run.get('commit') or '?'}{changed}, {run.get('date', '')[:16]}"
-    ]
+    lines = [f"{where(results)}; {versions}; {when(run)}."]
     if len(results.runs) > 1:
-        commits = dict.fromkeys(run["commit"] or "?" for run in results.runs)
+        commits = dict.fromkeys((run["commit"] or "?")[:7] for run in results.runs)
         lines.append(f"Rows of {len(results.runs)} runs, commits {', '.join(commits)}.")
     if limits := run.get("limits"):
         rates = [
@@ -146,9 +121,9 @@ def _head(rows: list[Row]) -> list[str]:
     return ["cell", "shape", "pass", "ours", *names, "best peer", "limit", "barrier"]
 
 
-def _body(rows: Iterable[Row], all_rows: list[Row]) -> list[list[str]]:
-    names = _contenders(all_rows)
-    one_dtype = len({row["case"]["dtype"] for row in all_rows}) == 1
+def _body(rows: list[Row]) -> list[list[str]]:
+    names = _contenders(rows)
+    one_dtype = len({row["case"]["dtype"] for row in rows}) == 1
     body = []
     for row in rows:
         case = case_of(row)
@@ -200,7 +175,7 @@ def ms(seconds: float) -> str:
     return f"{value:.{digits}f}" if value >= 0.0995 else f"{value:.4f}"
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """Markdown that is also readable as it is."""
     lines = [head, *body]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -213,41 +188,56 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join([joined(head), rule, *map(joined, body)])
 
 
-# --- what stands below ---------------------------------------------------------------------------
+# --- what stands around it -----------------------------------------------------------------------
 
 
-def _summary(rows: list[Row]) -> str:
-    """By pass and cell: against each contender, and against the best of each row."""
-    names = _contenders(rows)
+@dataclass(frozen=True)
+class Mean:
+    """Geometric means of the ratios of some rows; above 1, ours is faster."""
+
+    kind: str  # pass, dtype, and whether sequences are of different lengths
+    cell: str  # or "all"
+    rows: int
+    of_peer: dict[str, tuple[float, int]]  # the mean, and of how many rows
+    best: float  # against the best peer of each row
+    worst: float  # the lowest of those ratios
+
+
+def means(rows: Sequence[Row]) -> list[Mean]:
+    """By pass and cell, and of all cells of a pass; of rows that were compared with anyone."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         if best_peer(row):
             case = case_of(row)
             kind = f"{case.phase} {case.dtype}" + (" ragged" if case.ragged else "")
-            groups[kind, case.cell].append(row)
             groups[kind, "all"].append(row)
-    body = []
+            groups[kind, case.cell].append(row)
+    found = []
     for (kind, cell), members in sorted(groups.items()):
-        if cell == "all" and sum(k == kind for k, _ in groups) == 2:
+        of_peer = {}
+        for name in _contenders(members):
+            if medians := [r.median for row in members if (r := ratio(row, name))]:
+                of_peer[name] = geometric_mean(medians), len(medians)
+        best = [pair[1].median for row in members if (pair := best_peer(row))]
+        found.append(Mean(kind, cell, len(members), of_peer, geometric_mean(best), min(best)))
+    return found
+
+
+def _summary(rows: Sequence[Row], found: Sequence[Mean]) -> str:
+    names = _contenders(rows)
+    body = []
+    for mean in found:
+        if mean.cell == "all" and sum(other.kind == mean.kind for other in found) == 2:
             continue  # one cell is no more than itself
-        best = [found[1].median for row in members if (found := best_peer(row))]
-        means = []
+        shown = []
         for name in names:
-            medians = [r.median for row in members if (r := ratio(row, name))]
-            part = "" if len(medians) == len(members) else f" of {len(medians)}"
-            means.append(f"{geometric_mean(medians):.2f}{part}" if medians else "-")
-        body.append(
-            [
-                kind,
-                cell,
-                str(len(members)),
-                *means,
-                f"{geometric_mean(best):.2f}",
-                f"{min(best):.2f}",
-            ]
-        )
+            value, number = mean.of_peer.get(name, (0.0, 0))
+            part = "" if number == mean.rows else f" of {number}"
+            shown.append(f"{value:.2f}{part}" if number else "-")
+        kind = [mean.kind, mean.cell, str(mean.rows)]
+        body.append([*kind, *shown, f"{mean.best:.2f}", f"{mean.worst:.2f}"])
     head = ["pass", "cell", "rows", *map(title, names), "best peer", "worst row"]
-    return _table(head, body) if body else ""
+    return table(head, body)
 
 
 def _details(rows: list[Row]) -> str:
@@ -270,7 +260,7 @@ def _details(rows: list[Row]) -> str:
                 ]
             )
     head = ["cell", "shape", "pass", "who", "prepare ms", "first call ms", "later ms"]
-    return _table([*head, "peak MB", "saved MB", "regime"], body)
+    return table([*head, "peak MB", "saved MB", "regime"], body)
 
 
 def _ours(rows: Iterable[Row]) -> list[str]:
@@ -289,7 +279,7 @@ def _memory(rows: list[Row]) -> str:
         body.append([case.cell, case.shape, case.phase, *numbers])
     names = [title(name) for name in _ours(rows)]
     head = [f"{what} MB, {name}" for what in ("held", "peak") for name in names]
-    return _table(["cell", "shape", "pass", *head], body)
+    return table(["cell", "shape", "pass", *head], body)
 
 
 def _mb(size: int | None) -> str:

@@ -271,7 +271,7 @@ def _run(
     engine = _engine(x, [s for s in (h0, c0) if s is not None], weights)
     layers, directions, _ = shape
     masks = None
-    if dropout > 0 and layers > 1:  # torch.nn's numbers: layer by layer, in its shape
+    if layers > 1 and dropout > 0:  # torch.nn's numbers: layer by layer, in its shape
         ones = x.new_ones((*x.shape[:-1], directions * weights[1].shape[1]))
         masks = torch.stack([F.dropout(ones, dropout, training=True) for _ in range(layers - 1)])
     found: tuple[Tensor, Tensor, Tensor | None] = engine.recurrent(
@@ -335,8 +335,7 @@ def step(
     h_dtype, c_dtype = _autocast_results(cell, low, x, states, projected=False, fused=False)
     with torch.autocast(x.device.type, enabled=False):
         cast = [w.to(h_dtype) for w in weights]
-        states = [s.to(h_dtype) for s in states]
-        h_new, c_new = _step(cell, x.to(h_dtype), states, cast, present)
+        h_new, c_new = _step(cell, x.to(h_dtype), [s.to(h_dtype) for s in states], cast, present)
         return h_new, None if c_new is None else c_new.to(c_dtype)
 
 
@@ -347,7 +346,7 @@ def _step(
     engine = _engine(x, states, weights)
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
-    h, c = (*states, None)[:2]
+    h, c = states[0], states[1] if len(states) > 1 else None
     _, h_n, c_n = engine.recurrent(
         cell,
         x.unsqueeze(0),

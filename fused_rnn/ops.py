@@ -296,7 +296,8 @@ def _tape(target: str, hidden: int, width: int) -> Any:
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:
     """What the library calls the tensors of a cell: the same as ``reference.Cell.tensors``."""
     find = build.library(target).frnn_tensor
-    find.restype, names = ctypes.c_char_p, []
+    find.restype = ctypes.c_char_p
+    names: list[str] = []
     while name := find(cell.encode(), len(names)):
         names.append(name.decode())
     return tuple(names)
@@ -329,6 +330,7 @@ def _sizes(
     run = dict(zip(reference.present_names(cell, present), weights, strict=False))
     hidden = run["w_ih"].shape[0] // found.gates
     width = run["w_hh"].shape[1] if "w_hh" in run else hidden
+    batch: Any
     if h0 is not None:
         batch = h0.shape[1]
     elif batch_sizes is None:
@@ -436,7 +438,9 @@ def _restore(ctx: Any) -> _Saved:
     rest = iter(ctx.saved_tensors)
     tensors = [next(rest) if there else None for there in ctx.there]
     count = len(_Saved._fields) - 1
-    return _Saved(*tensors[:count], tuple(tensors[count:]))  # type: ignore[arg-type]
+    first: Any = tensors[:count]
+    weights: Any = tuple(tensors[count:])
+    return _Saved(*first, weights)
 
 
 def _gradients(
@@ -501,15 +505,15 @@ class _EagerRecurrent(torch.autograd.Function):
             found = calls.forward(*call[:4], x, h0, c0, batch_sizes, tuple(weights), True)
         if found is None:
             found = _plain(*_inputs(call, x, h0, c0, masks, batch_sizes, weights))
-        y, h_n, c_n, *kept = found
-        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, *kept, tuple(weights)))
+        y, h_n, c_n, between, hs, tape = found
+        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, between, hs, tape, tuple(weights)))
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved, needed = _restore(ctx), ctx.needs_input_grad
         wanted = (*needed[1:4], *needed[6:])
-        found = None
+        found: Sequence[Tensor | None] | None = None
         if torch.is_grad_enabled():  # create_graph=True
             run = _ops.recurrent_backward.default
         else:
@@ -662,8 +666,9 @@ def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any
 def _reference_infer(
     cell: str, x: Tensor, h0: Any, c0: Any, weights: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, _allow_tf32 = rest
-    y, h_n, c_n = reference.recurrent(cell, x, h0, c0, weights, *rest)
+    masks, batch_sizes, layers, directions, present, _allow_tf32 = rest
+    shape = (layers, directions, present)
+    y, h_n, c_n = reference.recurrent(cell, x, h0, c0, weights, masks, batch_sizes, *shape)
     return y, h_n, x.new_empty((*h_n.shape[:2], 0)) if c_n is None else c_n
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, compare, floors, machine, peers, report, results, runner
+from benchmarks import cases, compare, floors, machine, pages, peers, report, results, runner
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, Item, load_suite
+from benchmarks.gpu import page as gpu_page
 from benchmarks.peers import Prepared, torch_nn
 from benchmarks.problem import Problem, mismatch, sample
 
@@ -287,13 +288,13 @@ def test_ratios_are_formed_inside_a_round(tmp_path: Path) -> None:
     assert results.of_limit(row) == pytest.approx(1e-3)
 
 
-def test_the_table_shows_every_row_and_the_worst_ones_again(tmp_path: Path) -> None:
+def test_the_table_shows_every_row_once_and_the_worst_first(tmp_path: Path) -> None:
     ours = {T: [1.0 + T / 100] * 3 for T in range(1, 21)}
     text = report.render(invented(tmp_path / "r.json", ours, [1.1] * 3))
-    everything, worst = text.split("**Worst rows**")
-    assert all(f" B2 T{T} H8 " in everything for T in ours)
-    assert " B2 T20 H8 " in worst and " B2 T1 H8 " not in worst
-    assert "Slower than the best peer in 10 of 20 rows." in worst
+    places = [text.index(f" B2 T{T} H8 ") for T in range(20, 0, -1)]
+    assert places == sorted(places)
+    assert text.count(" B2 T7 H8 ") == text.count("commit ") == text.count("**Geometric means") == 1
+    assert "Slower than the best peer in 10 of 20 rows." in text
 
 
 def test_compare_finds_a_planted_regression(tmp_path: Path, capsys: Any) -> None:
@@ -324,15 +325,45 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert again.rows == found.rows and again.machine == found.machine
 
 
-def test_the_picture_in_readme_is_made_of_results(tmp_path: Path) -> None:
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    shutil.copy(Path(report.__file__).with_name("README.md"), readme)
-    invented(folder / "one.json", {3: [1.0] * 3, 4: [1.2] * 3}, [1.1] * 3).save()
-    for _ in range(2):  # the second time replaces the first
-        assert report.write_picture(readme, folder) == 1
-    text = readme.read_text()
-    assert text.count("### one") == 1 and "## How to read a table" in text
-    assert "Slower than the best peer in 1 of 2 rows:" in text
+# --- what is written from results -----------------------------------------------------------------
+
+
+def test_committed_pages_are_what_the_results_give() -> None:
+    """If this fails: python -m benchmarks pages"""
+    wanted = pages.texts()
+    for path, text in wanted.items():
+        assert path.is_file() and path.read_text() == text, path
+    assert set((pages.RESULTS / "pages").glob("*.md")) <= wanted.keys()
+    assert pages.SPEED_PICTURE.is_file()
+
+
+def test_pages_follow_the_results(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks" / "results"
+    shutil.copytree(pages.RESULTS, folder)
+    shutil.copy(pages.ROOT / "README.md", tmp_path)
+    invented(folder / "one-cpu.json", {3: [1.0] * 3, 4: [1.2] * 3}, [1.1] * 3).save()
+    one = folder / "pages" / "one-cpu.md"
+    assert pages.write(tmp_path) == [one, folder / "README.md"]
+    assert "Slower than the best peer in 1 of 2 rows." in one.read_text()
+    assert pages.write(tmp_path) == []
+    (folder / "one-cpu.json").unlink()
+    assert pages.write(tmp_path) == [one, folder / "README.md"] and not one.exists()
+
+
+def test_a_table_needs_its_place() -> None:
+    with pytest.raises(ValueError, match="no place for speed"):
+        pages.fill("nothing here", "speed", "| |")
+
+
+def test_ratios_of_a_card() -> None:
+    """What the first page says of the H200, from its files."""
+    shown = gpu_page.read(pages.RESULTS / "h200").shown
+    lstm = [row for row in shown if row.case.cell == "lstm"]
+    for phase, by_clock, of_kernels in (("inference", 6.38, 1.91), ("training", 5.83, 1.65)):
+        for alone, mean in ((False, by_clock), (True, of_kernels)):
+            found = gpu_page.ratios_of(lstm, "bfloat16", phase, alone)
+            assert len(found) == 8
+            assert results.geometric_mean(found) == pytest.approx(mean, abs=0.01)
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
@@ -342,4 +373,5 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     found = invented(tmp_path / "r.json", {T: [T / 10] * 3 for T in (2, 4, 8)}, [1.0] * 3)
     written = plots.draw(found, tmp_path)
     assert [path.stem for path in written] == ["r-ratios", "r-scaling", "r-roofline"]
+    written.append(plots.draw_speed(pages.RESULTS, tmp_path / "speed.png"))
     assert all(path.stat().st_size > 10_000 for path in written)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import emulated
@@ -19,7 +19,7 @@ import torch
 from cases import CELLS, CLASSES, pair, pairwise
 from cases import Case as ModuleCase
 from helpers import assert_close, flatten
-from test_ops import DTYPES, Case, random_case
+from test_ops import DTYPES, Case, random_case, run
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -79,10 +79,18 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
         yield spy
 
 
-def stack_infer(cell: str, x: Any, hx: Any, weights: list[Any], *rest: Any) -> Any:
+def forward(case: Case, tensors: Sequence[Any], batch_sizes: Any = None, **changes: Any) -> Any:
+    x, h0, c0, *weights = tensors
+    arguments = {"cell": case.cell, "layers": case.L, "directions": case.D, "present": case.present}
+    arguments |= {"x": x, "h0": h0, "c0": c0, "batch_sizes": batch_sizes}
+    arguments |= {"weights": tuple(weights), "tape": False}
+    return DIRECT.forward(*(arguments | changes).values())
+
+
+def infer_stack(cell: str, x: Any, hx: Any, weights: list[Any], *rest: Any) -> Any:
     """The function, of weights without names."""
     names = [str(i) for i in range(len(weights))]
-    return DIRECT.stack_infer(cell, x, hx, dict(zip(names, weights, strict=True)), names, *rest)
+    return DIRECT.infer_stack(cell, x, hx, dict(zip(names, weights, strict=True)), names, *rest)
 
 
 def step(cell: str, x: Any, hx: Any, *weights: Any) -> Any:
@@ -118,18 +126,13 @@ def test_layers(index: int, seed: int, spy: Spy) -> None:
     case = random_case(torch.Generator().manual_seed(seed + index))
     print(case)
     (x, h0, c0, *weights), batch_sizes = case.arguments()
-    runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)]
     # Rows past the last step are ignored.
     x = torch.cat([x, x[:1]]) if case.ragged and index % 2 else x
-    for states in ((h0, c0), (None, None)):
-        if states[0] is None:
-            h, c = (None if s is None else torch.zeros_like(s) for s in (h0, c0))
-            found = spy.layer_infer(case.cell, x, *states, *weights, batch_sizes)
-        else:
-            h, c = states
-            found = ops.layer(case.cell, x, h, c, runs, batch_sizes)
+    for h, c in ((h0, c0), (None, None)):
+        tensors = (x, h, c, *weights)
+        found = run(ops.recurrent, case, tensors, batch_sizes)
         assert spy.done.pop()
-        expected = by_operator(lambda h=h, c=c: ops.layer(case.cell, x, h, c, runs, batch_sizes))
+        expected = by_operator(lambda t=tensors: run(ops.recurrent, case, t, batch_sizes))
         assert_identical(found, expected)
         assert (found[2] is None) == (case.cell != "lstm")
 
@@ -153,9 +156,7 @@ def test_training(index: int, seed: int, spy: Spy) -> None:
             None if t is None else t.clone().requires_grad_(want)
             for t, want in zip(arguments, wanted, strict=True)
         ]
-        x, h0, c0, *weights = tensors
-        runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(case.D)]
-        outputs = ops.layer(case.cell, x, h0, c0, runs, batch_sizes)
+        outputs = run(ops.recurrent, case, tensors, batch_sizes)
         chosen = [o for o, use in zip(outputs, used, strict=True) if use and o is not None]
         chosen = chosen or [outputs[0]]
         cotangents = torch.Generator().manual_seed(seed)
@@ -168,7 +169,7 @@ def test_training(index: int, seed: int, spy: Spy) -> None:
 
     with torch.enable_grad():
         found, expected = train(), by_operator(train)
-    assert spy.names == ["layer", "layer_backward"]
+    assert spy.names == ["forward", "backward"]
     assert spy.done == [True, not (case.ragged and index % 2)]
     assert_identical(found, expected)
 
@@ -195,18 +196,20 @@ def test_training_of_modules(name: str, dtype: torch.dtype, spy: Spy) -> None:
 
     with torch.enable_grad():
         assert_identical([t.detach() for t in train()], [t.detach() for t in by_operator(train)])
-    assert spy.names == ["layer"] * 4 + ["layer_backward"] * 4 and all(spy.done)
+    step = name.endswith("Cell")
+    names = ["called", "step_backward"] if step else ["forward", "backward"]
+    assert spy.names == names[:1] * 4 + names[1:] * 4 and all(spy.done)
 
 
 @needs_direct
 def test_training_beside_the_usual(spy: Spy) -> None:
     """Second derivatives, batched gradients, expanded ones, and hooks on what is saved."""
-    case = Case("lstm", D=2, P=2)
-    (x, h0, c0, *weights), _ = case.arguments()
-    runs = [tuple(weights[5 * d : 5 * d + 5]) for d in range(2)]
+    case = Case("lstm", L=2, D=2, P=2)
+    (x, *rest), _ = case.arguments()
 
     def call(x: Tensor) -> Tensor:
-        return ops.layer("lstm", x, h0, c0, runs)[0]
+        found: Tensor = run(ops.recurrent, case, (x, *rest), None)[0]
+        return found
 
     def work() -> list[Tensor]:
         leaf = x.clone().requires_grad_()
@@ -232,12 +235,12 @@ def test_modes_see_the_operators_of_training(spy: Spy) -> None:
     module, x, mode = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3), Dispatch()
     with torch.enable_grad(), mode:
         module(x)[0].sum().backward()
-    assert {"fused_rnn.layer.default", "fused_rnn.layer_backward.default"} <= set(mode.seen)
+    assert {"fused_rnn.recurrent.default", "fused_rnn.recurrent_backward.default"} <= set(mode.seen)
     with torch.enable_grad():
         y = module(x)[0]
         with torch.profiler.profile() as trace:
             y.sum().backward()
-    assert "fused_rnn::layer_backward" in {event.key for event in trace.key_averages()}
+    assert "fused_rnn::recurrent_backward" in {event.key for event in trace.key_averages()}
     assert spy.done == [False, False, True, False]
 
 
@@ -386,7 +389,7 @@ def test_nothing_is_kept() -> None:
             module(x, hx=h)
             assert sys.getrefcount(y) == 2 and sys.getrefcount(h_n) == 2
             weights = list(module.parameters())
-            assert stack_infer("gru", x, bad, weights, 1, 1, True, False) is None
+            assert infer_stack("gru", x, bad, weights, 1, 1, 0b1111, False) is None
         del weights, y, h_n
     after = [sys.getrefcount(t) for t in everything]
     assert [b - a for a, b in zip(before, after, strict=True) if abs(b - a) > 20] == []
@@ -450,7 +453,7 @@ def example(name: str, **kwargs: Any) -> tuple[Any, Tensor, Any]:
 def test_whole_calls(name: str, spy: Spy) -> None:
     """In every mode without gradients, by position and by name."""
     module, x, hx = example(name)
-    forward = "step" if name.endswith("Cell") else "stack_infer"
+    forward = "step" if name.endswith("Cell") else "infer_stack"
     expected = by_operator(lambda: module(x, hx))
     for given in ((x, hx), (x, None), (x,)):
         module(*given)
@@ -490,7 +493,8 @@ def test_whole_calls_know_who_wants_gradients(name: str, spy: Spy) -> None:
             tensor.requires_grad_()
             assert all(t.requires_grad for t in flatten(module(x, hx))[:1])
             tensor.requires_grad_(False)
-    assert "called" not in spy.names
+    # Of a step it is the whole call, with its place in the graph of autograd.
+    assert ("called" in spy.names) == name.endswith("Cell")
 
 
 @needs_direct
@@ -611,7 +615,7 @@ def test_whole_calls_of_a_compiled_module(spy: Spy) -> None:
 
     module.compile(backend=backend, fullgraph=True)
     found = module(x, hx)
-    assert "layer_infer" in graphs[0] and not spy.names
+    assert "recurrent_infer" in graphs[0] and not spy.names
     assert_identical(found, module.forward(x, hx))
     torch._dynamo.reset()
 
@@ -667,60 +671,67 @@ UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("place", ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "w_hr"])
 def test_unusual_tensors(kind: str, place: str, spy: Spy) -> None:
     """They get None, not an error, wherever they are."""
-    names = ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"]
-    arguments, _ = Case("lstm", P=2, dtype=torch.float32).arguments()
-    index = names.index(place)
+    case = Case("lstm", P=2, dtype=torch.float32)
+    arguments, _ = case.arguments()
+    index = ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"].index(place)
     if kind == "mkldnn" and not torch.backends.mkldnn.is_available():
         pytest.skip("no mkldnn")
     plain = arguments[index]
     arguments[index] = UNUSUAL[kind](plain)
-    assert DIRECT.layer_infer("lstm", *arguments, None) is None
-    weights = [w for w in arguments[3:] if w is not None]
-    x, h0, c0, *rest = arguments
-    assert stack_infer("lstm", x, (h0, c0), weights, 1, 1, True, False) is None
-    assert step("lstm", x, (h0, c0), *rest[:4]) is None
+    assert forward(case, arguments) is None
+    x, h0, c0, *weights = arguments
+    assert infer_stack("lstm", x, (h0, c0), weights, 1, 1, case.present, False) is None
+    assert step("lstm", x, (h0, c0), *weights[:4]) is None
     if kind in ("negative bit", "imaginary part", "strided"):  # the operator does the work
-        found = ops.layer("lstm", x, h0, c0, [tuple(rest[:5])])
+        found = run(ops.recurrent, case, arguments, None)
         arguments[index] = plain
-        assert_identical(found, DIRECT.layer_infer("lstm", *arguments, None))
+        assert_identical(found, forward(case, arguments))
         assert spy.done == [False]
 
 
 @needs_direct
 def test_unusual_arguments() -> None:
     """Anything that is not as documented gets None too."""
-    arguments, _ = Case("gru", dtype=torch.float32).arguments()
-    x, h0, _, *weights = arguments
-    four = weights[:4]
-    assert DIRECT.layer_infer("gru", *arguments, None) is not None
+    case = Case("gru", dtype=torch.float32)
+    arguments, _ = case.arguments()
+    x, h0, _, *four = arguments
+    assert forward(case, arguments) is not None
     for bad in (
-        ("grr", *arguments, None),
-        (b"gru", *arguments, None),
-        (None, *arguments, None),
-        ("lstm", *arguments, None),
-        ("gru", *arguments),
-        ("gru", *arguments, None, None),
-        ("gru", *arguments, torch.tensor([3, 2])),
-        ("gru", x[0], None, None, *weights, torch.tensor([3, 2], dtype=torch.int32)),
-        ("gru", x[0], None, None, *weights, torch.tensor([2**62])),
-        ("gru", x[0], None, None, *weights, torch.tensor([-1])),
-        ("gru", x, None, h0, *weights, None),
-        ("gru", x, None, None, *[None] * 10, None),
-        (),
+        {"cell": "grr"},
+        {"cell": b"gru"},
+        {"cell": None},
+        {"cell": "lstm"},
+        {"layers": 2},
+        {"layers": 2**70},
+        {"directions": 2},
+        {"directions": 1.0},
+        {"present": 0b111},
+        {"present": 0b101111},
+        {"present": -1},
+        {"more": None},
+        {"batch_sizes": torch.tensor([3, 2])},
+        {"x": x[0], "h0": None, "batch_sizes": torch.tensor([3, 2], dtype=torch.int32)},
+        {"x": x[0], "h0": None, "batch_sizes": torch.tensor([2**62])},
+        {"x": x[0], "h0": None, "batch_sizes": torch.tensor([-1])},
+        {"h0": None, "c0": h0},
+        {"weights": (None,) * 4},
+        {"weights": four},
+        {"weights": ()},
     ):
-        assert DIRECT.layer_infer(*bad) is None
-    rest = (1, 1, True, False)
-    assert stack_infer("gru", x, h0, four, *rest) is not None
+        assert forward(case, arguments, **bad) is None, bad
+    assert DIRECT.forward() is None
+    rest = (1, 1, 0b1111, False)
+    assert infer_stack("gru", x, h0, four, *rest) is not None
     for bad in (
         (x, h0, four[:3], *rest),
         (x, h0, [], *rest),
         (x, h0, four[:2], *rest),
-        (x, h0, four, 2, 1, True, False),
-        (x, h0, four, 1, 2, True, False),
-        (x, h0, four, 0, 0, True, False),
-        (x, h0, four, -1, -1, True, False),
-        (x, h0, four, 1, 2**70, True, False),
-        (x, h0, four, 1.0, 1, True, False),
+        (x, h0, four, 2, *rest[1:]),
+        (x, h0, four, 1, 2, *rest[2:]),
+        (x, h0, four, 0, 0, *rest[2:]),
+        (x, h0, four, -1, -1, *rest[2:]),
+        (x, h0, four, 1, 2**70, *rest[2:]),
+        (x, h0, four, 1.0, *rest[1:]),
         (x[0], h0[0], four, *rest),
         (x, (h0,), four, *rest),
         (x, (h0, h0), four, *rest),
@@ -730,12 +741,12 @@ def test_unusual_arguments() -> None:
         (x, [h0], four, *rest),
         (x, Pair(h0, h0), four, *rest),
     ):
-        assert stack_infer("gru", *bad) is None
+        assert infer_stack("gru", *bad) is None
     assert step("gru", x[0], h0[0], *four) is not None
     assert step("gru", x, h0, *four) is None
     assert step("gru", x[0, 0], h0[0], *four) is None
-    assert step("gru", x[0], h0[0], *four[:3]) is None
-    assert step("gru", x[0], h0[0], *four, None) is None
+    assert step("gru", x[0], h0[0], *four[:1]) is None
+    assert step("gru", x[0], h0[0], *four, four[0]) is None
     names = list("abcd")
     named = dict(zip(names, four, strict=True))
     for parameters, wanted in (
@@ -746,7 +757,7 @@ def test_unusual_arguments() -> None:
         (named, [*"abce"]),
         (named, [*"abc", []]),
     ):
-        assert DIRECT.stack_infer("gru", x, h0, parameters, wanted, *rest) is None
+        assert DIRECT.infer_stack("gru", x, h0, parameters, wanted, *rest) is None
         assert DIRECT.step("gru", x[0], h0[0], parameters, wanted) is None
 
 
@@ -759,10 +770,11 @@ def test_states_that_do_not_match(spy: Spy) -> None:
         with pytest.raises(RuntimeError, match="Expected hidden"):
             module(x, (h, c))
     assert spy.done == [False] * 4
-    arguments, _ = Case("lstm").arguments()
+    case = Case("lstm")
+    arguments, _ = case.arguments()
     arguments[2] = torch.randn(2, 3, 6, dtype=torch.float64)
-    assert DIRECT.layer_infer("lstm", *arguments, None) is None
-    assert DIRECT.layer("lstm", *arguments, None) is None
+    assert forward(case, arguments) is None
+    assert forward(case, arguments, tape=True) is None
 
 
 @needs_direct
@@ -781,10 +793,10 @@ def test_parameters_of_unusual_memory(spy: Spy) -> None:
 def test_gradients_are_asked_for(spy: Spy) -> None:
     module, x = fused_rnn.GRU(3, 4), torch.randn(5, 2, 3)
     with torch.enable_grad():
-        assert module(x)[0].requires_grad and spy.names == ["layer"]
+        assert module(x)[0].requires_grad and spy.names == ["forward"]
         module.requires_grad_(False)
-        assert not module(x)[0].requires_grad and spy.names == ["layer", "called"]
-        assert module(x.requires_grad_())[0].requires_grad and spy.names.pop() == "layer"
+        assert not module(x)[0].requires_grad and spy.names == ["forward", "called"]
+        assert module(x.requires_grad_())[0].requires_grad and spy.names.pop() == "forward"
 
 
 class Dispatch(TorchDispatchMode):
@@ -817,16 +829,16 @@ def test_modes_see_the_operator(name: str, spy: Spy) -> None:
     for mode in (Dispatch(), Function()):
         with mode:
             found = module(x)
-        assert "fused_rnn.layer_infer.default" in mode.seen
+        assert "fused_rnn.recurrent_infer.default" in mode.seen
         assert_identical(found, expected)
     with torch.profiler.profile() as trace:
         module(x)
-    assert "fused_rnn::layer_infer" in {event.key for event in trace.key_averages()}
+    assert "fused_rnn::recurrent_infer" in {event.key for event in trace.key_averages()}
     with torch.autograd.profiler.profile(use_kineto=False) as trace:
         module(x)
-    assert "fused_rnn::layer_infer" in {event.name for event in trace.function_events}
+    assert "fused_rnn::recurrent_infer" in {event.name for event in trace.function_events}
     graph = make_fx(lambda x: flatten(module(x))[0])(x)
-    assert "fused_rnn.layer_infer" in graph.code
+    assert "fused_rnn.recurrent_infer" in graph.code
     torch.jit.trace(module, x, check_trace=False)
     mapped = vmap(lambda x: flatten(module(x))[0])(x[None])[0]  # by the reference
     assert_close(mapped, flatten(expected)[0], tol=1e-5)
@@ -864,10 +876,10 @@ def test_compiled_code_has_the_operator(spy: Spy) -> None:
 
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     found = compiled(x)
-    assert len(graphs) == 1 and "layer_infer" in graphs[0] and not spy.done
+    assert len(graphs) == 1 and "recurrent_infer" in graphs[0] and not spy.done
     assert_identical(found, module(x))
     program = torch.export.export(nn.Sequential(module), (x,))
-    assert "fused_rnn.layer_infer" in program.graph_module.code
+    assert "fused_rnn.recurrent_infer" in program.graph_module.code
     torch._dynamo.reset()
 
 
@@ -882,7 +894,7 @@ def test_fake_tensors_and_devices(spy: Spy) -> None:
         assert fakes(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
     fake = mode.from_tensor(torch.randn(5, 2, 3))
     weights = [mode.from_tensor(p) for p in module.parameters()]
-    assert stack_infer("gru", fake, None, weights, 1, 1, True, False) is None
+    assert infer_stack("gru", fake, None, weights, 1, 1, 0b1111, False) is None
     assert module.to("meta")(torch.randn(5, 2, 3, device="meta"))[0].device.type == "meta"
     assert not any(spy.done)
 

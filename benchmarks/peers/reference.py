@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..cases import Case
@@ -16,46 +15,30 @@ _CELLS = {"lstm": "lstm", "gru": "gru", "rnn": "rnn_tanh", "rnn_relu": "rnn_relu
 
 
 class Loop(nn.Module):
-    """A stack of ``reference.layer`` over the parameters of a torch.nn module."""
+    """``reference.recurrent`` over the parameters of a torch.nn module."""
 
     def __init__(self, case: Case, source: nn.RNNBase) -> None:
         super().__init__()
-        from fused_rnn import functional, reference
+        from fused_rnn import reference
 
         self.case = case
-        self.cell, self.layer = _CELLS[case.cell], reference.layer
+        self.cell, self.recurrent = _CELLS[case.cell], reference.recurrent
         for name, parameter in source.named_parameters():
             self.register_parameter(name, parameter)
-        names = source._all_weights  # per layer and direction
-        self.runs = [
-            functional._named([getattr(self, name) for name in run], case.bias) for run in names
-        ]
+        self.present = reference.present_bits(
+            self.cell, biases=case.bias, projection=source.proj_size > 0
+        )
 
     def forward(self, x: Any, state: Any = None) -> tuple[Any, Any]:
-        case, d = self.case, self.case.directions
+        case = self.case
         data, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
-        batch = case.B
-        if state is None:
-            h = data.new_zeros(case.layers * d, batch, case.width)
-            c = data.new_zeros(case.layers * d, batch, case.H) if case.cell == "lstm" else None
-        else:
-            h, c = state if case.cell == "lstm" else (state, None)
-        hs: list[Tensor] = []
-        cs: list[Tensor] = []
-        for i in range(case.layers):
-            part = slice(i * d, (i + 1) * d)
-            data, h_n, c_n = self.layer(
-                self.cell, data, h[part], None if c is None else c[part], self.runs[part], sizes
-            )
-            hs.append(h_n)
-            if c_n is not None:
-                cs.append(c_n)
-        y: Any = data
-        h_n = torch.cat(hs)
-        c_n = torch.cat(cs) if cs else None
+        h, c = state if isinstance(state, tuple) else (state, None)
+        shape = (case.layers, case.directions, self.present)
+        weights = list(self.parameters())
+        y, h_n, c_n = self.recurrent(self.cell, data, h, c, weights, None, sizes, *shape)
         if isinstance(x, PackedSequence):
             order = x.unsorted_indices
-            y = x._replace(data=data)
+            y = x._replace(data=y)
             h_n, c_n = h_n[:, order], None if c_n is None else c_n[:, order]
         return y, h_n if c_n is None else (h_n, c_n)
 

@@ -1,0 +1,85 @@
+"""The pages say what is there: links lead somewhere, code runs, environment variables exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+
+def prose(page: Path) -> str:
+    """The page without blocks of code, and without code in lines."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a heading is called in links: lower case, words joined by dashes."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"\w+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{link} does not exist"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+def test_every_page_is_linked_from_the_first() -> None:
+    """By the first page or by a page that it links."""
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop().resolve()
+        if page in reached or page.suffix != ".md":
+            continue
+        reached.add(page)
+        links = re.findall(r"\]\(([^)\s#]+)", prose(page))
+        todo += [page.parent / link for link in links if not re.match(r"\w+:", link)]
+    assert (
+        not {p for p in PAGES if p.is_relative_to(ROOT / "docs")}
+        - reached
+        - {ROOT / "docs" / "README.md"}
+    )
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_python_runs(page: Path) -> None:
+    """Each page from top to bottom; ``model`` is the reader's."""
+    names = {"torch": torch, "nn": nn, "model": nn.Sequential(nn.GRU(4, 8))}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def read_by(*patterns: str) -> set[str]:
+    """The environment variables that files read."""
+    read = r"""(?:environ(?:\.get\(|\[)|getenv\(|_number\()\s*"(\w+)\""""
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
+    return {name for path in paths for name in re.findall(read, path.read_text())}
+
+
+def test_environment_variables() -> None:
+    """Those that the code reads are those that the page on the build lists."""
+    own = read_by("fused_rnn/**/*.py", "csrc/**/*", "setup.py") - {"PATH", "XDG_CACHE_HOME"}
+    of_tests = {name for name in read_by("tests/*.py") if name.startswith("FUSED_RNN_TEST_")}
+    page = (ROOT / "docs" / "build.md").read_text()
+    assert set(re.findall(r"`([A-Z][A-Z_]+)`", page)) - {"PATH"} == own | of_tests
