@@ -56,7 +56,12 @@ def _wants_torch_operator(x: Tensor) -> bool:
 
 def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     """``ops`` or ``reference``: both have ``recurrent``."""
-    if not ops.transformed() and ops.supports([x, *states, *weights]):
+    # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
+    if (
+        not _wants_torch_operator(x)
+        and not ops.transformed()
+        and ops.supports([x, *states, *weights])
+    ):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
     for kind, operands in (("hidden", states), ("parameter", weights)):

@@ -43,13 +43,13 @@ class _TorchShaped(nn.Module):
     classes but the LSTMs have h alone.
     """
 
-    torch_class: ClassVar[type[nn.Module]]
+    torch_class: ClassVar[Any]  # None: torch.nn has no such cell
     _usual_forward: ClassVar[Any]  # what ``called_directly`` may do the work of, or None
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles instead: torch.nn's module, sharing all we have."""
-        if "torch_class" not in vars(type(self)):
-            return self  # a user's subclass, whose forward is not ours to replace
+        if vars(type(self)).get("torch_class") is None:
+            return self  # a cell of our own, or a user's subclass, whose forward is not ours
         twin = self.torch_class.__new__(self.torch_class)
         twin.__dict__.update(self.__dict__)
         if isinstance(twin, nn.RNNBase):
@@ -287,6 +287,46 @@ class _Recurrent(_TorchShaped, nn.RNNBase):
         return packed, self.permute_hidden(hx, unsorted_indices)
 
 
+class PairLayers(_HiddenPair, _Recurrent):
+    """Layers whose state is a pair (h, c)."""
+
+    def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
+        h = super()._zero_hidden(x, batch)
+        return h, torch.zeros(
+            h.size(0), h.size(1), self.hidden_size, dtype=x.dtype, device=x.device
+        )
+
+    def _check_hidden_dim(self, hx: Any, dim: int) -> None:
+        h, c = self._split_hidden(hx)
+        if h.dim() != dim or c.dim() != dim:
+            raise RuntimeError(
+                f"For {_RANKS[dim]} input, hx and cx should also be {dim}-D "
+                f"but got ({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+
+    # The three below are nn.LSTM's, to be called and overridden: same names, arguments, messages.
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return layers, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        self.check_input(input, batch_sizes)
+        h, c = self._split_hidden(hidden)
+        expected_h = self.get_expected_hidden_size(input, batch_sizes)
+        self.check_hidden_size(h, expected_h, "Expected hidden[0] size {}, got {}")
+        expected_c = self.get_expected_cell_size(input, batch_sizes)
+        self.check_hidden_size(c, expected_c, "Expected hidden[1] size {}, got {}")
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        if permutation is None:
+            return hx
+        h, c = hx
+        return h.index_select(1, permutation), c.index_select(1, permutation)
+
+
 def _refuse_projection(proj_size: object) -> None:
     if proj_size is not None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -365,7 +405,7 @@ class RNN(_Recurrent):
         self.recompute = recompute
 
 
-class LSTM(_HiddenPair, _Recurrent):
+class LSTM(PairLayers):
     r"""A stack of long short-term memories over whole sequences.
 
     Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000 and, if
@@ -437,42 +477,6 @@ class LSTM(_HiddenPair, _Recurrent):
             dtype,
         )
         self.recompute = recompute
-
-    def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
-        h = super()._zero_hidden(x, batch)
-        return h, torch.zeros(
-            h.size(0), h.size(1), self.hidden_size, dtype=x.dtype, device=x.device
-        )
-
-    def _check_hidden_dim(self, hx: Any, dim: int) -> None:
-        h, c = self._split_hidden(hx)
-        if h.dim() != dim or c.dim() != dim:
-            raise RuntimeError(
-                f"For {_RANKS[dim]} input, hx and cx should also be {dim}-D "
-                f"but got ({h.dim()}-D, {c.dim()}-D) tensors"
-            )
-
-    # The three below are nn.LSTM's, to be called and overridden: same names, arguments, messages.
-
-    def get_expected_cell_size(
-        self, input: Tensor, batch_sizes: Tensor | None
-    ) -> tuple[int, int, int]:
-        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
-        return layers, batch, self.hidden_size
-
-    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
-        self.check_input(input, batch_sizes)
-        h, c = self._split_hidden(hidden)
-        expected_h = self.get_expected_hidden_size(input, batch_sizes)
-        self.check_hidden_size(h, expected_h, "Expected hidden[0] size {}, got {}")
-        expected_c = self.get_expected_cell_size(input, batch_sizes)
-        self.check_hidden_size(c, expected_c, "Expected hidden[1] size {}, got {}")
-
-    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
-        if permutation is None:
-            return hx
-        h, c = hx
-        return h.index_select(1, permutation), c.index_select(1, permutation)
 
 
 class GRU(_Recurrent):

@@ -74,6 +74,7 @@ PYTHON_LAYERS = {
     "ops": {".build", ".reference"},
     "functional": {".ops", ".reference"},
     "modules": {".functional"},
+    "cells": {".modules", ".reference"},
 }
 
 
