@@ -38,6 +38,7 @@ SOURCES = {
     "cpu/gemm.cpp.in": "@SCALAR@ gemm_@TIER@_@SCALAR@() { return 3; }\n",
     "cpu/table.cpp": "double probe_one_generic_double();\ndouble table() { return 2; }\n",
     "ops/cpu.cpp": "#include <torch/headeronly/version.h>\nint bound = TORCH_VERSION_MAJOR;\n",
+    "ops/glibc.cpp": "int glibc;\n",
     "ops/direct.cpp": "#if __has_include(<Python.h>)\n#include <Python.h>\n#endif\nint direct;\n",
 }
 # ``libraries`` of a process, on the sources in the folder given.
@@ -140,7 +141,7 @@ def test_units_and_flags(libraries, home):
     kinds = [(tier, scalar) for tier in target.kinds for scalar in ("float", "double")]
     instances = {f"instance_{t}_{s}_{cell}" for t, s in kinds for cell in ("one", "two")}
     instances |= {f"gemm_{t}_{s}" for t, s in kinds}  # names no cell: once for all
-    assert set(flags) == {*instances, "table", "cpu", "direct"}
+    assert set(flags) == {*instances, "table", "cpu", "direct", "glibc"}
     for name, text in flags.items():
         assert (" -m" in text) == ("avx" in name) and ("-mavx512f" in text) == ("avx512" in name)
     for name in {*instances, "table"}:

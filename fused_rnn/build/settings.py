@@ -53,7 +53,7 @@ def _architectures(text: str) -> str:
 
 
 # What may be said of a value: what to use instead, or nothing if it is fine.
-_RULES = {
+RULES = {
     "FUSED_RNN_BACKEND": lambda text: _choice(text, *BACKENDS),
     "FUSED_RNN_CACHE_DIR": _anything,
     "FUSED_RNN_CPU_CAPABILITY": lambda text: _choice(text, *levels()),
@@ -70,7 +70,7 @@ _RULES = {
 def read(name: str) -> str:
     """The value of a variable, "" if it is not set. Raises ValueError that says what may be."""
     text = os.environ.get(name, "")
-    if text and (instead := _RULES[name](text)):
+    if text and (instead := RULES[name](text)):
         raise ValueError(f"{name} is {text!r}: use {instead}")
     return text
 
@@ -96,9 +96,9 @@ def given() -> dict[str, str]:
 def check() -> None:
     """Raise ValueError for a variable that does not exist or has a value that cannot be."""
     for name in given():
-        if name in _RULES:
+        if name in RULES:
             read(name)
         elif not name.startswith(FOR_TESTS):
             raise ValueError(
-                f"{name} is no setting of fused_rnn {VERSION}; there are {', '.join(_RULES)}"
+                f"{name} is no setting of fused_rnn {VERSION}; there are {', '.join(RULES)}"
             )
