@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -977,3 +979,89 @@ def test_build_and_clean_commands(command, home):
     done = run("-m", "fused_rnn", "clean")
     assert done.returncode == 0 and done.stdout.count("deleted ") == 2
     assert not list((home / "cache").iterdir())
+
+
+# --- What setup.py makes --------------------------------------------------------------------------
+
+FOLDERS = ("benchmarks", "csrc", "examples", "fused_rnn", "tests")
+
+
+@pytest.fixture
+def tree(home, tmp_path):
+    """A copy of what makes the package, where setup.py may write."""
+    pytest.importorskip("setuptools", "77")
+    folder = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", "_native*")
+    for name in (*FOLDERS, ".ci", "docs"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for path in ROOT.glob("*"):
+        if path.is_file():
+            shutil.copy(path, folder)
+    shutil.copy(ROOT / ".clang-format", folder)
+    return folder
+
+
+def setup(tree, *arguments, **env):
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=tree,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_source_distribution_is_complete(tree):
+    """Tests, examples and make work from it as from a checkout."""
+    done = setup(tree, "sdist", "--dist-dir", "made")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / "made").iterdir()
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {path for name in FOLDERS for path in (tree / name).rglob("*") if path.is_file()}
+    missing = {path.relative_to(tree).as_posix() for path in wanted} - packed
+    assert not missing
+    top = "CHANGELOG.md LICENSE Makefile README.md pyproject.toml setup.py .ci/run .clang-format"
+    assert set(top.split()) <= packed
+
+
+def test_wheel_without_kernels_says_so(tree):
+    done = setup(tree, "bdist_wheel", FUSED_RNN_SKIP_EXT="1")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert "NO NATIVE LIBRARY" in last and "FUSED_RNN_SKIP_EXT" in last
+    (wheel,) = (tree / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    own = {path.relative_to(tree).as_posix() for path in (tree / "fused_rnn").rglob("*.py")}
+    assert own <= packed and "fused_rnn/py.typed" in packed
+    assert {f"fused_rnn/{p.relative_to(ROOT).as_posix()}" for p in build.source_files()} <= packed
+
+
+def test_kernels_that_are_required(tree):
+    done = setup(tree, "bdist_wheel", FUSED_RNN_SKIP_EXT="1", FUSED_RNN_REQUIRE_EXT="1")
+    assert done.returncode != 0
+    assert "FUSED_RNN_REQUIRE_EXT is set, but FUSED_RNN_SKIP_EXT is set" in done.stderr
+    done = setup(tree, "bdist_wheel", FUSED_RNN_REQUIRE="1")
+    assert "FUSED_RNN_REQUIRE is no setting" in done.stderr
+
+
+def test_editable_install_is_a_folder_on_the_path(tree):
+    """Type checkers find that, where they find no program that imports would run."""
+    code = """
+from setuptools.build_meta import build_editable
+print(build_editable("made"))
+"""
+    (tree / "made").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "made").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        assert Path(archive.read(name).decode().strip()).samefile(tree)
+        assert not [name for name in archive.namelist() if name.endswith(".py")]
