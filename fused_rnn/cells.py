@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .modules import PairLayers
+from .modules import PairLayers, Recurrent
 from .reference import CELLS, present_bits, present_names
 
 __all__ = ["PeepholeLSTM"]
 
 
-class _OwnParameters(nn.RNNBase):
+class _OwnParameters(Recurrent):
     """The constructor of a layer whose tensors ``CELLS`` lists."""
 
     cell: ClassVar[str]
@@ -51,9 +51,9 @@ class _OwnParameters(nn.RNNBase):
             bidirectional,
             proj_size,
             device="meta",
+            recompute=recompute,
         )
         self.mode = self.cell.upper()
-        self.recompute = recompute
         for name in list(self._parameters):
             delattr(self, name)
         self._all_weights = [
@@ -88,7 +88,7 @@ class _OwnParameters(nn.RNNBase):
         return names
 
 
-class PeepholeLSTM(PairLayers, _OwnParameters):
+class PeepholeLSTM(_OwnParameters, PairLayers):
     r"""A stack of LSTM layers whose gates see the cell state of their unit.
 
     Gers & Schmidhuber 2000, "Recurrent nets that time and count".

@@ -390,6 +390,10 @@ def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor)
             f"input has inconsistent input_size: got {x.shape[1]} expected {w_ih.shape[1]}"
         )
     for i, state in enumerate(states):
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"Expected 2D hidden{i} (batch x hidden_size), but got {state.dim()}D tensor"
+            )
         if state.shape[0] != x.shape[0]:
             raise RuntimeError(
                 f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}"

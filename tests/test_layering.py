@@ -106,9 +106,24 @@ def test_python_layers(module: str) -> None:
     assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
 
 
+# Each may import those before it.
+BUILD_LAYERS = "version messages sources settings tools ninja target record cache compiling loading"
+
+
+def test_layers_of_the_build() -> None:
+    """None imports what comes after it, torch or the package around it, at its top."""
+    known: set[str] = set()
+    for name in (*BUILD_LAYERS.split(), "report"):
+        path = ROOT / f"fused_rnn/build/{name}.py"
+        assert {n for n in imports(path) if n.startswith(".")} <= known, name
+        top = re.findall(r"^(?:import|from) ([\w.]+)", path.read_text(), re.M)
+        assert not any(n.startswith(("torch", "fused_rnn", "..")) for n in top), name
+        known.add(f".{name}")
+
+
 def test_torch_ops_are_named_once() -> None:
     for path in sources("fused_rnn", ".py"):
-        if path.name not in ("ops.py", "build.py"):
+        if path.name != "ops.py" and path.parent.name != "build":
             assert "torch.ops" not in path.read_text(), path.name
 
 

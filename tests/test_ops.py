@@ -205,7 +205,7 @@ def test_agrees_with_float64_at_length(index: int, seed: int) -> None:
     test_agrees_with_float64(1000 + index, seed)
 
 
-CAPABILITIES = ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx"]
+CAPABILITIES = build.levels()
 
 
 # Which code a process takes is chosen when it loads the library: once in each.
@@ -221,6 +221,25 @@ for capability in sys.argv[1:]:
         os._exit(0)
     assert os.wait()[1] == 0, capability
 """
+
+
+@cpu_engine_only
+@pytest.mark.parametrize("module", ["GRU", "GRUCell"])
+def test_unknown_instruction_set(module: str) -> None:
+    """The library refuses what the package refuses, whoever loads it without that check."""
+    code = f"""
+import sys
+from pathlib import Path
+import torch, fused_rnn
+fused_rnn.build.use("cpu", Path(sys.argv[1]))
+fused_rnn.{module}(4, 6)(torch.ones(3, 4))
+"""
+    env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": "AVX2"}
+    command = [sys.executable, "-c", code, str(build.state().library)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (
+        f"FUSED_RNN_CPU_CAPABILITY is 'AVX2': use one of {', '.join(CAPABILITIES)}" in done.stderr
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@
 
 #include <array>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
 #include "core/macros.h"
 #include "core/sanitize.h"
+#include "cpu/levels.h"
 #include "cpu/unit.h"
 
 // The functions that use vectors of bfloat16, and those that use tiles besides; the rest of this file
@@ -54,15 +54,13 @@ FRNN_BF16 double Seconds() {
 // a one's: then converting to float once is better.
 bool PairsPay() { return Seconds<true>() < 1.5 * Seconds<false>(); }
 
-// What this machine and system let the process use. FUSED_RNN_CPU_CAPABILITY asks for less:
-// amx_bf16 for tiles without fixed point, avx512_bf16 for vectors, avx512 for none.
+// What this machine, this system and FUSED_RNN_CPU_CAPABILITY let the process use. Of the last,
+// amx_bf16 leaves tiles without fixed point, avx512_bf16 vectors, whether they pay or not.
 enum class Unit { kNone, kVectors, kTiles, kFixedTiles };
 
 __attribute__((target("xsave"))) Unit Detect() {
-  const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
-  const auto wished = [&](const char* name) { return wish && !std::strcmp(wish, name); };
-  if (wish && *wish && !wished("amx") && !wished("amx_bf16") && !wished("avx512_bf16"))
-    return Unit::kNone;
+  const Level highest = HighestLevel();
+  if (highest < Level::avx512_bf16) return Unit::kNone;
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return Unit::kNone;
   const uint64_t enabled = _xgetbv(0);  // register states that the system keeps
@@ -73,12 +71,13 @@ __attribute__((target("xsave"))) Unit Detect() {
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return Unit::kNone;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Unit::kNone;
   const bool tiles = (enabled & kTileState) == kTileState &&
-                     (d & (kAmxBf16 | kAmxTile)) == (kAmxBf16 | kAmxTile) && !wished("avx512_bf16");
+                     (d & (kAmxBf16 | kAmxTile)) == (kAmxBf16 | kAmxTile) &&
+                     highest >= Level::amx_bf16;
   // Linux gives the 8 KB of state per thread on request only (arch_prctl(2)).
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   if (tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0)
-    return d & kAmxInt8 && !wished("amx_bf16") ? Unit::kFixedTiles : Unit::kTiles;
-  return wished("avx512_bf16") || PairsPay() ? Unit::kVectors : Unit::kNone;
+    return d & kAmxInt8 && highest >= Level::amx ? Unit::kFixedTiles : Unit::kTiles;
+  return highest == Level::avx512_bf16 || PairsPay() ? Unit::kVectors : Unit::kNone;
 }
 
 // Every register is a full tile.
