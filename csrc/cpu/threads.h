@@ -90,8 +90,6 @@ class alignas(128) Flag {
   std::atomic<uint32_t> sleepers_{0};
   static_assert(sizeof(phase_) == sizeof(uint32_t));
 };
-constexpr int kMaxThreads = 256;
-
 // Asked once: the answer takes a system call.
 inline int Cores() {
   static const int cores = omp_get_num_procs();
@@ -138,10 +136,7 @@ FRNN_NOINLINE void RunBody(const F& body, Team& team) {
 }
 
 // How many of the wanted threads a call may plan for.
-inline int TeamSize(int wanted) {
-  if (wanted <= 1 || omp_in_parallel()) return 1;
-  return wanted < kMaxThreads ? wanted : kMaxThreads;
-}
+inline int TeamSize(int wanted) { return wanted <= 1 || omp_in_parallel() ? 1 : wanted; }
 
 // Runs body(team) on exactly n threads, or not at all: false where OpenMP has fewer to give (a thread
 // limit, dynamic adjustment), since a body has divided its memory by n.

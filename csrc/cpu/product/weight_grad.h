@@ -2,24 +2,18 @@
 #pragma once
 #include <atomic>
 
-#include "cpu/gemm.h"
-#include "cpu/tiles.h"
+#include "cpu/product/gemm.h"
+#include "cpu/product/tiles.h"
 
 FRNN_BEGIN
 
 // dw[gates * H, cols] = sum over rows r of d[r]^T b[r], in blocks of rows. The team packs the right side
 // of a block together; each thread owns rows of dw and packs its left side group by group. Within a
 // group the sum runs in steps that keep a right tile in the first-level cache, and dw in the second.
-template <class V>
 class WeightGrad {
  public:
-  using T = typename Lanes<V>::T;
-  static constexpr int N = Lanes<V>::kSize;
-  static constexpr int kRows = kTileRows<V>;
-  static constexpr int64_t kBlock = 512, kDepth = 128;
-  // Some 96 rows of dw, so that its part stays in the second-level cache.
-  static constexpr int64_t kGroup = (kRows > 4 ? 16 : 24) * kRows;
-  static constexpr int64_t kTileGroup = 12;  // blocks of rows of dw
+  static constexpr int kRows = kTileRows;
+  static constexpr int64_t kGroup = cpu::GradGroup(kRows);
 
   int64_t gates, H;   // rows of dw: gate q, unit u, at q * H + u
   const int* column;  // gate q's gradients start at column[q] * gate_stride of d
@@ -40,8 +34,8 @@ class WeightGrad {
   void* dw;  // null: not wanted
   Storage storage;
 
-  static int64_t Block(int64_t rows) { return rows < kBlock ? rows : kBlock; }
-  static int64_t PackASize(int64_t rows) { return kGroup / kRows * kPackedRow<V> * Block(rows); }
+  static int64_t Block(int64_t rows) { return rows < cpu::kGradRows ? rows : cpu::kGradRows; }
+  static int64_t PackASize(int64_t rows) { return kGroup / kRows * kPackedRow * Block(rows); }
   static int64_t PackBSize(int64_t rows, int64_t cols) { return RoundUp(cols, N) * Block(rows); }
   // load(r0, n, col, nv, dst): rows r0 .. r0 + n of the right operand, nv vectors (a constant) of
   // columns from col on, into dst [n][nv vectors].
@@ -57,7 +51,7 @@ class WeightGrad {
   template <class F, class G>
   static void RunTiles(Team& team, int gradients, const WeightGrad& x, const F& load_x,
                        const WeightGrad& h, const G& load_h) {
-    if constexpr (parts::kCompiled && sizeof(V) == 64 && sizeof(T) == 4) {
+    if constexpr (kTiles) {
       const int64_t blocks = parts::Blocks(x.H);
       // Blocks of rows of dw are split over the team, weighed by what is done with them: one packing,
       // and products that take about three times as long.
@@ -89,12 +83,13 @@ class WeightGrad {
           };
           const int64_t begin = first_from(low), end = first_from(high);
           before += weight * blocks;
-          for (int64_t m = begin; m < end; m += kTileGroup) {
+          for (int64_t m = begin; m < end; m += cpu::kTileGroup) {
             const int64_t unit = m * parts::kRows,
-                          last = (end - m < kTileGroup ? end : m + kTileGroup) * parts::kRows;
+                          last = (end - m < cpu::kTileGroup ? end : m + cpu::kTileGroup) *
+                                 parts::kRows;
             const int64_t units = (last < x.H ? last : x.H) - unit;
-            parts::PackLeftAcross(x.d + r0 * x.d_stride + q * x.gate_stride + unit, x.d_stride,
-                                  units, n, left);
+            parts::PackLeftAcross(Floats(x.d + r0 * x.d_stride + q * x.gate_stride + unit),
+                                  x.d_stride, units, n, left);
             // There and back, see parts::Multiply.
             if (x_fits && !back) x.MultiplyTiles(left, q, unit, units, r0, back);
             if (h_fits) h.MultiplyTiles(left, q, unit, units, r0, back);
@@ -112,17 +107,17 @@ class WeightGrad {
   }
 
  private:
-  bool Own() const { return storage == StorageOf<T>::kValue; }
-  T* Result() const { return Own() ? static_cast<T*>(dw) : sum; }
-  ColumnTiles<V> Tiles() const { return ColumnTiles<V>((cols + N - 1) / N); }
+  bool IsDirect() const { return storage == kPlain; }
+  T* Result() const { return IsDirect() ? static_cast<T*>(dw) : sum; }
+  ColumnTiles Tiles() const { return ColumnTiles((cols + N - 1) / N); }
   int64_t Length(int64_t r0) const {
     return rows - r0 < Block(rows) ? rows - r0 : Block(rows);  // of the block from r0 on
   }
   void Store(Team& team) const {
-    if (!dw || Own()) return;
+    if (!dw || IsDirect()) return;
     const auto my_rows = team.Split(gates * H);
     for (int64_t m = my_rows.begin; m < my_rows.end; m++)
-      StoreRow<T>(At(dw, storage, m * cols), storage, sum + m * cols, cols);
+      StoreRow(At(dw, storage, m * cols), storage, sum + m * cols, cols);
   }
 
   // The products in which gradient q is (all gradients are).
@@ -144,14 +139,13 @@ class WeightGrad {
   template <class F>
   void PackRight(Team& team, const F& load, int64_t r0) const {
     if (!dw) return;
-    static_assert(kTileVecs<V> * N <= kGroup / kRows * kPackedRow<V>,
-                  "a tile of columns fits in pack_a");
+    static_assert(kTileVecs * N <= kGroup / kRows * kPackedRow, "a tile of columns fits in pack_a");
     const int64_t n = Length(r0);
     const auto my_tiles = team.Split(Tiles().count);
     Tiles().For(my_tiles.begin, my_tiles.end, [&](int64_t v, auto nv) {
       constexpr int kWidth = decltype(nv)::value * N;
       load(r0, n, v * N, nv, pack_a);
-      if (!parts::PackRight(pack_a, StorageOf<T>::kValue, kWidth, parts::Order::kAcross, kWidth, n,
+      if (!parts::PackRight(pack_a, kPlain, kWidth, parts::Order::kAcross, kWidth, n,
                             Right(r0).Row(v * N)))
         misfit->store(number + r0, std::memory_order_relaxed);
     });
@@ -163,8 +157,8 @@ class WeightGrad {
                      bool backwards) const {
     for (int gate = 0; gate < gates; gate++)
       if (column[gate] == q)
-        parts::Multiply(left, units, Right(r0), cols, Result() + (gate * H + unit) * cols, cols,
-                        r0 > 0, backwards);
+        parts::Multiply(left, units, Right(r0), cols, Floats(Result() + (gate * H + unit) * cols),
+                        cols, r0 > 0, backwards);
   }
 
   // The block of rows from r0 on, by vectors.
@@ -172,7 +166,7 @@ class WeightGrad {
   void RunBlock(Team& team, const F& load, int64_t r0) const {
     if (!dw) return;
     const int64_t block = Block(rows), n = Length(r0);
-    const ColumnTiles<V> tiles = Tiles();
+    const ColumnTiles tiles = Tiles();
     const auto my_tiles = team.Split(tiles.count);
     tiles.For(my_tiles.begin, my_tiles.end,
               [&](int64_t v, auto nv) { load(r0, n, v * N, nv, pack_b + v * N * block); });
@@ -183,12 +177,12 @@ class WeightGrad {
       PackLeft(m0, m1, r0, n);
       tiles.For(0, tiles.count, [&](int64_t v, auto nv) {
         constexpr int NV = decltype(nv)::value;
-        for (int64_t k = 0; k < n; k += kDepth)
+        for (int64_t k = 0; k < n; k += cpu::kGradDepth)
           for (int64_t m = m0; m < m1; m += kRows)
             Tile<NV>(Result() + m * cols + v * N, int(m1 - m < kRows ? m1 - m : kRows),
-                     cols - v * N, pack_a + ((m - m0) / kRows * block + k) * kPackedRow<V>,
-                     pack_b + v * N * block + k * NV * N, n - k < kDepth ? n - k : kDepth,
-                     r0 + k > 0);
+                     cols - v * N, pack_a + ((m - m0) / kRows * block + k) * kPackedRow,
+                     pack_b + v * N * block + k * NV * N,
+                     n - k < cpu::kGradDepth ? n - k : cpu::kGradDepth, r0 + k > 0);
       });
     }
     team.Sync();
@@ -200,11 +194,11 @@ class WeightGrad {
             bool accumulate) const {
     constexpr int kWidth = NV * N;
     if (width >= kWidth) {
-      GemmPacked<V, NV>(count, a, b, depth, out, cols, accumulate);
+      GemmPacked<NV>(count, a, b, depth, out, cols, accumulate);
       return;
     }
     T edge[kRows * kWidth];
-    GemmPacked<V, NV>(count, a, b, depth, edge, kWidth, false);
+    GemmPacked<NV>(count, a, b, depth, edge, kWidth, false);
     for (int i = 0; i < count; i++)
       for (int64_t j = 0; j < width; j++) {
         T& value = out[i * cols + j];
@@ -216,16 +210,16 @@ class WeightGrad {
   void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n) const {
     for (int64_t m = m0; m < m1; m += kRows) {
       const int64_t count = m1 - m < kRows ? m1 - m : kRows;
-      T* dst = pack_a + (m - m0) / kRows * kPackedRow<V> * Block(rows);
+      T* dst = pack_a + (m - m0) / kRows * kPackedRow * Block(rows);
       const T* src = d + r0 * d_stride;
       const int64_t first = Column(m);
       if (m / H == (m + count - 1) / H) {  // columns of one gate are adjacent, and rows of d padded
         for (int64_t r = 0; r < n; r++)
-          memcpy(dst + r * kPackedRow<V>, src + r * d_stride + first, kPackedRow<V> * sizeof(T));
+          memcpy(dst + r * kPackedRow, src + r * d_stride + first, kPackedRow * sizeof(T));
       } else {
         for (int i = 0; i < count; i++)
           for (int64_t r = 0; r < n; r++)
-            dst[r * kPackedRow<V> + i] = src[r * d_stride + Column(m + i)];
+            dst[r * kPackedRow + i] = src[r * d_stride + Column(m + i)];
       }
     }
   }
