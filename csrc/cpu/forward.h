@@ -26,7 +26,6 @@ class Layer<C>::ForwardPass {
   const Input input{p};
   const int64_t panels = Panels(p), own_panels = (panels + plan.threads - 1) / plan.threads;
   const int64_t own_vecs = (HoutVecs(p) + plan.threads - 1) / plan.threads;
-  const int64_t own_groups = (own_panels + plan.group - 1) / plan.group;
   const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout),
                 full_stride = RowStride(p.H), hs_stride = HsStride(p.H, p.Hout);
   // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of
@@ -128,8 +127,7 @@ class Layer<C>::ForwardPass {
   };
 
   T* GatesX(const Thread& my, int64_t own_panel) const {
-    return my.gates_x + own_panel / plan.group * plan.gates_rows * x_common.Stride() +
-           x_common.InGroup(own_panel);
+    return my.gates_x + x_common.Offset(own_panel, plan.gates_rows);
   }
   // Steps counted on over both directions.
   int64_t NumberOf(const Thread& my, int64_t number) const { return my.dir * p.T + number; }
@@ -156,7 +154,7 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
   x_common.storage = h_common.storage = p.storage;
   x_common.H = h_common.H = p.H;
   x_common.own_panels = h_common.own_panels = own_panels;
-  x_common.group = h_common.group = plan.group;
+  x_common.paired = h_common.paired = plan.paired;
   x_common.K = p.I;
   x_common.packing = plan.w_ih;
   x_common.tiled = plan.tiled;
@@ -176,7 +174,7 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
       my.b_hh = s.Take<T>(own_panels * C::kH * kUnits);
       my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
-      my.gates_x = s.Take<T>(own_groups * plan.gates_rows * x_common.Stride());
+      my.gates_x = s.Take<T>(x_common.Groups(own_panels) * plan.gates_rows * x_common.Stride());
       my.gates_h = s.Take<T>(cpu::kRowBlock * h_common.Stride());
       my.c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.x = s.Take<T>(input.direct ? 0 : plan.gates_rows * x_stride);

@@ -90,7 +90,7 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
                                    : Packing::kOnce;
   plan.w_hh = ReadsRecurrentWeights(p) ? Packing::kNone : Packing::kOnce;
   const bool odd = p.gates_x * p.panel_vecs % 2 || p.gates_h * p.panel_vecs % 2;
-  plan.group = plan.tiled && odd ? 2 : 1;
+  plan.paired = plan.tiled && odd;
   plan.x_cut = CutOf(m.unit, p.storage, p.I);
   plan.h_cut = CutOf(m.unit, p.storage, p.Hout);
   return plan;

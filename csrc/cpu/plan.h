@@ -118,7 +118,7 @@ struct ForwardPlan : Plan {
   Packing w_ih;
   Packing w_hh;             // never kEachUse
   int64_t gates_rows;       // rows of x W_ih^T that are computed ahead
-  int64_t group;            // panels of one product: on tiles, an even number of them wide
+  bool paired;              // on tiles, two panels at once: an even number of tiles wide
   parts::Cut x_cut, h_cut;  // on tiles, of x W_ih^T and h W_hh^T
 };
 

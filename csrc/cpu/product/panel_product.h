@@ -32,7 +32,7 @@ class PanelProduct {
     cpu::Packing packing;
     bool tiled;
     parts::Cut cut;
-    int64_t group;  // panels of one product on tiles; they are side by side in `gates`
+    bool paired;  // on tiles, two panels are one product: they are side by side in `gates`
 
     fixed::Size* sizes;  // of the columns of W, as each thread measured its rows
     // By direction, whether anything that all steps need is out of the range of tiles.
@@ -43,9 +43,16 @@ class PanelProduct {
       sizes = s.Take<fixed::Size>(
           fixed_point ? threads * parts::DepthBlocks(K, cut) * parts::DepthOf(cut) : 0);
     }
-    // Of rows of gates, and of a panel in the group of them.
-    int64_t Stride() const { return group * kWidth; }
-    int64_t InGroup(int64_t at) const { return at % group * kWidth; }
+    // The own panels by groups of one or two.
+    int64_t Group() const { return 1 + paired; }
+    int64_t Groups(int64_t panels) const { return (panels + paired) >> paired; }
+    // In gates [group][row][panel of the group][gate][unit], how far rows are apart, and where panel
+    // `at` is where each group has so many rows.
+    int64_t Stride() const { return Group() * kWidth; }
+    int64_t Offset(int64_t at, int64_t rows) const {
+      return (at >> paired) * rows * Stride() + InGroup(at);
+    }
+    int64_t InGroup(int64_t at) const { return (at & paired) * kWidth; }
   };
 
   void Take(Scratch& s, Common& shared) {
@@ -107,14 +114,13 @@ class PanelProduct {
 
   // A product of rows on tiles, with the panels of group `g`.
   void MultiplyGroup(const parts::Operand& left, int64_t rows, int64_t g, T* gates) const {
-    const int64_t at = g * common_->group;
+    const int64_t at = g * common_->Group();
     parts::Multiply(left, rows, tiles_.Row(at * kWidth), PanelsOf(g) * kWidth, Floats(gates),
                     common_->Stride(), false);
   }
-  int64_t Groups() const { return (count() + common_->group - 1) / common_->group; }
   int64_t PanelsOf(int64_t g) const {
-    const int64_t left = count() - g * common_->group;
-    return left < common_->group ? left : common_->group;
+    const int64_t left = count() - g * common_->Group();
+    return left < common_->Group() ? left : common_->Group();
   }
 
   Common* common_ = nullptr;
@@ -205,10 +211,10 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
       if (!parts::PackRows(x.At(r), x.storage, x.stride, rows, 0, left_.PaddedDepth(), common_->K,
                            left_))
         return false;
-      for (int64_t i = 0, groups = Base::Groups(); i < groups; i++) {
+      for (int64_t i = 0, groups = common_->Groups(Base::count()); i < groups; i++) {
         // There and back, see parts::Multiply.
         const int64_t g = r / cpu::kTiledInput % 2 ? groups - 1 - i : i;
-        Base::MultiplyGroup(left_, rows, g, gates(g * common_->group) + r * common_->Stride());
+        Base::MultiplyGroup(left_, rows, g, gates(g * common_->Group()) + r * common_->Stride());
       }
     }
     return kTiles;
@@ -255,13 +261,13 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
                             const Use& use) {
     if constexpr (kTiles && kGates > 0)
       if (Base::FitsTiles() && left_.Fits(step)) {
-        for (int64_t i = 0, groups = Base::Groups(); i < groups; i++) {
+        for (int64_t i = 0, groups = common_->Groups(Base::count()); i < groups; i++) {
           const int64_t g = step % 2 ? groups - 1 - i : i;
           for (int64_t r = 0; r < n; r += cpu::kRowBlock) {
             const int64_t rows = n - r < cpu::kRowBlock ? n - r : cpu::kRowBlock;
             Base::MultiplyGroup(left_.tiles[step & 1].Row(r), rows, g, gates);
             for (int64_t j = 0; j < Base::PanelsOf(g); j++)
-              use(g * common_->group + j, r, int(rows));
+              use(g * common_->Group() + j, r, int(rows));
           }
         }
         return;
