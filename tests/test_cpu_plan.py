@@ -40,7 +40,7 @@ def problem(engine: Any, cell: str = "lstm", **given: Any) -> Any:
 def machine(engine: Any, unit: str = "none", crowded: bool = False) -> Any:
     m = engine.Machine()
     m.unit = getattr(engine.MatrixUnit, unit)
-    m.crowded = crowded
+    m.cores, m.crowded = 8, crowded
     return m
 
 
@@ -120,6 +120,8 @@ def test_threads(engine: Any) -> None:
     narrow, wide = ({"B": 2, "T": 1, "I": 64, "H": 160, "vector_bytes": n} for n in (16, 64))
     assert threads(**narrow) > 1 and threads(**wide) == 1
     assert forward(engine, threads=1).threads == 1
+    # Who has no core for each thread does not spin.
+    assert [forward(engine, threads=n).spins for n in (1, 8, 9)] == [2000, 2000, 0]
 
 
 def test_weights_are_packed_where_it_pays(engine: Any) -> None:

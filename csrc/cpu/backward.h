@@ -48,9 +48,8 @@ class Layer<C>::BackwardPass {
   struct Thread : Slice {
     ProductH dh_product;
     ProductX dx_product;
-    T *w_hr, *params, *dc, *dy, *db, *dparams, *pack_a;
-    parts::Operand tiles_a;
-    Balance dw_balance;
+    T *w_hr, *params, *dc, *dy, *db, *dparams;
+    Gradients gradients;
 
     int dir;
     const DirectionWeights* w;
@@ -60,7 +59,7 @@ class Layer<C>::BackwardPass {
   std::vector<Thread> threads = std::vector<Thread>(plan.threads);
   typename ProductH::Common h_common;
   typename ProductX::Common x_common{p.dx ? p.I : 0};
-  T *d, *dh, *dh_seq, *dh_full, *pack_b, *sum_ih, *sum_hh, *dx_sum;
+  T *d, *dh, *dh_seq, *dh_full, *grad_right, *sum_ih, *sum_hh, *dx_sum;
   parts::Operand x_right, h_right;  // the right sides of dW, x and h
   float* d_sizes;                   // in fixed point, the largest d of each row
   // Out of the range of tiles: any d of a direction, a block of dW.
@@ -107,7 +106,7 @@ template <class C>
 Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
     : plan(cpu::PlanBackward(ProblemOf(p), TheMachine())), p(p) {
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
-  const int64_t grad_rows = WeightGrad::Block(p.rows);
+  const int64_t grad_rows = Gradients::Block(p.rows);
   h_common.storage = x_common.storage = p.storage;
   h_common.K = x_common.K = h_common.left.K = p.H;
   h_common.in_place = x_common.in_place = plan.in_place;
@@ -131,10 +130,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
       my.db = s.Take<T>(own_panels * C::kD * kUnits);
       my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.dparams = s.Take<T>(own_panels * C::kParams * kUnits);
-      my.pack_a = s.Take<T>(WeightGrad::PackASize(p.rows));
-      my.tiles_a =
-          TakeTiles(s, plan.tiled, cpu::kTileGroup * parts::kRows, grad_rows, plan.d_grad_cut);
-      my.dw_balance.Take(s, my.tiles_a);
+      my.gradients.Take(s, p.rows, plan.tiled, plan.d_grad_cut);
     }
     d_sizes = s.Take<float>(plan.tiled && plan.d_cut == parts::Cut::kFixed ? p.rows : 0);
     x_right = TakeTiles(s, plan.tiled, RoundUp(p.I, N), grad_rows, plan.grad_cut);
@@ -143,7 +139,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
     dh = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
     dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
-    pack_b = s.Take<T>(WeightGrad::PackBSize(p.rows, widest));
+    grad_right = s.Take<T>(WeightGrad::PackedSize(p.rows, widest));
     sum_ih = s.Take<T>(narrow ? C::kX * p.H * p.I : 0);
     sum_hh = s.Take<T>(narrow ? C::kH * p.H * p.Hout : 0);  // and W_hr's
     dx_sum = s.Take<T>(narrow && p.dx && p.dirs == 2 ? p.rows * p.I : 0);
@@ -452,24 +448,22 @@ void Layer<C>::BackwardPass::StoreInputGrad(int dir, int64_t row, int64_t n, T* 
 // dW_ih = d^T x, dW_hh = d^T h_{t-1}, dW_hr = (dh + dy)^T h_full.
 template <class C>
 void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
+  Gradients& gradients = my.gradients;
+  gradients.d = d;
+  gradients.stride = d_stride;
+  gradients.gate_stride = gate_stride;
+  gradients.rows = p.rows;
+  gradients.H = p.H;
+  gradients.sizes = d_sizes;
   WeightGrad x_grad;
+  x_grad.left = gradients;
   x_grad.gates = C::kX;
-  x_grad.H = p.H;
   x_grad.column = C::kDx;
-  x_grad.gate_stride = gate_stride;
-  x_grad.d = d;
-  x_grad.d_stride = d_stride;
-  x_grad.rows = p.rows;
   x_grad.cols = p.I;
-  x_grad.pack_a = my.pack_a;
-  x_grad.pack_b = pack_b;
-  x_grad.tiles_a = my.tiles_a;
-  x_grad.tiles_b = x_right;
-  x_grad.sizes = d_sizes;
-  x_grad.factors = my.dw_balance.factors;
-  x_grad.inverse = my.dw_balance.inverse;
+  x_grad.packed = grad_right;
+  x_grad.tiles = x_right;
   x_grad.misfit = &misfit_block[0];
-  x_grad.number = my.dir * p.rows;
+  x_grad.first_row = my.dir * p.rows;
   x_grad.sum = sum_ih;
   x_grad.dw = my.dw->w_ih;
   x_grad.storage = p.storage;
@@ -484,7 +478,7 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
   h_grad.gates = C::kH;
   h_grad.column = C::kDh;
   h_grad.cols = p.Hout;
-  h_grad.tiles_b = h_right;
+  h_grad.tiles = h_right;
   h_grad.misfit = &misfit_block[1];
   h_grad.sum = sum_hh;
   h_grad.dw = my.dw->w_hh;
@@ -504,10 +498,10 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
   if (projected) {
     WeightGrad projection_grad = h_grad;
     projection_grad.gates = 1;
-    projection_grad.H = p.Hout;
+    projection_grad.left.H = p.Hout;
     projection_grad.column = kIdentity;
-    projection_grad.d = dh_seq;
-    projection_grad.d_stride = h_stride;
+    projection_grad.left.d = dh_seq;
+    projection_grad.left.stride = h_stride;
     projection_grad.cols = p.H;
     projection_grad.dw = my.dw->w_hr;
     projection_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {

@@ -66,7 +66,7 @@ class Layer {
   template <class Pass, class Params>
   static void Run(const Params& p) {
     Pass pass(p);
-    if (RunTeam(pass.plan.threads, pass.plan.is_short, [&](Team& team) { pass.Run(team); })) return;
+    if (RunTeam(pass.plan, [&](Team& team) { pass.Run(team); })) return;
     Params alone = p;
     alone.threads = 1;
     Run<Pass>(alone);
@@ -94,6 +94,7 @@ class Layer {
   static cpu::Machine TheMachine() {
     cpu::Machine machine;
     machine.unit = kTiles ? parts::TheUnit() : parts::MatrixUnit::kNone;
+    machine.cores = Cores();
     machine.crowded = Crowd::Here();
     return machine;
   }

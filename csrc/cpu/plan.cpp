@@ -53,7 +53,13 @@ bool IsTiled(const Problem& p, const Machine& m) {
 }
 
 Plan PlanOfBoth(const Problem& p, const Machine& m) {
-  return {Threads(p, m), IsShort(p), IsTiled(p, m)};
+  Plan plan;
+  plan.threads = Threads(p, m);
+  // A step takes microseconds. Without a core for each thread, what is waited for may need ours.
+  plan.spins = plan.threads > m.cores ? 0 : 2000;
+  plan.is_short = IsShort(p);
+  plan.tiled = IsTiled(p, m);
+  return plan;
 }
 
 // So few rows, in all or of a step, do not repay packing (some Hout / 8 steps of one row do); long rows

@@ -93,6 +93,7 @@ constexpr int64_t kFixedDepthAtOnce = 4;
 
 struct Machine {
   parts::MatrixUnit unit;
+  int cores;
   bool crowded;  // other programs take cores from teams, see Crowd in cpu/threads.h
 };
 
@@ -110,6 +111,7 @@ struct Problem {
 // The same for both passes of a layer.
 struct Plan {
   int threads;
+  int spins;      // at a barrier, before a thread sleeps
   bool is_short;  // a few milliseconds: nobody waits long for a thread that lost its core
   bool tiled;     // products of matrices of many rows are on the matrix unit
 };

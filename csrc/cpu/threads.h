@@ -15,6 +15,7 @@
 #include <memory>
 
 #include "core/macros.h"
+#include "cpu/plan.h"
 #include "cpu/tier.h"
 
 FRNN_BEGIN
@@ -98,8 +99,8 @@ inline int Cores() {
 
 class Team {
  public:
-  Team(int id, int size, Flag* flags, bool short_call)
-      : id(id), size(size), flags_(flags), short_call_(short_call) {}
+  Team(int id, const cpu::Plan& plan, Flag* flags)
+      : id(id), size(plan.threads), flags_(flags), spins_(plan.spins), is_short_(plan.is_short) {}
   const int id, size;
 
   // Every thread of the team has come here before any leaves.
@@ -108,7 +109,7 @@ class Team {
     ++phase_;
     flags_[id].Advance();
     for (int other = 0; other < size; other++)
-      if (other != id) flags_[other].Await(phase_, spins_, short_call_);
+      if (other != id) flags_[other].Await(phase_, spins_, is_short_);
   }
 
   // This thread's part of n items in blocks of `unit`.
@@ -123,10 +124,9 @@ class Team {
 
  private:
   Flag* flags_;
-  const bool short_call_;
+  const int spins_;
+  const bool is_short_;
   uint32_t phase_ = 0;
-  // Without a core for each thread, what is waited for may need ours.
-  const int spins_ = size > Cores() ? 0 : 2000;
 };
 
 // One copy of the body in the code, for both ways to run it.
@@ -138,12 +138,13 @@ FRNN_NOINLINE void RunBody(const F& body, Team& team) {
 // How many of the wanted threads a call may plan for.
 inline int TeamSize(int wanted) { return wanted <= 1 || omp_in_parallel() ? 1 : wanted; }
 
-// Runs body(team) on exactly n threads, or not at all: false where OpenMP has fewer to give (a thread
-// limit, dynamic adjustment), since a body has divided its memory by n.
+// Runs body(team) on exactly as many threads as planned, or not at all: false where OpenMP has fewer to
+// give (a thread limit, dynamic adjustment), since a body has divided its memory by their number.
 template <class F>
-bool RunTeam(int n, bool short_call, const F& body) {
+bool RunTeam(const cpu::Plan& plan, const F& body) {
+  const int n = plan.threads;
   if (n == 1) {
-    Team team(0, 1, nullptr, short_call);
+    Team team(0, plan, nullptr);
     RunBody(body, team);
     return true;
   }
@@ -152,7 +153,7 @@ bool RunTeam(int n, bool short_call, const F& body) {
 #pragma omp parallel num_threads(n)
   {
     if (omp_get_num_threads() == n) {
-      Team team(omp_get_thread_num(), n, flags.get(), short_call);
+      Team team(omp_get_thread_num(), plan, flags.get());
       RunBody(body, team);
     } else if (omp_get_thread_num() == 0) {
       complete = false;

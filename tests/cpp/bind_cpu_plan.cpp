@@ -30,6 +30,7 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
   py::class_<Machine>(m, "Machine")
       .def(py::init<>())
       .def_readwrite("unit", &Machine::unit)
+      .def_readwrite("cores", &Machine::cores)
       .def_readwrite("crowded", &Machine::crowded);
   py::class_<Problem>(m, "Problem")
       .def(py::init<>())
@@ -49,6 +50,7 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readwrite("panels", &Problem::panels);
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)
+      .def_readonly("spins", &Plan::spins)
       .def_readonly("is_short", &Plan::is_short)
       .def_readonly("tiled", &Plan::tiled);
   py::class_<ForwardPlan, Plan>(m, "ForwardPlan")
