@@ -1,8 +1,8 @@
 // The backward of cpu/layer.h.
 //
-// Per step, from the last one on: gate gradients d of the own units, one barrier, dh = d W_hh for the
-// own units (with a projection, dh_full = dh W_hr and a barrier before that). Then dX, dW and db of the
-// whole sequence as large products.
+// Per step, from the last one on: gate gradients d of the own units, one barrier, dh = d W_hh for
+// the own units (with a projection, dh_full = dh W_hr and a barrier before that). Then dX, dW and
+// db of the whole sequence as large products.
 #pragma once
 #include <algorithm>
 
@@ -408,8 +408,8 @@ void Layer<C>::BackwardPass::StoreGrads(Thread& my) const {
   }
 }
 
-// dX = d W_ih, to which the second direction adds. Rows are split over the team; where there are few,
-// columns are.
+// dX = d W_ih, to which the second direction adds. Rows are split over the team; where there are
+// few, columns are.
 template <class C>
 void Layer<C>::BackwardPass::InputGrad(Team& team, Thread& my) const {
   const bool by_columns = p.rows <= plan.dx_rows;
@@ -428,8 +428,8 @@ void Layer<C>::BackwardPass::InputGrad(Team& team, Thread& my) const {
   }
 }
 
-// Columns [col, col + width) of n rows of dX from `row` on, which are overwritten by the sum with those
-// of the first direction.
+// Columns [col, col + width) of n rows of dX from `row` on, which are overwritten by the sum with
+// those of the first direction.
 template <class C>
 void Layer<C>::BackwardPass::StoreInputGrad(int dir, int64_t row, int64_t n, T* rows,
                                             int64_t stride, int64_t col, int64_t width) const {

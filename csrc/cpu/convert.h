@@ -103,8 +103,8 @@ FRNN_NOINLINE inline void LoadRow(const void* src, Storage s, T* __restrict dst,
     }
   }
 }
-// dst[0 .. kN) = elements of src, of which there are n, then zeros. A whole row is a copy of a size that
-// the compiler knows: no call.
+// dst[0 .. kN) = elements of src, of which there are n, then zeros. A whole row is a copy of a size
+// that the compiler knows: no call.
 template <int kN>
 FRNN_INLINE void LoadPadded(const void* src, Storage s, int64_t n, T* dst) {
   if (s == kPlain && n >= kN) {

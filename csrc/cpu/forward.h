@@ -1,7 +1,7 @@
 // The forward of cpu/layer.h.
 //
-// Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per step
-// gates_h = h W_hh^T, gate math, one barrier (two more around the product of a projection).
+// Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per
+// step gates_h = h W_hh^T, gate math, one barrier (two more around the product of a projection).
 #pragma once
 #include "cpu/layer.h"
 #include "cpu/product/panel_product.h"
@@ -260,8 +260,8 @@ void Layer<C>::ForwardPass::PackProjection(Thread& my) const {
   });
 }
 
-// h0, its padding, and the padding that nobody writes later: the saved tensors hold no uninitialised
-// value.
+// h0, its padding, and the padding that nobody writes later: the saved tensors hold no
+// uninitialised value.
 template <class C>
 void Layer<C>::ForwardPass::Start(Team& team, Thread& my) const {
   const bool is_last = team.id + 1 == team.size;

@@ -1,13 +1,13 @@
-// The CPU engine: one recurrent layer over a whole sequence, for any cell. What both passes share is
-// here, the passes are in cpu/forward.h and cpu/backward.h.
+// The CPU engine: one recurrent layer over a whole sequence, for any cell. What both passes share
+// is here, the passes are in cpu/forward.h and cpu/backward.h.
 //
 // Units are cut into panels of a few vectors; a thread owns a range of panels for the whole
 // sequence, so its slice of the weights stays in its own cache. Weights are packed per panel as
 // [k][gate][unit]: a tile of a product holds all gates of its units, and the gate math runs on it
 // while it is in the first-level cache.
 //
-// How matrices are multiplied is behind cpu/product: on vectors, or on tiles where the processor has a
-// unit for them. All choices by shape and machine are in cpu/plan.h.
+// How matrices are multiplied is behind cpu/product: on vectors, or on tiles where the processor
+// has a unit for them. All choices by shape and machine are in cpu/plan.h.
 #pragma once
 #include <vector>
 
@@ -20,8 +20,8 @@
 
 FRNN_BEGIN
 
-// The tape of a row, in values per unit: what the cell saved, then the states of c that it reads. h is
-// at hand.
+// The tape of a row, in values per unit: what the cell saved, then the states of c that it reads. h
+// is at hand.
 template <class C>
 struct Tape {
   static constexpr int kExtra = States<C>::kExtra;
@@ -119,8 +119,8 @@ class Layer {
       valid = (last < p.Hout ? last : p.Hout) - first;
     }
   };
-  // The rows of x, as the engine may read them: `stride` apart and in the computing type (direct), or
-  // to be staged first. Tiles are packed from any type.
+  // The rows of x, as the engine may read them: `stride` apart and in the computing type (direct),
+  // or to be staged first. Tiles are packed from any type.
   struct Input {
     explicit Input(const LayerParams& p) {
       one_stride = p.ragged || p.B == 1 || p.T == 1 || p.x_t_stride == p.B * p.x_b_stride;

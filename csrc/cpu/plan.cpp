@@ -25,8 +25,8 @@ bool IsShort(const Problem& p) {
 // As many as do a step sooner than one fewer would: each adds to what all wait for at the barrier.
 // Without a recurrent product nobody waits before the end.
 int Threads(const Problem& p, const Machine& m) {
-  // What a thread could do while a team of two waits at a barrier, and while a team starts: of narrow
-  // vectors less.
+  // What a thread could do while a team of two waits at a barrier, and while a team starts: of
+  // narrow vectors less.
   constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeamAndByte = 3125;
   const int64_t most = Least(Least(p.threads, kMaxThreads), p.panels);
   const int64_t macs = Macs(p), at_once = p.gates_h > 0 ? p.B * p.gates_h * p.H * p.Hout : macs;
@@ -38,11 +38,12 @@ int Threads(const Problem& p, const Machine& m) {
 }
 
 // A bfloat16 is its own part, and half as many bytes. Splitting weights into more parts is worth it
-// from so many rows per step, and in all, on; fixed point is fewer bytes than floats are, so that wide
-// layers stream faster for any batch.
+// from so many rows per step, and in all, on; fixed point is fewer bytes than floats are, so that
+// wide layers stream faster for any batch.
 bool IsTiled(const Problem& p, const Machine& m) {
   if (p.vector_bytes != 64 || p.scalar_bytes != 4) return false;
-  // Vectors multiply two bfloat16 in the time of one float, which six products per float do not repay.
+  // Vectors multiply two bfloat16 in the time of one float, which six products per float do not
+  // repay.
   const bool available = m.unit >= MatrixUnit::kTiles ||
                          (m.unit == MatrixUnit::kVectors && p.storage == Storage::kBFloat16);
   if (!available || p.storage == Storage::kBFloat16) return available;
@@ -62,8 +63,9 @@ Plan PlanOfBoth(const Problem& p, const Machine& m) {
   return plan;
 }
 
-// So few rows, in all or of a step, do not repay packing (some Hout / 8 steps of one row do); long rows
-// of W have fewer sums over lanes, and in vectors of a whole line they stream as fast as panels do.
+// So few rows, in all or of a step, do not repay packing (some Hout / 8 steps of one row do); long
+// rows of W have fewer sums over lanes, and in vectors of a whole line they stream as fast as
+// panels do.
 bool ReadsInputWeights(const Problem& p) { return IsPlain(p) && p.rows <= (p.I >= 256 ? 16 : 12); }
 bool ReadsRecurrentWeights(const Problem& p) {
   if (!IsPlain(p)) return false;

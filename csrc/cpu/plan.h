@@ -1,7 +1,7 @@
-// Every choice that the CPU engine makes by shape, cell and machine, in one place: which instructions
-// multiply, how many threads share a layer, what is packed and how many rows are taken at a time. Pure
-// functions, which tests/test_cpu_plan.py calls for tables of shapes. Nothing that changes the order of
-// a sum depends on the number of threads.
+// Every choice that the CPU engine makes by shape, cell and machine, in one place: which
+// instructions multiply, how many threads share a layer, what is packed and how many rows are taken
+// at a time. Pure functions, which tests/test_cpu_plan.py calls for tables of shapes. Nothing that
+// changes the order of a sum depends on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -14,8 +14,8 @@ namespace cpu {
 // ---- tiles of products on vectors, by the bytes of a vector ----
 
 constexpr int Registers(int vector_bytes) { return vector_bytes == 64 ? 32 : 16; }
-// Rows of a tile of nv vectors whose accumulators fit in registers beside one row of the right operand
-// and a broadcast value, or beside all broadcast values and one vector.
+// Rows of a tile of nv vectors whose accumulators fit in registers beside one row of the right
+// operand and a broadcast value, or beside all broadcast values and one vector.
 constexpr int RowsByRow(int vector_bytes, int nv) {
   return (Registers(vector_bytes) - 1 - nv) / nv;
 }
@@ -25,25 +25,26 @@ constexpr int TileRows(int vector_bytes, int nv) {
   const int rows = by_row > by_value ? by_row : by_value;
   return rows > 12 ? 12 : rows;
 }
-// The tile of products that have no gates to keep together: as square as registers allow, since of such
-// a tile each multiply-add takes the fewest loads (of 4 x 3 vectors 7 for 12, of 6 x 2 they are 8).
+// The tile of products that have no gates to keep together: as square as registers allow, since of
+// such a tile each multiply-add takes the fewest loads (of 4 x 3 vectors 7 for 12, of 6 x 2 they
+// are 8).
 constexpr int TileVecs(int vector_bytes) {
   return vector_bytes == 64 ? 4 : (vector_bytes == 32 ? 3 : 2);
 }
-// Products of one or two rows are summed in several chains, to hide the latency of the multiply-add. How
-// many must not depend on nv up to TileVecs: columns are cut into tiles by the number of threads, and
-// results must not.
+// Products of one or two rows are summed in several chains, to hide the latency of the
+// multiply-add. How many must not depend on nv up to TileVecs: columns are cut into tiles by the
+// number of threads, and results must not.
 constexpr int Chains(int vector_bytes, int rows, int nv) {
   const int vecs = nv > TileVecs(vector_bytes) ? nv : TileVecs(vector_bytes);
   const int fits = (Registers(vector_bytes) - 2) / (rows * vecs);
   const int wanted = rows == 1 ? 4 : (rows == 2 ? 2 : 1);
   return fits >= wanted ? wanted : (fits >= 2 && wanted >= 2 ? 2 : 1);
 }
-// A wide tile has few rows: products with it read their right operand many times over, and wait for the
-// first of these reads where it comes from the third-level cache. Such a tile calls what comes next into
-// the second-level cache beside its own work, a line of memory in so many steps along K: where the
-// registers are full one in 24 cycles, which leaves buffers to the tile's own reads (one in 12 does not).
-// Tall tiles have no registers left for it, and less need.
+// A wide tile has few rows: products with it read their right operand many times over, and wait for
+// the first of these reads where it comes from the third-level cache. Such a tile calls what comes
+// next into the second-level cache beside its own work, a line of memory in so many steps along K:
+// where the registers are full one in 24 cycles, which leaves buffers to the tile's own reads (one
+// in 12 does not). Tall tiles have no registers left for it, and less need.
 constexpr bool CallsAhead(int vector_bytes, int nv) { return TileRows(vector_bytes, nv) < 2 * nv; }
 constexpr int StepsOfLine(int rows, int nv) { return rows * nv > 12 ? 2 : 4; }
 
@@ -74,13 +75,14 @@ constexpr int64_t GradGroup(int tile_rows) { return (tile_rows > 4 ? 16 : 24) * 
 
 // Products of less depth do not repay the sums of digits that each ends with.
 constexpr int64_t kFixedDepth = 96;
-// How the elements of an operand of depth K are cut, on a machine that has tiles or vectors of bfloat16.
+// How the elements of an operand of depth K are cut, on a machine that has tiles or vectors of
+// bfloat16.
 parts::Cut CutOf(parts::MatrixUnit unit, Storage s, int64_t K);
-// The same for floats that are multiplied with numbers of type s: rounding them to one bfloat16 would
-// show.
+// The same for floats that are multiplied with numbers of type s: rounding them to one bfloat16
+// would show.
 parts::Cut CutBeside(parts::MatrixUnit unit, Storage s, int64_t K);
-// Blocks of the depth that a pair of right blocks has at once, of `bytes` a pair. One of nearly all of
-// the first-level cache (48 KB) is cut in two, to stay in it while the left operand passes.
+// Blocks of the depth that a pair of right blocks has at once, of `bytes` a pair. One of nearly all
+// of the first-level cache (48 KB) is cut in two, to stay in it while the left operand passes.
 constexpr int64_t DepthAtOnce(int64_t depth_blocks, int64_t bytes) {
   constexpr int64_t kCacheBytes = 48 << 10;
   const bool cut = bytes > kCacheBytes * 3 / 4 && bytes < kCacheBytes * 3 / 2;

@@ -51,9 +51,9 @@ class alignas(128) Flag {
     phase_.fetch_add(1);
     if (sleepers_.load()) Wake();
   }
-  // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A spin
-  // without end is fatal when there are more threads than cores, and a yield is not much better: it
-  // gives a whole time slice to a program beside us, even to one of the lowest priority.
+  // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A
+  // spin without end is fatal when there are more threads than cores, and a yield is not much
+  // better: it gives a whole time slice to a program beside us, even to one of the lowest priority.
   void Await(uint32_t phase, int spins, bool short_call) {
     while (int32_t(phase_.load(std::memory_order_acquire) - phase) < 0) {
       if (spins-- > 0) {
@@ -138,8 +138,9 @@ FRNN_NOINLINE void RunBody(const F& body, Team& team) {
 // How many of the wanted threads a call may plan for.
 inline int TeamSize(int wanted) { return wanted <= 1 || omp_in_parallel() ? 1 : wanted; }
 
-// Runs body(team) on exactly as many threads as planned, or not at all: false where OpenMP has fewer to
-// give (a thread limit, dynamic adjustment), since a body has divided its memory by their number.
+// Runs body(team) on exactly as many threads as planned, or not at all: false where OpenMP has
+// fewer to give (a thread limit, dynamic adjustment), since a body has divided its memory by their
+// number.
 template <class F>
 bool RunTeam(const cpu::Plan& plan, const F& body) {
   const int n = plan.threads;

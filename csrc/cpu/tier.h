@@ -1,5 +1,5 @@
-// What a translation unit of the engine is compiled for: an instruction set and a computing type, as
-// its instance says. All that it defines lives in a namespace named after both (FRNN_TIER): the
+// What a translation unit of the engine is compiled for: an instruction set and a computing type,
+// as its instance says. All that it defines lives in a namespace named after both (FRNN_TIER): the
 // linker must never merge an AVX-512 copy of an inline function into the code of a lesser machine.
 #pragma once
 #include "core/vec.h"

@@ -1,5 +1,6 @@
-// Products of the backward: c [n][columns] (+)= sum over gates q of a_q W_q, W [kGates * K, cols]. As those of
-// the forward, they know how their weights are packed and go back to vectors where tiles do not fit.
+// Products of the backward: c [n][columns] (+)= sum over gates q of a_q W_q, W [kGates * K, cols].
+// As those of the forward, they know how their weights are packed and go back to vectors where
+// tiles do not fit.
 #pragma once
 #include <algorithm>
 
@@ -42,8 +43,8 @@ struct ColumnWeights {
   T* Packed(int64_t v) const { return packed + (v - first) * N * kGates * K; }
 };
 
-// d W_hh of a step, for the columns that a thread owns: the team shares d. On tiles the gates follow each
-// other along the depth. One object a thread.
+// d W_hh of a step, for the columns that a thread owns: the team shares d. On tiles the gates
+// follow each other along the depth. One object a thread.
 template <int kGates>
 class StepGradProduct {
  public:
@@ -168,8 +169,8 @@ class StepGradProduct {
   Scratch spare_;  // of the packed weights, where tiles do not fit
 };
 
-// d W_ih of many rows: the team shares W, and each thread packs its rows of d. On tiles the gates are summed
-// one by one, so that an operand stays in the second-level cache. One object a thread.
+// d W_ih of many rows: the team shares W, and each thread packs its rows of d. On tiles the gates
+// are summed one by one, so that an operand stays in the second-level cache. One object a thread.
 template <int kGates>
 class InputGradProduct {
  public:
@@ -223,8 +224,8 @@ class InputGradProduct {
     PackVectors(team);
     if (!own_columns) team.Sync();
   }
-  // n rows, some tiles of columns: store(c, ldc, first column, columns) for each part of them that is
-  // done, or straight to `direct`, where there is one, on tiles.
+  // n rows, some tiles of columns: store(c, ldc, first column, columns) for each part of them that
+  // is done, or straight to `direct`, where there is one, on tiles.
   template <class GateOf, class Store>
   void Multiply(int64_t n, const Team::Range& tiles, const GateOf& gate, int64_t stride, T* direct,
                 bool accumulate, const Store& store) {

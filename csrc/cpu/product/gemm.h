@@ -1,8 +1,8 @@
-// Products of matrices on vectors, and the order in memory that their right operands want: packed in
-// tiles of columns [K][NV vectors]. The left operand is read as it lies (rows lda apart) or packed
-// ([K][rows]). The order of summation depends on K alone, never on the number of threads, so results
-// are the same for any. The products themselves (cpu/product/gemm_tile.h) are compiled once for each
-// instruction set and computing type, not again for every cell.
+// Products of matrices on vectors, and the order in memory that their right operands want: packed
+// in tiles of columns [K][NV vectors]. The left operand is read as it lies (rows lda apart) or
+// packed ([K][rows]). The order of summation depends on K alone, never on the number of threads, so
+// results are the same for any. The products themselves (cpu/product/gemm_tile.h) are compiled once
+// for each instruction set and computing type, not again for every cell.
 #pragma once
 #include <utility>
 
@@ -22,9 +22,9 @@ constexpr int kDotRows = N >= 8 ? 4 : 1;
 
 // ---- products, 1 <= NV <= 4 ----
 
-// c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], rows of w ldw apart. As much as w is called ahead from
-// its end on, where the next right operand lies as a rule: a share by each tile, beginning behind those
-// of the `before` rows that were multiplied with w in earlier calls.
+// c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], rows of w ldw apart. As much as w is called ahead
+// from its end on, where the next right operand lies as a rule: a share by each tile, beginning
+// behind those of the `before` rows that were multiplied with w in earlier calls.
 template <int NV>
 void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
               int64_t ldc, bool accumulate, int64_t before = 0);
@@ -33,8 +33,8 @@ void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64
 template <int NV>
 void GemmPacked(int rows, const T* a, const T* b, int64_t K, T* c, int64_t ldc, bool accumulate);
 
-// Rows of a times rows of w as they lie, for few rows of a, where packing w would cost more than the
-// product itself.
+// Rows of a times rows of w as they lie, for few rows of a, where packing w would cost more than
+// the product itself.
 // out[i] = sum_k a[k] * w[i * K + k], i < N, k < K / N * N.
 void DotLine(const T* a, const T* w, int64_t K, T* out);
 // out[r * ldo + i] = what DotLine gives for row r of a, r < kDotRows.
@@ -44,7 +44,8 @@ void AddLast(const T* a, const T* w, int64_t K, T* out);
 // out[i] = sum_k a[k] * w[i * K + k], i < lanes, and zero for the other lanes.
 void DotEach(const T* a, const T* w, int lanes, int64_t K, T* out);
 
-// out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < M, i < lanes, and zero for the other lanes.
+// out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < M, i < lanes, and zero for the other
+// lanes.
 FRNN_INLINE void DotRows(int64_t M, const T* a, int64_t lda, const T* w, int lanes, int64_t K,
                          T* out, int64_t ldo) {
   if (lanes < N || K < N) {
@@ -86,8 +87,8 @@ FRNN_INLINE void ForRowBlocks(int64_t M, const F& f) {
   }
 }
 
-// `vecs` vectors cut into tiles of at most kTileVecs, as equal as can be: a tile of one vector has too
-// few chains.
+// `vecs` vectors cut into tiles of at most kTileVecs, as equal as can be: a tile of one vector has
+// too few chains.
 struct ColumnTiles {
   explicit ColumnTiles(int64_t vecs) : vecs(vecs), count((vecs + kTileVecs - 1) / kTileVecs) {}
   const int64_t vecs, count;
@@ -173,7 +174,8 @@ FRNN_INLINE V LoadVec(const void* row, Storage s, int64_t i, int n) {
 // and past `rows` are zero.
 FRNN_NOINLINE inline void PackTransposed(const void* w, Storage s, int64_t row0, int64_t rows,
                                          int64_t K, T* dst, int64_t k_stride) {
-  // Whole lines of memory: rows may be a power of two apart, and then few of them stay in the cache.
+  // Whole lines of memory: rows may be a power of two apart, and then few of them stay in the
+  // cache.
   constexpr int kVecs = sizeof(V) < kLine ? kLine / sizeof(V) : 1;
   int64_t k = 0;
   if (s == kPlain && row0 + N <= rows)

@@ -4,8 +4,9 @@
 
 FRNN_BEGIN
 
-// c[m][v] (+)= sum_k a(m, k) * w[k * ldw + v], m < MR, v < NV vectors. a(m, k) is a[k * a_stride + m]
-// if kPackedA, else a[m * a_stride + k]. Lines called ahead begin at `ahead` and are `stride` apart.
+// c[m][v] (+)= sum_k a(m, k) * w[k * ldw + v], m < MR, v < NV vectors. a(m, k) is a[k * a_stride +
+// m] if kPackedA, else a[m * a_stride + k]. Lines called ahead begin at `ahead` and are `stride`
+// apart.
 template <int MR, int NV, bool kPackedA, int kChains = cpu::Chains(kVectorBytes, MR, NV)>
 FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ldw, int64_t K, T* c,
                             int64_t ldc, bool accumulate, const char* ahead, int64_t stride) {
@@ -134,8 +135,8 @@ template void GemmPacked<4>(int, const T*, const T*, int64_t, T*, int64_t, bool)
 //
 // Functions of their own: inlined, the longer ones make the way to DotLine a fifth slower.
 
-// All rows of w pass at a time; in
-// vectors of 64 bytes four, which caches stream faster than sixteen. Several chains hide the latency.
+// All rows of w pass at a time; in vectors of 64 bytes four, which caches stream faster than
+// sixteen. Several chains hide the latency.
 FRNN_NOINLINE void DotLine(const T* a, const T* w, int64_t K, T* out) {
   constexpr int kLines = sizeof(V) == 64 && N > 4 ? 4 : N;
   constexpr int kChains = kLines < kRegisters / 2 ? kRegisters / 2 / kLines : 1;

@@ -1,6 +1,6 @@
-// Products of the forward: gates [n][gate][unit] = a W^T, W [kGates * H, K], for the panels of units that
-// a thread owns. A product knows how its weights are packed (for vectors: not at all, once, or before
-// each use; for tiles) and goes back to vectors by itself where tiles do not fit.
+// Products of the forward: gates [n][gate][unit] = a W^T, W [kGates * H, K], for the panels of
+// units that a thread owns. A product knows how its weights are packed (for vectors: not at all,
+// once, or before each use; for tiles) and goes back to vectors by itself where tiles do not fit.
 #pragma once
 #include "cpu/product/gemm.h"
 #include "cpu/product/tiles.h"
@@ -46,8 +46,8 @@ class PanelProduct {
     // The own panels by groups of one or two.
     int64_t Group() const { return 1 + paired; }
     int64_t Groups(int64_t panels) const { return (panels + paired) >> paired; }
-    // In gates [group][row][panel of the group][gate][unit], how far rows are apart, and where panel
-    // `at` is where each group has so many rows.
+    // In gates [group][row][panel of the group][gate][unit], how far rows are apart, and where
+    // panel `at` is where each group has so many rows.
     int64_t Stride() const { return Group() * kWidth; }
     int64_t Offset(int64_t at, int64_t rows) const {
       return (at >> paired) * rows * Stride() + InGroup(at);
@@ -69,8 +69,8 @@ class PanelProduct {
   }
 
  protected:
-  // Begins a direction. The whole team packs for tiles what it will need; vectors wait for the first
-  // use.
+  // Begins a direction. The whole team packs for tiles what it will need; vectors wait for the
+  // first use.
   void Begin(Team& team, Team::Range panels, int dir, const void* w,
              std::initializer_list<parts::Operand*> left) {
     panels_ = panels;
@@ -247,7 +247,8 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
     if constexpr (kTiles && kGates > 0)
       if (common_->tiled && !ShareTiles(team, step, n, begin, end, h, stride)) left_.Refuse(step);
   }
-  // The same before the first step; for the second one too, since rows of a ragged batch join later.
+  // The same before the first step; for the second one too, since rows of a ragged batch join
+  // later.
   void ShareFirst(Team& team, int64_t step, int64_t n, int64_t begin, int64_t end, const T* h,
                   int64_t stride) const {
     if constexpr (kTiles && kGates > 0)

@@ -1,5 +1,5 @@
-// Operands of products on the matrix unit (cpu/parts.h, cpu/fixed.h): their memory, what fixed point has to
-// measure first, and how a team shares the left operand of a step.
+// Operands of products on the matrix unit (cpu/parts.h, cpu/fixed.h): their memory, what fixed
+// point has to measure first, and how a team shares the left operand of a step.
 #pragma once
 #include <atomic>
 #include <initializer_list>
@@ -47,9 +47,9 @@ struct Balance {
   }
 };
 
-// The left operand of the product of a step: `gates` matrices [batch, K] side by side. Each thread has some
-// columns of them and multiplies with all, so the team shares their tiles; those of a step and of the
-// next are apart. Steps are numbered on over both directions.
+// The left operand of the product of a step: `gates` matrices [batch, K] side by side. Each thread
+// has some columns of them and multiplies with all, so the team shares their tiles; those of a step
+// and of the next are apart. Steps are numbered on over both directions.
 class StepOperand {
  public:
   // What the threads of a team share.
@@ -82,8 +82,8 @@ class StepOperand {
     }
   }
 
-  // The columns [begin, end) of each gate for a step, n rows; the last thread's columns go on to the
-  // padding. False if they are out of range.
+  // The columns [begin, end) of each gate for a step, n rows; the last thread's columns go on to
+  // the padding. False if they are out of range.
   template <class GateOf>
   bool Share(Team& team, int64_t step, int64_t n, int64_t begin, int64_t end, const GateOf& gate,
              int64_t stride) const {

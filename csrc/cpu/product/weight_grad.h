@@ -7,7 +7,8 @@
 
 FRNN_BEGIN
 
-// The left side: the gate gradients of a whole sequence, and what a thread packs of a block of them.
+// The left side: the gate gradients of a whole sequence, and what a thread packs of a block of
+// them.
 struct Gradients {
   static constexpr int64_t kGroup = cpu::GradGroup(kTileRows);  // rows of dw at a time
 
@@ -27,9 +28,10 @@ struct Gradients {
   }
 };
 
-// dw[gates * H, cols] = sum over rows r of d[r]^T b[r], in blocks of rows. The team packs the right side
-// of a block together; each thread owns rows of dw and packs its left side group by group. Within a
-// group the sum runs in steps that keep a right tile in the first-level cache, and dw in the second.
+// dw[gates * H, cols] = sum over rows r of d[r]^T b[r], in blocks of rows. The team packs the right
+// side of a block together; each thread owns rows of dw and packs its left side group by group.
+// Within a group the sum runs in steps that keep a right tile in the first-level cache, and dw in
+// the second.
 class WeightGrad {
  public:
   Gradients left;
@@ -38,8 +40,8 @@ class WeightGrad {
   int64_t cols;
   T* packed;  // a block of the right side, for vectors and for tiles
   parts::Operand tiles;
-  // With tiles, the last block whose right side is out of range, as the number of its first row, which is
-  // counted on from `first_row` in each direction.
+  // With tiles, the last block whose right side is out of range, as the number of its first row,
+  // which is counted on from `first_row` in each direction.
   std::atomic<int64_t>* misfit;
   int64_t first_row;
   T* sum;    // [gates * H, cols] in the computing type where dw is stored in 16 bits
@@ -65,8 +67,8 @@ class WeightGrad {
                        const WeightGrad& h, const G& load_h) {
     if constexpr (kTiles) {
       const int64_t blocks = parts::Blocks(x.left.H);
-      // Blocks of rows of dw are split over the team, weighed by what is done with them: one packing,
-      // and products that take about three times as long.
+      // Blocks of rows of dw are split over the team, weighed by what is done with them: one
+      // packing, and products that take about three times as long.
       const auto weight_of = [&](int q) {
         const int64_t uses = x.Uses(q) + h.Uses(q);
         return uses > 0 ? 1 + 3 * uses : 0;
