@@ -80,8 +80,13 @@ const char* Capability();  // the unit's name, or null for none
 // The calling thread may use tiles while this lives.
 class Session {
  public:
+#ifdef FRNN_HAS_BF16
   explicit Session(bool on);
   ~Session();
+#else
+  explicit Session(bool) : on_(false) {}
+  ~Session() {}
+#endif
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 

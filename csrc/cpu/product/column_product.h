@@ -89,7 +89,8 @@ class StepGradProduct {
     weights_.in_place = c.in_place;
     weights_.first = first / N;
     is_packed_ = false;
-    if (kTiles && c.tiled) PackTiles(team);
+    if constexpr (kTiles)
+      if (c.tiled) PackTiles(team);
   }
   // The units [begin, end) of all gates for a step; a barrier follows.
   template <class GateOf>

@@ -77,7 +77,8 @@ class PanelProduct {
     dir_ = dir;
     w_ = w;
     is_packed_ = common_->packing != cpu::Packing::kOnce;
-    if (kTiles && common_->tiled) PackTiles(team, left);
+    if constexpr (kTiles)
+      if (common_->tiled) PackTiles(team, left);
   }
 
   void Refuse() const { common_->misfit[dir_].store(true, std::memory_order_relaxed); }
