@@ -78,7 +78,14 @@ class Layer<C>::BackwardPass {
   template <class F>
   void ForUnits(const Thread& my, const F& f) const {
     const int64_t begin = my.panels.begin * kPanelVecs, end = my.panels.end * kPanelVecs;
-    const ColumnWeights<1> weights{my.w->w_hr, p.storage, p.Hout, p.H, false, my.w_hr, begin};
+    ColumnWeights<1> weights;
+    weights.w = my.w->w_hr;
+    weights.storage = p.storage;
+    weights.K = p.Hout;
+    weights.cols = p.H;
+    weights.in_place = false;
+    weights.packed = my.w_hr;
+    weights.first = begin;
     ForColumnTiles(begin, end, [&](int64_t v, auto nv) { f(weights, v, nv); });
   }
   const T* Gate(int q, int64_t row) const { return d + row * d_stride + q * gate_stride; }
@@ -218,7 +225,13 @@ void Layer<C>::BackwardPass::Start(Thread& my) const {
 template <class C>
 auto Layer<C>::BackwardPass::StepAt(Thread& my, int64_t number) const -> Step {
   const int64_t t = my.dir == 0 ? p.T - 1 - number : number;
-  Step step{number, t, p.batch_sizes[t], p.offsets[t], nullptr, 0};
+  Step step;
+  step.number = number;
+  step.t = t;
+  step.n = p.batch_sizes[t];
+  step.row = p.offsets[t];
+  step.dy = nullptr;
+  step.dy_stride = 0;
   if (!p.dy || my.valid <= 0) return step;
   const auto source = [&](int64_t b) {
     const int64_t at =

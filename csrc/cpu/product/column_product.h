@@ -219,7 +219,12 @@ class InputGradProduct {
   // (`own_columns`).
   void Begin(Team& team, int dir, const void* w, bool d_fits, bool own_columns) {
     const Common& c = *common_;
-    weights_ = {w, c.storage, c.K, c.cols, c.in_place, nullptr, 0};
+    weights_.w = w;
+    weights_.storage = c.storage;
+    weights_.K = c.K;
+    weights_.cols = c.cols;
+    weights_.in_place = c.in_place;
+    weights_.first = 0;
     on_tiles_ = kTiles && c.tiled && d_fits && PackTiles(team, dir);
     if (on_tiles_) return;
     PackVectors(team);
