@@ -117,7 +117,7 @@ class StepGradProduct {
                         accumulate, step % 2);
         return;
       }
-    PackVectors();
+    EnsureVectors();
     ForColumnTiles(first_ / N, last_ / N, [&](int64_t v, auto nv) {
       if (v * N < common_->cols)
         weights_.template Multiply<decltype(nv)::value>(v, n, gate, stride, c + v * N, ldc,
@@ -126,8 +126,10 @@ class StepGradProduct {
   }
 
  private:
-  void PackVectors() {
-    if (is_packed_) return;
+  FRNN_INLINE void EnsureVectors() {
+    if (!is_packed_) PackVectors();
+  }
+  FRNN_NOINLINE void PackVectors() {
     if (weights_.packed == nullptr)
       spare_.Build([&](Scratch& s) {
         weights_.packed = weights_.Take(s, common_->K, common_->own_columns);

@@ -105,8 +105,10 @@ class PanelProduct {
       packed += at * c.K * kWidth;
     GemmRows<kGates * kPanelVecs>(rows, a, lda, packed, kWidth, c.K, gates, stride, false, before);
   }
-  void PackVectors() {
-    if (is_packed_) return;
+  FRNN_INLINE void EnsureVectors() {
+    if (!is_packed_) PackVectors();
+  }
+  FRNN_NOINLINE void PackVectors() {
     if (packed_ == nullptr) spare_.Build([&](Scratch& s) { packed_ = TakePacked(s); });
     for (int64_t at = 0; at < count(); at++)
       PackPanel(panels_.begin + at, packed_ + at * common_->K * kWidth);
@@ -198,7 +200,7 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
       const int64_t rows = n - r < block ? n - r : block;
       if (tiled && MultiplyOnTiles(x, r, rows, gates)) continue;
       if (x.storage != kPlain) x = stage();
-      Base::PackVectors();
+      Base::EnsureVectors();
       for (int64_t at = 0; at < Base::count(); at++)
         Base::MultiplyPanel(rows, x.Plain(r), x.stride, at, gates(at) + r * stride, stride, 0);
     }
@@ -274,9 +276,9 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
         }
         return;
       }
-    if constexpr (kGates > 0) Base::PackVectors();
+    if constexpr (kGates > 0) Base::EnsureVectors();
     for (int64_t at = 0; at < Base::count(); at++)
-      ForRowBlocks<cpu::kRowBlock>(n, [&](int rows, int64_t r) {
+      ForRowBlocks<cpu::kRowBlock>(n, [&](int rows, int64_t r) FRNN_INLINE_LAMBDA {
         if constexpr (kGates > 0)
           Base::MultiplyPanel(rows, h + r * ldh, ldh, at, gates + common_->InGroup(at),
                               common_->Stride(), r);
