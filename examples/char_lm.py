@@ -53,8 +53,10 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=0.6, help="of the sampled text")
     p.add_argument("--sample", type=int, default=600, help="characters to sample")
     p.add_argument("--control", action="store_true", help="a third run: torch.nn, nudged by 1 ulp")
-    p.add_argument("--out", type=Path, default=Path("out/char_lm.png"))
-    return p.parse_args()
+    p.add_argument("--out", type=Path, help="picture (default: out/char_lm_CELL.png)")
+    a = p.parse_args()
+    a.out = a.out or Path(f"out/char_lm_{a.cell}.png")
+    return a
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -175,6 +177,10 @@ def race(contenders: list[Contender], steps: int, block: int = 20) -> None:
 # --- report --------------------------------------------------------------------------------------
 
 
+def of_threads(number: int) -> str:
+    return f"{number} thread{'s' if number != 1 else ''}"
+
+
 def distance(a: Contender, b: Contender) -> list[float]:
     return [abs(x - y) for x, y in zip(a.bits, b.bits, strict=True)]
 
@@ -229,7 +235,7 @@ def draw(contenders: list[Contender], figures: dict[str, Any], a: argparse.Names
         )  # fmt: skip
         top.annotate(
             f"same seed, same batches of {source} · {a.layers} × {a.hidden} units · "
-            f"{a.batch} × {a.chunk} characters per step · {figures['threads']} threads",
+            f"{a.batch} × {a.chunk} characters per step · {of_threads(figures['threads'])}",
             (0, 1), (0, 9), "axes fraction", "offset points", fontsize=9.5, color="#5f6770",
         )  # fmt: skip
 
@@ -266,7 +272,8 @@ def draw(contenders: list[Contender], figures: dict[str, Any], a: argparse.Names
             typical = smooth([math.log(g) for g in gap], width)
             low.plot(steps, [math.exp(g) for g in typical], color=color, lw=1.6, label=label)
         worst, at = figures["largest_difference_bits"], figures["largest_difference_step"]
-        low.plot([at], [max(worst, floor)], "o", ms=7, mfc="none", mec="#c0392b", mew=1.6)
+        circle = dict(ms=7, mfc="none", mec="#c0392b", mew=1.6)
+        low.plot([at], [max(worst, floor)], "o", clip_on=False, zorder=5, **circle)
         low.annotate(
             f"largest: {worst:.2g} at step {at}", (at, max(worst, floor)),
             (-9 if at > a.steps / 2 else 9, 6), textcoords="offset points",
@@ -306,7 +313,7 @@ def main() -> None:
     for name, result in figures["contenders"].items():
         speed, bits = result["characters_per_second"], result["held_out_bits"]
         print(f"{name:12}{speed:12,.0f}   {bits:.4f}")
-    print(f"{figures['threads']} threads; backend of fused_rnn: {figures['backend']}")
+    print(f"{of_threads(figures['threads'])}; backend of fused_rnn: {figures['backend']}")
     print(f"speed: fused_rnn / torch.nn = {figures['speed_ratio']:.2f}")
     print(
         f"largest difference of the training losses: {figures['largest_difference_bits']:.2g} bits "

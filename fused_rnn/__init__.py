@@ -12,6 +12,7 @@ from . import build
 
 build.check_torch_version()
 
+from .cells import PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
 
@@ -24,6 +25,7 @@ __all__ = [
     "Finding",
     "GRUCell",
     "LSTMCell",
+    "PeepholeLSTM",
     "RNNCell",
     "backend_info",
     "replace",

@@ -56,7 +56,12 @@ def _wants_torch_operator(x: Tensor) -> bool:
 
 def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     """``ops`` or ``reference``: both have ``recurrent``."""
-    if not ops.transformed() and ops.supports([x, *states, *weights]):
+    # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
+    if (
+        not _wants_torch_operator(x)
+        and not ops.transformed()
+        and ops.supports([x, *states, *weights])
+    ):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
     for kind, operands in (("hidden", states), ("parameter", weights)):
@@ -385,6 +390,10 @@ def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor)
             f"input has inconsistent input_size: got {x.shape[1]} expected {w_ih.shape[1]}"
         )
     for i, state in enumerate(states):
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"Expected 2D hidden{i} (batch x hidden_size), but got {state.dim()}D tensor"
+            )
         if state.shape[0] != x.shape[0]:
             raise RuntimeError(
                 f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {state.shape[0]}"

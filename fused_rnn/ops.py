@@ -438,9 +438,7 @@ def _restore(ctx: Any) -> _Saved:
     rest = iter(ctx.saved_tensors)
     tensors = [next(rest) if there else None for there in ctx.there]
     count = len(_Saved._fields) - 1
-    first: Any = tensors[:count]
-    weights: Any = tuple(tensors[count:])
-    return _Saved(*first, weights)
+    return _Saved._make([*tensors[:count], tuple(tensors[count:])])
 
 
 def _gradients(

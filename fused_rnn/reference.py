@@ -79,11 +79,21 @@ def _gru(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
     return n + z * (h - n), None
 
 
+def _peephole_lstm(
+    gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, p_i: Tensor, p_f: Tensor, p_o: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gers & Schmidhuber 2000: ``_lstm``, whose gates see c (i, f) and c' (o) of their unit."""
+    i, f, g, o = (gx + gh).chunk(4, -1)
+    c = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
+    return (o + p_o * c).sigmoid() * c.tanh(), c
+
+
 CELLS: dict[str, Cell] = {
     "rnn_tanh": Cell(_rnn(torch.tanh), gates=1),
     "rnn_relu": Cell(_rnn(torch.relu), gates=1),
     "lstm": Cell(_lstm, gates=4, states=("h", "c")),
     "gru": Cell(_gru, gates=3, mixes_h=True),
+    "peephole_lstm": Cell(_peephole_lstm, gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o")),
 }
 
 

@@ -22,6 +22,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm_proj": ("LSTM", {"proj_size": True}),
     "gru": ("GRU", {}),
 }
+# Of cells that torch.nn does not have.
+OWN_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {"peephole_lstm": ("PeepholeLSTM", {})}
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNNCell", {}),
     "rnn_relu": ("RNNCell", {"nonlinearity": "relu"}),
@@ -72,8 +74,11 @@ class Case:
         )
 
     def modules(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-        """torch.nn's module and ours, with the same parameters (drawn twice, from one seed)."""
-        name, kwargs = LAYERS[self.cell]
+        """torch.nn's module and ours, with the same parameters (drawn twice, from one seed).
+
+        Of cells that torch.nn does not have it is ours twice.
+        """
+        name, kwargs = (LAYERS | OWN_LAYERS)[self.cell]
         if "proj_size" in kwargs:
             kwargs = {"proj_size": (self.hidden_size + 1) // 2}
         return pair(
@@ -117,7 +122,7 @@ class Case:
         lead = (runs,) if self.layout == "unbatched" else (runs, self.batch)
         width = (self.hidden_size + 1) // 2 if self.cell == "lstm_proj" else self.hidden_size
         h = torch.randn(*lead, width, dtype=dtype)
-        if not self.cell.startswith("lstm"):
+        if "lstm" not in self.cell:
             return x, h
         return x, (h, torch.randn(*lead, self.hidden_size, dtype=dtype))
 
@@ -127,7 +132,7 @@ def pair(
 ) -> tuple[nn.Module, nn.Module]:
     """The same construction in torch.nn and in fused_rnn, from the same state of the generator."""
     state = torch.get_rng_state()
-    theirs = getattr(nn, name)(*args, dtype=dtype, **kwargs)
+    theirs = getattr(nn if hasattr(nn, name) else fused_rnn, name)(*args, dtype=dtype, **kwargs)
     torch.set_rng_state(state)
     ours = getattr(fused_rnn, name)(*args, dtype=dtype, **kwargs)
     return theirs.train(train), ours.train(train)

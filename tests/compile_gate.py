@@ -46,10 +46,10 @@ WANTED = {"sm_75": ("half",), "sm_80": ("bfloat16",), "sm_90a": ("bfloat16", "fl
 
 
 def load_builder():
-    """fused_rnn/build.py by its path: torch need not be installed."""
-    path = ROOT / "fused_rnn" / "build.py"
+    """fused_rnn/build by its path: torch need not be installed."""
+    path = ROOT / "fused_rnn" / "build" / "__init__.py"
     spec = importlib.util.spec_from_file_location("fused_rnn_build", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -96,16 +96,16 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
 
 
 def main() -> None:
-    build = load_builder()
+    target = load_builder().CUDA
     nvcc = shutil.which("nvcc") or sys.exit("nvcc was not found")
-    flags = [*build.NVCC_FLAGS, f"-I{build.CSRC}"]
+    flags = [*target.kernel_flags, f"-I{target.csrc}"]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             (arch, pool.submit(compile_kernels, nvcc, flags, source, arch))
-            for source in build._write_cuda_instances(Path(folder))
+            for source, variant in target.instances(Path(folder))
             for arch, storages in WANTED.items()
-            if source.stem.rpartition("_")[2] in storages or "--all" in sys.argv[1:]
+            if variant.name in storages or "--all" in sys.argv[1:]
         ]
         errors, most, kernels = [], {}, 0
         for arch, job in jobs:

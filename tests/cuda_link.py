@@ -10,9 +10,9 @@ import sys
 import fused_rnn.ops  # noqa: F401  defines the operators that the library implements
 from fused_rnn import build
 
-state = build._state_of("cuda", "native")
-if state.failure:
-    sys.exit(str(state.failure))
+if build.backend("cuda") != "native":
+    sys.exit(str(build.state("cuda").failure))
+state = build.state("cuda")
 library = ctypes.CDLL(str(state.library), mode=os.RTLD_NOW)
 for cell in build.cells():
     assert library.frnn_cell_fact(cell.name.encode(), 0) >= 0, f"{cell.name} is not in the library"

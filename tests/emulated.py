@@ -17,15 +17,18 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import include_paths
 
 from fused_rnn import build
+from fused_rnn.build import Unit
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build"  # of all that is compiled for tests
 ENGINE = os.environ.get("FUSED_RNN_TEST_ENGINE", "")
 WANTED = ENGINE.startswith("emulated")
 STAND_INS = ["host.cpp", "emulate.cpp"]  # of tests/cpp
@@ -50,75 +53,65 @@ def sanitizer(engine: str) -> dict[str, str] | None:
 
 def compile_cpu(engine: str) -> Path:
     """The CPU's library by the package's own build, with other flags."""
-    before = build.BASE_FLAGS, build.LINK_FLAGS, build.X86_TIERS
-    digest = ""
+    target, digest = build.CPU, ""
     if engine.endswith("-asan"):
         flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        build.BASE_FLAGS = [*build.BASE_FLAGS, "-O1", "-g1", *flags, "-Wno-maybe-uninitialized"]
-        build.LINK_FLAGS = ["-shared", "-fopenmp", *flags]
+        target = target.plus("-O1", "-g1", *flags, "-Wno-maybe-uninitialized")
+        target = replace(target, link_flags=("-shared", "-fopenmp", *flags))
     if "tiles" in engine:
         unit = ROOT / "tests/cpp/tile_unit"
         digest = _digest(sorted(unit.iterdir()))
         # Vectors of 64 bytes, of whatever instructions there are: they fit in no register.
-        build.X86_TIERS = {**build.X86_TIERS, "avx512": [*build.AVX2_FLAGS, "-D__AVX512F__"]}
+        tiers = {"generic": (), "avx2": build.AVX2, "avx512": (*build.AVX2, "-D__AVX512F__")}
+        target = replace(target, variants=build.cpu_variants(tiers))
         features = ["-D__builtin_cpu_supports(feature)=1", "-DFRNN_KEEP_IN_REGISTER(v)="]
-        build.BASE_FLAGS = [*build.BASE_FLAGS, f"-I{unit}", *features, "-mavx2", "-mfma"]
-    try:
-        folder = ROOT / "build" / f"{engine}-{build.cache_key(build.find_compiler())}{digest}"
-        library = folder / f"{build.LIBRARY['cpu']}.so"
-        return library if library.is_file() else build.compile_library(folder)
-    finally:
-        build.BASE_FLAGS, build.LINK_FLAGS, build.X86_TIERS = before
+        target = target.plus(f"-I{unit}", *features, "-mavx2", "-mfma")
+    tools = target.find_tools()
+    key = f"{engine}-{target.cache_key(tools)}{digest}"
+    place = build.Place(FOLDER, key)
+    library = place.folder / f"{target.stem}.so"
+    return library if library.is_file() else build.compile_library(target, place, tools=tools)
 
 
 def compile_emulated() -> Path:
     """The CUDA engine's library."""
-    flags = [*build.BASE_FLAGS, "-DFUSED_RNN_EMULATE", f"-I{ROOT / 'tests/cpp'}", f"-I{build.CSRC}"]
+    flags = ["-DFUSED_RNN_EMULATE", f"-I{ROOT / 'tests/cpp'}"]
     flags += ["-O0"]  # compiling takes longer than the tests
-    link_flags = build.LINK_FLAGS
+    link_flags = build.CPU.link_flags
     if ENGINE.endswith("-asan"):
         flags += ["-g1", "-fsanitize=address", "-Wno-maybe-uninitialized"]
         # Calls instead of code at each access: a quarter less to compile.
         flags += ["--param", "asan-instrumentation-with-call-threshold=0"]
-        link_flags = ["-shared", "-fopenmp", "-fsanitize=address"]
-    torch_flags = [build.TORCH_TARGET]
-    for include in include_paths():
-        torch_flags += ["-isystem", str(include)]
-    plain = [p for p in sorted((build.CSRC / "cuda").glob("*.cpp")) if p.name not in REPLACED]
-    stand_ins = [ROOT / "tests/cpp" / name for name in STAND_INS]
-    fast = [*flags, "-O2"]  # for the stand-ins: all matrix products are there
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        link_flags = ("-shared", "-fopenmp", "-fsanitize=address")
+    target = replace(
+        build.CUDA,
+        rule="cxx",
+        kernel_flags=(*build.CPU.kernel_flags, *flags, "-x", "c++"),
+        binding_flags=(*build.CPU.binding_flags, *flags),
+        link_flags=link_flags,
+        torch_libraries=build.CPU.torch_libraries,
+    )
+    # For the stand-ins: all matrix products are there.
+    fast = [*target.binding_flags, f"-I{target.csrc}", "-O2"]
 
-    def units(folder: Path) -> Units:
-        generated = list(build._write_cuda_instances(folder))
-        binding = (build.CSRC / "ops" / "cuda.cpp", [*flags, *torch_flags])
-        return [
-            *((path, flags) for path in (*plain, *generated)),
-            *((path, fast) for path in stand_ins),
-            binding,
-        ]
+    def units(folder: Path) -> list[Unit]:
+        plain = [unit for unit in target.units(folder) if unit.source.name not in REPLACED]
+        return plain + [Unit(ROOT / "tests/cpp" / name, fast) for name in STAND_INS]
 
-    sources = [*build.source_files("cuda"), *sorted((ROOT / "tests/cpp").glob("*.[ch]*"))]
-    return _compile("fused_rnn_emulated.so", sources, units, fast, [*link_flags, *libraries])
+    sources = [*target.source_files(), *sorted((ROOT / "tests/cpp").glob("*.[ch]*"))]
+    return _compile("fused_rnn_emulated.so", sources, units, target.link())
 
 
 def compile_race_check() -> Path:
     """tests/cpp/race_main.cpp with the CPU's engine, under the thread sanitizer."""
-    flags = [*build.BASE_FLAGS, "-O1", "-g1", "-fsanitize=thread", f"-I{build.CSRC}"]
+    target = replace(build.CPU.plus("-O1", "-g1", "-fsanitize=thread"), bindings=())
     main = ROOT / "tests/cpp/race_main.cpp"
 
-    def units(folder: Path) -> Units:
-        plain = [main, *sorted((build.CSRC / "cpu").glob("*.cpp"))]
-        for old in folder.glob("*.cpp"):  # of a build that failed: they would not be named again
-            old.unlink()
-        generated = build._write_instances(folder)
-        return [*((p, flags) for p in plain), *((p, [*flags, *own]) for p, own in generated)]
+    def units(folder: Path) -> list[Unit]:
+        return [Unit(main, [*target.kernel_flags, f"-I{target.csrc}"]), *target.units(folder)]
 
-    sources = [*build.source_files("cpu"), main]
-    return _compile("race_check", sources, units, flags, ["-fsanitize=thread", "-pthread"])
-
-
-Units = list[tuple[Path, list[str]]]  # a source and its flags
+    link_flags = ["-fsanitize=thread", "-pthread"]
+    return _compile("race_check", [*target.source_files(), main], units, link_flags)
 
 
 def _digest(sources: Sequence[Path], facts: str = "") -> str:
@@ -131,41 +124,24 @@ def _digest(sources: Sequence[Path], facts: str = "") -> str:
 def _compile(
     name: str,
     sources: Sequence[Path],
-    units: Callable[[Path], Units],
-    flags: list[str],
-    link_flags: list[str],
+    units: Callable[[Path], list[Unit]],
+    link_flags: Sequence[str],
 ) -> Path:
-    """``name`` in a folder of ``build/``, from there if it was made of the same sources before."""
-    facts = [flags, torch.__version__, build.find_compiler()]
-    folder = ROOT / "build" / f"{Path(name).stem}{_digest(sources, repr(facts))}"
-    made = folder / name
-    if made.is_file():
-        return made
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"cxx = {build._ninja_words(build.find_compiler().command)}",
-        "rule compile",
-        "  command = $cxx $flags -x c++ -c $in -o $out",
-        "rule link",
-        "  command = $cxx $in $flags -o $out",
-    ]
-    count = 0
-    for count, (path, own) in enumerate(units(folder), 1):
-        lines.append(f"build {count}.o: compile {build._ninja_path(path)}")
-        lines.append(f"  flags = {build._ninja_words(own)}")
-    lines.append(f"build made: link {' '.join(f'{n + 1}.o' for n in range(count))}")
-    lines.append(f"  flags = {build._ninja_words(link_flags)}\n")
-    (folder / "build.ninja").write_text("\n".join(lines))
-    command = [build.find_ninja(), "-C", str(folder), "-j", str(build.max_jobs())]
-    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # a compiler is not checked
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout[-4000:]
-    os.replace(folder / "made", made)
+    """``name`` in a folder of ``build/``, from there if it was made of the same before."""
+    tools = build.CPU.find_tools()
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [unit.flags for unit in units(Path(folder))]
+    digest = _digest(sources, repr([flags, link_flags, torch.__version__, tools.found]))
+    made = FOLDER / f"{Path(name).stem}{digest}" / name
+    if not made.is_file():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        build.ninja.write(made.parent, tools.commands, units(made.parent), link_flags, "made")
+        build.ninja.run(build.find_ninja(), made.parent, made.parent / "log")
+        os.replace(made.parent / "made", made)
     return made
 
 
 def use() -> None:
     """Have the package use it, from now on, for CPU tensors."""
     library = compile_emulated() if WANTED else compile_cpu(ENGINE)
-    torch.ops.load_library(str(library))
-    build._states["cpu"] = build.State("native", "the tests ask for it", library, "built now")
+    build.use("cpu", library)

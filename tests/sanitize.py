@@ -18,7 +18,7 @@ import emulated
 from fused_rnn import build
 
 ROOT = Path(__file__).resolve().parents[1]
-CAPABILITIES = ["amx", "amx_bf16", "avx512_bf16", "avx512", "avx2", "generic"]  # at most
+CAPABILITIES = build.levels()[::-1]  # at most
 TESTS = ["ops", "parity", "ragged", "tiles"]
 # About torch, the reference, or processes that this library is not loaded in.
 LEFT_OUT = "not opcheck and not lesser and not fewer and not derivatives and not reaches"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -172,6 +173,16 @@ def test_the_command_line(tmp_path: Path, no_limits: None, capsys: Any) -> None:
     assert "first call" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["run", "--suite", "no such suite"])
+
+
+@pytest.mark.parametrize("command", ["peers", "suites"])
+def test_lists_are_tables(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names stand apart from what follows."""
+    assert main([command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = cases.suite_names() if command == "suites" else peers.NAMES
+    for name, line in zip(names, lines, strict=True):
+        assert re.match(rf"{re.escape(name)} +(cpu: |\d+  )", line), line
 
 
 # --- peers ---------------------------------------------------------------------------------------

@@ -25,10 +25,9 @@ SMALL = "--hidden 64 --batch 16 --chunk 32 --lr 1e-2 --sample 80 --threads 1".sp
 
 def run_char_lm(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """The JSON summary and the printed text of one short run, whose picture is checked here."""
-    picture = tmp_path / "deeper" / "curves.png"  # a folder that is not there yet
     command = [sys.executable, str(ROOT / "examples" / "char_lm.py"), *SMALL, *arguments]
     done = subprocess.run(
-        [*command, "--out", str(picture)],
+        command,
         cwd=tmp_path,  # nothing may depend on where it is run
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
@@ -36,11 +35,14 @@ def run_char_lm(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
         timeout=900,  # the first run of all may compile the kernels
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    summary, picture = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert picture.suffix == ".png" and summary == picture.with_suffix(".json")
     pixels = image.imread(picture)  # [height, width, RGBA]
     assert pixels.shape[0] >= 600 and pixels.shape[1] >= 900
     assert pixels.std() > 0.05, "a blank picture"
-    assert sorted(p.name for p in picture.parent.iterdir()) == ["curves.json", "curves.png"]
-    return json.loads(picture.with_suffix(".json").read_text(encoding="utf-8")), done.stdout
+    figures = json.loads(summary.read_text(encoding="utf-8"))
+    assert figures["arguments"]["out"] == picture.relative_to(tmp_path).as_posix()
+    return figures, done.stdout
 
 
 def check(figures: dict[str, Any], steps: int) -> None:
@@ -81,7 +83,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     (folder / "short.txt").write_text("too short", encoding="utf-8")
     learn = ["--text", str(folder / "text.txt"), "--steps", "150", "--layers", "2"]
     arguments = {cell: ["--cell", cell, *learn] for cell in CELLS}
-    arguments["default"] = ["--steps", "10", "--control"]
+    # Into a folder that is not there yet.
+    arguments["default"] = ["--steps", "10", "--control", "--out", "deeper/curves.png"]
     arguments["short"] = ["--text", str(folder / "short.txt")]
     with ThreadPoolExecutor(2) as pool:
         yield {
@@ -94,12 +97,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def test_char_lm_learns_a_text_the_same_way_twice(runs: Runs, cell: str) -> None:
     figures, printed = runs[cell].result()
     check(figures, steps=150)
+    assert figures["arguments"]["out"] == f"out/char_lm_{cell}.png", "one picture for each cell"
     baseline = unigram_entropy(TEXT)
     assert figures["unigram_bits"] == pytest.approx(baseline, abs=0.1)
     for contender in figures["contenders"].values():
         assert contender["final_bits"] < baseline - 1
         assert contender["held_out_bits"] < baseline - 0.5
-    assert figures["sample"] in printed
+    assert figures["sample"] in printed and "\n1 thread;" in printed
 
 
 def test_char_lm_reads_the_standard_library_by_default(runs: Runs) -> None:

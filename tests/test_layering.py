@@ -37,7 +37,12 @@ def cell_names() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "folder, allowed", [("csrc/core", ("core/",)), ("csrc/cells", ("core/cell.h",))]
+    "folder, allowed",
+    [
+        ("csrc/core", ("core/",)),
+        ("csrc/cells", ("core/cell.h",)),
+        ("csrc/stack", ("core/params.h",)),
+    ],
 )
 def test_core_and_cells_stand_alone(folder: str, allowed: tuple[str, ...]) -> None:
     for path in sources(folder, ".h"):
@@ -58,14 +63,31 @@ def test_engine_knows_no_cell_and_no_torch(engine: str, other: str) -> None:
         assert not words & {*cell_names(), "lstm", "gru", "elman"}, f"{path.name} names a cell"
 
 
+def test_one_place_calls_cells() -> None:
+    """Loading and storing of a unit's operands, and stages around a cell, stand there alone."""
+    calls = {
+        path.relative_to(ROOT / "csrc").as_posix()
+        for path in sources("csrc", ".h", ".cuh", ".cpp")
+        if re.search(r"\bC::(forward|backward)\(", path.read_text())
+    }
+    assert calls == {"core/step.h"}
+
+
+@pytest.mark.parametrize("path", ["csrc/ops/direct.cpp", "csrc/stack/stack.h", "fused_rnn/ops.py"])
+def test_tensors_are_known_by_the_cells_list(path: str) -> None:
+    """What a cell has beside the usual five comes in without a change to who passes it on."""
+    words = set(re.findall(r"\w+", (ROOT / path).read_text()))
+    assert not words & {"b_ih", "b_hh", "w_hr", "bias_ih", "bias_hh", "weight_hr"}
+
+
 def test_binding_sees_no_kernel() -> None:
     for path in sources("csrc/ops", ".h", ".cpp"):
         own = {
             name
             for name in includes(path)
-            if name.split("/")[0] in ("core", "cpu", "cells", "cuda")
+            if name.split("/")[0] in ("core", "cpu", "cells", "cuda", "stack")
         }
-        assert own <= {"core/params.h", "core/scratch.h"}, path.name
+        assert own <= {"core/params.h", "core/scratch.h", "stack/stack.h"}, path.name
     assert not any("torch/extension.h" in includes(p) for p in sources("csrc", ".h", ".cpp"))
 
 
@@ -74,6 +96,7 @@ PYTHON_LAYERS = {
     "ops": {".build", ".reference"},
     "functional": {".ops", ".reference"},
     "modules": {".functional"},
+    "cells": {".modules", ".reference"},
 }
 
 
@@ -83,9 +106,24 @@ def test_python_layers(module: str) -> None:
     assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
 
 
+# Each may import those before it.
+BUILD_LAYERS = "version messages sources settings tools ninja target record cache compiling loading"
+
+
+def test_layers_of_the_build() -> None:
+    """None imports what comes after it, torch or the package around it, at its top."""
+    known: set[str] = set()
+    for name in (*BUILD_LAYERS.split(), "report"):
+        path = ROOT / f"fused_rnn/build/{name}.py"
+        assert {n for n in imports(path) if n.startswith(".")} <= known, name
+        top = re.findall(r"^(?:import|from) ([\w.]+)", path.read_text(), re.M)
+        assert not any(n.startswith(("torch", "fused_rnn", "..")) for n in top), name
+        known.add(f".{name}")
+
+
 def test_torch_ops_are_named_once() -> None:
     for path in sources("fused_rnn", ".py"):
-        if path.name not in ("ops.py", "build.py"):
+        if path.name != "ops.py" and path.parent.name != "build":
             assert "torch.ops" not in path.read_text(), path.name
 
 

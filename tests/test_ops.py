@@ -169,7 +169,7 @@ def random_case(generator: Any) -> Case:
     def pick(*options: Any) -> Any:
         return options[int(torch.randint(len(options), (), generator=generator))]
 
-    cell = pick("rnn_tanh", "lstm", "lstm", "gru", "gru", "rnn_relu")
+    cell = pick("lstm", "gru", *reference.CELLS)
     H = pick(1, 3, 16, 17, 33, 64, 65, 130, 193)
     dtype = pick(*DTYPES)
     if cell == "rnn_relu":  # any rounding may flip its derivative; test_parity keeps off the kink
@@ -182,7 +182,7 @@ def random_case(generator: Any) -> Case:
         H=H,
         L=pick(1, 1, 2, 3),
         D=pick(1, 2),
-        P=pick(0, max(1, H // 3)) if cell == "lstm" and H > 1 else 0,
+        P=pick(0, max(1, H // 3)) if cell.endswith("lstm") and H > 1 else 0,
         bias=pick(True, True, False),
         ragged=pick(True, False, False),
         batch_first=pick(True, False, False),
@@ -205,7 +205,7 @@ def test_agrees_with_float64_at_length(index: int, seed: int) -> None:
     test_agrees_with_float64(1000 + index, seed)
 
 
-CAPABILITIES = ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx"]
+CAPABILITIES = build.levels()
 
 
 # Which code a process takes is chosen when it loads the library: once in each.
@@ -221,6 +221,25 @@ for capability in sys.argv[1:]:
         os._exit(0)
     assert os.wait()[1] == 0, capability
 """
+
+
+@cpu_engine_only
+@pytest.mark.parametrize("module", ["GRU", "GRUCell"])
+def test_unknown_instruction_set(module: str) -> None:
+    """The library refuses what the package refuses, whoever loads it without that check."""
+    code = f"""
+import sys
+from pathlib import Path
+import torch, fused_rnn
+fused_rnn.build.use("cpu", Path(sys.argv[1]))
+fused_rnn.{module}(4, 6)(torch.ones(3, 4))
+"""
+    env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": "AVX2"}
+    command = [sys.executable, "-c", code, str(build.state().library)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (
+        f"FUSED_RNN_CPU_CAPABILITY is 'AVX2': use one of {', '.join(CAPABILITIES)}" in done.stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +335,7 @@ OPCHECK = [
     Case("lstm", L=2, D=2, P=2, dtype=torch.float32),
     Case("rnn_tanh", ragged=True, D=2, bias=False, dtype=torch.float32),
     Case("lstm", batch_first=True, dtype=torch.bfloat16),
+    Case("peephole_lstm", L=2, P=2, dtype=torch.float32),
 ]
 
 
@@ -351,6 +371,7 @@ def test_opcheck(case: Case, dropout: bool, seed: int) -> None:
         Case("rnn_relu", T=2, B=2, H=3, bias=False),
         Case("gru", T=3, B=2, H=3, ragged=True, D=2),
         Case("lstm", T=3, B=2, I=2, H=3, P=2, L=2, D=2),
+        Case("peephole_lstm", T=3, B=2, I=2, H=3, L=2, D=2),
     ],
     ids=str,
 )

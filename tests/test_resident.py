@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import emulated
 import pytest
 import torch
-from cases import LAYERS, Case
+from cases import LAYERS, OWN_LAYERS, Case
 from helpers import Named, assert_all_close, assert_no_worse, leave_kink, map_tensors, run
 from torch import Tensor
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     not emulated.WANTED and DEVICE == "cpu", reason="about the CUDA engine"
 )
 
-CELLS = [cell for cell in LAYERS if cell != "lstm_proj"]
+CELLS = [cell for cell in (*LAYERS, *OWN_LAYERS) if cell != "lstm_proj"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

@@ -8,10 +8,8 @@
 
 FRNN_BEGIN
 
-template <class T>
-struct StorageOf {
-  static constexpr Storage kValue = sizeof(T) == 4 ? Storage::kFloat : Storage::kDouble;
-};
+constexpr Storage kPlain =
+    sizeof(T) == 4 ? Storage::kFloat : Storage::kDouble;  // the computing type's
 FRNN_INLINE const void* At(const void* p, Storage s, int64_t i) {
   return static_cast<const char*>(p) + i * StorageSize(s);
 }
@@ -19,55 +17,49 @@ FRNN_INLINE void* At(void* p, Storage s, int64_t i) {
   return static_cast<char*>(p) + i * StorageSize(s);
 }
 
-template <class V>
-FRNN_NOINLINE V LoadLanes(const typename Lanes<V>::T* p, int n) {
+FRNN_NOINLINE inline V LoadLanes(const T* p, int n) {
   V v{};
   for (int i = 0; i < n; i++) v[i] = p[i];
   return v;
 }
-template <class V>
-FRNN_NOINLINE void StoreLanes(typename Lanes<V>::T* p, V v, int n) {
+FRNN_NOINLINE inline void StoreLanes(T* p, V v, int n) {
   for (int i = 0; i < n; i++) p[i] = v[i];
 }
-// The first n lanes, 0 <= n <= kSize; the other lanes read as zero.
-template <class V>
-FRNN_INLINE V load_n(const typename Lanes<V>::T* p, int n) {
-  return n == Lanes<V>::kSize ? load<V>(p) : LoadLanes<V>(p, n);
-}
-template <class V>
-FRNN_INLINE void store_n(typename Lanes<V>::T* p, V v, int n) {
-  if (n == Lanes<V>::kSize)
+// The first n lanes, 0 <= n <= N; the other lanes read as zero.
+FRNN_INLINE V load_n(const T* p, int n) { return n == N ? load<V>(p) : LoadLanes(p, n); }
+FRNN_INLINE void store_n(T* p, V v, int n) {
+  if (n == N)
     store<V>(p, v);
   else
-    StoreLanes<V>(p, v, n);
+    StoreLanes(p, v, n);
 }
 
 // float32 -> nearest even value that bfloat16 / float16 can hold, still as float32. Works on
 // vectors and scalars.
-template <class V>
-FRNN_HD V RoundToBFloat16(V x) {
-  using I = typename Lanes<V>::I;
+template <class X>
+FRNN_HD X RoundToBFloat16(X x) {
+  using I = typename Lanes<X>::I;
   const I u = bit_cast<I>(x);
-  const V rounded = bit_cast<V>(I((u + (((u >> 16) & 1) + 0x7fff)) & int(0xffff0000)));
+  const X rounded = bit_cast<X>(I((u + (((u >> 16) & 1) + 0x7fff)) & int(0xffff0000)));
   return x == x ? rounded : x;
 }
-template <class V>
-FRNN_HD V RoundToHalf(V x) {
-  using I = typename Lanes<V>::I;
+template <class X>
+FRNN_HD X RoundToHalf(X x) {
+  using I = typename Lanes<X>::I;
   const I u = bit_cast<I>(x);
-  const V a = bit_cast<V>(I(u & 0x7fffffff));
+  const X a = bit_cast<X>(I(u & 0x7fffffff));
   // Below 2^-14 float16 has a fixed grid of 2^-24, the grid of float32 in [0.5, 1).
-  const V tiny = (a + 0.5f) - 0.5f;
-  V r = bit_cast<V>(I((bit_cast<I>(a) + (((u >> 13) & 1) + 0xfff)) & ~0x1fff));
-  r = a < splat<V>(6.103515625e-05f) ? tiny : r;
-  r = r > splat<V>(65504.0f) ? splat<V>(__builtin_huge_valf()) : r;
-  r = bit_cast<V>(I(bit_cast<I>(r) | (u & int(0x80000000))));
+  const X tiny = (a + 0.5f) - 0.5f;
+  X r = bit_cast<X>(I((bit_cast<I>(a) + (((u >> 13) & 1) + 0xfff)) & ~0x1fff));
+  r = a < splat<X>(6.103515625e-05f) ? tiny : r;
+  r = r > splat<X>(65504.0f) ? splat<X>(__builtin_huge_valf()) : r;
+  r = bit_cast<X>(I(bit_cast<I>(r) | (u & int(0x80000000))));
   return x == x ? r : x;
 }
 // h as the storage type will hold it.
-template <class V>
-FRNN_HD V RoundToStorage(V x, Storage s) {
-  if constexpr (sizeof(typename Lanes<V>::T) == 4) {
+template <class X>
+FRNN_HD X RoundToStorage(X x, Storage s) {
+  if constexpr (sizeof(typename Lanes<X>::T) == 4) {
     if (s == Storage::kBFloat16) return RoundToBFloat16(x);
     if (s == Storage::kHalf) return RoundToHalf(x);
   }
@@ -97,9 +89,8 @@ FRNN_INLINE uint16_t ToHalf(float x) {
 }
 
 // Not inlined: called once per row or for the edge of one, and many times over in the source.
-template <class T>
-FRNN_NOINLINE void LoadRow(const void* src, Storage s, T* __restrict dst, int64_t n) {
-  if (s == StorageOf<T>::kValue) {
+FRNN_NOINLINE inline void LoadRow(const void* src, Storage s, T* __restrict dst, int64_t n) {
+  if (s == kPlain) {
     memcpy(dst, src, n * sizeof(T));
   } else if constexpr (sizeof(T) == 4) {
     const uint16_t* p = static_cast<const uint16_t*>(src);
@@ -112,20 +103,19 @@ FRNN_NOINLINE void LoadRow(const void* src, Storage s, T* __restrict dst, int64_
     }
   }
 }
-// dst[0 .. kN) = elements of src, of which there are n, then zeros. A whole row is a copy of a size that
-// the compiler knows: no call.
-template <int kN, class T>
+// dst[0 .. kN) = elements of src, of which there are n, then zeros. A whole row is a copy of a size
+// that the compiler knows: no call.
+template <int kN>
 FRNN_INLINE void LoadPadded(const void* src, Storage s, int64_t n, T* dst) {
-  if (s == StorageOf<T>::kValue && n >= kN) {
+  if (s == kPlain && n >= kN) {
     memcpy(dst, src, kN * sizeof(T));
     return;
   }
-  if (n > 0) LoadRow<T>(src, s, dst, n < kN ? n : kN);
+  if (n > 0) LoadRow(src, s, dst, n < kN ? n : kN);
   for (int64_t i = n; i < kN; i++) dst[i] = 0;
 }
-template <class T>
-FRNN_NOINLINE void StoreRow(void* dst, Storage s, const T* __restrict src, int64_t n) {
-  if (s == StorageOf<T>::kValue) {
+FRNN_NOINLINE inline void StoreRow(void* dst, Storage s, const T* __restrict src, int64_t n) {
+  if (s == kPlain) {
     memcpy(dst, src, n * sizeof(T));
   } else if constexpr (sizeof(T) == 4) {
     uint16_t* p = static_cast<uint16_t*>(dst);

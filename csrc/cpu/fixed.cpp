@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/plan.h"
 #include "cpu/unit.h"
 
 #define FRNN_TILE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-int8")))
@@ -440,8 +441,7 @@ bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_
 void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
               bool accumulate, bool backwards) {
   const int64_t rows = Blocks(M), columns = Blocks(N), depth = a.depth_blocks;
-  // A pair of left blocks stays in the first-level cache while the right operand passes.
-  constexpr int64_t kAtOnce = 4;
+  constexpr int64_t kAtOnce = cpu::kFixedDepthAtOnce;
   for (int64_t k = 0; k < depth; k += kAtOnce) {
     const int64_t count = Least(depth - k, kAtOnce);
     const auto block = [&](int64_t i, int64_t j, auto two, auto two_left) {

@@ -1,110 +1,59 @@
 // The forward of cpu/layer.h.
 //
-// Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per step
-// gates_h = h W_hh^T, gate math, one barrier (two more around the product of a projection).
-// Few rows in all (a decoding step) are not worth packing weights for: they read W as it lies.
+// Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per
+// step gates_h = h W_hh^T, gate math, one barrier (two more around the product of a projection).
 #pragma once
 #include "cpu/layer.h"
+#include "cpu/product/panel_product.h"
 
 FRNN_BEGIN
 
-// One call. What the threads share are its members, what each has is Own.
-template <class C, class V>
-class Layer<C, V>::ForwardPass {
+// One call. What the threads share are its members, what each has is Thread.
+template <class C>
+class Layer<C>::ForwardPass {
  public:
-  ForwardPass(const LayerParams& p, int threads);
+  explicit ForwardPass(const LayerParams& p);
   void Run(Team& team);
 
- private:
-  static constexpr int kXVecs =
-      C::kX * kPanelVecs;  // vectors of a tile of gates_x: [gate][panel vector]
-  static constexpr int kHVecs = C::kH * kPanelVecs;
-  static constexpr int64_t kChunkRows = 128;   // rows of gates_x computed ahead
-  static constexpr int64_t kTiledChunk = 512;  // longer: W_ih and W_hh evict each other
-  static constexpr int64_t kTiledInput = 128;  // rows of x that are packed at a time
-  static constexpr int64_t kRowBlock = 64;     // rows of gates_h that wait for the gate math
-  // Panels of one product on tiles: an even number of tiles wide.
-  static constexpr int kTiledGroup = kXVecs % 2 || kHVecs % 2 ? 2 : 1;
+  const cpu::ForwardPlan plan;
 
-  // How a product with W is done. Packing W is one pass over it and makes its rows columns, so that the
-  // product needs no sums over lanes (kPacked). So few rows, in all or of a step, do not repay that (some
-  // Hout / 8 steps of one row do); long rows of W have fewer such sums, and in vectors of a whole line
-  // they stream as fast as panels do (kDots). Where the other side has fewer rows than W, those are made
-  // columns instead, and W is read as it lies (kTurned).
-  enum class Way { kPacked, kDots, kTurned };
-  static Way WayOfX(const LayerParams& p, int threads) {
-    if (p.storage != kOwn) return Way::kPacked;
-    if (p.rows <= (p.I >= 256 ? 16 : 12)) return Way::kDots;
-    return Turns(p, threads, C::kX) ? Way::kTurned : Way::kPacked;
-  }
-  static Way WayOfH(const LayerParams& p, int threads) {
-    if (p.storage != kOwn) return Way::kPacked;
-    if (p.rows <= 16) return Way::kDots;
-    if (Turns(p, threads, C::kH)) return Way::kTurned;
-    if (p.Hout % N != 0) return Way::kPacked;
-    const bool dots = p.B == 1 ? p.T <= p.Hout / 8 || (sizeof(V) == 64 && p.Hout >= 512)
-                               : p.B == 2 && p.T <= 32 && p.Hout >= 512;
-    return dots ? Way::kDots : Way::kPacked;
-  }
-  // Of one step: the rows that each thread turns are fewer than those of W that it would pack, and fill
-  // vectors, more or less.
-  static bool Turns(const LayerParams& p, int threads, int gates) {
-    return p.T == 1 && !Projected(p) && !Tiled(p) && 2 * p.B * threads <= gates * p.H &&
-           RoundUp(p.B, N) - p.B <= N / 2;
-  }
-  // Rows that are turned together: [k][row].
-  static constexpr int kTurnedVecs = 2;
-  static constexpr int64_t kTurned = kTurnedVecs * N;
+ private:
+  using ProductX = InputProduct<C::kX, kPanelVecs>;
+  using ProductH = StepProduct<C::kH, kPanelVecs>;
 
   const LayerParams& p;
-  const int threads;
-  const bool projected = Projected(p), tiled = Tiled(p);
-  const Way x_way = WayOfX(p, threads), h_way = WayOfH(p, threads);
+  const bool projected = Projected(p);
   const Input input{p};
-  const int64_t panels = Panels(p), own_panels = (panels + threads - 1) / threads;
-  const int64_t own_vecs = (HoutVecs(p) + threads - 1) / threads;
-  // gates_x of a thread is [groups of panels][rows][panel of the group][gate][unit].
-  const int64_t group = tiled ? kTiledGroup : 1, own_groups = (own_panels + group - 1) / group;
-  const int64_t gates_x_stride = group * C::kX * kUnits, gates_h_stride = group * C::kH * kUnits;
-  const int64_t chunk_rows = tiled ? kTiledChunk : kChunkRows;
-  const int64_t capacity =
-      p.rows < chunk_rows ? p.rows : (p.B > chunk_rows ? p.B : chunk_rows);  // rows of gates_x
-  // One chunk needs each panel of W_ih once: it is packed just before, and never leaves the cache.
-  const bool one_chunk = !tiled && p.rows <= capacity;
+  const int64_t panels = Panels(p), own_panels = (panels + plan.threads - 1) / plan.threads;
+  const int64_t own_vecs = (HoutVecs(p) + plan.threads - 1) / plan.threads;
   const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout),
                 full_stride = RowStride(p.H), hs_stride = HsStride(p.H, p.Hout);
   // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of
   // finished rows beside it.
   const bool in_place = p.hs != nullptr && !p.ragged;
-  const bool direct_y = p.storage == kOwn && !projected;
-  // One step reads h0 and writes h_n in place: nobody waits for what another thread writes.
-  const bool in_one =
-      p.T == 1 && p.h0 != nullptr && p.hs == nullptr && direct_y && !tiled && p.Hout % kUnits == 0;
+  const bool direct_y = p.storage == kPlain && !projected;
+  // One step reads h0 and writes h_n in place: nobody waits for what another thread writes, but for
+  // rows that are turned.
+  const bool in_one = p.T == 1 && p.hs == nullptr && p.h0 != nullptr && direct_y && !plan.tiled &&
+                      p.Hout % kUnits == 0;
 
-  // A thread's memory, its part of the layer, and the direction it is at.
-  struct Own : Part {
-    T *w_ih, *w_hh;  // packed, or the other side turned
-    T *b_ih, *b_hh, *w_hr, *params, *gates_x, *gates_h, *c, *x;
-    parts::Operand w_ih_tiles, w_hh_tiles, x_tiles;
-    parts::Operand h_tiles[2];  // h before a step
-    Balance x_balance, h_balance;
-    Scratch spare;  // the weights as vectors, where tiles do not fit
+  // A thread's memory, its slice of the layer, and the direction it is at.
+  struct Thread : Slice {
+    ProductX x_product;
+    ProductH h_product;
+    T *b_ih, *b_hh, *w_hr, *params, *c, *x;
+    T* gates_x;  // [group of panels][row][panel of the group][gate][unit]
+    T* gates_h;  // [row][panel of the group][gate][unit]
 
-    int64_t count, groups;  // of the panels
+    int64_t count;  // of the panels
 
     int dir;
     const DirectionWeights* w;
     T* hs;
-    bool packed;  // w_ih and w_hh, for vectors
-    bool tiles;   // all that every step needs is in the range of tiles
   };
-  std::vector<Own> own = std::vector<Own>(threads);
-  float* h_largest[2];
-  fixed::Size *w_ih_sizes, *w_hh_sizes;
-  // Whether weights and h0 are in the range of tiles, and the last step of each parity whose h is
-  // not (counted on over both directions).
-  std::atomic<bool> fit{tiled};
-  std::atomic<int64_t> misfit_h[2] = {{-1}, {-1}};
+  std::vector<Thread> threads = std::vector<Thread>(plan.threads);
+  typename ProductX::Common x_common;
+  typename ProductH::Common h_common;
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
   Scratch scratch;
@@ -119,7 +68,6 @@ class Layer<C, V>::ForwardPass {
     const T* h;      // h_{t-1}
     T *h_new, *full;
     int64_t ldh, ld_full;
-    bool tiles;
   };
   // The operands of the gate math of one panel.
   struct StepRows {
@@ -174,174 +122,93 @@ class Layer<C, V>::ForwardPass {
     FRNN_INLINE T* OfExtra(int e) const { return s.c + (row * kExtra + e) * kUnits + vec * N; }
     FRNN_INLINE void SetOutput(const V& y) const {
       const int64_t left = s.units - vec * N;
-      if (s.y && left > 0)
-        store_n<V>(s.y + row * s.y_stride + vec * N, y, int(left < N ? left : N));
+      if (s.y && left > 0) store_n(s.y + row * s.y_stride + vec * N, y, int(left < N ? left : N));
     }
   };
 
-  void TakeWeights(Scratch& s, Own& to) const {
-    const auto size = [&](Way way, int64_t K, int64_t packed) {
-      return way == Way::kDots ? 0 : K * (way == Way::kTurned ? RoundUp(p.B, kTurned) : packed);
-    };
-    to.w_ih = s.Take<T>(size(x_way, p.I, (one_chunk ? 1 : own_panels) * C::kX * kUnits));
-    to.w_hh = s.Take<T>(size(h_way, p.Hout, own_panels * C::kH * kUnits));
+  T* GatesX(const Thread& my, int64_t own_panel) const {
+    return my.gates_x + x_common.Offset(own_panel, plan.gates_rows);
   }
-  T* GatesX(const Own& my, int64_t own_panel) const {
-    return my.gates_x + own_panel / group * capacity * gates_x_stride +
-           own_panel % group * C::kX * kUnits;
-  }
-  T* PackedH(const Own& my, int64_t own_panel) const {
-    return my.w_hh + own_panel * p.Hout * C::kH * kUnits;
-  }
+  // Steps counted on over both directions.
+  int64_t NumberOf(const Thread& my, int64_t number) const { return my.dir * p.T + number; }
 
-  void Direction(Team& team, Own& my);
-  void PackTiles(Team& team, Own& my);
-  void PackVectors(Own& my) const;
-  void PackPanels(Own& my) const;
-  void PackProjection(Own& my) const;
-  void Start(Team& team, Own& my);
+  void Direction(Team& team, Thread& my);
+  void PackPanels(Thread& my) const;
+  void PackProjection(Thread& my) const;
+  void Start(Team& team, Thread& my) const;
   Chunk Next(int dir, const Chunk& last) const;
-  void InputGates(Own& my, const Chunk& chunk) const;
-  Rows Stage(Own& my, const Chunk& chunk) const;
-  bool InputGatesOnTiles(Own& my, const Rows& x, int64_t r, int64_t n) const;
-  Step StepAt(const Own& my, int64_t number, int64_t t) const;
-  StepRows RowsOf(const Own& my, const Chunk& chunk, const Step& step, int64_t at) const;
-  void RecurrentGates(Own& my, const Chunk& chunk, const Step& step) const;
-  void Project(Team& team, Own& my, const Step& step) const;
-  bool ShareH(Team& team, Own& my, const T* h, int64_t ldh, int64_t n, int64_t number);
-  void StoreOutputs(Own& my, const Step& step) const;
-  void StoreExtraStates(Own& my) const;
-
-  // w [gates * H, K] -> [k][gate][unit] for one panel.
-  void PackGates(const void* w, int gates, int64_t K, int64_t panel, T* dst) const {
-    for (int q = 0; q < gates; q++)
-      for (int j = 0; j < kPanelVecs; j++)
-        PackTransposed<V>(At(w, p.storage, q * p.H * K), p.storage, panel * kUnits + j * N, p.H, K,
-                          K, dst + (q * kPanelVecs + j) * N, gates * kUnits);
-  }
-  // The same as right operands of tiles.
-  bool PackGateTiles(const void* w, int gates, int64_t K, int64_t panel,
-                     const parts::Operand& out) const {
-    bool fits = true;
-    for (int q = 0; q < gates; q++)
-      for (int j = 0; j < kPanelVecs; j++) {
-        const int64_t unit = panel * kUnits + j * N, n = p.H - unit < N ? p.H - unit : N;
-        fits &= parts::PackRight(At(w, p.storage, (q * p.H + unit) * K), p.storage, K,
-                                 parts::Order::kAlong, n, K, out.Row((q * kPanelVecs + j) * N));
-      }
-    return fits;
-  }
-  // The rows of a step as right operands of W, kTurned of them at a time.
-  void Turn(const T* a, int64_t lda, int64_t K, T* dst) const {
-    for (int64_t r = 0; r < p.B; r += N) {
-      const int64_t first = r / kTurned * kTurned, vecs = (p.B - first + N - 1) / N;
-      PackTransposed<V>(a, kOwn, r, p.B, K, lda, dst + first * K + (r - first),
-                        (vecs < kTurnedVecs ? vecs : kTurnedVecs) * N);
-    }
-  }
-  // f(rows, first row) for the rows of gates_h that wait for the gate math together.
-  template <class F>
-  static void ForGateRows(Way way, int64_t n, const F& f) {
-    if (way != Way::kTurned) return ForRowBlocks<kRowBlock>(n, f);
-    for (int64_t r = 0; r < n; r += kTurned) f(int(n - r < kTurned ? n - r : kTurned), r);
-  }
-  // gates [n][gate][unit] of one panel, rows `stride` apart, = a w^T. Packed is w for the panel, or a
-  // where it is turned; `before` as in GemmRows.
-  template <int kGates>
-  void Product(Way way, int64_t n, const T* a, int64_t lda, const void* w, const T* packed,
-               int64_t K, int64_t panel, T* gates, int64_t stride, int64_t before) const {
-    if (way == Way::kPacked) {
-      GemmRows<V, kGates * kPanelVecs>(n, a, lda, packed, kGates * kUnits, K, gates, stride, false,
-                                       before);
-      return;
-    }
-    if (way == Way::kTurned) {
-      for (int64_t r = 0; r < n; r += kTurned)
-        TurnedProduct<kGates>(n - r < kTurned ? n - r : kTurned, packed + r * K, w, K, panel,
-                              gates + r * stride, stride);
-      return;
-    }
-    for (int q = 0; q < kGates; q++)
-      for (int j = 0; j < kPanelVecs; j++) {
-        const int64_t unit = panel * kUnits + j * N;
-        DotRows<V>(n, a, lda, static_cast<const T*>(w) + (q * p.H + unit) * K, UnitsFrom(p, unit),
-                   K, gates + (q * kPanelVecs + j) * N, stride);
-      }
-  }
-  // n <= kTurned rows: the gates come out as [unit][row], and are turned back.
-  template <int kGates>
-  void TurnedProduct(int64_t n, const T* turned, const void* w, int64_t K, int64_t panel, T* gates,
-                     int64_t stride) const {
-    alignas(kLine) T columns[kUnits * kTurned];
-    const int64_t unit = panel * kUnits, units = p.H - unit < kUnits ? p.H - unit : kUnits;
-    WithConstant<kTurnedVecs>(int((n + N - 1) / N), [&](auto nv) {
-      constexpr int NV = decltype(nv)::value;
-      for (int q = 0; q < kGates; q++) {
-        GemmRows<V, NV>(units, static_cast<const T*>(w) + (q * p.H + unit) * K, K, turned, NV * N,
-                        K, columns, NV * N, false);
-        for (int j = 0; j < kPanelVecs; j++)
-          PackTransposed<V>(columns, kOwn, j * N, units, n, NV * N,
-                            gates + (q * kPanelVecs + j) * N, stride);
-      }
-    });
-  }
+  void InputGates(Thread& my, const Chunk& chunk) const;
+  Rows Stage(Thread& my, const Chunk& chunk) const;
+  Step StepAt(const Thread& my, int64_t number, int64_t t) const;
+  StepRows RowsOf(const Thread& my, const Chunk& chunk, const Step& step, int64_t at) const;
+  void RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const;
   static void GateMath(const StepRows& s, int64_t first, int rows);
+  void Project(Team& team, Thread& my, const Step& step) const;
+  void StoreOutputs(Thread& my, const Step& step) const;
+  void StoreExtraStates(Thread& my) const;
 };
 
-template <class C, class V>
-Layer<C, V>::ForwardPass::ForwardPass(const LayerParams& p, int threads) : p(p), threads(threads) {
-  const auto take_tiles = [&](Scratch& s, int64_t rows, int64_t K) {
-    return TakeTiles(s, tiled, rows, K, parts::CutOf(p.storage, K));
-  };
+template <class C>
+Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
+    : plan(cpu::PlanForward(ProblemOf(p), TheMachine())), p(p) {
+  x_common.storage = h_common.storage = p.storage;
+  x_common.H = h_common.H = p.H;
+  x_common.own_panels = h_common.own_panels = own_panels;
+  x_common.paired = h_common.paired = plan.paired;
+  x_common.K = p.I;
+  x_common.packing = plan.w_ih;
+  x_common.tiled = plan.tiled;
+  x_common.cut = plan.x_cut;
+  h_common.K = h_common.left.K = p.Hout;
+  h_common.packing = plan.w_hh;
+  h_common.tiled = h_common.left.tiled = plan.tiled && C::kH > 0;
+  h_common.cut = h_common.left.cut = plan.h_cut;
+  h_common.left.gates = 1;
+  h_common.left.batch = p.B;
   scratch.Build([&](Scratch& s) {
-    for (Own& my : own) {
-      if (!tiled) TakeWeights(s, my);
+    h_common.left.Take(s, plan.threads);
+    for (Thread& my : threads) {
+      my.x_product.Take(s, x_common);
+      my.h_product.Take(s, h_common);
       my.b_ih = s.Take<T>(own_panels * C::kX * kUnits);
       my.b_hh = s.Take<T>(own_panels * C::kH * kUnits);
       my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
-      my.gates_x = s.Take<T>(own_groups * capacity * gates_x_stride);
-      my.gates_h = s.Take<T>(kRowBlock * gates_h_stride);
+      my.gates_x = s.Take<T>(x_common.Groups(own_panels) * plan.gates_rows * x_common.Stride());
+      my.gates_h = s.Take<T>(cpu::kRowBlock * h_common.Stride());
       my.c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
-      my.x = s.Take<T>(input.direct ? 0 : capacity * x_stride);
-      my.w_ih_tiles = take_tiles(s, own_panels * kXVecs * N, p.I);
-      my.w_hh_tiles = take_tiles(s, own_panels * kHVecs * N, p.Hout);
-      my.x_tiles = take_tiles(s, kTiledInput, p.I);
-      my.x_balance.Take(s, my.x_tiles);
+      my.x = s.Take<T>(input.direct ? 0 : plan.gates_rows * x_stride);
     }
-    TakeStepTiles(s, tiled, p.B, p.Hout, parts::CutOf(p.storage, p.Hout), own, &Own::h_tiles,
-                  h_largest);
-    for (Own& my : own) my.h_balance.Take(s, my.h_tiles[0]);
-    w_ih_sizes = s.Take<fixed::Size>(threads * own[0].x_balance.depth);
-    w_hh_sizes = s.Take<fixed::Size>(threads * own[0].h_balance.depth);
+    x_common.Take(s, plan.threads, p.B);
+    h_common.Take(s, plan.threads, p.B);
     if (!in_place && !in_one)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
   });
 }
 
-template <class C, class V>
-void Layer<C, V>::ForwardPass::Run(Team& team) {
-  Own& my = own[team.id];
+template <class C>
+void Layer<C>::ForwardPass::Run(Team& team) {
+  Thread& my = threads[team.id];
   my.Take(p, team);
-  my.count = my.mine.end - my.mine.begin;
-  my.groups = (my.count + group - 1) / group;
-  const parts::Session session(tiled);
+  my.count = my.panels.end - my.panels.begin;
+  const parts::Session session(plan.tiled);
   for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
 }
 
-template <class C, class V>
-void Layer<C, V>::ForwardPass::Direction(Team& team, Own& my) {
+template <class C>
+void Layer<C>::ForwardPass::Direction(Team& team, Thread& my) {
   my.w = &p.w[my.dir];
   my.hs = p.hs ? static_cast<T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride : nullptr;
-  my.packed = x_way != Way::kPacked && h_way != Way::kPacked;
-  if (tiled) PackTiles(team, my);
+  my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih);
+  my.h_product.Begin(team, my.panels, my.dir, my.w->w_hh);
   PackPanels(my);
   if (projected) PackProjection(my);
   Start(team, my);
-  if (!in_one) team.Sync();
-  my.tiles = fit.load(std::memory_order_relaxed);
-  if (!my.tiles) PackVectors(my);
+  my.x_product.Turn(team, p.B, static_cast<const T*>(p.x), p.x_b_stride);
+  my.h_product.Turn(team, p.B, p.h0 ? static_cast<const T*>(p.h0) + my.dir * p.B * p.Hout : nullptr,
+                    p.Hout);
+  if (!in_one || x_common.Turns() || h_common.Turns()) team.Sync();
 
   const int64_t start = my.dir == 0 ? 0 : p.T;
   int64_t number = 0;
@@ -350,10 +217,11 @@ void Layer<C, V>::ForwardPass::Direction(Team& team, Own& my) {
     InputGates(my, chunk);
     for (int64_t k = 0; k < chunk.end - chunk.begin; k++, number++) {
       const Step step = StepAt(my, number, my.dir == 0 ? chunk.begin + k : chunk.end - 1 - k);
-      if (!step.tiles) PackVectors(my);
       RecurrentGates(my, chunk, step);
       if (projected) Project(team, my, step);
-      if (tiled && number + 1 < p.T) ShareH(team, my, step.h_new, step.ldh, step.n, number + 1);
+      if (number + 1 < p.T)
+        my.h_product.Share(team, NumberOf(my, number + 1), step.n, my.first, my.last, step.h_new,
+                           step.ldh);
       if (my.valid > 0 && !in_one) StoreOutputs(my, step);
       if (C::kH > 0 && !in_one) team.Sync();
     }
@@ -363,50 +231,11 @@ void Layer<C, V>::ForwardPass::Direction(Team& team, Own& my) {
 
 // ---- once per direction ----
 
-// The own panels of both weights, and what balances them. Misfits are noted in `fit`.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::PackTiles(Team& team, Own& my) {
-  if constexpr (kTiles) {
-    const int64_t unit = my.mine.begin * kUnits, end = my.mine.end * kUnits;
-    const auto measure = [&](const void* w, int gates, const Balance& balance, int64_t K,
-                             fixed::Size* sizes) {
-      for (int q = 0; q < gates && balance.depth > 0; q++)
-        fixed::MeasureColumns(static_cast<const float*>(w) + q * p.H * K, K, K, unit,
-                              end < p.H ? end : p.H, sizes + team.id * balance.depth, q > 0);
-    };
-    measure(my.w->w_ih, C::kX, my.x_balance, p.I, w_ih_sizes);
-    measure(my.w->w_hh, C::kH, my.h_balance, p.Hout, w_hh_sizes);
-    team.Sync();
-    my.x_balance.Find(w_ih_sizes, team.size, 1, p.I, {&my.x_tiles}, {&my.w_ih_tiles});
-    my.h_balance.Find(w_hh_sizes, team.size, 1, p.Hout, {&my.h_tiles[0], &my.h_tiles[1]},
-                      {&my.w_hh_tiles});
-    for (int64_t at = 0; at < my.count; at++)
-      if (!(PackGateTiles(my.w->w_ih, C::kX, p.I, my.mine.begin + at,
-                          my.w_ih_tiles.Row(at * kXVecs * N)) &
-            PackGateTiles(my.w->w_hh, C::kH, p.Hout, my.mine.begin + at,
-                          my.w_hh_tiles.Row(at * kHVecs * N))))
-        fit.store(false, std::memory_order_relaxed);
-  }
-}
-
-template <class C, class V>
-void Layer<C, V>::ForwardPass::PackVectors(Own& my) const {
-  if (my.packed) return;
-  if (tiled && my.w_ih == nullptr) my.spare.Build([&](Scratch& s) { TakeWeights(s, my); });
-  for (int64_t at = 0; at < my.count; at++) {
-    const int64_t panel = my.mine.begin + at;
-    if (x_way == Way::kPacked && !one_chunk)
-      PackGates(my.w->w_ih, C::kX, p.I, panel, my.w_ih + at * p.I * C::kX * kUnits);
-    if (h_way == Way::kPacked) PackGates(my.w->w_hh, C::kH, p.Hout, panel, PackedH(my, at));
-  }
-  my.packed = true;
-}
-
 // Biases [gate][unit], parameters [number][unit] and c_0 [row][state][unit] of the own panels.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::PackPanels(Own& my) const {
+template <class C>
+void Layer<C>::ForwardPass::PackPanels(Thread& my) const {
   for (int64_t at = 0; at < my.count; at++) {
-    const int64_t unit = (my.mine.begin + at) * kUnits, n = p.H - unit;
+    const int64_t unit = (my.panels.begin + at) * kUnits, n = p.H - unit;
     const auto pack = [&](const void* b, int gates, T* dst) {
       for (int q = 0; q < gates; q++)
         LoadPadded<kUnits>(b ? At(b, p.storage, q * p.H + unit) : nullptr, p.storage, b ? n : 0,
@@ -424,20 +253,20 @@ void Layer<C, V>::ForwardPass::PackPanels(Own& my) const {
   }
 }
 
-template <class C, class V>
-void Layer<C, V>::ForwardPass::PackProjection(Own& my) const {
-  ForColumnTiles<V>(my.columns.begin, my.columns.end, [&](int64_t v, auto nv) {
+template <class C>
+void Layer<C>::ForwardPass::PackProjection(Thread& my) const {
+  ForColumnTiles(my.columns.begin, my.columns.end, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value;
     for (int j = 0; j < NV; j++)
-      PackTransposed<V>(my.w->w_hr, p.storage, (v + j) * N, p.Hout, p.H, p.H,
-                        my.w_hr + (v - my.columns.begin) * N * p.H + j * N, NV * N);
+      PackTransposed(my.w->w_hr, p.storage, (v + j) * N, p.Hout, p.H, p.H,
+                     my.w_hr + (v - my.columns.begin) * N * p.H + j * N, NV * N);
   });
 }
 
-// h0, its padding, and the padding that nobody writes later: the saved tensors hold no uninitialised
-// value.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::Start(Team& team, Own& my) {
+// h0, its padding, and the padding that nobody writes later: the saved tensors hold no
+// uninitialised value.
+template <class C>
+void Layer<C>::ForwardPass::Start(Team& team, Thread& my) const {
   const bool is_last = team.id + 1 == team.size;
   const int64_t end = is_last ? h_stride : my.last;
   if (my.hs) CopyState(p, p.h0, my.dir, my.first, end, my.hs, hs_stride);
@@ -453,83 +282,49 @@ void Layer<C, V>::ForwardPass::Start(Team& team, Own& my) {
   }
   if (!in_place && !in_one)
     for (T* buffer : h_buffer) CopyState(p, p.h0, my.dir, my.first, end, buffer, h_stride);
-  // In both: with the reversed direction of a ragged batch, rows join later.
-  for (int64_t i = 0; i < 2 && tiled; i++)
-    if (!ShareH(team, my, my.hs ? my.hs : h_buffer[0], my.hs ? hs_stride : h_stride, p.B, i))
-      fit.store(false, std::memory_order_relaxed);
+  my.h_product.ShareFirst(team, NumberOf(my, 0), p.B, my.first, my.last,
+                          my.hs ? my.hs : h_buffer[0], my.hs ? hs_stride : h_stride);
 }
 
 // ---- per chunk ----
 
 // The next time steps in the direction's order, as many as gates_x has room for.
-template <class C, class V>
-auto Layer<C, V>::ForwardPass::Next(int dir, const Chunk& last) const -> Chunk {
+template <class C>
+auto Layer<C>::ForwardPass::Next(int dir, const Chunk& last) const -> Chunk {
   int64_t begin = last.end, end = last.begin;
   if (dir == 0) {
     end = begin + 1;
-    while (end < p.T && p.offsets[end + 1] - p.offsets[begin] <= capacity) end++;
+    while (end < p.T && p.offsets[end + 1] - p.offsets[begin] <= plan.gates_rows) end++;
   } else {
     begin = end - 1;
-    while (begin > 0 && p.offsets[end] - p.offsets[begin - 1] <= capacity) begin--;
+    while (begin > 0 && p.offsets[end] - p.offsets[begin - 1] <= plan.gates_rows) begin--;
   }
   return {begin, end, p.offsets[begin], p.offsets[end] - p.offsets[begin]};
 }
 
 // gates_x of the own panels.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::InputGates(Own& my, const Chunk& chunk) const {
-  Rows x{Input::Row(p, chunk.begin, 0), p.storage, input.stride};
-  if (!input.direct && !(my.tiles && input.one_stride)) x = Stage(my, chunk);
-  const int64_t block = my.tiles ? kTiledInput : chunk.rows;
-  for (int64_t r = 0; r < chunk.rows; r += block) {
-    const int64_t n = chunk.rows - r < block ? chunk.rows - r : block;
-    if (my.tiles && InputGatesOnTiles(my, x, r, n)) continue;
-    if (x.storage != kOwn) x = Stage(my, chunk);
-    PackVectors(my);
-    const T* rows = static_cast<const T*>(x.first) + r * x.stride;
-    if (x_way == Way::kTurned) Turn(rows, x.stride, p.I, my.w_ih);
-    for (int64_t at = 0; at < my.count; at++) {
-      T* packed = my.w_ih + (one_chunk ? 0 : at) * p.I * C::kX * kUnits;
-      if (one_chunk && x_way == Way::kPacked)
-        PackGates(my.w->w_ih, C::kX, p.I, my.mine.begin + at, packed);
-      Product<C::kX>(x_way, n, rows, x.stride, my.w->w_ih, packed, p.I, my.mine.begin + at,
-                     GatesX(my, at) + r * gates_x_stride, gates_x_stride, 0);
-    }
-  }
+template <class C>
+void Layer<C>::ForwardPass::InputGates(Thread& my, const Chunk& chunk) const {
+  const auto stage = [&] { return Stage(my, chunk); };
+  const bool as_it_lies = input.one_stride && (p.storage == kPlain || my.x_product.FitsTiles());
+  const Rows x =
+      as_it_lies ? Rows{Input::Row(p, chunk.begin, 0), p.storage, input.stride} : stage();
+  my.x_product.Multiply(x, chunk.rows, [&](int64_t at) { return GatesX(my, at); }, stage);
 }
 
 // The rows of a chunk in the computing type, one after another.
-template <class C, class V>
-auto Layer<C, V>::ForwardPass::Stage(Own& my, const Chunk& chunk) const -> Rows {
+template <class C>
+auto Layer<C>::ForwardPass::Stage(Thread& my, const Chunk& chunk) const -> Rows {
   RowCursor cursor(p, chunk.row);
   for (int64_t r = 0; r < chunk.rows; r++, cursor.Next())
-    LoadRow<T>(Input::Row(p, cursor.t, cursor.b), p.storage, my.x + r * x_stride, p.I);
-  return {my.x, kOwn, x_stride};
-}
-
-// False if one of the n rows from r on is out of the range of tiles.
-template <class C, class V>
-bool Layer<C, V>::ForwardPass::InputGatesOnTiles(Own& my, const Rows& x, int64_t r,
-                                                 int64_t n) const {
-  if constexpr (kTiles) {
-    if (!parts::PackRows(At(x.first, x.storage, r * x.stride), x.storage, x.stride, n, 0,
-                         my.x_tiles.PaddedDepth(), p.I, my.x_tiles))
-      return false;
-    for (int64_t g = 0; g < my.groups; g++) {
-      // There and back, see parts::Multiply.
-      const int64_t at = group * (r / kTiledInput % 2 ? my.groups - 1 - g : g);
-      parts::Multiply(my.x_tiles, n, my.w_ih_tiles.Row(at * kXVecs * N),
-                      (my.count - at < group ? my.count - at : group) * kXVecs * N,
-                      GatesX(my, at) + r * gates_x_stride, gates_x_stride, false);
-    }
-  }
-  return kTiles;
+    LoadRow(Input::Row(p, cursor.t, cursor.b), p.storage, my.x + r * x_stride, p.I);
+  return {my.x, kPlain, x_stride};
 }
 
 // ---- per step ----
 
-template <class C, class V>
-auto Layer<C, V>::ForwardPass::StepAt(const Own& my, int64_t number, int64_t t) const -> Step {
+template <class C>
+auto Layer<C>::ForwardPass::StepAt(const Thread& my, int64_t number, int64_t t) const -> Step {
   Step s;
   s.number = number;
   s.t = t;
@@ -546,20 +341,18 @@ auto Layer<C, V>::ForwardPass::StepAt(const Own& my, int64_t number, int64_t t) 
   s.full = !projected ? nullptr
            : my.hs    ? my.hs + (p.B + s.row) * hs_stride + h_stride
                       : full_buffer;
-  s.tiles =
-      my.tiles && misfit_h[number & 1].load(std::memory_order_relaxed) != my.dir * p.T + number;
   return s;
 }
 
-template <class C, class V>
-auto Layer<C, V>::ForwardPass::RowsOf(const Own& my, const Chunk& chunk, const Step& step,
-                                      int64_t at) const -> StepRows {
-  const int64_t panel = my.mine.begin + at, unit = panel * kUnits;
+template <class C>
+auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const Step& step,
+                                   int64_t at) const -> StepRows {
+  const int64_t panel = my.panels.begin + at, unit = panel * kUnits;
   StepRows s;
-  s.gates_x = GatesX(my, at) + (step.row - chunk.row) * gates_x_stride;
-  s.gates_h = my.gates_h + at % group * C::kH * kUnits;
-  s.gates_x_stride = gates_x_stride;
-  s.gates_h_stride = gates_h_stride;
+  s.gates_x = GatesX(my, at) + (step.row - chunk.row) * x_common.Stride();
+  s.gates_h = my.gates_h + h_common.InGroup(at);
+  s.gates_x_stride = x_common.Stride();
+  s.gates_h_stride = h_common.Stride();
   s.b_ih = my.b_ih + at * C::kX * kUnits;
   s.b_hh = my.b_hh + at * C::kH * kUnits;
   s.params = my.params + at * C::kParams * kUnits;
@@ -574,54 +367,29 @@ auto Layer<C, V>::ForwardPass::RowsOf(const Own& my, const Chunk& chunk, const S
             ? static_cast<T*>(p.y) + step.row * s.y_stride + my.dir * p.Hout + unit
             : nullptr;
   s.units = p.H - unit;
-  s.round = projected ? kOwn : p.storage;
+  s.round = projected ? kPlain : p.storage;
   return s;
 }
 
-// gates_h and the gate math of the own panels, block by block, so that what the gate math stores
-// drains while the next product runs.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::RecurrentGates(Own& my, const Chunk& chunk, const Step& step) const {
-  if constexpr (kTiles && C::kH > 0)
-    if (step.tiles) {
-      for (int64_t g = 0; g < my.groups; g++) {
-        const int64_t at = group * (step.number % 2 ? my.groups - 1 - g : g);
-        const int64_t panels_now = my.count - at < group ? my.count - at : group;
-        for (int64_t r = 0; r < step.n; r += kRowBlock) {
-          const int64_t rows = step.n - r < kRowBlock ? step.n - r : kRowBlock;
-          parts::Multiply(my.h_tiles[step.number & 1].Row(r), rows,
-                          my.w_hh_tiles.Row(at * kHVecs * N), panels_now * kHVecs * N, my.gates_h,
-                          gates_h_stride, false);
-          for (int64_t j = 0; j < panels_now; j++)
-            GateMath(RowsOf(my, chunk, step, at + j), r, int(rows));
-        }
-      }
-      return;
-    }
-  if (h_way == Way::kTurned) Turn(step.h, step.ldh, p.Hout, my.w_hh);
-  for (int64_t at = 0; at < my.count; at++) {
-    const StepRows s = RowsOf(my, chunk, step, at);
-    T* gates_h = my.gates_h + at % group * C::kH * kUnits;
-    ForGateRows(h_way, step.n, [&](int rows, int64_t r) {
-      const T* packed = h_way == Way::kTurned ? my.w_hh + r * p.Hout : PackedH(my, at);
-      if constexpr (C::kH > 0)
-        Product<C::kH>(h_way, rows, step.h + r * step.ldh, step.ldh, my.w->w_hh, packed, p.Hout,
-                       my.mine.begin + at, gates_h, gates_h_stride, r);
-      GateMath(s, r, rows);
-    });
-  }
+// gates_h and the gate math of the own panels, block by block.
+template <class C>
+void Layer<C>::ForwardPass::RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const {
+  my.h_product.Multiply(NumberOf(my, step.number), step.n, step.h, step.ldh, my.gates_h,
+                        [&](int64_t at, int64_t first, int rows) FRNN_INLINE_LAMBDA {
+                          GateMath(RowsOf(my, chunk, step, at), first, rows);
+                        });
 }
 
 // h = W_hr h_full, the own columns.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::Project(Team& team, Own& my, const Step& step) const {
+template <class C>
+void Layer<C>::ForwardPass::Project(Team& team, Thread& my, const Step& step) const {
   team.Sync();
-  ForColumnTiles<V>(my.columns.begin, my.columns.end, [&](int64_t v, auto nv) {
+  ForColumnTiles(my.columns.begin, my.columns.end, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value;
     T* out = step.h_new + v * N;
-    GemmRows<V, NV>(step.n, step.full, step.ld_full, my.w_hr + (v - my.columns.begin) * N * p.H,
-                    NV * N, p.H, out, step.ldh, false);
-    for (int64_t r = 0; r < step.n && p.storage != kOwn; r++)
+    GemmRows<NV>(step.n, step.full, step.ld_full, my.w_hr + (v - my.columns.begin) * N * p.H,
+                 NV * N, p.H, out, step.ldh, false);
+    for (int64_t r = 0; r < step.n && p.storage != kPlain; r++)
       for (int j = 0; j < NV; j++) {
         T* h = out + r * step.ldh + j * N;
         store<V>(h, RoundToStorage(load<V>(h), p.storage));
@@ -629,29 +397,9 @@ void Layer<C, V>::ForwardPass::Project(Team& team, Own& my, const Step& step) co
   });
 }
 
-// The own columns of n rows of h, as the tiles of a step. False if they are out of range.
-template <class C, class V>
-bool Layer<C, V>::ForwardPass::ShareH(Team& team, Own& my, const T* h, int64_t ldh, int64_t n,
-                                      int64_t number) {
-  if constexpr (kTiles && C::kH > 0) {
-    const int64_t parity = number & 1;
-    const parts::Operand& to = my.h_tiles[parity];
-    const bool measured = ShareLargest(team, to, h_largest[parity], n, [&](float* largest) {
-      fixed::Measure(h, ldh, parts::Order::kAlong, n, my.first, my.first + my.valid, to.factors,
-                     largest, false);
-    });
-    const int64_t end = team.id + 1 == team.size ? to.PaddedDepth() : my.last;
-    if (!parts::PackRows(h, kOwn, ldh, n, my.first, end, p.Hout, to, measured)) {
-      misfit_h[parity].store(my.dir * p.T + number, std::memory_order_relaxed);
-      return false;
-    }
-  }
-  return true;
-}
-
 // The own columns of h where y, hs and h_n have them.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::StoreOutputs(Own& my, const Step& step) const {
+template <class C>
+void Layer<C>::ForwardPass::StoreOutputs(Thread& my, const Step& step) const {
   // Rows from here on end with this step.
   const int64_t going_on = my.dir == 1        ? (step.t == 0 ? 0 : step.n)
                            : step.t + 1 < p.T ? p.batch_sizes[step.t + 1]
@@ -659,38 +407,37 @@ void Layer<C, V>::ForwardPass::StoreOutputs(Own& my, const Step& step) const {
   for (int64_t r = 0; r < step.n; r++) {
     const T* h = step.h_new + r * step.ldh + my.first;
     if (!direct_y && kOutputExtra < 0)
-      StoreRow<T>(At(p.y, p.storage, ((step.row + r) * p.dirs + my.dir) * p.Hout + my.first),
-                  p.storage, h, my.valid);
+      StoreRow(At(p.y, p.storage, ((step.row + r) * p.dirs + my.dir) * p.Hout + my.first),
+               p.storage, h, my.valid);
     for (int64_t at = 0; at < my.count && !direct_y && kOutputExtra >= 0; at++) {
-      const int64_t unit = (my.mine.begin + at) * kUnits;
-      StoreRow<T>(At(p.y, p.storage, ((step.row + r) * p.dirs + my.dir) * p.H + unit), p.storage,
-                  my.c + ((at * p.B + r) * kExtra + kOutputExtra) * kUnits,
-                  p.H - unit < kUnits ? p.H - unit : kUnits);
+      const int64_t unit = (my.panels.begin + at) * kUnits;
+      StoreRow(At(p.y, p.storage, ((step.row + r) * p.dirs + my.dir) * p.H + unit), p.storage,
+               my.c + ((at * p.B + r) * kExtra + kOutputExtra) * kUnits,
+               p.H - unit < kUnits ? p.H - unit : kUnits);
     }
     if (my.hs && !in_place)
       memcpy(my.hs + (p.B + step.row + r) * hs_stride + my.first, h,
              (my.last - my.first) * sizeof(T));
     if (r >= going_on)
-      StoreRow<T>(At(p.h_n, p.storage, (my.dir * p.B + r) * p.Hout + my.first), p.storage, h,
-                  my.valid);
+      StoreRow(At(p.h_n, p.storage, (my.dir * p.B + r) * p.Hout + my.first), p.storage, h,
+               my.valid);
   }
 }
 
 // c_n and other states beside h.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::StoreExtraStates(Own& my) const {
+template <class C>
+void Layer<C>::ForwardPass::StoreExtraStates(Thread& my) const {
   for (int64_t at = 0; at < my.count; at++)
     for (int64_t r = 0; r < p.B * kExtra; r++) {
-      const int64_t unit = (my.mine.begin + at) * kUnits;
-      StoreRow<T>(At(p.c_n, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
-                  my.c + (at * p.B * kExtra + r) * kUnits,
-                  p.H - unit < kUnits ? p.H - unit : kUnits);
+      const int64_t unit = (my.panels.begin + at) * kUnits;
+      StoreRow(At(p.c_n, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
+               my.c + (at * p.B * kExtra + r) * kUnits, p.H - unit < kUnits ? p.H - unit : kUnits);
     }
 }
 
 // The pointwise part of a step, for one panel and the rows from `first` on.
-template <class C, class V>
-void Layer<C, V>::ForwardPass::GateMath(const StepRows& s, int64_t first, int rows) {
+template <class C>
+void Layer<C>::ForwardPass::GateMath(const StepRows& s, int64_t first, int rows) {
   for (int64_t row = first; row < first + rows; row++) {
     FRNN_UNROLL
     for (int vec = 0; vec < kPanelVecs; vec++) {

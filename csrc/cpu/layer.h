@@ -1,27 +1,27 @@
-// The CPU engine: one recurrent layer over a whole sequence, for any cell. What both passes share is
-// here, the passes are in cpu/forward.h and cpu/backward.h.
+// The CPU engine: one recurrent layer over a whole sequence, for any cell. What both passes share
+// is here, the passes are in cpu/forward.h and cpu/backward.h.
 //
 // Units are cut into panels of a few vectors; a thread owns a range of panels for the whole
 // sequence, so its slice of the weights stays in its own cache. Weights are packed per panel as
 // [k][gate][unit]: a tile of a product holds all gates of its units, and the gate math runs on it
 // while it is in the first-level cache.
 //
-// Where the processor multiplies bfloat16, products come from cpu/parts.h: those of 16-bit types, and
-// on a tile unit those of float with many rows, in fixed point (cpu/fixed.h) where they are deep. It
-// refuses operands with elements out of its range, which then go through the vectors as elsewhere.
+// How matrices are multiplied is behind cpu/product: on vectors, or on tiles where the processor
+// has a unit for them. All choices by shape and machine are in cpu/plan.h.
 #pragma once
 #include <vector>
 
 #include "core/scratch.h"
 #include "core/step.h"
-#include "cpu/gemm.h"
+#include "cpu/convert.h"
+#include "cpu/plan.h"
+#include "cpu/product/tiles.h"
 #include "cpu/threads.h"
-#include "cpu/tiles.h"
 
 FRNN_BEGIN
 
-// The tape of a row, in values per unit: what the cell saved, then the states of c that it reads. h is
-// at hand.
+// The tape of a row, in values per unit: what the cell saved, then the states of c that it reads. h
+// is at hand.
 template <class C>
 struct Tape {
   static constexpr int kExtra = States<C>::kExtra;
@@ -33,7 +33,7 @@ struct Tape {
   static constexpr int kSize = OfExtra(kExtra);
 };
 
-template <class C, class V>
+template <class C>
 class Layer {
  public:
   static void Forward(const LayerParams& p) { Run<ForwardPass>(p); }
@@ -43,10 +43,10 @@ class Layer {
     T a[kBlock], b[kBlock];
     for (int64_t i = 0; i < n; i += kBlock) {
       const int64_t count = n - i < kBlock ? n - i : kBlock;
-      LoadRow<T>(At(data, storage, i), storage, a, count);
-      LoadRow<T>(At(by, storage, i), storage, b, count);
+      LoadRow(At(data, storage, i), storage, a, count);
+      LoadRow(At(by, storage, i), storage, b, count);
       for (int64_t j = 0; j < count; j++) a[j] *= b[j];
-      StoreRow<T>(At(data, storage, i), storage, a, count);
+      StoreRow(At(data, storage, i), storage, a, count);
     }
   }
   static constexpr CpuKernels Kernels() { return {FactsOf<C>(kTape), &Forward, &Backward, &Scale}; }
@@ -55,60 +55,48 @@ class Layer {
   class ForwardPass;
   class BackwardPass;
 
-  using T = typename Lanes<V>::T;
-  static constexpr int N = Lanes<V>::kSize;
   static constexpr int kPanelVecs = C::kH <= 2 ? 2 : 1;
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
   static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
   static constexpr int kTape = Tape<C>::kSize;
-  // What a thread could do while a team of two waits at a barrier, and while a team starts: of narrow
-  // vectors less.
-  static constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeam = 3125 * sizeof(V);
-  static constexpr int64_t kMacsOfShortCall = 100000000;  // a few milliseconds, see Crowd
-  static constexpr bool kTiles = parts::kCompiled && sizeof(V) == 64 && sizeof(T) == 4;
-  static constexpr Storage kOwn = StorageOf<T>::kValue;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
 
   // A pass on a team, or on one thread where a team is not complete.
   template <class Pass, class Params>
   static void Run(const Params& p) {
-    const int threads = Threads(p);
-    Pass pass(p, threads);
-    if (RunTeam(threads, IsShort(p), [&](Team& team) { pass.Run(team); })) return;
+    Pass pass(p);
+    if (RunTeam(pass.plan, [&](Team& team) { pass.Run(team); })) return;
     Params alone = p;
     alone.threads = 1;
     Run<Pass>(alone);
   }
 
   static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
-  static int64_t Macs(const LayerParams& p) {
-    return p.rows * p.H * (C::kH * p.Hout + C::kX * p.I);
+  static cpu::Problem ProblemOf(const LayerParams& p) {
+    cpu::Problem problem;
+    problem.storage = p.storage;
+    problem.threads = TeamSize(p.threads);
+    problem.T = p.T;
+    problem.B = p.B;
+    problem.I = p.I;
+    problem.H = p.H;
+    problem.Hout = p.Hout;
+    problem.rows = p.rows;
+    problem.gates_x = C::kX;
+    problem.gates_h = C::kH;
+    problem.scalar_bytes = sizeof(T);
+    problem.vector_bytes = sizeof(V);
+    problem.panel_vecs = kPanelVecs;
+    problem.panels = Panels(p);
+    return problem;
   }
-  static bool IsShort(const LayerParams& p) { return Macs(p) < kMacsOfShortCall; }
-  // As many as do a step sooner than one fewer would: each adds to what all wait for at the barrier.
-  // Without a recurrent product nobody waits before the end.
-  static int Threads(const LayerParams& p) {
-    const int64_t most = p.threads < Panels(p) ? p.threads : Panels(p);
-    const int64_t at_once = C::kH > 0 ? p.B * C::kH * p.H * p.Hout : Macs(p);
-    const int64_t macs = Macs(p) < kMacsPerTeam ? 0 : at_once;
-    int64_t n = 1;
-    while (n < most && n * (n + 1) * kMacsPerBarrier <= macs) n++;
-    if (n > 1 && IsShort(p) && Crowd::Here()) n--;
-    return TeamSize(int(n));
-  }
-  // A bfloat16 is its own part, and half as many bytes. Splitting weights into more parts is worth it
-  // from so many rows per step, and in all, on; fixed point is fewer bytes than floats are, so that wide
-  // layers stream faster for any batch.
-  static bool Tiled(const LayerParams& p) {
-    if constexpr (kTiles) {
-      if (p.storage == Storage::kBFloat16) return parts::Available(p.storage);
-      int64_t batch = p.storage == Storage::kHalf ? 8 : (p.H >= 256 ? 16 : 24);
-      if (parts::CutOf(p.storage, p.Hout) == parts::Cut::kFixed)
-        batch = p.H >= 1024 ? 1 : (p.H >= 512 ? 4 : (p.H >= 256 ? 8 : 12));
-      return p.B >= batch && p.rows >= 256 && parts::Available(p.storage);
-    }
-    return false;
+  static cpu::Machine TheMachine() {
+    cpu::Machine machine;
+    machine.unit = kTiles ? parts::TheUnit() : parts::MatrixUnit::kNone;
+    machine.cores = Cores();
+    machine.crowded = Crowd::Here();
+    return machine;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   // How many units a vector of them has from `unit` on: N, fewer at the end, or none past it.
@@ -118,31 +106,26 @@ class Layer {
   }
   static int64_t HoutVecs(const LayerParams& p) { return (p.Hout + N - 1) / N; }
   // What a thread owns of a layer, in both passes.
-  struct Part {
-    Team::Range mine, columns;  // panels; vectors of the projection's output
-    int64_t first, last;        // columns of h: those of its units, or of the projection
-    int64_t valid;              // of these below Hout
+  struct Slice {
+    Team::Range panels, columns;  // of units; vectors of the projection's output
+    int64_t first, last;          // columns of h: those of its units, or of the projection
+    int64_t valid;                // of these below Hout
 
     void Take(const LayerParams& p, const Team& team) {
-      mine = team.Split(Panels(p));
+      panels = team.Split(Panels(p));
       columns = team.Split(HoutVecs(p));
-      first = Projected(p) ? columns.begin * N : mine.begin * kUnits;
-      last = Projected(p) ? columns.end * N : mine.end * kUnits;
+      first = Projected(p) ? columns.begin * N : panels.begin * kUnits;
+      last = Projected(p) ? columns.end * N : panels.end * kUnits;
       valid = (last < p.Hout ? last : p.Hout) - first;
     }
   };
-  struct Rows {
-    const void* first;
-    Storage storage;
-    int64_t stride;
-  };
-  // The rows of x, as the engine may read them: `stride` apart and in the computing type (direct), or
-  // to be staged first. Tiles are packed from any type.
+  // The rows of x, as the engine may read them: `stride` apart and in the computing type (direct),
+  // or to be staged first. Tiles are packed from any type.
   struct Input {
     explicit Input(const LayerParams& p) {
       one_stride = p.ragged || p.B == 1 || p.T == 1 || p.x_t_stride == p.B * p.x_b_stride;
       stride = !p.ragged && p.B == 1 ? p.x_t_stride : p.x_b_stride;
-      direct = one_stride && p.storage == kOwn;
+      direct = one_stride && p.storage == kPlain;
     }
     static const void* Row(const LayerParams& p, int64_t t, int64_t b) {
       return At(p.x, p.storage,
@@ -190,14 +173,14 @@ class Layer {
 
 // dst[b][first .. last) = src[dir][b][first .. last) for all b, zero where src is null or past
 // Hout.
-template <class C, class V>
-void Layer<C, V>::CopyState(const LayerParams& p, const void* src, int dir, int64_t first,
-                            int64_t last, T* dst, int64_t stride) {
+template <class C>
+void Layer<C>::CopyState(const LayerParams& p, const void* src, int dir, int64_t first,
+                         int64_t last, T* dst, int64_t stride) {
   const int64_t n = src == nullptr || first >= p.Hout ? 0 : (last < p.Hout ? last : p.Hout) - first;
   for (int64_t b = 0; b < p.B; b++) {
     if (n > 0)
-      LoadRow<T>(At(src, p.storage, (dir * p.B + b) * p.Hout + first), p.storage,
-                 dst + b * stride + first, n);
+      LoadRow(At(src, p.storage, (dir * p.B + b) * p.Hout + first), p.storage,
+              dst + b * stride + first, n);
     for (int64_t u = first + n; u < last; u++) dst[b * stride + u] = 0;
   }
 }

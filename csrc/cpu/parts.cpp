@@ -1,6 +1,7 @@
 #include "cpu/parts.h"
 
 #include "cpu/fixed.h"
+#include "cpu/plan.h"
 
 #ifdef FRNN_HAS_BF16
 #include <cpuid.h>
@@ -9,12 +10,12 @@
 
 #include <array>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
 #include "core/macros.h"
 #include "core/sanitize.h"
+#include "cpu/levels.h"
 #include "cpu/unit.h"
 
 // The functions that use vectors of bfloat16, and those that use tiles besides; the rest of this file
@@ -54,31 +55,28 @@ FRNN_BF16 double Seconds() {
 // a one's: then converting to float once is better.
 bool PairsPay() { return Seconds<true>() < 1.5 * Seconds<false>(); }
 
-// What this machine and system let the process use. FUSED_RNN_CPU_CAPABILITY asks for less:
-// amx_bf16 for tiles without fixed point, avx512_bf16 for vectors, avx512 for none.
-enum class Unit { kNone, kVectors, kTiles, kFixedTiles };
-
-__attribute__((target("xsave"))) Unit Detect() {
-  const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
-  const auto wished = [&](const char* name) { return wish && !std::strcmp(wish, name); };
-  if (wish && *wish && !wished("amx") && !wished("amx_bf16") && !wished("avx512_bf16"))
-    return Unit::kNone;
+// FUSED_RNN_CPU_CAPABILITY asks for less than there is: amx_bf16 for tiles without fixed point,
+// avx512_bf16 for vectors, whether they pay or not, and anything lower for none.
+__attribute__((target("xsave"))) MatrixUnit Detect() {
+  const Level highest = HighestLevel();
+  if (highest < Level::avx512_bf16) return MatrixUnit::kNone;
   unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return Unit::kNone;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return MatrixUnit::kNone;
   const uint64_t enabled = _xgetbv(0);  // register states that the system keeps
   constexpr unsigned kVectorState = 0xe6, kTileState = 3u << 17;
   constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24,
                      kAmxInt8 = 1u << 25;
-  if ((enabled & kVectorState) != kVectorState) return Unit::kNone;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return Unit::kNone;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Unit::kNone;
+  if ((enabled & kVectorState) != kVectorState) return MatrixUnit::kNone;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return MatrixUnit::kNone;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return MatrixUnit::kNone;
   const bool tiles = (enabled & kTileState) == kTileState &&
-                     (d & (kAmxBf16 | kAmxTile)) == (kAmxBf16 | kAmxTile) && !wished("avx512_bf16");
+                     (d & (kAmxBf16 | kAmxTile)) == (kAmxBf16 | kAmxTile) &&
+                     highest >= Level::amx_bf16;
   // Linux gives the 8 KB of state per thread on request only (arch_prctl(2)).
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   if (tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0)
-    return d & kAmxInt8 && !wished("amx_bf16") ? Unit::kFixedTiles : Unit::kTiles;
-  return wished("avx512_bf16") || PairsPay() ? Unit::kVectors : Unit::kNone;
+    return d & kAmxInt8 && highest >= Level::amx ? MatrixUnit::kFixedTiles : MatrixUnit::kTiles;
+  return highest == Level::avx512_bf16 || PairsPay() ? MatrixUnit::kVectors : MatrixUnit::kNone;
 }
 
 // Every register is a full tile.
@@ -428,25 +426,11 @@ FRNN_BF16 void MultiplyVectors(const Operand& a, int64_t row, const Operand& b, 
       _mm512_mask_storeu_ps(c + r * ldc + j * kRows, mask_of(j), sum[r][j]);
 }
 
-// Products of less depth do not repay the sums of digits that each ends with.
-constexpr int64_t kFixedDepth = 96;
-
-Unit TheUnit() {
-  static const Unit unit = Detect();
-  return unit;
-}
-
 }  // namespace
 
-bool Available(Storage storage) {
-  // Vectors multiply two bfloat16 in the time of one float, which six products per float do not repay.
-  return TheUnit() >= Unit::kTiles ||
-         (TheUnit() == Unit::kVectors && storage == Storage::kBFloat16);
-}
-
-Cut CutOf(Storage s, int64_t K) {
-  if (s != Storage::kFloat) return s == Storage::kBFloat16 ? Cut::kOne : Cut::kTwo;
-  return K >= kFixedDepth && TheUnit() == Unit::kFixedTiles ? Cut::kFixed : Cut::kThree;
+MatrixUnit TheUnit() {
+  static const MatrixUnit unit = Detect();
+  return unit;
 }
 
 const char* Capability() {
@@ -454,7 +438,7 @@ const char* Capability() {
   return kNames[int(TheUnit())];
 }
 
-Session::Session(bool on) : on_(on && TheUnit() >= Unit::kTiles) {
+Session::Session(bool on) : on_(on && TheUnit() >= MatrixUnit::kTiles) {
   if (on_) LoadConfig();
 }
 Session::~Session() {
@@ -517,15 +501,6 @@ bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t colum
 }
 
 namespace {
-// A pair of right blocks of nearly all of the first-level cache is cut in two along the depth, to stay
-// in it while the left operand passes.
-constexpr int64_t kCacheBytes = 48 << 10;
-int64_t DepthAtOnce(const Operand& b) {
-  const int64_t pair = 2 * b.BlockSize() * int64_t(sizeof(Part));
-  const bool cut = pair > kCacheBytes * 3 / 4 && pair < kCacheBytes * 3 / 2;
-  return cut ? (b.depth_blocks + 1) / 2 : b.depth_blocks;
-}
-
 template <int kLeftParts, int kRightParts>
 void MultiplyOnVectors(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c,
                        int64_t ldc, bool accumulate, bool backwards) {
@@ -575,10 +550,11 @@ template <int kLeftParts, int kRightParts>
 void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
                    bool accumulate, bool backwards) {
   if constexpr (kRightParts == 1)
-    if (TheUnit() == Unit::kVectors)
+    if (TheUnit() == MatrixUnit::kVectors)
       return MultiplyOnVectors<kLeftParts, kRightParts>(a, M, b, N, c, ldc, accumulate, backwards);
   const int64_t rows = Blocks(M), columns = Blocks(N), pairs = columns / 2;
-  const int64_t depth = a.depth_blocks, at_once = DepthAtOnce(b);
+  const int64_t depth = a.depth_blocks,
+                at_once = cpu::DepthAtOnce(depth, 2 * b.BlockSize() * int64_t(sizeof(Part)));
   // From blocks i, j and k of rows, columns and depth on, as many as the constants say.
   const auto block = [&](int64_t i, int64_t j, int64_t k, int64_t count, auto row_tiles,
                          auto column_tiles) {

@@ -35,16 +35,6 @@ using Part = uint16_t;  // a bfloat16
 constexpr int kRows = 16, kDepth = 32;
 // How elements are cut: into one to three bfloat16, or into digits of fixed point (cpu/fixed.h).
 enum class Cut { kOne = 1, kTwo, kThree, kFixed };
-// A cut that holds any number of a storage type in operands of this depth.
-#ifdef FRNN_HAS_BF16
-Cut CutOf(Storage s, int64_t K);
-#else
-inline Cut CutOf(Storage, int64_t) { return Cut::kThree; }
-#endif
-// A float among numbers of a storage type: rounding it to one bfloat16 would show.
-inline Cut CutBeside(Storage s, int64_t K) {
-  return s == Storage::kFloat ? CutOf(s, K) : Cut::kTwo;
-}
 constexpr int TilesOf(Cut cut) { return cut == Cut::kFixed ? 3 : int(cut); }
 constexpr int DepthOf(Cut cut) { return cut == Cut::kFixed ? 2 * kDepth : kDepth; }
 constexpr int kTile = kRows * kDepth;  // Parts of a tile, of 64 bytes a row
@@ -77,15 +67,26 @@ constexpr int64_t Size(int64_t rows, int64_t depth_blocks, Cut cut) {
   return Blocks(rows) * depth_blocks * TilesOf(cut) * kTile;
 }
 
-// Whether products of this storage type are faster here than float vectors are.
-bool Available(Storage storage);
+// What this machine and system let the process multiply with: vectors of bfloat16, tiles of them, tiles
+// of int8 besides.
+enum class MatrixUnit { kNone, kVectors, kTiles, kFixedTiles };
+#ifdef FRNN_HAS_BF16
+MatrixUnit TheUnit();
+#else
+inline MatrixUnit TheUnit() { return MatrixUnit::kNone; }
+#endif
 const char* Capability();  // the unit's name, or null for none
 
 // The calling thread may use tiles while this lives.
 class Session {
  public:
+#ifdef FRNN_HAS_BF16
   explicit Session(bool on);
   ~Session();
+#else
+  explicit Session(bool) : on_(false) {}
+  ~Session() {}
+#endif
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 

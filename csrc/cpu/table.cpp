@@ -1,8 +1,11 @@
 // Chooses the instances for this machine, once.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "core/params.h"
+#include "cpu/levels.h"
 #include "cpu/parts.h"
 
 namespace frnn {
@@ -21,7 +24,7 @@ namespace frnn {
 
 namespace {
 
-enum Tier { kGeneric, kAvx2, kAvx512 };
+enum Tier { kGeneric, kAvx2, kAvx512 };  // the first levels
 
 struct Entry {
   const char* name;
@@ -46,8 +49,6 @@ const Entry kTable[] = {
 #undef CELL
 };
 
-// FUSED_RNN_CPU_CAPABILITY=generic|avx2|avx512|avx512_bf16|amx_bf16 asks for less than the machine has
-// (never for more).
 Tier Detect() {
   Tier tier = kGeneric;
 #ifdef __x86_64__
@@ -59,10 +60,8 @@ Tier Detect() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     tier = kAvx512;
 #endif
-  const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
-  if (wish && !std::strcmp(wish, "generic")) return kGeneric;
-  if (wish && !std::strcmp(wish, "avx2") && tier > kAvx2) return kAvx2;
-  return tier;
+  const int highest = int(HighestLevel());
+  return highest < tier ? Tier(highest) : tier;
 }
 
 Tier tier() {
@@ -70,7 +69,27 @@ Tier tier() {
   return detected;
 }
 
+#define LEVEL(name) #name,
+const char* const kLevels[] = {
+#include "cpu/levels.def"
+};
+#undef LEVEL
+
 }  // namespace
+
+const char* NameOf(Level level) { return kLevels[int(level)]; }
+
+Level HighestLevel() {
+  const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
+  if (!wish || !*wish) return Level::amx;
+  std::string names;
+  for (const char* const& name : kLevels) {
+    if (!std::strcmp(wish, name)) return Level(&name - kLevels);
+    names += std::string(names.empty() ? "" : ", ") + name;
+  }
+  throw std::invalid_argument(std::string("FUSED_RNN_CPU_CAPABILITY is '") + wish +
+                              "': use one of " + names);
+}
 
 const CpuKernels* FindCpuKernels(const char* cell, int is_double) {
   for (const Entry& entry : kTable)
@@ -82,8 +101,7 @@ const char* CpuCapability() {
 #ifdef FRNN_HAS_BF16
   if (tier() == kAvx512 && parts::Capability()) return parts::Capability();
 #endif
-  static const char* const kNames[] = {"generic", "avx2", "avx512"};
-  return kNames[tier()];
+  return NameOf(Level(tier()));
 }
 
 }  // namespace frnn

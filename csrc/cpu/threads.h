@@ -15,6 +15,7 @@
 #include <memory>
 
 #include "core/macros.h"
+#include "cpu/plan.h"
 #include "cpu/tier.h"
 
 FRNN_BEGIN
@@ -50,9 +51,9 @@ class alignas(128) Flag {
     phase_.fetch_add(1);
     if (sleepers_.load()) Wake();
   }
-  // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A spin
-  // without end is fatal when there are more threads than cores, and a yield is not much better: it
-  // gives a whole time slice to a program beside us, even to one of the lowest priority.
+  // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A
+  // spin without end is fatal when there are more threads than cores, and a yield is not much
+  // better: it gives a whole time slice to a program beside us, even to one of the lowest priority.
   void Await(uint32_t phase, int spins, bool short_call) {
     while (int32_t(phase_.load(std::memory_order_acquire) - phase) < 0) {
       if (spins-- > 0) {
@@ -90,8 +91,6 @@ class alignas(128) Flag {
   std::atomic<uint32_t> sleepers_{0};
   static_assert(sizeof(phase_) == sizeof(uint32_t));
 };
-constexpr int kMaxThreads = 256;
-
 // Asked once: the answer takes a system call.
 inline int Cores() {
   static const int cores = omp_get_num_procs();
@@ -100,8 +99,8 @@ inline int Cores() {
 
 class Team {
  public:
-  Team(int id, int size, Flag* flags, bool short_call)
-      : id(id), size(size), flags_(flags), short_call_(short_call) {}
+  Team(int id, const cpu::Plan& plan, Flag* flags)
+      : id(id), size(plan.threads), flags_(flags), spins_(plan.spins), is_short_(plan.is_short) {}
   const int id, size;
 
   // Every thread of the team has come here before any leaves.
@@ -110,7 +109,7 @@ class Team {
     ++phase_;
     flags_[id].Advance();
     for (int other = 0; other < size; other++)
-      if (other != id) flags_[other].Await(phase_, spins_, short_call_);
+      if (other != id) flags_[other].Await(phase_, spins_, is_short_);
   }
 
   // This thread's part of n items in blocks of `unit`.
@@ -125,10 +124,9 @@ class Team {
 
  private:
   Flag* flags_;
-  const bool short_call_;
+  const int spins_;
+  const bool is_short_;
   uint32_t phase_ = 0;
-  // Without a core for each thread, what is waited for may need ours.
-  const int spins_ = size > Cores() ? 0 : 2000;
 };
 
 // One copy of the body in the code, for both ways to run it.
@@ -138,17 +136,16 @@ FRNN_NOINLINE void RunBody(const F& body, Team& team) {
 }
 
 // How many of the wanted threads a call may plan for.
-inline int TeamSize(int wanted) {
-  if (wanted <= 1 || omp_in_parallel()) return 1;
-  return wanted < kMaxThreads ? wanted : kMaxThreads;
-}
+inline int TeamSize(int wanted) { return wanted <= 1 || omp_in_parallel() ? 1 : wanted; }
 
-// Runs body(team) on exactly n threads, or not at all: false where OpenMP has fewer to give (a thread
-// limit, dynamic adjustment), since a body has divided its memory by n.
+// Runs body(team) on exactly as many threads as planned, or not at all: false where OpenMP has
+// fewer to give (a thread limit, dynamic adjustment), since a body has divided its memory by their
+// number.
 template <class F>
-bool RunTeam(int n, bool short_call, const F& body) {
+bool RunTeam(const cpu::Plan& plan, const F& body) {
+  const int n = plan.threads;
   if (n == 1) {
-    Team team(0, 1, nullptr, short_call);
+    Team team(0, plan, nullptr);
     RunBody(body, team);
     return true;
   }
@@ -157,7 +154,7 @@ bool RunTeam(int n, bool short_call, const F& body) {
 #pragma omp parallel num_threads(n)
   {
     if (omp_get_num_threads() == n) {
-      Team team(omp_get_thread_num(), n, flags.get(), short_call);
+      Team team(omp_get_thread_num(), plan, flags.get());
       RunBody(body, team);
     } else if (omp_get_thread_num() == 0) {
       complete = false;

@@ -1,9 +1,11 @@
-// Every function of the engine lives in a namespace named after the instruction set it is compiled
-// for (FRNN_TIER, set by the instance): the linker must never merge an AVX-512 copy of an inline
-// function into the code of a lesser machine.
+// What a translation unit of the engine is compiled for: an instruction set and a computing type,
+// as its instance says. All that it defines lives in a namespace named after both (FRNN_TIER): the
+// linker must never merge an AVX-512 copy of an inline function into the code of a lesser machine.
 #pragma once
-#ifndef FRNN_TIER
-#error "FRNN_TIER names the instruction set of this translation unit"
+#include "core/vec.h"
+
+#if !defined(FRNN_TIER) || !defined(FRNN_SCALAR)
+#error "FRNN_TIER and FRNN_SCALAR name what this translation unit is compiled for"
 #endif
 #define FRNN_BEGIN \
   namespace frnn { \
@@ -20,4 +22,8 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
+using T = FRNN_SCALAR;
+using V = Vec<T, kVectorBytes / sizeof(T)>;
+using Bits = Lanes<V>::I;
+constexpr int N = Lanes<V>::kSize;
 FRNN_END

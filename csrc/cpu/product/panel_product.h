@@ -1,0 +1,337 @@
+// Products of the forward: gates [n][gate][unit] = a W^T, W [kGates * H, K], for the panels of
+// units that a thread owns. A product knows how its weights are packed (for vectors: not at all,
+// once, or before each use; for tiles) and goes back to vectors by itself where tiles do not fit.
+#pragma once
+#include "cpu/product/gemm.h"
+#include "cpu/product/tiles.h"
+
+FRNN_BEGIN
+
+// Rows of a matrix in memory.
+struct Rows {
+  const void* first;
+  Storage storage;
+  int64_t stride;
+
+  const void* At(int64_t r) const { return frnn::At(first, storage, r * stride); }
+  const T* Plain(int64_t r) const { return static_cast<const T*>(first) + r * stride; }
+};
+
+// The right operand, and what both kinds of products do with it. One object a thread.
+template <int kGates, int kPanelVecs>
+class PanelProduct {
+ public:
+  static constexpr int kUnits = kPanelVecs * N;
+  static constexpr int kWidth = kGates * kUnits;  // columns of a panel's product
+
+  // What the threads of a team share.
+  struct Common {
+    Storage storage;
+    int64_t H, K;
+    int64_t own_panels;  // of a thread, at most
+    cpu::Packing packing;
+    bool tiled;
+    parts::Cut cut;
+    bool paired;  // on tiles, two panels are one product: they are side by side in `gates`
+
+    T* turned;           // the rows of a step as columns: [kTurned of them][k][row]
+    fixed::Size* sizes;  // of the columns of W, as each thread measured its rows
+    // By direction, whether anything that all steps need is out of the range of tiles.
+    std::atomic<bool> misfit[2] = {{false}, {false}};
+
+    bool Turns() const { return packing == cpu::Packing::kTurned; }
+    void Take(Scratch& s, int threads, int64_t batch) {
+      turned = s.Take<T>(Turns() ? RoundUp(batch, kTurned) * K : 0);
+      const bool fixed_point = tiled && cut == parts::Cut::kFixed;
+      sizes = s.Take<fixed::Size>(
+          fixed_point ? threads * parts::DepthBlocks(K, cut) * parts::DepthOf(cut) : 0);
+    }
+    // The own panels by groups of one or two.
+    int64_t Group() const { return 1 + paired; }
+    int64_t Groups(int64_t panels) const { return (panels + paired) >> paired; }
+    // In gates [group][row][panel of the group][gate][unit], how far rows are apart, and where
+    // panel `at` is where each group has so many rows.
+    int64_t Stride() const { return Group() * kWidth; }
+    int64_t Offset(int64_t at, int64_t rows) const {
+      return (at >> paired) * rows * Stride() + InGroup(at);
+    }
+    int64_t InGroup(int64_t at) const { return (at & paired) * kWidth; }
+  };
+
+  void Take(Scratch& s, Common& shared) {
+    common_ = &shared;
+    if (!shared.tiled) packed_ = TakePacked(s);
+    tiles_ = TakeTiles(s, shared.tiled, shared.own_panels * kWidth, shared.K, shared.cut);
+    balance_.Take(s, tiles_);
+  }
+
+  int64_t count() const { return panels_.end - panels_.begin; }
+  // The n rows of a step whose weights are read as they lie, by the whole team. A barrier follows.
+  // Null: zeros.
+  void Turn(const Team& team, int64_t n, const T* a, int64_t lda) const {
+    const Common& c = *common_;
+    if (!c.Turns()) return;
+    const auto mine = team.Split(c.K, N);
+    for (int64_t r = 0; r < n; r += N) {
+      const int64_t first = r / kTurned * kTurned, width = TurnedVecs(n - first) * N;
+      PackTransposed(a ? a + mine.begin : a, kPlain, r, a ? n : 0, mine.end - mine.begin, lda,
+                     c.turned + first * c.K + mine.begin * width + r - first, width);
+    }
+  }
+  // All that every step needs is in the range of tiles. After a barrier behind what packs it.
+  bool FitsTiles() const {
+    return kTiles && common_->tiled && !common_->misfit[dir_].load(std::memory_order_relaxed);
+  }
+
+ protected:
+  // Begins a direction. The whole team packs for tiles what it will need; vectors wait for the
+  // first use.
+  void Begin(Team& team, Team::Range panels, int dir, const void* w,
+             std::initializer_list<parts::Operand*> left) {
+    panels_ = panels;
+    dir_ = dir;
+    w_ = w;
+    is_packed_ = common_->packing != cpu::Packing::kOnce;
+    if constexpr (kTiles)
+      if (common_->tiled) PackTiles(team, left);
+  }
+
+  void Refuse() const { common_->misfit[dir_].store(true, std::memory_order_relaxed); }
+
+  // gates of `rows` rows and the own panel `at`; `before` as in GemmRows.
+  FRNN_INLINE void MultiplyPanel(int64_t rows, const T* a, int64_t lda, int64_t at, T* gates,
+                                 int64_t stride, int64_t before) const {
+    const Common& c = *common_;
+    const int64_t panel = panels_.begin + at;
+    if (c.packing == cpu::Packing::kNone) {
+      for (int q = 0; q < kGates; q++)
+        for (int j = 0; j < kPanelVecs; j++) {
+          const int64_t unit = panel * kUnits + j * N, left = c.H - unit;
+          DotRows(rows, a, lda, static_cast<const T*>(w_) + (q * c.H + unit) * c.K,
+                  int(left < 0 ? 0 : (left < N ? left : N)), c.K, gates + (q * kPanelVecs + j) * N,
+                  stride);
+        }
+      return;
+    }
+    if (c.Turns()) return MultiplyTurned(rows, panel, gates, stride);
+    T* packed = packed_;
+    if (c.packing == cpu::Packing::kEachUse)
+      PackPanel(panel, packed);
+    else
+      packed += at * c.K * kWidth;
+    GemmRows<kGates * kPanelVecs>(rows, a, lda, packed, kWidth, c.K, gates, stride, false, before);
+  }
+  // All rows of a step: the gates come out as [unit][row], and are turned back.
+  FRNN_NOINLINE void MultiplyTurned(int64_t n, int64_t panel, T* gates, int64_t stride) const {
+    const Common& c = *common_;
+    alignas(kLine) T columns[kUnits * kTurned];
+    const int64_t unit = panel * kUnits, units = c.H - unit < kUnits ? c.H - unit : kUnits;
+    for (int64_t r = 0; r < n; r += kTurned) {
+      const int64_t rows = n - r < kTurned ? n - r : kTurned;
+      WithConstant<cpu::kTurnedVecs>(TurnedVecs(rows), [&](auto nv) {
+        constexpr int NV = decltype(nv)::value;
+        for (int q = 0; q < kGates; q++) {
+          GemmRows<NV>(units, static_cast<const T*>(w_) + (q * c.H + unit) * c.K, c.K,
+                       c.turned + r * c.K, NV * N, c.K, columns, NV * N, false);
+          for (int j = 0; j < kPanelVecs; j++)
+            PackTransposed(columns, kPlain, j * N, units, rows, NV * N,
+                           gates + r * stride + (q * kPanelVecs + j) * N, stride);
+        }
+      });
+    }
+  }
+  FRNN_INLINE void EnsureVectors() {
+    if (!is_packed_) PackVectors();
+  }
+  FRNN_NOINLINE void PackVectors() {
+    if (packed_ == nullptr) spare_.Build([&](Scratch& s) { packed_ = TakePacked(s); });
+    for (int64_t at = 0; at < count(); at++)
+      PackPanel(panels_.begin + at, packed_ + at * common_->K * kWidth);
+    is_packed_ = true;
+  }
+
+  // A product of rows on tiles, with the panels of group `g`.
+  void MultiplyGroup(const parts::Operand& left, int64_t rows, int64_t g, T* gates) const {
+    const int64_t at = g * common_->Group();
+    parts::Multiply(left, rows, tiles_.Row(at * kWidth), PanelsOf(g) * kWidth, Floats(gates),
+                    common_->Stride(), false);
+  }
+  int64_t PanelsOf(int64_t g) const {
+    const int64_t left = count() - g * common_->Group();
+    return left < common_->Group() ? left : common_->Group();
+  }
+
+  Common* common_ = nullptr;
+
+ private:
+  static constexpr int64_t kTurned = cpu::kTurnedVecs * N;
+  // Vectors of so many rows, of one block.
+  static int TurnedVecs(int64_t rows) { return int((rows < kTurned ? rows : kTurned) + N - 1) / N; }
+
+  T* TakePacked(Scratch& s) const {
+    const int64_t panels = common_->packing == cpu::Packing::kOnce      ? common_->own_panels
+                           : common_->packing == cpu::Packing::kEachUse ? 1
+                                                                        : 0;
+    return s.Take<T>(panels * common_->K * kWidth);
+  }
+  // [k][gate][unit]
+  void PackPanel(int64_t panel, T* packed) const {
+    const Common& c = *common_;
+    for (int q = 0; q < kGates; q++)
+      for (int j = 0; j < kPanelVecs; j++)
+        PackTransposed(At(w_, c.storage, q * c.H * c.K), c.storage, panel * kUnits + j * N, c.H,
+                       c.K, c.K, packed + (q * kPanelVecs + j) * N, kWidth);
+  }
+  void PackTiles(Team& team, std::initializer_list<parts::Operand*> left) {
+    const Common& c = *common_;
+    if (balance_.depth > 0) {
+      const int64_t unit = panels_.begin * kUnits, end = panels_.end * kUnits;
+      for (int q = 0; q < kGates; q++)
+        fixed::MeasureColumns(static_cast<const float*>(w_) + q * c.H * c.K, c.K, c.K, unit,
+                              end < c.H ? end : c.H, c.sizes + team.id * balance_.depth, q > 0);
+      team.Sync();
+      balance_.Find(c.sizes, team.size, 1, c.K, left, tiles_);
+    }
+    bool fits = true;
+    for (int64_t at = 0; at < count(); at++)
+      for (int q = 0; q < kGates; q++)
+        for (int j = 0; j < kPanelVecs; j++) {
+          const int64_t unit = (panels_.begin + at) * kUnits + j * N, n = c.H - unit;
+          fits &= parts::PackRight(At(w_, c.storage, (q * c.H + unit) * c.K), c.storage, c.K,
+                                   parts::Order::kAlong, n < N ? n : N, c.K,
+                                   tiles_.Row(at * kWidth + (q * kPanelVecs + j) * N));
+        }
+    if (!fits) Refuse();
+  }
+
+  const void* w_;
+  Team::Range panels_;
+  int dir_;
+  T* packed_ = nullptr;  // for vectors
+  bool is_packed_;
+  parts::Operand tiles_;
+  Balance balance_;
+  Scratch spare_;  // of packed_, where tiles do not fit
+};
+
+// With rows that each thread packs for itself: x W_ih^T, many rows at a time.
+template <int kGates, int kPanelVecs>
+class InputProduct : public PanelProduct<kGates, kPanelVecs> {
+  using Base = PanelProduct<kGates, kPanelVecs>;
+  using Base::common_;
+
+ public:
+  using typename Base::Common;
+
+  void Take(Scratch& s, Common& shared) {
+    Base::Take(s, shared);
+    left_ = TakeTiles(s, shared.tiled, cpu::kTiledInput, shared.K, shared.cut);
+  }
+  void Begin(Team& team, Team::Range panels, int dir, const void* w) {
+    Base::Begin(team, panels, dir, w, {&left_});
+  }
+  // gates(panel): where the product of x with it begins; stage(): x in the computing type.
+  template <class Gates, class Stage>
+  void Multiply(Rows x, int64_t n, const Gates& gates, const Stage& stage) {
+    const bool tiled = Base::FitsTiles();
+    const int64_t block = tiled ? cpu::kTiledInput : n, stride = common_->Stride();
+    for (int64_t r = 0; r < n; r += block) {
+      const int64_t rows = n - r < block ? n - r : block;
+      if (tiled && MultiplyOnTiles(x, r, rows, gates)) continue;
+      if (x.storage != kPlain) x = stage();
+      Base::EnsureVectors();
+      for (int64_t at = 0; at < Base::count(); at++)
+        Base::MultiplyPanel(rows, x.Plain(r), x.stride, at, gates(at) + r * stride, stride, 0);
+    }
+  }
+
+ private:
+  // False if one of the rows is out of the range of tiles.
+  template <class Gates>
+  bool MultiplyOnTiles(const Rows& x, int64_t r, int64_t rows, const Gates& gates) const {
+    if constexpr (kTiles) {
+      if (!parts::PackRows(x.At(r), x.storage, x.stride, rows, 0, left_.PaddedDepth(), common_->K,
+                           left_))
+        return false;
+      for (int64_t i = 0, groups = common_->Groups(Base::count()); i < groups; i++) {
+        // There and back, see parts::Multiply.
+        const int64_t g = r / cpu::kTiledInput % 2 ? groups - 1 - i : i;
+        Base::MultiplyGroup(left_, rows, g, gates(g * common_->Group()) + r * common_->Stride());
+      }
+    }
+    return kTiles;
+  }
+
+  parts::Operand left_;
+};
+
+// With rows that the team shares in every step: h W_hh^T.
+template <int kGates, int kPanelVecs>
+class StepProduct : public PanelProduct<kGates, kPanelVecs> {
+  using Base = PanelProduct<kGates, kPanelVecs>;
+  using Base::common_;
+
+ public:
+  struct Common : Base::Common {
+    StepOperand::Common left;
+  };
+
+  void Take(Scratch& s, Common& shared) {
+    Base::Take(s, shared);
+    left_.Take(s, shared.left);
+  }
+  void Begin(Team& team, Team::Range panels, int dir, const void* w) {
+    Base::Begin(team, panels, dir, w, {&left_.tiles[0], &left_.tiles[1]});
+  }
+  // The columns [begin, end) of n rows of h for a step, by each thread; a barrier follows.
+  void Share(Team& team, int64_t step, int64_t n, int64_t begin, int64_t end, const T* h,
+             int64_t stride) const {
+    if constexpr (kTiles && kGates > 0)
+      if (common_->tiled && !ShareTiles(team, step, n, begin, end, h, stride)) left_.Refuse(step);
+  }
+  // The same before the first step; for the second one too, since rows of a ragged batch join
+  // later.
+  void ShareFirst(Team& team, int64_t step, int64_t n, int64_t begin, int64_t end, const T* h,
+                  int64_t stride) const {
+    if constexpr (kTiles && kGates > 0)
+      for (int i = 0; i < 2 && common_->tiled; i++)
+        if (!ShareTiles(team, step + i, n, begin, end, h, stride)) Base::Refuse();
+  }
+  // gates of the own panels, of which there is one group at a time for one block of rows:
+  // use(panel, first row, rows).
+  template <class Use>
+  FRNN_INLINE void Multiply(int64_t step, int64_t n, const T* h, int64_t ldh, T* gates,
+                            const Use& use) {
+    if constexpr (kTiles && kGates > 0)
+      if (Base::FitsTiles() && left_.Fits(step)) {
+        for (int64_t i = 0, groups = common_->Groups(Base::count()); i < groups; i++) {
+          const int64_t g = step % 2 ? groups - 1 - i : i;
+          for (int64_t r = 0; r < n; r += cpu::kRowBlock) {
+            const int64_t rows = n - r < cpu::kRowBlock ? n - r : cpu::kRowBlock;
+            Base::MultiplyGroup(left_.tiles[step & 1].Row(r), rows, g, gates);
+            for (int64_t j = 0; j < Base::PanelsOf(g); j++)
+              use(g * common_->Group() + j, r, int(rows));
+          }
+        }
+        return;
+      }
+    if constexpr (kGates > 0) Base::EnsureVectors();
+    for (int64_t at = 0; at < Base::count(); at++)
+      ForRowBlocks<cpu::kRowBlock>(n, [&](int rows, int64_t r) FRNN_INLINE_LAMBDA {
+        if constexpr (kGates > 0)
+          Base::MultiplyPanel(rows, h + r * ldh, ldh, at, gates + common_->InGroup(at),
+                              common_->Stride(), r);
+        use(at, r, rows);
+      });
+  }
+
+ private:
+  bool ShareTiles(Team& team, int64_t step, int64_t n, int64_t begin, int64_t end, const T* h,
+                  int64_t stride) const {
+    return left_.Share(team, step, n, begin, end, [&](int) { return h; }, stride);
+  }
+
+  StepOperand left_;
+};
+
+FRNN_END
