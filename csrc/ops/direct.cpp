@@ -711,6 +711,7 @@ PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Kept& weights
   if (pair && PyTuple_Size(hx) != 2) throw Unusual();
   std::vector<PyObject*> inputs = {x, pair ? PyTuple_GetItem(hx, 0) : hx,
                                    pair ? PyTuple_GetItem(hx, 1) : Py_None};
+  if (pair && (inputs[1] == Py_None || inputs[2] == Py_None)) throw Unusual();
   inputs.insert(inputs.end(), weights.objects().begin(), weights.objects().end());
   std::vector<MaybeBorrowed> tensors;
   tensors.reserve(inputs.size());
