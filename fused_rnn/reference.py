@@ -39,6 +39,8 @@ class Cell:
     gates: int
     states: tuple[str, ...] = ("h",)
     params: tuple[str, ...] = ()
+    output: int = 0  # the state that is the layer's output
+    recurrent: bool = True  # whether there is a W_hh; without one gh is None
     mixes_h: bool = False  # whether the step reads h itself, beside its product with W_hh
 
     @property
@@ -104,8 +106,11 @@ BIASES, PROJECTION = 0b1100, 1 << 4  # the bits of b_ih and b_hh, and of w_hr
 
 def present_bits(cell: str, *, biases: bool, projection: bool) -> int:
     """Bit i for tensor i of ``Cell.tensors``: those that a layer has."""
-    params = (1 << len(CELLS[cell].params)) - 1
-    return 0b11 | BIASES * biases | PROJECTION * projection | params << 5
+    known = CELLS[cell]
+    matrices = 0b11 if known.recurrent else 0b01
+    vectors = BIASES & matrices << 2 if biases else 0
+    params = (1 << len(known.params)) - 1
+    return matrices | vectors | PROJECTION * projection | params << 5
 
 
 def present_names(cell: str, present: int) -> list[str]:
@@ -290,7 +295,10 @@ def _direction(
         h_new, c_new = cell.step(g, gh, h_t, c_t, *params)
         if w_hr is not None:
             h_new = F.linear(h_new, w_hr)
-        outputs.append(h_new)
+        if cell.output == 0:
+            outputs.append(h_new)
+        elif c_new is not None:
+            outputs.append(c_new.chunk(len(cell.states) - 1, -1)[cell.output - 1])
         h = h_new if sizes is None else torch.cat([h_new, h[b:]])
         if c is not None and c_new is not None:
             c = c_new if sizes is None else torch.cat([c_new, c[b:]])
