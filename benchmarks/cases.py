@@ -18,8 +18,11 @@ from typing import Any
 SUITES = Path(__file__).with_name("suites")
 
 # The passes. inference: no_grad, eval. forward: what the backward needs is saved. training: forward
-# and backward, dx included. decode: one step of one stream that carries its state, no_grad.
-PHASES = ("inference", "forward", "training", "decode")
+# and backward, dx included. decode: one step of one stream that carries its state, no_grad. loop: a
+# cell of single steps, called from Python for each of them, and the backward of the last state, dx
+# included; loop_weights: the same without dx.
+PHASES = ("inference", "forward", "training", "decode", "loop", "loop_weights")
+LOOPS = ("loop", "loop_weights")
 CELLS = ("lstm", "gru", "rnn", "rnn_relu")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rnn_relu": 1}
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,8 +51,24 @@ class Case:
             raise ValueError(f"no such cell, phase or dtype: {self}")
         if min(self.B, self.T, self.H, self.layers) < 1 or not 0 < self.shortest <= 1:
             raise ValueError(f"sizes out of range: {self}")
+        if self.loops and (self.layers > 1 or self.bidirectional or self.proj or self.ragged):
+            raise ValueError(f"a cell is one layer and direction without projection: {self}")
         if self.I == 0:
             object.__setattr__(self, "I", self.H)
+
+    @property
+    def loops(self) -> bool:
+        """Whether it is about a cell of single steps."""
+        return self.phase in LOOPS
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return self.phase == "training" or self.loops
+
+    @property
+    def wants_dx(self) -> bool:
+        return self.phase in ("training", "loop")
 
     @property
     def directions(self) -> int:

@@ -35,7 +35,9 @@ def work(case: Case) -> Work:
 
 def flops(case: Case) -> float:
     """Of the whole pass: a backward makes each product's two derivatives."""
-    return work(case).flops * (3 if case.phase == "training" else 1)
+    todo = work(case)
+    without = 0.0 if case.wants_dx else case.rows * case.directions * sum(todo.projection)
+    return 3 * todo.flops - without if case.trains else todo.flops
 
 
 def gemm_rate(limits: dict[str, Any], dtype: str) -> float:
@@ -75,7 +77,7 @@ def floor(case: Case, limits: dict[str, Any]) -> Floor | None:
         spent[bound] += times * max(computing, reading)
 
     size = BYTES[case.dtype]
-    training = case.phase == "training"
+    training = case.trains
     lengths = case.lengths()
     running = Counter(sum(length > t for length in lengths) for t in range(case.T))
     for projection in todo.projection * case.directions:
@@ -84,5 +86,5 @@ def floor(case: Case, limits: dict[str, Any]) -> Floor | None:
             recurrent = todo.recurrent
             spend(batch * recurrent, recurrent / 2 * size, steps * (2 if training else 1))
         if training:  # dX, and dW of both weights
-            spend(case.rows * (2 * projection + todo.recurrent), 0)
+            spend(case.rows * ((1 + case.wants_dx) * projection + todo.recurrent), 0)
     return Floor(sum(spent.values()), max(spent, key=lambda level: spent[level]))

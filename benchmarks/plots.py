@@ -335,7 +335,7 @@ def _intensity(case: Case) -> float:
     """W_ih is read once, W_hh and W_hr once per step; a training step reads them back again."""
     todo = work(case)
     size = BYTES[case.dtype] * case.directions / 2
-    steps = case.T * (2 if case.phase == "training" else 1)
+    steps = case.T * (2 if case.trains else 1)
     read = size * (sum(todo.projection) + steps * case.layers * todo.recurrent)
     return flops(case) / read
 

@@ -27,6 +27,12 @@ MODULES: dict[str, Callable[..., nn.RNNBase]] = {
     "rnn": nn.RNN,
     "rnn_relu": nn.RNN,
 }
+CELL_MODULES: dict[str, Callable[..., nn.RNNCellBase]] = {
+    "lstm": nn.LSTMCell,
+    "gru": nn.GRUCell,
+    "rnn": nn.RNNCell,
+    "rnn_relu": nn.RNNCell,
+}
 
 
 def module_arguments(case: Case) -> dict[str, Any]:
@@ -34,10 +40,10 @@ def module_arguments(case: Case) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "input_size": case.I,
         "hidden_size": case.H,
-        "num_layers": case.layers,
-        "bidirectional": case.bidirectional,
         "bias": case.bias,
     }
+    if not case.loops:
+        arguments |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
     if case.proj:
         arguments["proj_size"] = case.proj
     if case.cell.startswith("rnn"):
@@ -53,17 +59,19 @@ class Problem:
         self.dtype = getattr(torch, case.dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            self.module = MODULES[case.cell](**module_arguments(case))
+            classes = CELL_MODULES if case.loops else MODULES
+            self.module: nn.Module = classes[case.cell](**module_arguments(case))
             padded = torch.randn(case.T, case.B, case.I)
             cotangent = torch.randn(case.T, case.B, case.directions * case.width)
             states = case.layers * case.directions
             h = torch.randn(states, case.B, case.width) * 0.1
             c = torch.randn(states, case.B, case.H) * 0.1
-        self.module.to(case.device, self.dtype).train(case.phase in ("forward", "training"))
+        self.module.to(case.device, self.dtype).train(case.trains or case.phase == "forward")
         self.lengths = torch.tensor(case.lengths())
         self.padded = self._to(padded)  # [T, B, I]
         self.cotangent = self._to(cotangent)  # [T, B, D*P], of y
-        self.h, self.c = self._to(h), self._to(c) if case.cell == "lstm" else None  # for decode
+        # Of the first step, for decode and loops.
+        self.h, self.c = self._to(h), self._to(c) if case.cell == "lstm" else None
 
     def _to(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.case.device, self.dtype)

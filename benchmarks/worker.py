@@ -79,7 +79,7 @@ class Worker:
         """Prepare a case, check its results, and see how long first and later calls take."""
         self.call = None  # frees what the last case held
         gc.collect()
-        if refused := self.peer.refuses(case):
+        if refused := self.peer.refuses_at_all(case):
             return {"refused": refused}
         self.clock = _cuda_clock if case.device == "cuda" else _cpu_clock
         problem = Problem(case)
@@ -98,7 +98,7 @@ class Worker:
             "checked": sorted(found),
             "regime": self.peer.regime(case),
         }
-        if case.phase in ("forward", "training"):
+        if case.trains or case.phase == "forward":
             report["saved_bytes"] = _saved_bytes(prepared.call, problem)
         self.call = prepared.call
         return report

@@ -550,8 +550,8 @@ class _EagerRecomputed(_EagerRecurrent):
 class _EagerStep(torch.autograd.Function):
     """One step of a cell that a direct call has done, with x and the states as the cell has them.
 
-    The inputs are x, h, c and the tensors of the cell. ``found`` is (the new states, which of the
-    inputs are there as bits, what the backward needs: these inputs, hs, saved).
+    The inputs are x, h, c and the tensors of the cell. ``found`` is (the new states, which tensors
+    the backward reads as bits, those tensors): of h_n, hs, saved and the inputs.
     """
 
     @staticmethod
@@ -569,7 +569,7 @@ class _EagerStep(torch.autograd.Function):
             return (None,) * len(needed)
         if torch.is_grad_enabled():  # create_graph=True
             return _step_grad(ctx, dh, dc, kept, _ops.recurrent_backward.default)
-        if calls := direct_calls(kept[0]):
+        if calls := direct_calls(kept[-1]):
             found: tuple[Any, ...] | None = calls.step_backward(
                 ctx.cell, dh, dc, ctx.present, kept, needed
             )
@@ -586,16 +586,20 @@ def _step_grad(
     backward: Callable[..., Any],
 ) -> Gradients:
     """The gradients of a step by the operator, for which it is a sequence."""
-    needed = ctx.needs_input_grad[1:-1]
-    *there, hs, tape = kept
-    places = [i for i in range(len(needed)) if i < 3 or ctx.present >> i & 1]
-    rest = iter(there)
-    inputs = [next(rest) if ctx.present >> i & 1 else None for i in places]
-    dh, dc, x, h, c = (
-        None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (dh, dc, *inputs[:3])
+    needed, present = ctx.needs_input_grad[1:-1], ctx.present
+    rest = iter(kept)
+    h_n, hs, tape, *inputs = (
+        next(rest) if present >> i & 1 else None for i in range(3 + len(needed))
     )
+    places = [i for i, t in enumerate(inputs) if i < 3 or t is not None]
+    inputs = [inputs[i] for i in places]
+    dh, dc, h_n, x, h, c = (
+        None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (dh, dc, h_n, *inputs[:3])
+    )
+    call = Call(ctx.cell, 1, 1, present >> 6)
+    if hs is None:
+        hs, tape = _tape_of_step(call, x, h, h_n, tape)
     saved = _Saved(x, h, c, None, None, None, hs, tape, tuple(inputs[3:]))  # type: ignore[arg-type]
-    call = Call(ctx.cell, 1, 1, ctx.present >> 3)
     wanted = [needed[i] for i in places]
     grads = iter(_gradients(call, saved, (None, dh, dc), wanted, backward))
     shaped = {
@@ -603,6 +607,18 @@ def _step_grad(
         for i, t, g in zip(places, inputs, grads, strict=True)
     }
     return (None, *(shaped.get(i) for i in range(len(needed))), None)
+
+
+def _tape_of_step(
+    call: Call, x: Tensor, h: Tensor, h_n: Tensor | None, tape: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """hs and saved as the operator would have left them, where h and h_n serve as hs."""
+    (_, batch, width), sizes = h.shape, _tape("cpu", h.shape[2], h.shape[2])
+    hs = x.new_zeros(1, 2 * batch, sizes.hs_row)
+    hs[:, :batch, :width] = h.detach()
+    if h_n is not None:
+        hs[:, batch:, :width] = h_n.detach()
+    return hs, x.new_empty(1, batch, 0, sizes.units) if tape is None else tape
 
 
 # ``apply`` without its search for tensors that a transform has left behind: there are none among

@@ -212,6 +212,35 @@ def test_peers_do_equal_work(name: str, cell: str) -> None:
         assert mismatch(found, expected, case.dtype) is None, case.label
 
 
+@pytest.mark.parametrize("phase", cases.LOOPS)
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_loops_over_cells(cell: str, phase: str) -> None:
+    """Each step is a call of a cell, and all of its gradients are compared."""
+    case = Case(cell, B=3, T=4, H=17, I=9, phase=phase)
+    found = {}
+    for name in ("ours", "torch_nn"):
+        peer, problem = peers.load(name), Problem(case)
+        if peer.missing("cpu"):
+            pytest.skip(peer.missing("cpu"))
+        assert peer.refuses_at_all(case) is None
+        module = peer.module(problem)
+        calls: list[int] = []
+        module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(peer), "module", lambda self, problem, module=module: module)
+            found[name] = sample(peer.prepare(problem).results())
+        assert len(calls) == case.T
+    ours, theirs = found["ours"], found["torch_nn"]
+    gradients = {f"d {kind}_{side}" for kind in ("weight", "bias") for side in ("ih", "hh")}
+    states = {"y", "h_n"} | ({"c_n"} if cell == "lstm" else set())
+    assert set(theirs) == gradients | states | ({"d x"} if phase == "loop" else set())
+    assert ours.keys() == theirs.keys() and mismatch(ours, theirs, case.dtype) is None
+    for name in set(peers.NAMES) - set(found):
+        assert peers.load(name).refuses_at_all(case)
+    with pytest.raises(ValueError, match="one layer"):
+        replace(case, layers=2)
+
+
 def test_mismatch_sees_nan_and_sizes() -> None:
     right = {"y": torch.ones(4, 3, dtype=torch.float64)}
     assert mismatch(right, right, "float32") is None
@@ -225,6 +254,7 @@ def test_mismatch_sees_nan_and_sizes() -> None:
 
 def test_every_suite_can_be_read() -> None:
     asked = "quick deepbench-train deepbench-infer fastrnns flashrnn char-rnn decode ragged deep"
+    asked += " cells-train"
     assert {*asked.split(), "odd", "scaling", "headline"} <= set(cases.suite_names())
     for name in cases.suite_names():
         items = load_suite(name)
@@ -252,8 +282,11 @@ def test_floors() -> None:
     assert floors.flops(large) == flops
     bound = floors.floor(large, LIMITS)
     assert bound and bound.bound == "compute" and bound.seconds == pytest.approx(flops / 100e9)
-    trained = floors.floor(replace(large, phase="training"), LIMITS)
-    assert trained and trained.seconds == pytest.approx(3 * bound.seconds)
+    for phase, products in (("training", 3), ("loop", 3), ("loop_weights", 2.5)):
+        trained = replace(large, phase=phase)
+        assert floors.flops(trained) == products * flops
+        least = floors.floor(trained, LIMITS)
+        assert least and least.seconds == pytest.approx(products * bound.seconds)
 
     # One stream: 1024 x 256 floats a step, too many for this machine's L2, after W x.
     single = floors.floor(Case("lstm", 1, 100, 256), LIMITS)

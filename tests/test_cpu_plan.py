@@ -72,6 +72,11 @@ def test_plans_are_possible(engine: Any) -> None:
         assert f.w_hh != engine.Packing.each_use
         if f.w_ih == engine.Packing.each_use:  # each panel is used once
             assert f.gates_rows == B * T and not f.tiled
+        if engine.Packing.turned in (f.w_ih, f.w_hh):  # one step of one block of rows
+            assert T == 1 and B <= 64 and not f.tiled
+        assert b.weights != engine.Packing.turned
+        if b.weights == engine.Packing.each_use:
+            assert T == 1 and b.dx_rows == B and not b.tiled
         if f.tiled:
             assert unit != "none" and vector_bytes == 64 and storage != "float64"
             # A product is an even number of tiles wide, and vectors have panels of their own.
@@ -92,13 +97,14 @@ def test_plans_are_possible(engine: Any) -> None:
             assert not f.paired
         if storage in ("bfloat16", "float16"):  # vectors cannot read them
             assert f.w_ih != engine.Packing.none and f.w_hh != engine.Packing.none
-            assert not b.in_place
+            assert b.weights != engine.Packing.none
+            assert engine.Packing.turned not in (f.w_ih, f.w_hh)
         # What changes sums does not depend on threads.
         p.threads = 1
         one, back = engine.plan_forward(p, m), engine.plan_backward(p, m)
         for name in ("tiled", "w_ih", "w_hh", "x_cut", "h_cut"):
             assert getattr(one, name) == getattr(f, name)
-        for name in ("tiled", "in_place", "dx_rows", "cut", "d_cut", "grad_cut", "d_grad_cut"):
+        for name in ("tiled", "weights", "dx_rows", "cut", "d_cut", "grad_cut", "d_grad_cut"):
             assert getattr(back, name) == getattr(b, name)
 
 
@@ -136,7 +142,12 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
     assert packing(B=1, T=1, storage="bfloat16") == (Packing.each_use, Packing.once)
     # So do few rows in all; longer rows of W a little longer.
     assert packing(B=16, T=1) == (Packing.none,) * 2
-    assert packing(B=16, T=1, I=64) == (Packing.each_use, Packing.none)
+    assert packing(B=16, T=1, I=64) == (Packing.turned, Packing.none)
+    # More rows of a single step are turned instead, if they are fewer than those of W and fill vectors.
+    assert packing(B=32, T=1) == packing(B=64, T=1) == packing(B=30, T=1) == (Packing.turned,) * 2
+    assert packing(B=65, T=1) == packing(B=20, T=1) == (Packing.each_use, Packing.once)
+    assert packing(cell="rnn", B=64, T=1, H=100) == (Packing.each_use, Packing.once)
+    assert packing(B=32, T=1, storage="bfloat16") == (Packing.each_use, Packing.once)
     # And long sequences of one row, in vectors of a whole line.
     assert packing(B=1, T=32)[1] == Packing.none and packing(B=1, T=33)[1] == Packing.once
     assert packing(B=1, T=300, H=512)[1] == Packing.none
@@ -147,8 +158,14 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
     assert packing(B=32, T=4)[0] == Packing.each_use and packing(B=32, T=5)[0] == Packing.once
     assert forward(engine, B=32, T=5).gates_rows == 128
     assert forward(engine, B=200, T=5).gates_rows == 200
-    assert backward(engine, B=3, T=4).in_place and not backward(engine, B=13, T=1).in_place
-    assert not backward(engine, B=1, T=1, storage="float16").in_place
+    assert backward(engine, B=3, T=4).weights == Packing.none
+    assert backward(engine, B=13, T=4).weights == Packing.once
+    assert backward(engine, B=1, T=1, storage="float16").weights == Packing.once
+    # In the backward, too, one step uses each weight once, for all rows.
+    for storage in STORAGES:
+        assert backward(engine, B=13, T=1, storage=storage).weights == Packing.each_use
+    assert backward(engine, B=256, T=1).dx_rows == 256
+    assert backward(engine, B=257, T=1).weights == Packing.once
 
 
 def test_tiles_are_used_where_they_pay(engine: Any) -> None:

@@ -49,6 +49,7 @@ class Peer(ABC):
     name: ClassVar[str]
     title: ClassVar[str]  # in tables
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    has_cells: ClassVar[bool] = False  # of single steps
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -65,6 +66,12 @@ class Peer(ABC):
     def refuses(self, case: Case) -> str | None:
         """Why it cannot run this case, or None."""
         return None
+
+    def refuses_at_all(self, case: Case) -> str | None:
+        """``refuses``, or the whole kind of case."""
+        if case.loops and not self.has_cells:
+            return "has no cells of single steps"
+        return self.refuses(case)
 
     def versions(self) -> dict[str, str]:
         return {}

@@ -102,11 +102,37 @@ def _decode(problem: Problem, module: Any, _gradients: Any) -> Prepared:
     return Prepared(call, results)
 
 
+def _loop(problem: Problem, module: Any, gradients: Callable[[], dict[str, Tensor]]) -> Prepared:
+    x = problem.padded.requires_grad_(problem.case.wants_dx)
+    h, c = (None if s is None else s.squeeze(0) for s in (problem.h, problem.c))
+    first, cotangent = h if c is None else (h, c), problem.cotangent[-1]
+    parameters = list(module.parameters())
+
+    def call() -> Any:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        state = first
+        for step in x.unbind(0):
+            state = module(step, state)
+        y = state if c is None else state[0]
+        y.backward(cotangent)
+        return y, state
+
+    def results() -> dict[str, Any]:
+        found = outputs(*call())
+        return found | ({"d x": x.grad} if problem.case.wants_dx else {}) | gradients()
+
+    return Prepared(call, results)
+
+
 _PASSES = {
     "inference": _inference,
     "forward": _forward,
     "training": _training,
     "decode": _decode,
+    "loop": _loop,
+    "loop_weights": _loop,
 }
 
 

@@ -11,6 +11,7 @@ from .modules import ModulePeer, copy_weights
 class Ours(ModulePeer):
     name, title = "ours", "ours"
     devices = ("cpu", "cuda")
+    has_cells = True
     options: ClassVar[dict[str, Any]] = {}  # of the constructor, beside those of torch.nn
 
     def absent(self) -> str | None:
@@ -30,8 +31,7 @@ class Ours(ModulePeer):
 
         if fused_rnn.build.backend(problem.case.device) != "native":
             raise RuntimeError(f"no native kernels on {problem.case.device}")
-        classes = {"lstm": fused_rnn.LSTM, "gru": fused_rnn.GRU}
-        layer: Any = classes.get(problem.case.cell, fused_rnn.RNN)
+        layer: Any = getattr(fused_rnn, type(problem.module).__name__)
         arguments = module_arguments(problem.case) | self.options
         return copy_weights(layer(**arguments), problem)
 

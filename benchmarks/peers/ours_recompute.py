@@ -9,6 +9,7 @@ from .ours import Ours
 class OursRecompute(Ours):
     name, title = "ours_recompute", "ours, recompute"
     options = {"recompute": True}
+    has_cells = False
 
     def refuses(self, case: Case) -> str | None:
         return None if case.phase in ("forward", "training") else "nothing is kept anyway"

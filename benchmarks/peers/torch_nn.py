@@ -14,12 +14,15 @@ from .modules import ModulePeer
 class TorchNN(ModulePeer):
     name, title = "torch_nn", "torch.nn"
     devices = ("cpu", "cuda")
+    has_cells = True
 
     def versions(self) -> dict[str, str]:
         cudnn = torch.backends.cudnn.version()
         return {"torch": torch.__version__} | ({"cudnn": str(cudnn)} if cudnn else {})
 
     def regime(self, case: Case) -> str | None:
+        if case.loops:
+            return "cells"
         return cudnn_regime(case) if case.device == "cuda" else cpu_regime(case)
 
     def module(self, problem: Problem) -> Any:

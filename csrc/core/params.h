@@ -68,6 +68,7 @@ struct LayerParams {
   void* c_n;  // [dirs, B, kStates - 1, H] or null
   // For the backward; null when nothing is to be saved. Their contents are the engine's own; shapes
   // on the CPU (in the computing type):
+  // hs is null, too, for a step whose h0 and h_n serve in its place (IsOwnTape).
   void* hs;     // [dirs, B + rows, hs_stride]: h0, then h_t; with w_hr also h_full behind h
   void* saved;  // [dirs, rows, tape, Padded(H)]
 };
@@ -87,6 +88,13 @@ struct LayerGradParams : LayerParams {
 };
 static_assert(std::has_unique_object_representations_v<LayerGradParams>);
 
+// Whether the CPU's backward can do without hs: given a single step, whose rows of h are as it reads
+// them, in h0 and h_n.
+constexpr bool IsOwnTape(const LayerParams& p) {
+  return p.T == 1 && !p.ragged && p.h0 != nullptr && StorageSize(p.storage) >= 4 && p.H == p.Hout &&
+         p.H % kAlign == 0;
+}
+
 // What a binding must know of a cell.
 struct CellFacts {
   int gates_x, gates_h;
@@ -94,6 +102,7 @@ struct CellFacts {
   int tape;          // values of a unit that a row keeps for the backward
   int params;
   bool projectable;
+  bool reads_new_h;  // in the backward
   const char* const* param_names;
 
   int tensors() const { return DirectionWeights::kNamed + params; }

@@ -40,8 +40,9 @@ class Layer<C>::BackwardPass {
   const int64_t own_panels = (Panels(p) + plan.threads - 1) / plan.threads;
   const int64_t own_vecs = (HoutVecs(p) + plan.threads - 1) / plan.threads;
   const int64_t own_columns = projected ? own_vecs * N : own_panels * kUnits;
-  const int64_t h_stride = RowStride(p.Hout), full_stride = RowStride(p.H),
-                hs_stride = HsStride(p.H, p.Hout);
+  const bool dh_in_place = p.hs == nullptr && p.dh0 != nullptr && p.dirs == 1;
+  const int64_t h_stride = dh_in_place ? p.Hout : RowStride(p.Hout), full_stride = RowStride(p.H),
+                hs_stride = p.hs == nullptr ? p.Hout : HsStride(p.H, p.Hout);
   const int64_t gate_stride = Padded(p.H), d_stride = C::kD * gate_stride + 16;
 
   // A thread's memory, its slice of the layer, and the direction it is at.
@@ -54,7 +55,7 @@ class Layer<C>::BackwardPass {
     int dir;
     const DirectionWeights* w;
     const DirectionGrads* dw;
-    const T* hs;
+    const T *hs, *new_h;  // h before the first step, and after each
   };
   std::vector<Thread> threads = std::vector<Thread>(plan.threads);
   typename ProductH::Common h_common;
@@ -83,7 +84,7 @@ class Layer<C>::BackwardPass {
     weights.storage = p.storage;
     weights.K = p.Hout;
     weights.cols = p.H;
-    weights.in_place = false;
+    weights.packing = cpu::Packing::kOnce;
     weights.packed = my.w_hr;
     weights.first = begin;
     ForColumnTiles(begin, end, [&](int64_t v, auto nv) { f(weights, v, nv); });
@@ -116,7 +117,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
   const int64_t grad_rows = Gradients::Block(p.rows);
   h_common.storage = x_common.storage = p.storage;
   h_common.K = x_common.K = h_common.left.K = p.H;
-  h_common.in_place = x_common.in_place = plan.in_place;
+  h_common.packing = x_common.packing = plan.weights;
   h_common.tiled = x_common.tiled = h_common.left.tiled = plan.tiled;
   h_common.cut = x_common.cut = plan.cut;
   h_common.left.cut = x_common.d_cut = plan.d_cut;
@@ -143,7 +144,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
     x_right = TakeTiles(s, plan.tiled, RoundUp(p.I, N), grad_rows, plan.grad_cut);
     h_right = TakeTiles(s, plan.tiled, RoundUp(p.Hout, N), grad_rows, plan.grad_cut);
     d = s.Take<T>(p.rows * d_stride);
-    dh = s.Take<T>(p.B * h_stride);
+    dh = dh_in_place ? static_cast<T*>(p.dh0) : s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
     dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
     grad_right = s.Take<T>(WeightGrad::PackedSize(p.rows, widest));
@@ -165,7 +166,10 @@ template <class C>
 void Layer<C>::BackwardPass::Direction(Team& team, Thread& my) {
   my.w = &p.w[my.dir];
   my.dw = &p.dw[my.dir];
-  my.hs = static_cast<const T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride;
+  const int64_t rows_of_hs = p.hs ? p.B + p.rows : p.B;
+  my.hs = static_cast<const T*>(p.hs ? p.hs : p.h0) + my.dir * rows_of_hs * hs_stride;
+  my.new_h = p.hs ? my.hs + p.B * hs_stride
+                  : static_cast<const T*>(p.h_n) + my.dir * rows_of_hs * hs_stride;
   my.dh_product.Begin(team, my.dir, my.w->w_hh, my.first, my.last);
   if (projected) PackProjection(my);
   Start(my);
@@ -309,7 +313,7 @@ struct Layer<C>::BackwardPass::View {
     return load<V>(my.hs + PreviousRow(pass.p, my.dir, step.t, row) * pass.hs_stride + unit);
   }
   FRNN_INLINE V NewH() const {
-    return load<V>(my.hs + (pass.p.B + step.row + row) * pass.hs_stride + unit);
+    return load<V>(my.new_h + (step.row + row) * pass.hs_stride + unit);
   }
   FRNN_INLINE V GradH() const {
     return load<V>(pass.projected ? pass.dh_full + row * pass.full_stride + unit : OfGradH());
@@ -401,7 +405,7 @@ void Layer<C>::BackwardPass::RecurrentGrad(Thread& my, const Step& step) const {
 // dh0, dc0 and the gradients of biases and parameters, the own parts.
 template <class C>
 void Layer<C>::BackwardPass::StoreGrads(Thread& my) const {
-  for (int64_t b = 0; b < p.B && p.dh0 && my.valid > 0; b++)
+  for (int64_t b = 0; b < p.B && p.dh0 && my.valid > 0 && !dh_in_place; b++)
     StoreRow(At(p.dh0, p.storage, (my.dir * p.B + b) * p.Hout + my.first), p.storage,
              dh + b * h_stride + my.first, my.valid);
   for (int64_t i = my.panels.begin; i < my.panels.end; i++) {

@@ -32,9 +32,9 @@ class Layer<C>::ForwardPass {
   // finished rows beside it.
   const bool in_place = p.hs != nullptr && !p.ragged;
   const bool direct_y = p.storage == kPlain && !projected;
-  // One step of few rows reads all in place: nobody waits for what another thread writes.
-  const bool in_one = p.T == 1 && p.hs == nullptr && p.h0 != nullptr && direct_y &&
-                      plan.w_ih == cpu::Packing::kNone && plan.w_hh == cpu::Packing::kNone &&
+  // One step reads h0 and writes h_n in place: nobody waits for what another thread writes, but for
+  // rows that are turned.
+  const bool in_one = p.T == 1 && p.hs == nullptr && p.h0 != nullptr && direct_y && !plan.tiled &&
                       p.Hout % kUnits == 0;
 
   // A thread's memory, its slice of the layer, and the direction it is at.
@@ -179,9 +179,9 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
       my.c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.x = s.Take<T>(input.direct ? 0 : plan.gates_rows * x_stride);
     }
-    x_common.TakeSizes(s, plan.threads);
-    h_common.TakeSizes(s, plan.threads);
-    if (!in_place)
+    x_common.Take(s, plan.threads, p.B);
+    h_common.Take(s, plan.threads, p.B);
+    if (!in_place && !in_one)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
   });
@@ -205,7 +205,10 @@ void Layer<C>::ForwardPass::Direction(Team& team, Thread& my) {
   PackPanels(my);
   if (projected) PackProjection(my);
   Start(team, my);
-  if (!in_one) team.Sync();
+  my.x_product.Turn(team, p.B, static_cast<const T*>(p.x), p.x_b_stride);
+  my.h_product.Turn(team, p.B, p.h0 ? static_cast<const T*>(p.h0) + my.dir * p.B * p.Hout : nullptr,
+                    p.Hout);
+  if (!in_one || x_common.Turns() || h_common.Turns()) team.Sync();
 
   const int64_t start = my.dir == 0 ? 0 : p.T;
   int64_t number = 0;
@@ -219,7 +222,7 @@ void Layer<C>::ForwardPass::Direction(Team& team, Thread& my) {
       if (number + 1 < p.T)
         my.h_product.Share(team, NumberOf(my, number + 1), step.n, my.first, my.last, step.h_new,
                            step.ldh);
-      if (my.valid > 0) StoreOutputs(my, step);
+      if (my.valid > 0 && !in_one) StoreOutputs(my, step);
       if (C::kH > 0 && !in_one) team.Sync();
     }
   }
@@ -255,7 +258,7 @@ void Layer<C>::ForwardPass::PackProjection(Thread& my) const {
   ForColumnTiles(my.columns.begin, my.columns.end, [&](int64_t v, auto nv) {
     constexpr int NV = decltype(nv)::value;
     for (int j = 0; j < NV; j++)
-      PackTransposed(my.w->w_hr, p.storage, (v + j) * N, p.Hout, p.H,
+      PackTransposed(my.w->w_hr, p.storage, (v + j) * N, p.Hout, p.H, p.H,
                      my.w_hr + (v - my.columns.begin) * N * p.H + j * N, NV * N);
   });
 }
@@ -331,7 +334,9 @@ auto Layer<C>::ForwardPass::StepAt(const Thread& my, int64_t number, int64_t t) 
   s.h = in_place ? my.hs + PreviousRow(p, my.dir, t, 0) * hs_stride
         : in_one ? static_cast<const T*>(p.h0) + my.dir * p.B * p.Hout
                  : h_buffer[number & 1];
-  s.h_new = in_place ? my.hs + (p.B + s.row) * hs_stride : h_buffer[(number + 1) & 1];
+  s.h_new = in_place ? my.hs + (p.B + s.row) * hs_stride
+            : in_one ? static_cast<T*>(p.h_n) + my.dir * p.B * p.Hout
+                     : h_buffer[(number + 1) & 1];
   s.ld_full = my.hs ? hs_stride : full_stride;
   s.full = !projected ? nullptr
            : my.hs    ? my.hs + (p.B + s.row) * hs_stride + h_stride
@@ -356,9 +361,11 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
   s.h_new = (projected ? step.full : step.h_new) + unit;
   s.h_new_stride = projected ? step.ld_full : step.ldh;
   s.c = my.c + at * p.B * kExtra * kUnits;
-  s.tape = p.hs && kTape > 0 ? TapeOf(p, my.dir, step.t, panel) : nullptr;
+  s.tape = p.saved && kTape > 0 ? TapeOf(p, my.dir, step.t, panel) : nullptr;
   s.y_stride = p.dirs * p.Hout;
-  s.y = direct_y ? static_cast<T*>(p.y) + step.row * s.y_stride + my.dir * p.Hout + unit : nullptr;
+  s.y = direct_y && p.y != p.h_n
+            ? static_cast<T*>(p.y) + step.row * s.y_stride + my.dir * p.Hout + unit
+            : nullptr;
   s.units = p.H - unit;
   s.round = projected ? kPlain : p.storage;
   return s;

@@ -75,6 +75,12 @@ bool ReadsRecurrentWeights(const Problem& p) {
   return p.B == 2 && p.T <= 32 && p.Hout >= 512;
 }
 
+// Of one step whose rows are fewer than those of W, and leave few lanes empty.
+bool TurnsRows(const Problem& p, int gates) {
+  const int64_t empty = RoundUp(p.B, p.vector_bytes / p.scalar_bytes) - p.B;
+  return IsPlain(p) && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
+}
+
 }  // namespace
 
 Cut CutOf(MatrixUnit unit, Storage s, int64_t K) {
@@ -93,10 +99,13 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
   plan.gates_rows = Least(p.rows, Most(p.B, ahead));
   // One chunk needs each panel of W_ih once.
   const bool one_chunk = !plan.tiled && p.rows <= plan.gates_rows;
-  plan.w_ih = ReadsInputWeights(p) ? Packing::kNone
-              : one_chunk          ? Packing::kEachUse
-                                   : Packing::kOnce;
-  plan.w_hh = ReadsRecurrentWeights(p) ? Packing::kNone : Packing::kOnce;
+  plan.w_ih = ReadsInputWeights(p)      ? Packing::kNone
+              : TurnsRows(p, p.gates_x) ? Packing::kTurned
+              : one_chunk               ? Packing::kEachUse
+                                        : Packing::kOnce;
+  plan.w_hh = ReadsRecurrentWeights(p)  ? Packing::kNone
+              : TurnsRows(p, p.gates_h) ? Packing::kTurned
+                                        : Packing::kOnce;
   const bool odd = p.gates_x * p.panel_vecs % 2 || p.gates_h * p.panel_vecs % 2;
   plan.paired = plan.tiled && odd;
   plan.x_cut = CutOf(m.unit, p.storage, p.I);
@@ -107,9 +116,12 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
 BackwardPlan PlanBackward(const Problem& p, const Machine& m) {
   BackwardPlan plan{};
   static_cast<Plan&>(plan) = PlanOfBoth(p, m);
-  // So few rows in all read weights as they lie, at a stride that caches do not like twice.
-  plan.in_place = IsPlain(p) && p.rows <= 12;
-  plan.dx_rows = (p.rows < 768 ? 48 : 96) * (plan.tiled ? 2 : 1);
+  // So few rows in all read weights as they lie, at a stride that caches do not like twice. More rows
+  // of one step use them once.
+  const bool in_place = IsPlain(p) && p.rows <= 12;
+  const bool each_use = p.T == 1 && p.rows > 12 && p.rows <= 256 && !plan.tiled;
+  plan.weights = in_place ? Packing::kNone : each_use ? Packing::kEachUse : Packing::kOnce;
+  plan.dx_rows = each_use ? p.rows : (p.rows < 768 ? 48 : 96) * (plan.tiled ? 2 : 1);
   plan.cut = CutOf(m.unit, p.storage, p.H);
   plan.d_cut = CutBeside(m.unit, p.storage, p.H);
   // dW in fixed point is balanced by what was measured of d for dh.

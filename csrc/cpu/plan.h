@@ -60,14 +60,21 @@ constexpr int64_t kMaxThreads = 256;  // of a team
 enum class Packing {
   kNone,     // read as they lie in memory
   kOnce,     // packed before the first use
-  kEachUse,  // each panel just before its only use: it never leaves the cache
+  kEachUse,  // bit by bit just before the only use: they never leave the cache
+  kTurned,   // read as they lie, since it is the rows on the other side that become columns
 };
+
+// ---- one step ----
+
+constexpr int kTurnedVecs = 2;        // vectors of rows that are multiplied with W at a time
+constexpr int64_t kColumnDepth = 64;  // rows of a tile of columns of W, in the first-level cache
 
 // ---- the gradients of weights, dW = d^T b over all rows ----
 
 constexpr int64_t kGradRows = 512;   // rows of d and b that are packed at a time
 constexpr int64_t kGradDepth = 128;  // of those, what keeps a tile of b in the first-level cache
 constexpr int64_t kTileGroup = 12;   // blocks of 16 rows of dW that are packed for tiles at a time
+constexpr int64_t kGradRowsInPlace = 64;  // so few rows of d are not packed
 // Rows of dW at a time, some 96: its part stays in the second-level cache.
 constexpr int64_t GradGroup(int tile_rows) { return (tile_rows > 4 ? 16 : 24) * tile_rows; }
 
@@ -127,7 +134,7 @@ struct ForwardPlan : Plan {
 };
 
 struct BackwardPlan : Plan {
-  bool in_place;    // weights are read as they lie in memory
+  Packing weights;  // never kTurned
   int64_t dx_rows;  // rows of dX at a time, whole blocks of them to a thread
   // On tiles, how the weights and d are cut for dh and dX, and x and d for dW.
   parts::Cut cut, d_cut, grad_cut, d_grad_cut;

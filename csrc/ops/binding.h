@@ -269,6 +269,15 @@ struct Call {
       PutTape(Left("hs", hs, HsShape(stack.layers), HsType()),
               Left("saved", saved, SavedShape(stack.layers), computing()), true);
   }
+  // The same of a step without hs (IsOwnTape), which has of the others what its cell reads.
+  void TakeStep(const Optional& h_n, const Optional& saved) {
+    FRNN_CHECK(IsOwnTape(p) && stack.layers == 1 && h_n.has_value() == kernels.reads_new_h &&
+                   saved.has_value() == (kernels.tape > 0),
+               "hs: not what the forward returned");
+    p.h_n = const_cast<void*>(arguments.Take("h_n", h_n, {runs(), p.B, p.Hout}));
+    PutTape(nullptr,
+            saved.has_value() ? Left("saved", *saved, SavedShape(1), computing()) : nullptr, true);
+  }
   void TakeGradients(const Optional& dy, const Optional& dh_n, const Optional& dc_n) {
     if (dy.has_value()) {
       if (p.ragged)

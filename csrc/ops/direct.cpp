@@ -439,6 +439,7 @@ PyObject* MakeTuple(size_t n, const F& make) {
 PyObject* ToPythonOrNone(std::optional<Made>& t) {
   return t.has_value() ? t->ToPython() : Owned::Another(Py_None);
 }
+void* DataOf(const std::optional<Made>& t) { return t.has_value() ? t->data() : nullptr; }
 PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
   return MakeTuple(tensors.size(), [&](size_t i) { return ToPythonOrNone(*tensors.begin()[i]); });
 }
@@ -506,6 +507,7 @@ struct Inputs {
 // Outputs of a stack of layers, before they are Python's.
 struct Outputs {
   std::optional<Made> y, h_n, c_n, between, hs, saved;
+  bool keeps_h_n = false;  // for the backward
 
   // The states as a module returns them: h_n, or (h_n, c_n).
   PyObject* HiddenState() { return c_n.has_value() ? ToTuple({&h_n, &c_n}) : h_n->ToPython(); }
@@ -544,9 +546,12 @@ Outputs Run(const Inputs& in, Wanted wanted) {
     stack.between = out.between->data();
   }
   if (wanted.tape) {
-    out.hs.emplace(call->HsShape(stack.layers), call->HsType());
-    out.saved.emplace(call->SavedShape(stack.layers), call->computing());
-    call->PutTape(out.hs->data(), out.saved->data(), true);
+    const bool own_tape = !wanted.y && IsOwnTape(p);
+    if (!own_tape) out.hs.emplace(call->HsShape(stack.layers), call->HsType());
+    if (!own_tape || call->kernels.tape > 0)
+      out.saved.emplace(call->SavedShape(stack.layers), call->computing());
+    call->PutTape(DataOf(out.hs), DataOf(out.saved), true);
+    out.keeps_h_n = own_tape && call->kernels.reads_new_h;
   }
   // Not for what is done sooner than the lock is passed on and got back.
   std::optional<WithoutGil> released;
@@ -559,12 +564,9 @@ Outputs Run(const Inputs& in, Wanted wanted) {
 // The gradients of x, h0, c0 and the weights, as far as they are wanted.
 using Gradients = std::vector<std::optional<Made>>;
 template <class Wants>
-Gradients RunBackward(const Inputs& in, const MaybeBorrowed& dy, const MaybeBorrowed& dh_n,
-                      const MaybeBorrowed& dc_n, const MaybeBorrowed& between, const Borrowed& hs,
-                      const Borrowed& saved, const Wants& wants) {
-  const auto call = in.ToCall();
+Gradients RunBackward(const Inputs& in, DirectCall* call, const MaybeBorrowed& dy,
+                      const MaybeBorrowed& dh_n, const MaybeBorrowed& dc_n, const Wants& wants) {
   Stack& stack = call->stack;
-  call->TakeForward(between, hs, saved);
   call->TakeGradients(dy, dh_n, dc_n);
   if (call->SkipsRowsOf(in.x) || !stack.keeps_tape) throw Unusual();
   const ScalarType dtype = in.x.scalar_type();
@@ -612,7 +614,9 @@ PyObject* Backward(Reader& arguments) {
   PyObject* wanted = arguments.Object();
   arguments.End();
   if (PyTuple_Size(wanted) != Py_ssize_t(3 + in.weights.size())) throw Unusual();
-  Gradients gradients = RunBackward(in, dy, dh_n, dc_n, between, hs, saved,
+  const auto call = in.ToCall();
+  call->TakeForward(between, hs, saved);
+  Gradients gradients = RunBackward(in, call.get(), dy, dh_n, dc_n,
                                     [&](int i) { return PyTuple_GetItem(wanted, i) == Py_True; });
   return MakeTuple(gradients.size(), [&](size_t i) { return ToPythonOrNone(gradients[i]); });
 }
@@ -697,9 +701,11 @@ struct Step {
   Inputs in;
 };
 
-// To hx, which is differentiable if that is `wanted`. Of the results autograd then takes what the
-// backward reads, without those that are missing: (cell, the inputs, (hx, the inputs that are there as
-// bits, tensors)) -> hx.
+// What the backward of a step reads: h_n, hs and saved, then the inputs. Each may be missing.
+constexpr size_t kStepResults = 3;
+
+// To hx, which is differentiable if that is `wanted`. Autograd then takes what the backward reads:
+// (cell, the inputs, (hx, what there is to read as bits, and as tensors)) -> hx.
 PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Kept& weights, bool wanted) {
   const bool pair = Py_TYPE(hx) == &PyTuple_Type;
   if (pair && PyTuple_Size(hx) != 2) throw Unusual();
@@ -710,27 +716,24 @@ PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Kept& weights
   tensors.reserve(inputs.size());
   for (PyObject* input : inputs) tensors.push_back(BorrowedOrNone(input));
   const Step step(TextOf(cell), tensors);
-  if (wanted && hx == Py_None) throw Unusual();
   Outputs out = Run(step.in, {false, wanted});
   if (hx != Py_None && pair != out.c_n.has_value()) throw Unusual();
   step.Squeeze(out.h_n);
   step.Squeeze(out.c_n);
   if (!wanted) return out.HiddenState();
 
-  std::vector<PyObject*> there;
+  const Owned states(out.HiddenState()), hs(ToPythonOrNone(out.hs)),
+      saved(ToPythonOrNone(out.saved));
+  PyObject* const h_n = out.c_n.has_value() ? PyTuple_GetItem(states.object, 0) : states.object;
+  std::vector<PyObject*> kept = {out.keeps_h_n ? h_n : Py_None, hs.object, saved.object};
+  kept.insert(kept.end(), inputs.begin(), inputs.end());
   int64_t bits = 0;
-  for (size_t i = 0; i < inputs.size(); i++)
-    if (inputs[i] != Py_None) {
-      there.push_back(inputs[i]);
-      bits |= int64_t(1) << i;
-    }
+  for (size_t i = 0; i < kept.size(); i++) bits |= int64_t(kept[i] != Py_None) << i;
+  kept.erase(std::remove(kept.begin(), kept.end(), Py_None), kept.end());
   const Owned found(MakeTuple(3, [&](size_t i) {
-    if (i == 0) return out.HiddenState();
+    if (i == 0) return Owned::Another(states.object);
     if (i == 1) return PyLong_FromLongLong(bits);
-    return MakeTuple(there.size() + 2, [&](size_t j) {
-      if (j < there.size()) return Owned::Another(there[j]);
-      return (j == there.size() ? out.hs : out.saved)->ToPython();
-    });
+    return MakeTuple(kept.size(), [&](size_t j) { return Owned::Another(kept[j]); });
   }));
   const Owned call(MakeTuple(inputs.size() + 2, [&](size_t i) {
     return Owned::Another(i == 0 ? cell : i <= inputs.size() ? inputs[i - 1] : found.object);
@@ -750,23 +753,25 @@ PyObject* StepBackward(Reader& arguments) {
   arguments.End();
   const Py_ssize_t n = PyTuple_Size(wanted), count = n - 2;  // beside the cell and what was found
   if (count < 3) throw Unusual();
+  std::vector<MaybeBorrowed> kept(kStepResults + size_t(count));
+  std::vector<Py_ssize_t> places = {0, 1, 2};  // of x, h and c, and of the inputs that are there
   Py_ssize_t at = 0;
-  const auto next = [&](bool may_be_empty) {
+  for (size_t i = 0; i < kept.size(); i++) {
+    if (!(bits >> i & 1)) continue;
     PyObject* object = PyTuple_GetItem(tensors, at++);
     if (object == nullptr) throw Unusual();
-    return Borrowed(object, may_be_empty);
-  };
-  std::vector<MaybeBorrowed> inputs(static_cast<size_t>(count));
-  std::vector<Py_ssize_t> places = {0, 1, 2};  // of those that are there, and of x, h and c
-  for (Py_ssize_t i = 0; i < count; i++) {
-    if (!(bits >> i & 1)) continue;
-    inputs[size_t(i)] = next(false);
-    if (i >= 3) places.push_back(i);
+    kept[i] = Borrowed(object, true);  // some cells save nothing
+    if (i >= kStepResults + 3) places.push_back(Py_ssize_t(i - kStepResults));
   }
-  const Borrowed hs = next(false), saved = next(true);
-  const Step step(cell, inputs);
+  const MaybeBorrowed &h_n = kept[0], &hs = kept[1], &saved = kept[2];
+  const Step step(cell, {kept.begin() + kStepResults, kept.end()});
+  const auto call = step.in.ToCall();
+  if (hs.has_value())
+    call->TakeForward({}, *hs, saved.value());
+  else
+    call->TakeStep(step.Layered(h_n), saved);
   Gradients gradients =
-      RunBackward(step.in, {}, step.Layered(dh), step.Layered(dc), {}, hs, saved,
+      RunBackward(step.in, call.get(), {}, step.Layered(dh), step.Layered(dc),
                   [&](int i) { return PyTuple_GetItem(wanted, 1 + places[size_t(i)]) == Py_True; });
   for (int i = 0; i < 3; i++) step.Squeeze(gradients[size_t(i)]);
   size_t given = 0;

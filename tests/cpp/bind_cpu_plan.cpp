@@ -26,7 +26,8 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
   py::enum_<Packing>(m, "Packing")
       .value("none", Packing::kNone)
       .value("once", Packing::kOnce)
-      .value("each_use", Packing::kEachUse);
+      .value("each_use", Packing::kEachUse)
+      .value("turned", Packing::kTurned);
   py::class_<Machine>(m, "Machine")
       .def(py::init<>())
       .def_readwrite("unit", &Machine::unit)
@@ -61,7 +62,7 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readonly("x_cut", &ForwardPlan::x_cut)
       .def_readonly("h_cut", &ForwardPlan::h_cut);
   py::class_<BackwardPlan, Plan>(m, "BackwardPlan")
-      .def_readonly("in_place", &BackwardPlan::in_place)
+      .def_readonly("weights", &BackwardPlan::weights)
       .def_readonly("dx_rows", &BackwardPlan::dx_rows)
       .def_readonly("cut", &BackwardPlan::cut)
       .def_readonly("d_cut", &BackwardPlan::d_cut)

@@ -9,27 +9,36 @@
 
 FRNN_BEGIN
 
-// The right operand on vectors, by tiles of columns: packed [gate][k][column], or in place.
+// The right operand on vectors, by tiles of columns: packed [gate][k][column], in place, or packed
+// while it is used.
 template <int kGates>
 struct ColumnWeights {
   const void* w;
   Storage storage;
   int64_t K, cols;
-  bool in_place;  // as it lies in memory, but for a tile that reaches past the last column
+  cpu::Packing packing;  // kNone: but for a tile that reaches past the last column
   T* packed;
   int64_t first;  // the vector where `packed` begins
 
-  static T* Take(Scratch& s, int64_t K, int64_t columns) { return s.Take<T>(kGates * K * columns); }
+  static T* Take(Scratch& s, cpu::Packing packing, int64_t K, int64_t columns) {
+    return s.Take<T>(packing == cpu::Packing::kEachUse ? 0 : kGates * K * columns);
+  }
 
   // NV vectors of columns from v on.
   template <int NV>
   void Pack(int64_t v) const {
-    if (v * N < cols && !IsInPlace(v, NV))
+    if (v * N < cols && !IsInPlace(v, NV) && packing != cpu::Packing::kEachUse)
       PackColumns<NV * N>(w, storage, kGates * K, cols, v * N, Packed(v));
   }
   template <int NV, class GateOf>
   void Multiply(int64_t v, int64_t n, const GateOf& gate, int64_t gate_stride, T* c, int64_t ldc,
                 bool accumulate) const {
+    if (packing == cpu::Packing::kEachUse) {
+      for (int q = 0; q < kGates; q++)
+        GemmColumns<NV>(n, gate(q), gate_stride, At(w, storage, q * K * cols), storage, K, cols,
+                        v * N, c, ldc, q > 0 || accumulate);
+      return;
+    }
     const bool lies = IsInPlace(v, NV);
     const T* right = lies ? static_cast<const T*>(w) + v * N : Packed(v);
     const int64_t stride = lies ? cols : NV * N;
@@ -39,7 +48,9 @@ struct ColumnWeights {
   }
 
  private:
-  bool IsInPlace(int64_t v, int vecs) const { return in_place && (v + vecs) * N <= cols; }
+  bool IsInPlace(int64_t v, int vecs) const {
+    return packing == cpu::Packing::kNone && (v + vecs) * N <= cols;
+  }
   T* Packed(int64_t v) const { return packed + (v - first) * N * kGates * K; }
 };
 
@@ -53,7 +64,8 @@ class StepGradProduct {
     Storage storage;
     int64_t K, cols;
     int64_t own_columns;  // of a thread, at most
-    bool in_place, tiled;
+    cpu::Packing packing;
+    bool tiled;
     parts::Cut cut;
     StepOperand::Common left;
 
@@ -70,7 +82,8 @@ class StepGradProduct {
 
   void Take(Scratch& s, Common& shared) {
     common_ = &shared;
-    if (!shared.tiled) weights_.packed = weights_.Take(s, shared.K, shared.own_columns);
+    if (!shared.tiled)
+      weights_.packed = weights_.Take(s, shared.packing, shared.K, shared.own_columns);
     tiles_ = TakeTiles(s, shared.tiled, shared.own_columns, kGates * shared.PaddedK(), shared.cut);
     left_.Take(s, shared.left);
     balance_.Take(s, left_.tiles[0]);
@@ -86,7 +99,7 @@ class StepGradProduct {
     weights_.storage = c.storage;
     weights_.K = c.K;
     weights_.cols = c.cols;
-    weights_.in_place = c.in_place;
+    weights_.packing = c.packing;
     weights_.first = first / N;
     is_packed_ = false;
     if constexpr (kTiles)
@@ -132,7 +145,7 @@ class StepGradProduct {
   FRNN_NOINLINE void PackVectors() {
     if (weights_.packed == nullptr)
       spare_.Build([&](Scratch& s) {
-        weights_.packed = weights_.Take(s, common_->K, common_->own_columns);
+        weights_.packed = weights_.Take(s, common_->packing, common_->K, common_->own_columns);
       });
     ForColumnTiles(first_ / N, last_ / N,
                    [&](int64_t v, auto nv) { weights_.template Pack<decltype(nv)::value>(v); });
@@ -186,7 +199,8 @@ class InputGradProduct {
     const int64_t cols;
     const ColumnTiles tiles_of_columns;
     int64_t rows;  // at a time, at most
-    bool in_place, tiled;
+    cpu::Packing packing;
+    bool tiled;
     parts::Cut cut, d_cut;
 
     T* packed = nullptr;
@@ -197,7 +211,7 @@ class InputGradProduct {
 
     int64_t PaddedK() const { return parts::DepthBlocks(K, cut) * parts::DepthOf(cut); }
     T* TakePacked(Scratch& s) const {
-      return ColumnWeights<kGates>::Take(s, K, tiles_of_columns.vecs * N);
+      return ColumnWeights<kGates>::Take(s, packing, K, tiles_of_columns.vecs * N);
     }
     void Take(Scratch& s, int threads) {
       if (!tiled) packed = TakePacked(s);
@@ -225,7 +239,7 @@ class InputGradProduct {
     weights_.storage = c.storage;
     weights_.K = c.K;
     weights_.cols = c.cols;
-    weights_.in_place = c.in_place;
+    weights_.packing = c.packing;
     weights_.first = 0;
     on_tiles_ = kTiles && c.tiled && d_fits && PackTiles(team, dir);
     if (on_tiles_) return;
@@ -233,7 +247,7 @@ class InputGradProduct {
     if (!own_columns) team.Sync();
   }
   // n rows, some tiles of columns: store(c, ldc, first column, columns) for each part of them that
-  // is done, or straight to `direct`, where there is one, on tiles.
+  // is done, or straight to `direct`, where there is one, on tiles and without what is there already.
   template <class GateOf, class Store>
   void Multiply(int64_t n, const Team::Range& tiles, const GateOf& gate, int64_t stride, T* direct,
                 bool accumulate, const Store& store) {
@@ -256,6 +270,10 @@ class InputGradProduct {
     c.tiles_of_columns.For(tiles.begin, tiles.end, [&](int64_t v, auto nv) {
       constexpr int NV = decltype(nv)::value;
       const int64_t col = v * N;
+      if (direct && !accumulate && col + NV * N <= c.cols) {
+        weights_.template Multiply<NV>(v, n, gate, stride, direct + col, c.cols, false);
+        return;
+      }
       weights_.template Multiply<NV>(v, n, gate, stride, c_, NV * N, false);
       store(c_, NV * N, col, std::min<int64_t>(c.cols - col, NV * N));
     });

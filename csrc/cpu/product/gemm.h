@@ -28,10 +28,11 @@ constexpr int kDotRows = N >= 8 ? 4 : 1;
 template <int NV>
 void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
               int64_t ldc, bool accumulate, int64_t before = 0);
-// c[rows][NV vectors] (+)= a^T b of packed operands a [K][kPackedRow], b [K][NV vectors], rows <=
-// kTileRows, NV <= kTileVecs.
+// c[rows][NV vectors] (+)= a^T b of a [K][rows], its rows lda apart, and a packed b [K][NV vectors],
+// rows <= kTileRows, NV <= kTileVecs.
 template <int NV>
-void GemmPacked(int rows, const T* a, const T* b, int64_t K, T* c, int64_t ldc, bool accumulate);
+void GemmPacked(int rows, const T* a, int64_t lda, const T* b, int64_t K, T* c, int64_t ldc,
+                bool accumulate);
 
 // Rows of a times rows of w as they lie, for few rows of a, where packing w would cost more than
 // the product itself.
@@ -170,21 +171,22 @@ FRNN_INLINE V LoadVec(const void* row, Storage s, int64_t i, int n) {
   return load<V>(lanes);
 }
 
-// dst[k * k_stride + lane] = w[(row0 + lane)][k], lane < N: one vector of units, K columns. Rows at
-// and past `rows` are zero.
+// dst[k * k_stride + lane] = w[(row0 + lane)][k], lane < N: one vector of units, K columns, rows of w
+// ldw apart. Rows at and past `rows` are zero.
 FRNN_NOINLINE inline void PackTransposed(const void* w, Storage s, int64_t row0, int64_t rows,
-                                         int64_t K, T* dst, int64_t k_stride) {
+                                         int64_t K, int64_t ldw, T* dst, int64_t k_stride) {
   // Whole lines of memory: rows may be a power of two apart, and then few of them stay in the
   // cache.
   constexpr int kVecs = sizeof(V) < kLine ? kLine / sizeof(V) : 1;
   int64_t k = 0;
   if (s == kPlain && row0 + N <= rows)
-    for (const T* first = static_cast<const T*>(w) + row0 * K; k + kVecs * N <= K; k += kVecs * N) {
+    for (const T* first = static_cast<const T*>(w) + row0 * ldw; k + kVecs * N <= K;
+         k += kVecs * N) {
       V block[kVecs][N];
       FRNN_UNROLL
       for (int lane = 0; lane < N; lane++) {
         FRNN_UNROLL
-        for (int j = 0; j < kVecs; j++) block[j][lane] = load<V>(first + lane * K + k + j * N);
+        for (int j = 0; j < kVecs; j++) block[j][lane] = load<V>(first + lane * ldw + k + j * N);
       }
       FRNN_UNROLL
       for (int j = 0; j < kVecs; j++) {
@@ -197,7 +199,7 @@ FRNN_NOINLINE inline void PackTransposed(const void* w, Storage s, int64_t row0,
     const int n = int(K - k < N ? K - k : N);
     V block[N];
     for (int lane = 0; lane < N; lane++)
-      block[lane] = row0 + lane < rows ? LoadVec(w, s, (row0 + lane) * K + k, n) : V{};
+      block[lane] = row0 + lane < rows ? LoadVec(w, s, (row0 + lane) * ldw + k, n) : V{};
     Transpose(block);
     for (int i = 0; i < n; i++) store<V>(dst + (k + i) * k_stride, block[i]);
   }
@@ -208,6 +210,19 @@ template <int kWidth>
 void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col, T* dst) {
   for (int64_t k = 0; k < K; k++)
     LoadPadded<kWidth>(At(w, s, k * cols + col), s, cols - col, dst + k * kWidth);
+}
+
+// c[M][NV vectors] (+)= a[M][K] w[K][col .. col + NV vectors), w used once: packed by so many rows as
+// stay in the first-level cache. For M > 2 the order of summation is that with w packed as a whole.
+template <int NV>
+void GemmColumns(int64_t M, const T* a, int64_t lda, const void* w, Storage s, int64_t K,
+                 int64_t cols, int64_t col, T* c, int64_t ldc, bool accumulate) {
+  alignas(kLine) T packed[cpu::kColumnDepth * NV * N];
+  for (int64_t k = 0; k < K; k += cpu::kColumnDepth) {
+    const int64_t depth = K - k < cpu::kColumnDepth ? K - k : cpu::kColumnDepth;
+    PackColumns<NV * N>(At(w, s, k * cols), s, depth, cols, col, packed);
+    GemmRows<NV>(M, a + k, lda, packed, NV * N, depth, c, ldc, accumulate || k > 0);
+  }
 }
 
 FRNN_END

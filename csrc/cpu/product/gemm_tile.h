@@ -110,11 +110,11 @@ void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64
 }
 
 template <int NV>
-void GemmPacked(int rows, const T* a, const T* b, int64_t K, T* c, int64_t ldc, bool accumulate) {
+void GemmPacked(int rows, const T* a, int64_t lda, const T* b, int64_t K, T* c, int64_t ldc,
+                bool accumulate) {
   if constexpr (NV <= kTileVecs)
     WithConstant<kTileRows>(rows, [&](auto mr) {
-      GemmTile<decltype(mr)::value, NV, true>(a, kPackedRow, b, NV * N, K, c, ldc, accumulate,
-                                              nullptr, 0);
+      GemmTile<decltype(mr)::value, NV, true>(a, lda, b, NV * N, K, c, ldc, accumulate, nullptr, 0);
     });
 }
 
@@ -126,10 +126,10 @@ template void GemmRows<3>(int64_t, const T*, int64_t, const T*, int64_t, int64_t
                           int64_t);
 template void GemmRows<4>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
                           int64_t);
-template void GemmPacked<1>(int, const T*, const T*, int64_t, T*, int64_t, bool);
-template void GemmPacked<2>(int, const T*, const T*, int64_t, T*, int64_t, bool);
-template void GemmPacked<3>(int, const T*, const T*, int64_t, T*, int64_t, bool);
-template void GemmPacked<4>(int, const T*, const T*, int64_t, T*, int64_t, bool);
+template void GemmPacked<1>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
+template void GemmPacked<2>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
+template void GemmPacked<3>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
+template void GemmPacked<4>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
 
 // ---- rows of a times rows of w as they lie ----
 //

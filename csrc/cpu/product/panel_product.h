@@ -34,11 +34,14 @@ class PanelProduct {
     parts::Cut cut;
     bool paired;  // on tiles, two panels are one product: they are side by side in `gates`
 
+    T* turned;           // the rows of a step as columns: [kTurned of them][k][row]
     fixed::Size* sizes;  // of the columns of W, as each thread measured its rows
     // By direction, whether anything that all steps need is out of the range of tiles.
     std::atomic<bool> misfit[2] = {{false}, {false}};
 
-    void TakeSizes(Scratch& s, int threads) {
+    bool Turns() const { return packing == cpu::Packing::kTurned; }
+    void Take(Scratch& s, int threads, int64_t batch) {
+      turned = s.Take<T>(Turns() ? RoundUp(batch, kTurned) * K : 0);
       const bool fixed_point = tiled && cut == parts::Cut::kFixed;
       sizes = s.Take<fixed::Size>(
           fixed_point ? threads * parts::DepthBlocks(K, cut) * parts::DepthOf(cut) : 0);
@@ -63,6 +66,18 @@ class PanelProduct {
   }
 
   int64_t count() const { return panels_.end - panels_.begin; }
+  // The n rows of a step whose weights are read as they lie, by the whole team. A barrier follows.
+  // Null: zeros.
+  void Turn(const Team& team, int64_t n, const T* a, int64_t lda) const {
+    const Common& c = *common_;
+    if (!c.Turns()) return;
+    const auto mine = team.Split(c.K, N);
+    for (int64_t r = 0; r < n; r += N) {
+      const int64_t first = r / kTurned * kTurned, width = TurnedVecs(n - first) * N;
+      PackTransposed(a ? a + mine.begin : a, kPlain, r, a ? n : 0, mine.end - mine.begin, lda,
+                     c.turned + first * c.K + mine.begin * width + r - first, width);
+    }
+  }
   // All that every step needs is in the range of tiles. After a barrier behind what packs it.
   bool FitsTiles() const {
     return kTiles && common_->tiled && !common_->misfit[dir_].load(std::memory_order_relaxed);
@@ -98,12 +113,32 @@ class PanelProduct {
         }
       return;
     }
+    if (c.Turns()) return MultiplyTurned(rows, panel, gates, stride);
     T* packed = packed_;
     if (c.packing == cpu::Packing::kEachUse)
       PackPanel(panel, packed);
     else
       packed += at * c.K * kWidth;
     GemmRows<kGates * kPanelVecs>(rows, a, lda, packed, kWidth, c.K, gates, stride, false, before);
+  }
+  // All rows of a step: the gates come out as [unit][row], and are turned back.
+  FRNN_NOINLINE void MultiplyTurned(int64_t n, int64_t panel, T* gates, int64_t stride) const {
+    const Common& c = *common_;
+    alignas(kLine) T columns[kUnits * kTurned];
+    const int64_t unit = panel * kUnits, units = c.H - unit < kUnits ? c.H - unit : kUnits;
+    for (int64_t r = 0; r < n; r += kTurned) {
+      const int64_t rows = n - r < kTurned ? n - r : kTurned;
+      WithConstant<cpu::kTurnedVecs>(TurnedVecs(rows), [&](auto nv) {
+        constexpr int NV = decltype(nv)::value;
+        for (int q = 0; q < kGates; q++) {
+          GemmRows<NV>(units, static_cast<const T*>(w_) + (q * c.H + unit) * c.K, c.K,
+                       c.turned + r * c.K, NV * N, c.K, columns, NV * N, false);
+          for (int j = 0; j < kPanelVecs; j++)
+            PackTransposed(columns, kPlain, j * N, units, rows, NV * N,
+                           gates + r * stride + (q * kPanelVecs + j) * N, stride);
+        }
+      });
+    }
   }
   FRNN_INLINE void EnsureVectors() {
     if (!is_packed_) PackVectors();
@@ -129,10 +164,14 @@ class PanelProduct {
   Common* common_ = nullptr;
 
  private:
+  static constexpr int64_t kTurned = cpu::kTurnedVecs * N;
+  // Vectors of so many rows, of one block.
+  static int TurnedVecs(int64_t rows) { return int((rows < kTurned ? rows : kTurned) + N - 1) / N; }
+
   T* TakePacked(Scratch& s) const {
-    const int64_t panels = common_->packing == cpu::Packing::kNone      ? 0
+    const int64_t panels = common_->packing == cpu::Packing::kOnce      ? common_->own_panels
                            : common_->packing == cpu::Packing::kEachUse ? 1
-                                                                        : common_->own_panels;
+                                                                        : 0;
     return s.Take<T>(panels * common_->K * kWidth);
   }
   // [k][gate][unit]
@@ -141,7 +180,7 @@ class PanelProduct {
     for (int q = 0; q < kGates; q++)
       for (int j = 0; j < kPanelVecs; j++)
         PackTransposed(At(w_, c.storage, q * c.H * c.K), c.storage, panel * kUnits + j * N, c.H,
-                       c.K, packed + (q * kPanelVecs + j) * N, kWidth);
+                       c.K, c.K, packed + (q * kPanelVecs + j) * N, kWidth);
   }
   void PackTiles(Team& team, std::initializer_list<parts::Operand*> left) {
     const Common& c = *common_;

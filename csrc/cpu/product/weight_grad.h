@@ -191,14 +191,15 @@ class WeightGrad {
     for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += Gradients::kGroup) {
       const int64_t m1 =
           my_rows.end - m0 < Gradients::kGroup ? my_rows.end : m0 + Gradients::kGroup;
-      PackLeft(m0, m1, r0, n);
+      Left of_d[Gradients::kGroup / kTileRows];
+      PackLeft(m0, m1, r0, n, of_d);
       columns.For(0, columns.count, [&](int64_t v, auto nv) {
         constexpr int NV = decltype(nv)::value;
         for (int64_t k = 0; k < n; k += cpu::kGradDepth)
           for (int64_t m = m0; m < m1; m += kTileRows)
             MultiplyPacked<NV>(Result() + m * cols + v * N,
                                int(m1 - m < kTileRows ? m1 - m : kTileRows), cols - v * N,
-                               left.packed + ((m - m0) / kTileRows * block + k) * kPackedRow,
+                               of_d[(m - m0) / kTileRows].From(k),
                                packed + v * N * block + k * NV * N,
                                n - k < cpu::kGradDepth ? n - k : cpu::kGradDepth, r0 + k > 0);
       });
@@ -206,17 +207,24 @@ class WeightGrad {
     team.Sync();
   }
 
+  // kTileRows gate rows of d, packed or not: row r of d is at r * stride.
+  struct Left {
+    const T* first;
+    int64_t stride;
+    Left From(int64_t row) const { return {first + row * stride, stride}; }
+  };
+
   // `width` columns of dw are left from `out` on.
   template <int NV>
-  void MultiplyPacked(T* out, int count, int64_t width, const T* a, const T* b, int64_t depth,
+  void MultiplyPacked(T* out, int count, int64_t width, const Left& a, const T* b, int64_t depth,
                       bool accumulate) const {
     constexpr int kWidth = NV * N;
     if (width >= kWidth) {
-      GemmPacked<NV>(count, a, b, depth, out, cols, accumulate);
+      GemmPacked<NV>(count, a.first, a.stride, b, depth, out, cols, accumulate);
       return;
     }
     T edge[kTileRows * kWidth];
-    GemmPacked<NV>(count, a, b, depth, edge, kWidth, false);
+    GemmPacked<NV>(count, a.first, a.stride, b, depth, edge, kWidth, false);
     for (int i = 0; i < count; i++)
       for (int64_t j = 0; j < width; j++) {
         T& value = out[i * cols + j];
@@ -224,15 +232,19 @@ class WeightGrad {
       }
   }
 
-  // left.packed: [block of kTileRows gate rows][row][kPackedRow]
-  void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n) const {
+  // The gate rows m0 .. m1. left.packed: [block of kTileRows gate rows][row][kPackedRow]
+  void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n, Left* of_d) const {
     for (int64_t m = m0; m < m1; m += kTileRows) {
       const int64_t count = m1 - m < kTileRows ? m1 - m : kTileRows;
       T* dst = left.packed + (m - m0) / kTileRows * kPackedRow * Block();
       const T* src = left.d + r0 * left.stride;
       const int64_t first = Column(m);
       // Columns of one gate are adjacent, and rows of d padded.
-      if (m / left.H == (m + count - 1) / left.H) {
+      const bool one_gate = m / left.H == (m + count - 1) / left.H;
+      Left& to = of_d[(m - m0) / kTileRows] = {dst, kPackedRow};
+      if (one_gate && n <= cpu::kGradRowsInPlace) {
+        to = {src + first, left.stride};
+      } else if (one_gate) {
         for (int64_t r = 0; r < n; r++)
           memcpy(dst + r * kPackedRow, src + r * left.stride + first, kPackedRow * sizeof(T));
       } else {
