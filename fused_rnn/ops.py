@@ -90,7 +90,9 @@ def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        facts = (_record_step, *_MODULES, vars(forward_ad), Tensor().is_neg, _WATCHERS)
+        some = Tensor()
+        methods = (some.is_neg, some.storage_offset)
+        facts = (_record_step, *_MODULES, vars(forward_ad), *methods)
         _direct = build.direct_calls(*facts) or False
     return native
 
@@ -209,15 +211,6 @@ def _allow_tf32(x: Tensor) -> bool:
 
 _direct: Any = None  # the module; False if there is none, None until ``supports`` has looked
 
-# Who may count on torch's dispatcher: modes, a tracer, autocast, a profiler, transforms.
-_WATCHERS = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._is_tracing,
-    torch._C._is_any_autocast_enabled,
-    torch._C._autograd._profiler_enabled,
-    torch._C._functorch.get_dynamic_layer_stack_depth,
-)
 # By what a call of a module is more than one of its forward.
 _MODULES = (
     nn.Module,

@@ -9,8 +9,6 @@
 // How matrices are multiplied is behind cpu/product: on vectors, or on tiles where the processor
 // has a unit for them. All choices by shape and machine are in cpu/plan.h.
 #pragma once
-#include <vector>
-
 #include "core/scratch.h"
 #include "core/step.h"
 #include "cpu/convert.h"
