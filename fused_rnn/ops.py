@@ -134,13 +134,13 @@ def transformed() -> bool:
 
 @_constant
 def onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether torch.nn hands a padded LSTM whose input is of this dtype to oneDNN, here."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether torch.nn hands an LSTM whose input is of this dtype to oneDNN, here and now."""
+    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return not is_grad_enabled() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32
 
 

@@ -117,7 +117,7 @@ def present_names(cell: str, present: int) -> list[str]:
     return [name for i, name in enumerate(CELLS[cell].tensors) if present >> i & 1]
 
 
-def _by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
+def by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
     """The flat tensors of each layer and direction by themselves."""
     names = present_names(cell, present)
     return [
@@ -159,7 +159,7 @@ def recurrent(
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n [L*D, B, P] and c_n [L*D, B, C] or None.
     """
-    runs = _by_name(cell, present, weights)
+    runs = by_name(cell, present, weights)
     h0, c0 = initial_states(cell, x, h0, c0, weights, batch_sizes, present)
     run_layer = _layer_again if recompute else _layer
     h_n, c_n = [], []

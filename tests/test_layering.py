@@ -87,7 +87,9 @@ def test_binding_sees_no_kernel() -> None:
             for name in includes(path)
             if name.split("/")[0] in ("core", "cpu", "cells", "cuda", "stack")
         }
-        assert own <= {"core/memory.h", "core/params.h", "core/scratch.h", "stack/stack.h"}, path.name
+        assert own <= {"core/memory.h", "core/params.h", "core/scratch.h", "stack/stack.h"}, (
+            path.name
+        )
     assert not any("torch/extension.h" in includes(p) for p in sources("csrc", ".h", ".cpp"))
 
 
