@@ -591,7 +591,7 @@ def _step_grad(
     )
     call = Call(ctx.cell, 1, 1, present >> 6)
     if hs is None:
-        hs, tape = _tape_of_step(call, x, h, h_n, tape)
+        hs, tape = _tape_of_step(call, x, h, h_n, tape)  # type: ignore[arg-type]
     saved = _Saved(x, h, c, None, None, None, hs, tape, tuple(inputs[3:]))  # type: ignore[arg-type]
     wanted = [needed[i] for i in places]
     grads = iter(_gradients(call, saved, (None, dh, dc), wanted, backward))

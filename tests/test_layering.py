@@ -96,8 +96,10 @@ def test_binding_sees_no_kernel() -> None:
 PYTHON_LAYERS = {
     "reference": set(),
     "ops": {".build", ".reference"},
-    "functional": {".ops", ".reference"},
-    "modules": {".functional"},
+    "onnx": {".reference"},
+    "functional": {".onnx", ".ops", ".reference"},
+    "scripting": set(),
+    "modules": {".functional", ".scripting"},
     "cells": {".modules", ".reference"},
 }
 
