@@ -60,7 +60,7 @@ examples: setup
 #   native     all the rest
 #   reference  the reference path, without what asks nothing of the backend
 RUNS := examples compiling emulated native reference
-COMPILING := build cuda_engine emulation gpu_check math
+COMPILING := build contract cuda_engine emulation gpu_check math
 EXAMPLE := examples examples_sequence examples_systems
 NO_BACKEND := $(COMPILING) benchmarks examples layering threads tiles
 PYTEST := $(BIN)/python -m pytest -q

@@ -1,19 +1,22 @@
 """Pure functions behind the modules: a stack of recurrent layers, and one step of a cell.
 
-Three engines can do the work, and this file is where one of them is chosen:
+Four engines can do the work, and this file is where one of them is chosen:
 
 =================  ==============================================================================
 ``ops``            the native kernels: everything they support
 ``reference``      plain torch: ``torch.func`` transforms, forward mode, no compiler, all unusual
-torch's operators  ``torch.jit.trace`` and ONNX export (which want one known node), complex numbers,
-                   sparse inputs, and devices that neither of the others knows
+``onnx``           nodes of ONNX, while ``torch.onnx.export(dynamo=True)`` is tracing
+torch's operators  ``torch.jit.trace``, and with it ``torch.onnx.export(dynamo=False)``, which want
+                   one known node; complex numbers, sparse inputs, and devices that none of the
+                   others knows
 =================  ==============================================================================
 
-All of them give the results of torch.nn. Tensors are time-first here; layout is the modules' work.
+All of them give the results of torch.nn.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from . import ops, reference
+from . import onnx, ops, reference
 from .reference import BIASES, CELLS, PROJECTION, present_bits
 
 __all__ = ["called_directly", "present_bits", "recurrent", "recurrent_directly", "step"]
@@ -48,14 +51,13 @@ def _wants_torch_operator(x: Tensor) -> bool:
         return True
     if x.device.type not in ("cpu", "cuda", "meta"):
         return True
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return exporting or torch.jit.is_tracing()
+    return not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing()
 
 
 def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-    """``ops`` or ``reference``: both have ``recurrent``."""
+    """``ops``, ``reference`` or ``onnx``: all have ``recurrent``."""
+    if onnx.exporting():
+        return onnx
     # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
     if (
         not _wants_torch_operator(x)
@@ -109,11 +111,23 @@ def _autocast_results(
     projected: bool,
     fused: bool,
 ) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of h and c that torch.nn returns under autocast to ``low``.
+    """The dtypes of h and c that torch.nn returns under autocast to ``low``; y has that of h.
 
-    Products come out in ``low``; a state that is mixed in elementwise promotes the result to its
-    own dtype, and a projection is one more product. ``fused``: torch.nn hands an LSTM without
-    projection to oneDNN, which stays in ``low``. On CUDA everything is cast first.
+    On the CPU products come out in ``low``, and a state that is mixed in elementwise promotes the
+    result to its own dtype. So, with a dtype that a state brings along (zeros have that of x):
+
+    ======================================  ===============  ===============
+    cell                                    h                c
+    ======================================  ===============  ===============
+    RNN                                     low
+    GRU                                     wider of low, h
+    LSTM                                    wider of low, c  wider of low, c
+    LSTM, projected: h is one more product  low              wider of low, c
+    LSTM of layers that oneDNN runs         low              low
+    ======================================  ===============  ===============
+
+    ``fused`` says whether the last row holds, see ``_fused_by_torch``. On CUDA everything is cast
+    first. tests/test_transforms.py tries the table against the torch that is there.
     """
     if x.is_cuda:
         return low, low
@@ -125,6 +139,22 @@ def _autocast_results(
         return low, low
     c_dtype = mixed
     return low if projected else c_dtype, c_dtype
+
+
+def _fused_by_torch(x: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether torch.nn hands an LSTM without projection to oneDNN for this input.
+
+    Padded batches that are not empty, of the dtypes that oneDNN takes here; from torch 2.13 on also
+    packed ones whose sequences are equally long. How long they are cannot be asked of what a
+    compiler traces; they then count as unequal.
+    """
+    if x.numel() == 0 or not ops.onednn_takes(x.dtype):
+        return False
+    if batch_sizes is None:
+        return True
+    if torch.compiler.is_compiling() or torch.__version__ < "2.13":
+        return False
+    return type(batch_sizes) is Tensor and bool(batch_sizes[0] == batch_sizes[-1])
 
 
 # --- Direct calls --------------------------------------------------------------------------------
@@ -186,6 +216,7 @@ def recurrent(
     num_layers: int,
     bidirectional: bool,
     present: int,
+    batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
@@ -200,6 +231,7 @@ def recurrent(
         c0: [L*D, B, C]; None for zeros, and for a cell without states beside h.
         weights: flat: for each layer and direction the tensors of the cell, in their order.
         present: which of these there are, see ``present_bits``.
+        batch_first: x and y are [B, T, features].
         dropout: probability of zeroing an output of any layer but the last, while ``training``.
         recompute: keep no more for the backward than the inputs of each layer, which runs again
             there. Torch's operators and transforms do not know it, and keep what they keep.
@@ -214,44 +246,53 @@ def recurrent(
             "at every call"
         )
     if _wants_torch_operator(x) and cell in _TORCH_STACK:
-        return _by_torch(
-            cell,
-            x,
-            h0,
-            c0,
-            weights,
-            num_layers,
-            bidirectional,
-            present,
-            dropout,
-            training,
-            batch_sizes,
-        )
+        config = (num_layers, dropout, training, bool(bidirectional))
+        return _by_torch(cell, x, h0, c0, weights, present, config, batch_first, batch_sizes)
+
+    if batch_first:
+        x = x.transpose(0, 1)
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    states = [s for s in (h0, c0) if s is not None]
     shape = (num_layers, directions, present)
-    if not training:
-        dropout = 0.0
-    low = _autocast_dtype(x, states, weights)
-    if low is None:
-        return _run(cell, x, h0, c0, weights, shape, dropout, batch_sizes, recompute)
-
-    h_dtype, c_dtype = _autocast_results(
-        cell,
-        low,
-        x,
-        states,
-        projected=bool(present & PROJECTION),
-        fused=batch_sizes is None and ops.onednn_takes(x.dtype),
+    low = _autocast_dtype(x, _present((h0, c0)), weights)
+    run = _run if low is None else functools.partial(_run_autocast, low)
+    y, h_n, c_n = run(
+        cell, x, h0, c0, weights, shape, dropout if training else 0.0, batch_sizes, recompute
     )
+    if batch_first:
+        y = y.transpose_(0, 1) if reshapes_in_place(y) else y.transpose(0, 1)
+    return y, h_n, c_n
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _run_autocast(
+    low: torch.dtype,
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    dropout: float,
+    batch_sizes: Tensor | None,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``_run`` under autocast to ``low``."""
+    states = _present((h0, c0))
+    fused = len(CELLS[cell].states) > 1 and _fused_by_torch(x, batch_sizes)
+    projected = bool(shape[2] & PROJECTION)
+    h_dtype, c_dtype = _autocast_results(cell, low, x, states, projected=projected, fused=fused)
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
+    kept = _kept_for_backward(x, states, weights)
     with torch.autocast(x.device.type, enabled=False):
         y, h_n, c_n = _run(
             cell,
-            x.to(wide),
-            None if h0 is None else h0.to(wide),
-            None if c0 is None else c0.to(wide),
+            x.to(wide, copy=kept, memory_format=torch.contiguous_format),
+            None if h0 is None else h0.to(wide, copy=kept),
+            None if c0 is None else c0.to(wide, copy=kept),
             [w.to(wide) for w in weights],
             shape,
             dropout,
@@ -259,6 +300,16 @@ def recurrent(
             recompute,
         )
         return y.to(h_dtype), h_n.to(h_dtype), None if c_n is None else c_n.to(c_dtype)
+
+
+def _kept_for_backward(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether autograd will keep x and the states, and notice if somebody changes them.
+
+    torch.nn then keeps copies of what it has to cast, and of what is not contiguous, as are inputs
+    that are batch-first. So programs write into their inputs as soon as a call has returned
+    (``x += rnn(x)[0]``), and we copy the same. A compiler knows by itself who writes where.
+    """
+    return ops.wants_grad((x, *states, *weights)) and not torch.compiler.is_compiling()
 
 
 def _run(
@@ -273,7 +324,10 @@ def _run(
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, present)."""
-    engine = _engine(x, [s for s in (h0, c0) if s is not None], weights)
+    engine = _engine(x, _present((h0, c0)), weights)
+    if _kept_for_backward(x, _present((h0, c0)), weights):
+        x = x.contiguous()
+        h0, c0 = (None if s is None else s.contiguous() for s in (h0, c0))
     layers, directions, _ = shape
     masks = None
     if layers > 1 and dropout > 0:  # torch.nn's numbers: layer by layer, in its shape
@@ -291,21 +345,19 @@ def _by_torch(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
-    num_layers: int,
-    bidirectional: bool,
     present: int,
-    dropout: float,
-    training: bool,
+    config: tuple[int, float, bool, bool],
+    batch_first: bool,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``recurrent`` by torch's own operator."""
-    h0, c0 = reference.initial_states(cell, x, h0, c0, weights, batch_sizes, present)
+    time_first = x.transpose(0, 1) if batch_first else x
+    h0, c0 = reference.initial_states(cell, time_first, h0, c0, weights, batch_sizes, present)
     # cuDNN refuses states with strides of their own.
     hx = h0.contiguous() if c0 is None else (h0.contiguous(), c0.contiguous())
-    has_biases = bool(present & BIASES)
-    config = (has_biases, num_layers, dropout, training, bool(bidirectional))
+    config = (bool(present & BIASES), *config)  # type: ignore[assignment]
     if batch_sizes is None:
-        result = _TORCH_STACK[cell](x, hx, list(weights), *config, False)
+        result = _TORCH_STACK[cell](x, hx, list(weights), *config, bool(batch_first))
     else:
         result = _TORCH_STACK[cell](x, batch_sizes, hx, list(weights), *config)
     return result if c0 is not None else (*result, None)
@@ -338,9 +390,12 @@ def step(
     if low is None:
         return _step(cell, x, states, weights, present)
     h_dtype, c_dtype = _autocast_results(cell, low, x, states, projected=False, fused=False)
+    kept = _kept_for_backward(x, states, weights)
     with torch.autocast(x.device.type, enabled=False):
         cast = [w.to(h_dtype) for w in weights]
-        h_new, c_new = _step(cell, x.to(h_dtype), [s.to(h_dtype) for s in states], cast, present)
+        x = x.to(h_dtype, copy=kept)
+        kept_states = [s.to(h_dtype, copy=kept) for s in states]
+        h_new, c_new = _step(cell, x, kept_states, cast, present)
         return h_new, None if c_new is None else c_new.to(c_dtype)
 
 

@@ -32,7 +32,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, scripting
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -74,8 +74,8 @@ class _TorchShaped(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles instead: torch.nn's module, sharing all we have."""
-        if vars(type(self)).get("torch_class") is None:
-            return self  # a cell of our own, or a user's subclass, whose forward is not ours
+        if not scripting.has_twin(self):
+            return self
         twin = self.torch_class.__new__(self.torch_class)
         twin.__dict__.update(self.__dict__)
         if isinstance(twin, nn.RNNBase):
@@ -144,7 +144,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
 
     _wrong_input: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     _own_hooks: ClassVar[bool]  # whether _HOOKS are as here and in torch.nn
-    recompute: bool = False  # for instances that were torch.nn's, or pickled before it existed
+    recompute = False  # for instances that were torch.nn's, or pickled before it existed
 
     def __init__(self, mode: str, *args: Any, recompute: bool, **kwargs: Any) -> None:
         super().__init__(mode, *args, **kwargs)
@@ -220,6 +220,18 @@ class Recurrent(_TorchShaped, nn.RNNBase):
                 f"Expected {self.input_size}, got {input.size(-1)}"
             )
 
+    def check_hidden_size(
+        self,
+        hx: Tensor,
+        expected_hidden_size: tuple[int, int, int],
+        msg: str = "Expected hidden size {}, got {}",
+    ) -> None:
+        if is_dynamo_compiling():  # how many sequences are packed is known when the program runs
+            for size, expected in zip(hx.size(), expected_hidden_size, strict=True):
+                torch._check(size == expected)
+        else:
+            super().check_hidden_size(hx, expected_hidden_size, msg)
+
     def _present(self) -> int:
         return functional.present_bits(
             self.mode.lower(), biases=self.bias, projection=self.proj_size > 0
@@ -249,6 +261,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             present=self._present(),
+            batch_first=self.batch_first and batch_sizes is None,
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
@@ -279,10 +292,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
         self._check_arguments(input, hx, None)
         if hx is not None:
             hx = self.permute_hidden(hx, None)
-        y, hx = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
-        if self.batch_first:
-            in_place = functional.reshapes_in_place(y)
-            y = y.transpose_(0, 1) if in_place else y.transpose(0, 1)
+        y, hx = self._run(input, hx, None)
         if dim == 2:
             h, c = self._split_hidden(hx)
             y, hx = (

@@ -90,7 +90,9 @@ def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        facts = (_record_step, *_MODULES, vars(forward_ad), Tensor().is_neg, _WATCHERS)
+        some = Tensor()
+        methods = (some.is_neg, some.storage_offset)
+        facts = (_record_step, *_MODULES, vars(forward_ad), *methods)
         _direct = build.direct_calls(*facts) or False
     return native
 
@@ -132,13 +134,13 @@ def transformed() -> bool:
 
 @_constant
 def onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether torch.nn hands a padded LSTM whose input is of this dtype to oneDNN, here."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether torch.nn hands an LSTM whose input is of this dtype to oneDNN, here and now."""
+    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return not is_grad_enabled() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32
 
 
@@ -209,15 +211,6 @@ def _allow_tf32(x: Tensor) -> bool:
 
 _direct: Any = None  # the module; False if there is none, None until ``supports`` has looked
 
-# Who may count on torch's dispatcher: modes, a tracer, autocast, a profiler, transforms.
-_WATCHERS = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._is_tracing,
-    torch._C._is_any_autocast_enabled,
-    torch._C._autograd._profiler_enabled,
-    torch._C._functorch.get_dynamic_layer_stack_depth,
-)
 # By what a call of a module is more than one of its forward.
 _MODULES = (
     nn.Module,
@@ -598,7 +591,7 @@ def _step_grad(
     )
     call = Call(ctx.cell, 1, 1, present >> 6)
     if hs is None:
-        hs, tape = _tape_of_step(call, x, h, h_n, tape)
+        hs, tape = _tape_of_step(call, x, h, h_n, tape)  # type: ignore[arg-type]
     saved = _Saved(x, h, c, None, None, None, hs, tape, tuple(inputs[3:]))  # type: ignore[arg-type]
     wanted = [needed[i] for i in places]
     grads = iter(_gradients(call, saved, (None, dh, dc), wanted, backward))

@@ -39,6 +39,8 @@ class Cell:
     gates: int
     states: tuple[str, ...] = ("h",)
     params: tuple[str, ...] = ()
+    output: int = 0  # the state that is the layer's output
+    recurrent: bool = True  # whether there is a W_hh; without one gh is None
     mixes_h: bool = False  # whether the step reads h itself, beside its product with W_hh
 
     @property
@@ -104,15 +106,18 @@ BIASES, PROJECTION = 0b1100, 1 << 4  # the bits of b_ih and b_hh, and of w_hr
 
 def present_bits(cell: str, *, biases: bool, projection: bool) -> int:
     """Bit i for tensor i of ``Cell.tensors``: those that a layer has."""
-    params = (1 << len(CELLS[cell].params)) - 1
-    return 0b11 | BIASES * biases | PROJECTION * projection | params << 5
+    known = CELLS[cell]
+    matrices = 0b11 if known.recurrent else 0b01
+    vectors = BIASES & matrices << 2 if biases else 0
+    params = (1 << len(known.params)) - 1
+    return matrices | vectors | PROJECTION * projection | params << 5
 
 
 def present_names(cell: str, present: int) -> list[str]:
     return [name for i, name in enumerate(CELLS[cell].tensors) if present >> i & 1]
 
 
-def _by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
+def by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
     """The flat tensors of each layer and direction by themselves."""
     names = present_names(cell, present)
     return [
@@ -154,7 +159,7 @@ def recurrent(
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n [L*D, B, P] and c_n [L*D, B, C] or None.
     """
-    runs = _by_name(cell, present, weights)
+    runs = by_name(cell, present, weights)
     h0, c0 = initial_states(cell, x, h0, c0, weights, batch_sizes, present)
     run_layer = _layer_again if recompute else _layer
     h_n, c_n = [], []
@@ -290,7 +295,10 @@ def _direction(
         h_new, c_new = cell.step(g, gh, h_t, c_t, *params)
         if w_hr is not None:
             h_new = F.linear(h_new, w_hr)
-        outputs.append(h_new)
+        if cell.output == 0:
+            outputs.append(h_new)
+        elif c_new is not None:
+            outputs.append(c_new.chunk(len(cell.states) - 1, -1)[cell.output - 1])
         h = h_new if sizes is None else torch.cat([h_new, h[b:]])
         if c is not None and c_new is not None:
             c = c_new if sizes is None else torch.cat([c_new, c[b:]])

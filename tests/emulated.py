@@ -9,6 +9,9 @@ cpu-asan: the CPU's engine, with accesses to memory and undefined behaviour chec
 cpu-tiles: the CPU's engine on a processor with AVX-512 and tiles, whose instructions are emulated
 (tests/cpp/tile_unit). cpu-tiles-asan: both.
 
+cpu-contract, emulated-contract: these two with the cells of tests/cells in the place of the
+package's.
+
 A process that runs on an engine with -asan must preload the sanitizer, see ``sanitizer``.
 """
 
@@ -35,6 +38,20 @@ STAND_INS = ["host.cpp", "emulate.cpp"]  # of tests/cpp
 REPLACED = ["cublas.cpp", "graph.cpp", "device.cpp"]  # of csrc/cuda, by the former
 
 
+def sources_of(engine: str) -> Path:
+    """csrc, or a copy of it with the cells of tests."""
+    if not engine.endswith("-contract"):
+        return build.CSRC
+    made = FOLDER / "csrc-contract"
+    for path in (*build.CSRC.rglob("*"), *(ROOT / "tests/cells").iterdir()):
+        if path.is_file():
+            inside = path.is_relative_to(build.CSRC)
+            to = made / (path.relative_to(build.CSRC) if inside else Path("cells") / path.name)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(path.read_bytes())
+    return made
+
+
 def sanitizer(engine: str) -> dict[str, str] | None:
     """The environment of a process that tests ``engine``; None if the compiler has no sanitizer."""
 
@@ -53,7 +70,9 @@ def sanitizer(engine: str) -> dict[str, str] | None:
 
 def compile_cpu(engine: str) -> Path:
     """The CPU's library by the package's own build, with other flags."""
-    target, digest = build.CPU, ""
+    target, digest = replace(build.CPU, csrc=sources_of(engine)), ""
+    if engine.endswith("-contract"):
+        target = target.plus("-O1")  # compiling takes longer than the tests
     if engine.endswith("-asan"):
         flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         target = target.plus("-O1", "-g1", *flags, "-Wno-maybe-uninitialized")
@@ -85,6 +104,7 @@ def compile_emulated() -> Path:
         link_flags = ("-shared", "-fopenmp", "-fsanitize=address")
     target = replace(
         build.CUDA,
+        csrc=sources_of(ENGINE),
         rule="cxx",
         kernel_flags=(*build.CPU.kernel_flags, *flags, "-x", "c++"),
         binding_flags=(*build.CPU.binding_flags, *flags),

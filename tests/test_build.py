@@ -532,7 +532,7 @@ def test_what_may_pass_is_not_remembered(home, stub, text, remedy):
 def test_space_is_asked_first(home, stub):
     stub("exit 1")
     text = fallback_message(load(home, space=1 << 60))
-    assert f"compiling takes {1 << 40} MB in {home / 'cache'}, where " in text
+    assert f"compiling may take {1 << 40} MB in {home / 'cache'}, where " in text
     assert "FUSED_RNN_CACHE_DIR" in text and stub.count() == 0
     assert load(home).failure() is None, "it is not remembered"
 

@@ -143,7 +143,8 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
     # So do few rows in all; longer rows of W a little longer.
     assert packing(B=16, T=1) == (Packing.none,) * 2
     assert packing(B=16, T=1, I=64) == (Packing.turned, Packing.none)
-    # More rows of a single step are turned instead, if they are fewer than those of W and fill vectors.
+    # More rows of a single step are turned instead, if they are fewer than those of W and fill
+    # vectors.
     assert packing(B=32, T=1) == packing(B=64, T=1) == packing(B=30, T=1) == (Packing.turned,) * 2
     assert packing(B=65, T=1) == packing(B=20, T=1) == (Packing.each_use, Packing.once)
     assert packing(cell="rnn", B=64, T=1, H=100) == (Packing.each_use, Packing.once)

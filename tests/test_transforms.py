@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import os
 import socket
 import subprocess
@@ -312,6 +313,90 @@ def test_autocast_of_cells(cell: str, input_dtype: torch.dtype, state_dtype: Any
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
+# Steps, sequences (None: no such dimension), and the lengths of what is packed.
+FORMS: dict[str, tuple[int, int | None, list[int] | None]] = {
+    "padded": (3, 2, None),
+    "one sequence": (3, 1, None),
+    "no sequence": (3, 0, None),
+    "one step": (1, 2, None),
+    "unbatched": (3, None, None),
+    "packed": (3, 2, [3, 2]),
+    "packed, equally long": (3, 2, [3, 3]),
+    "packed, one sequence": (3, 1, [3]),
+    "packed, one step": (1, 2, [1, 1]),
+}
+AUTOCAST_LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("RNN", {}),
+    ("GRU", {}),
+    ("LSTM", {}),
+    ("LSTM", {"batch_first": True, "num_layers": 2, "bidirectional": True}),
+    ("LSTM", {"proj_size": 2}),
+]
+AUTOCAST_CASES = [(name, settings, form) for name, settings in AUTOCAST_LAYERS for form in FORMS]
+AUTOCAST_CASES += [
+    (name, {}, form) for name in CLASSES if is_cell(name) for form in list(FORMS)[:5]
+]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name, settings, form", AUTOCAST_CASES, ids=lambda v: "-".join(v) if isinstance(v, dict) else v
+)
+def test_autocast_dtypes(name: str, settings: dict[str, Any], form: str, low: torch.dtype) -> None:
+    """All dtypes of inputs and states, with and without gradients: torch.nn's results."""
+    theirs, ours = pair(name, 3, 4, **settings)
+    time, batch, lengths = FORMS[form]
+    batches = [] if batch is None else [batch]
+    x_shape = batches if is_cell(name) else [time, *batches]
+    h_shape = c_shape = [*batches, 4]
+    if not is_cell(name):
+        runs = theirs.num_layers * (1 + theirs.bidirectional)
+        h_shape, c_shape = [runs, *batches, theirs.proj_size or 4], [runs, *batches, 4]
+        if theirs.batch_first and batch is not None and lengths is None:
+            x_shape.reverse()
+    compared = 0
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    for x_dtype, state_dtype in itertools.product(dtypes, [None, *dtypes]):
+        x: Any = torch.randn(*x_shape, 3).to(x_dtype)
+        if lengths is not None:
+            x = pack_padded_sequence(x, torch.tensor(lengths))
+        hx: Any = None
+        if state_dtype is not None:
+            hx = torch.randn(h_shape).to(state_dtype)
+            if name.startswith("LSTM"):
+                hx = hx, torch.randn(c_shape).to(state_dtype)
+        for training in (True, False):
+            with torch.autocast("cpu", low), torch.set_grad_enabled(training):
+                actual = flatten(ours(x, hx))
+                try:
+                    expected = flatten(theirs(x, hx))
+                except RuntimeError as failure:  # states mixed with each other, or no such LSTM
+                    words = "Unexpected floating ScalarType", "could not create a primitive"
+                    assert any(word in str(failure) for word in words), failure
+                    continue
+            compared += 1
+            assert_all_close(actual, expected, tol=0.05)
+    if not compared:
+        pytest.skip("torch.nn cannot do this here")
+
+
+def test_autocast_without_onednn() -> None:
+    theirs, ours = pair("LSTM", 3, 4)
+    x = value("LSTM", torch.float32)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.backends.mkldnn.flags(enabled=enabled):
+                actual = flatten(ours(x))
+                try:
+                    expected = flatten(theirs(x))
+                except RuntimeError as failure:
+                    assert "could not create a primitive" in str(failure)
+                    continue
+        assert_all_close(actual, expected, tol=0.05)
+
+
 def test_autocast_leaves_double_alone() -> None:
     for name in CLASSES:
         _, ours = double_pair(name)
@@ -592,6 +677,116 @@ def test_jit_script_of_a_subclass_is_not_replaced() -> None:
     assert module.__prepare_scriptable__() is module
 
 
+class Holder(nn.Module):
+    """A module in all places where one may be held."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.once, self.twice = inner, nn.Sequential(nn.Identity(), nn.ModuleList([inner])[0])
+        self.deep = nn.Sequential(nn.Sequential(inner))
+        self.__dict__["unregistered"] = nn.Sequential(inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.once(x)
+        z, _ = self.twice(x)
+        return y + z
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_jit_script_leaves_the_model_alone(name: str) -> None:
+    """The same modules, of the same classes, in the same places; the parameters are shared."""
+    theirs, ours = (Holder(module) for module in double_pair(name))
+    places = lambda: [  # noqa: E731
+        (path, id(module), type(module))
+        for root in (ours, ours.unregistered)
+        for path, module in root.named_modules(remove_duplicate=False)
+    ]
+    before = places()
+    scripted = torch.jit.script(ours)
+    assert places() == before
+    assert type(ours.once) is type(ours.twice[1]) is getattr(fused_rnn, name)
+    x = value(name)
+    assert_close(scripted(x), theirs(x))
+    for model in (ours, theirs):
+        with torch.no_grad():
+            model.once.weight_hh_l0.mul_(2)
+    assert_close(scripted(x), theirs(x))
+    assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_jit_script_of_models_without_ours() -> None:
+    """They are prepared in place, as without this package."""
+
+    class Prepared(nn.Module):
+        def __prepare_scriptable__(self) -> nn.Module:
+            return nn.Tanh()
+
+    model = nn.Sequential(Prepared())
+    torch.jit.script(model)
+    assert type(model[0]) is nn.Tanh
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_jit_script_of_a_subclass_that_holds_ours() -> None:
+    class Outer(fused_rnn.GRU):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            self.inner = fused_rnn.GRU(3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.inner(x)
+
+    module, x = Outer(), torch.randn(5, 2, 3)
+    assert_close(torch.jit.script(module)(x)[0], module.inner(x)[0], tol=1e-5)
+    assert type(module.inner) is fused_rnn.GRU
+
+
+class Decoder(nn.Module):
+    """A loop over a cell, from states that are given or zeros."""
+
+    def __init__(self, cell: nn.Module, given: bool) -> None:
+        super().__init__()
+        self.cell, self.given = cell, given
+
+    def forward(self, x: Tensor, h: Tensor) -> Any:
+        hx: Any = (h, h) if isinstance(self.cell, fused_rnn.LSTMCell) else h
+        state = hx if self.given else None
+        for step in x.unbind(0):
+            state = self.cell(step, state)
+        return state
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_jit_trace_of_a_loop(name: str, given: bool, batched: bool) -> None:
+    """The tracer traces twice, the second time without gradients, and compares the graphs."""
+    _, ours = double_pair(name)
+    shapes = [(3, 2, 3), (2, 4)] if batched else [(3, 3), (4,)]
+    inputs, others = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(2))
+    decoder = Decoder(ours, given)
+    decoder(*inputs)  # loads the kernels
+    traced = torch.jit.trace(decoder, inputs)
+    assert_all_close(traced(*others), decoder(*others))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CLASSES)
+def test_tensorboard_graph(name: str, tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", exc_type=ImportError)
+    _, ours = pair(name, 3, 4)
+    inputs = torch.randn(3, 2, 3), torch.randn(2, 4)
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        if is_cell(name):
+            writer.add_graph(Decoder(ours, True), inputs)
+        else:
+            writer.add_graph(nn.Sequential(ours), inputs[0])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", CLASSES)
 def test_jit_trace(name: str) -> None:
@@ -631,6 +826,110 @@ def test_backward_twice(name: str) -> None:
     assert_all_close([p.grad for p in ours.parameters()], [2 * g for g in once])
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         loss.backward()
+
+
+def changed_in_place(
+    module: nn.Module, what: str, transposed: bool, unbatched: bool
+) -> dict[str, Tensor] | None:
+    """Gradients where ``what`` changes between forward and backward; None if autograd refuses."""
+    cell, h_shape = isinstance(module, nn.RNNCellBase), [2, 4]
+    x_shape = [2, 3] if cell else [2, 5, 3] if module.batch_first else [5, 2, 3]
+    if not cell:
+        h_shape.insert(0, module.num_layers * (1 + module.bidirectional))
+    if unbatched:
+        x_shape.remove(2)
+        h_shape.remove(2)
+    shapes = [x_shape, h_shape, h_shape]
+    dtype = next(module.parameters()).dtype
+    leaves = [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+    x, h, c = (
+        t.transpose(0, 1).clone().transpose(0, 1) if transposed and t.dim() > 1 else t.clone()
+        for t in leaves
+    )
+    pair = isinstance(module, (nn.LSTM, nn.LSTMCell, fused_rnn.LSTM, fused_rnn.LSTMCell))
+    outputs = flatten(module(x, (h, c) if pair else h))
+    loss = sum((i + 1) * (output * 1).sin().sum() for i, output in enumerate(outputs))
+    names = ["y"] * (not cell) + ["h_n", "c_n"]
+    named = {"x": x, "h0": h, "c0": c, **dict(zip(names, outputs, strict=False))}
+    with torch.no_grad():
+        named[what].mul_(2)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified" in str(error)
+        return None
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    return gradients | {str(i): t.grad for i, t in enumerate(leaves) if t.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["", "transposed", "unbatched"])
+@pytest.mark.parametrize(
+    "name, settings",
+    [(name, {}) for name in CLASSES]
+    + [
+        (name, settings)
+        for name in LAYERS
+        for settings in ({"batch_first": True}, {"bidirectional": True}, {"num_layers": 2})
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_changes_in_place(
+    name: str, settings: dict[str, Any], form: str, dtype: torch.dtype
+) -> None:
+    """Whatever may change after the forward in torch.nn may change here."""
+    modules = pair(name, 3, 4, dtype=dtype, **settings)
+    lstm = name.startswith("LSTM")
+    for what in ("x", "h0", *["c0"] * lstm, *["y"] * (not is_cell(name)), "h_n", *["c_n"] * lstm):
+        state = torch.get_rng_state()
+        results = []
+        for module in modules:
+            torch.set_rng_state(state)
+            module.zero_grad()
+            results.append(
+                changed_in_place(module, what, form == "transposed", form == "unbatched")
+            )
+        theirs, ours = results
+        if theirs is not None:
+            assert ours is not None, f"{what} changed"
+            assert_all_close(ours, theirs, tol=1e-4 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("low", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_residual_in_place(name: str, low: torch.dtype | None, recompute: bool) -> None:
+    theirs, ours = pair(name, 4, 4, batch_first=True)
+    ours.recompute = recompute
+    x, gradients = torch.randn(2, 5, 4), []
+    for rnn in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        y = leaf * 1
+        try:
+            with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
+                y += rnn(y)[0]
+        except RuntimeError as failure:  # a processor for which oneDNN has no LSTM in bfloat16
+            assert rnn is theirs and "could not create a primitive" in str(failure)
+            pytest.skip("torch.nn cannot do this here")
+        y.sum().backward()
+        gradients.append({"x": leaf.grad, **{k: p.grad for k, p in rnn.named_parameters()}})
+    assert_all_close(gradients[1], gradients[0], tol=1e-5 if low is None else 5e-2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_decoder_that_writes_its_input(name: str) -> None:
+    """Each prediction goes into the buffer that the next step reads."""
+    theirs, ours = double_pair(name, batch_first=True)
+    head, gradients = nn.Linear(4, 3, dtype=torch.float64), []
+    for rnn in (theirs, ours):
+        buffer, hx = torch.zeros(2, 6, 3, dtype=torch.float64), None
+        for t in range(5):
+            x = buffer[:, t : t + 1]
+            y, hx = rnn(x if rnn is ours else x.clone(), hx)  # few of torch.nn's copy one step
+            buffer[:, t + 1] = head(y[:, 0])
+        buffer.square().sum().backward()
+        gradients.append({k: p.grad for k, p in rnn.named_parameters()})
+    assert_all_close(*gradients[::-1])
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -20,7 +20,7 @@ struct Rnn : CellDefaults {
   FRNN_HD static void backward(const Pack<V, kSaved>&, const Pack<V, kStates>&, V h_new,
                                const Pack<V, kParams>&, const Pack<V, kStates>& ds_new,
                                Pack<V, kD>& d, Pack<V, kStates>& ds, Pack<V, kParams>&) {
-    d[0] = ds_new[0] * F::df(h_new);
+    d[0] = F::backward(ds_new[0], h_new);
     ds[0] = V{};
   }
 };
@@ -31,8 +31,8 @@ struct TanhFn {
     return tanh(a);
   }
   template <class V>
-  FRNN_HD static V df(V y) {
-    return tanh_grad(y);
+  FRNN_HD static V backward(V dy, V y) {
+    return dy * tanh_grad(y);
   }
 };
 struct ReluFn {
@@ -41,8 +41,8 @@ struct ReluFn {
     return relu(a);
   }
   template <class V>
-  FRNN_HD static V df(V y) {
-    return relu_grad(y);
+  FRNN_HD static V backward(V dy, V y) {
+    return relu_backward(dy, y);
   }
 };
 

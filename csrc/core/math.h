@@ -121,10 +121,12 @@ template <class V>
 FRNN_HD V tanh_grad(V y) {
   return typename Lanes<V>::T(1) - y * y;
 }
+// A gradient dy as it goes through: as in torch it is 0 where the function is, even if it is inf, and
+// dy where the function is NaN.
 template <class V>
-FRNN_HD V relu_grad(V y) {
+FRNN_HD V relu_backward(V dy, V y) {
   const V zero{};
-  return y > zero ? splat<V>(1) : zero;
+  return y <= zero ? zero : dy;
 }
 
 }  // namespace frnn

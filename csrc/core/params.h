@@ -166,9 +166,8 @@ struct CudaKernels : CellFacts {
 // The instance for a cell's name and storage, or null for an unknown name.
 const CudaKernels* FindCudaKernels(const char* cell, Storage storage);
 
-// The instance for a cell's name and computing type (0 float, 1 double) on this machine, or null
-// for an unknown name.
-const CpuKernels* FindCpuKernels(const char* cell, int is_double);
+// The same on this machine, which computes 16-bit types in float.
+const CpuKernels* FindCpuKernels(const char* cell, Storage storage);
 const char* CpuCapability();
 
 }  // namespace frnn

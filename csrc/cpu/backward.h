@@ -57,7 +57,7 @@ class Layer<C>::BackwardPass {
     const DirectionGrads* dw;
     const T *hs, *new_h;  // h before the first step, and after each
   };
-  std::vector<Thread> threads = std::vector<Thread>(plan.threads);
+  Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductH::Common h_common;
   typename ProductX::Common x_common{p.dx ? p.I : 0};
   T *d, *dh, *dh_seq, *dh_full, *grad_right, *sum_ih, *sum_hh, *dx_sum;

@@ -51,7 +51,7 @@ class Layer<C>::ForwardPass {
     const DirectionWeights* w;
     T* hs;
   };
-  std::vector<Thread> threads = std::vector<Thread>(plan.threads);
+  Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductX::Common x_common;
   typename ProductH::Common h_common;
   T* h_buffer[2] = {nullptr, nullptr};

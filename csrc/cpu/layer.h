@@ -9,8 +9,6 @@
 // How matrices are multiplied is behind cpu/product: on vectors, or on tiles where the processor
 // has a unit for them. All choices by shape and machine are in cpu/plan.h.
 #pragma once
-#include <vector>
-
 #include "core/scratch.h"
 #include "core/step.h"
 #include "cpu/convert.h"
@@ -55,7 +53,9 @@ class Layer {
   class ForwardPass;
   class BackwardPass;
 
-  static constexpr int kPanelVecs = C::kH <= 2 ? 2 : 1;
+  static constexpr int kMostGates = C::kX > C::kH ? C::kX : C::kH;
+  static constexpr int kPanelVecs = kMostGates <= 2 ? 2 : 1;
+  static_assert(kMostGates <= 4, "a tile of a product has up to four gates of a unit");
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
   static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
   static constexpr int kTape = Tape<C>::kSize;

@@ -91,9 +91,10 @@ Level HighestLevel() {
                               "': use one of " + names);
 }
 
-const CpuKernels* FindCpuKernels(const char* cell, int is_double) {
+const CpuKernels* FindCpuKernels(const char* cell, Storage storage) {
   for (const Entry& entry : kTable)
-    if (!std::strcmp(entry.name, cell)) return entry.kernels[tier()][is_double];
+    if (!std::strcmp(entry.name, cell))
+      return entry.kernels[tier()][storage == Storage::kDouble];
   return nullptr;
 }
 

@@ -12,9 +12,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <memory>
+#include <exception>
 
 #include "core/macros.h"
+#include "core/memory.h"
 #include "cpu/plan.h"
 #include "cpu/tier.h"
 
@@ -46,9 +47,9 @@ class Crowd {
 // How many steps a thread has finished, for the others to wait for.
 class alignas(128) Flag {
  public:
-  void Advance() {
+  void Advance(uint32_t phases = 1) {
     // In one order with sleepers_: either we see a sleeper, or it sees the phase.
-    phase_.fetch_add(1);
+    phase_.fetch_add(phases);
     if (sleepers_.load()) Wake();
   }
   // Waits until `phase` is reached. Spins first, since a step takes microseconds; then sleeps. A
@@ -99,17 +100,32 @@ inline int Cores() {
 
 class Team {
  public:
-  Team(int id, const cpu::Plan& plan, Flag* flags)
-      : id(id), size(plan.threads), flags_(flags), spins_(plan.spins), is_short_(plan.is_short) {}
+  // What its threads share.
+  struct Shared {
+    explicit Shared(int size) : flags(size) {}
+    Vector<Flag> flags;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // of the first thread that failed
+  };
+
+  Team(int id, const cpu::Plan& plan, Shared* shared)
+      : id(id), size(plan.threads), shared_(shared), spins_(plan.spins), is_short_(plan.is_short) {}
   const int id, size;
 
-  // Every thread of the team has come here before any leaves.
+  // Every thread of the team has come here before any leaves. Throws where one failed instead.
   void Sync() {
     if (size == 1) return;
     ++phase_;
-    flags_[id].Advance();
+    shared_->flags[id].Advance();
     for (int other = 0; other < size; other++)
-      if (other != id) flags_[other].Await(phase_, spins_, is_short_);
+      if (other != id) shared_->flags[other].Await(phase_, spins_, is_short_);
+    if (shared_->failed.load(std::memory_order_relaxed)) throw Left();
+  }
+  // From the handler of what a thread threw, which does no more: nobody waits for it from now on,
+  // and all others end where they sync next.
+  void Leave() {
+    if (!shared_->failed.exchange(true)) shared_->error = std::current_exception();
+    shared_->flags[id].Advance(1u << 30);
   }
 
   // This thread's part of n items in blocks of `unit`.
@@ -123,7 +139,9 @@ class Team {
   }
 
  private:
-  Flag* flags_;
+  struct Left {};
+
+  Shared* shared_;
   const int spins_;
   const bool is_short_;
   uint32_t phase_ = 0;
@@ -140,7 +158,7 @@ inline int TeamSize(int wanted) { return wanted <= 1 || omp_in_parallel() ? 1 : 
 
 // Runs body(team) on exactly as many threads as planned, or not at all: false where OpenMP has
 // fewer to give (a thread limit, dynamic adjustment), since a body has divided its memory by their
-// number.
+// number. What a thread throws is thrown here.
 template <class F>
 bool RunTeam(const cpu::Plan& plan, const F& body) {
   const int n = plan.threads;
@@ -149,17 +167,22 @@ bool RunTeam(const cpu::Plan& plan, const F& body) {
     RunBody(body, team);
     return true;
   }
-  const std::unique_ptr<Flag[]> flags(new Flag[n]);
+  Team::Shared shared(n);
   bool complete = true;
 #pragma omp parallel num_threads(n)
   {
     if (omp_get_num_threads() == n) {
-      Team team(omp_get_thread_num(), plan, flags.get());
-      RunBody(body, team);
+      Team team(omp_get_thread_num(), plan, &shared);
+      try {
+        RunBody(body, team);
+      } catch (...) {
+        team.Leave();
+      }
     } else if (omp_get_thread_num() == 0) {
       complete = false;
     }
   }
+  if (shared.error) std::rethrow_exception(shared.error);
   return complete;
 }
 

@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/memory.h"
 #include "stack/stack.h"
 
 // Newer torch defines it, with the cause in the message.
@@ -46,6 +47,26 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+// As Python writes it.
+inline const char* NameOf(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
 template <class T>
 Storage StorageOf(const T& t, const char* name) {
   switch (t.scalar_type()) {
@@ -58,7 +79,8 @@ Storage StorageOf(const T& t, const char* name) {
     case ScalarType::Half:
       return Storage::kHalf;
     default:
-      Refuse(name, ": expected float32, float64, bfloat16 or float16");
+      Refuse(name, ": expected float32, float64, bfloat16 or float16, got ",
+             NameOf(t.scalar_type()));
   }
 }
 
@@ -108,15 +130,56 @@ inline int64_t BytesOf(ScalarType dtype) {
       return 8;
     case ScalarType::Float:
       return 4;
+    case ScalarType::Byte:
+      return 1;
     default:
       return 2;
   }
 }
+// Of a contiguous tensor. False where there are too many to count: an expanded input has any size.
+inline bool CountBytes(const Dims& sizes, ScalarType dtype, int64_t& bytes) {
+  bytes = BytesOf(dtype);
+  for (const int64_t n : sizes)
+    if (__builtin_mul_overflow(bytes, n, &bytes)) return false;
+  return true;
+}
 
-inline Tensor ContiguousCopy(const Tensor& t) { return torch::stable::contiguous(t); }
+// A storage may have been resized since its tensors were made, as FSDP does to save memory.
+inline void CheckMemory(const char* name, const Tensor& t) {
+  int64_t there = 0, end = 0;  // bytes; elements
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &there));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &end));
+  end++;
+  for (int64_t i = 0; i < t.dim(); i++) end += (t.size(i) - 1) * t.stride(i);
+  const int64_t wanted = t.numel() > 0 ? end * int64_t(t.element_size()) : 0;
+  FRNN_CHECK(wanted <= there, name, ": expected a storage of ", wanted, " bytes or more, got ",
+             there);
+}
 
+// make(shape) returns a new tensor of torch's. What torch says of a failure does not come through its C
+// functions: it is said again, in the words that callers look for.
+template <class F>
+Tensor Allocated(const Tensor& like, const Dims& sizes, ScalarType dtype, const F& make) {
+  try {
+    return make(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  } catch (const std::exception&) {
+    int64_t bytes = 0;
+    if (!CountBytes(sizes, dtype, bytes)) throw;
+    if (like.is_cpu()) throw OutOfMemory(size_t(bytes));
+    Refuse("CUDA out of memory. Tried to allocate ", bytes, " bytes");
+  }
+}
 inline Tensor New(const Tensor& like, const Dims& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+  return Allocated(like, sizes, dtype,
+                   [&](auto shape) { return torch::stable::new_empty(like, shape, dtype); });
+}
+inline Tensor NewZeros(const Tensor& like, const Dims& sizes, ScalarType dtype) {
+  return Allocated(like, sizes, dtype,
+                   [&](auto shape) { return torch::stable::new_zeros(like, shape, dtype); });
+}
+inline Tensor ContiguousCopy(const Tensor& t) {
+  return Allocated(t, {t.sizes().begin(), t.sizes().end()}, t.scalar_type(),
+                   [&](auto) { return torch::stable::contiguous(t); });
 }
 
 // What a device is:
@@ -164,11 +227,13 @@ class Arguments {
   void CheckType(const char* name, const T& t) const {
     FRNN_CHECK(Device::Owns(t, index_), name, ": expected a ", Device::kName,
                " tensor, on the device of x");
-    FRNN_CHECK(t.scalar_type() == dtype_, name, ": expected the dtype of x, got another one");
+    FRNN_CHECK(t.scalar_type() == dtype_, name, ": expected ", NameOf(dtype_), ", as x is, got ",
+               NameOf(t.scalar_type()));
+    CheckMemory(name, t);
   }
   ScalarType dtype_;
   int32_t index_;
-  std::forward_list<T> kept_;
+  std::forward_list<T, Allocator<T>> kept_;
 };
 
 // What fakes need to know of a cell and of a tape.
@@ -308,10 +373,10 @@ struct Call {
   Arguments<Device, T> arguments;
   Stack stack;
   LayerGradParams& p = stack.all;
-  std::vector<int> tensors;  // those of the cell's list that are there
+  Vector<int> tensors;  // those of the cell's list that are there
 
  private:
-  std::vector<int64_t> steps_;  // p.batch_sizes, then p.offsets
+  Vector<int64_t> steps_;  // p.batch_sizes, then p.offsets
 
   static const typename Device::Kernels& Find(const char* cell, Storage storage) {
     const auto* kernels = Device::Find(cell, storage);
@@ -384,6 +449,7 @@ struct Call {
     FRNN_CHECK(SameShape(t, shape) && t.scalar_type() == dtype && t.is_contiguous() &&
                    Device::Owns(t, arguments.index()),
                name, ": not what the forward returned");
+    CheckMemory(name, t);
     return t.data_ptr();
   }
 
@@ -397,6 +463,7 @@ struct Call {
       FRNN_CHECK(batch_sizes->dim() == 1 && batch_sizes->is_cpu() &&
                      batch_sizes->scalar_type() == ScalarType::Long,
                  "batch_sizes: expected a 1-D int64 CPU tensor");
+      CheckMemory("batch_sizes", *batch_sizes);
       const T& contiguous = arguments.Contiguous(*batch_sizes);
       const int64_t* data = static_cast<const int64_t*>(contiguous.const_data_ptr());
       std::copy(data, data + p.T, sizes);
@@ -528,18 +595,19 @@ struct Operators {
     call.TakeForward(between, hs, saved);
     call.TakeGradients(dy, dh_n, dc_n);
     const bool nothing = call.p.rows == 0;
+    const ScalarType dtype = x.scalar_type();
     std::vector<Tensor> gradients;
     for (int64_t i = 0; i < 3 + int64_t(weights.size()); i++) {
       const Optional like = i == 0 ? x : i == 1 ? h0 : i == 2 ? c0 : weights[i - 3];
-      if (!like.has_value() || !Contains(needs, i))
-        gradients.push_back(New(x, {0}, x.scalar_type()));
-      else if (nothing || (i == 0 && call.SkipsRowsOf(x)))
-        gradients.push_back(torch::stable::new_zeros(*like, like->sizes()));
+      const bool wanted = like.has_value() && Contains(needs, i);
+      const Dims shape =
+          wanted ? Dims(like->sizes().begin(), like->sizes().end()) : Dims({int64_t(0)});
+      if (wanted && (nothing || (i == 0 && call.SkipsRowsOf(x))))
+        gradients.push_back(NewZeros(x, shape, dtype));
       else if (i == 0)  // dx goes on to what was before and is gone; those of weights stay
-        gradients.push_back(
-            Device::NewLarge(x, {x.sizes().begin(), x.sizes().end()}, x.scalar_type()));
+        gradients.push_back(Device::NewLarge(x, shape, dtype));
       else
-        gradients.push_back(torch::stable::new_empty(*like, like->sizes()));
+        gradients.push_back(New(x, shape, dtype));
       if (gradients.back().numel() > 0) *call.GradientSlot(i) = gradients.back().mutable_data_ptr();
     }
     if (!nothing) {

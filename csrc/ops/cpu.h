@@ -12,14 +12,6 @@ torch_from_blob(void* data, int64_t dim, const int64_t* sizes, const int64_t* st
 
 namespace frnn {
 
-// Of a contiguous tensor. False where there are too many to count: an expanded input has any size.
-inline bool CountBytes(const Dims& sizes, ScalarType dtype, int64_t& bytes) {
-  bytes = BytesOf(dtype);
-  for (const int64_t n : sizes)
-    if (__builtin_mul_overflow(bytes, n, &bytes)) return false;
-  return true;
-}
-
 struct Cpu {
   using Kernels = CpuKernels;
   static constexpr const char* kName = "CPU";
@@ -35,7 +27,7 @@ struct Cpu {
     return t.is_cpu();
   }
   static const Kernels* Find(const char* cell, Storage storage) {
-    return FindCpuKernels(cell, storage == Storage::kDouble);
+    return FindCpuKernels(cell, storage);
   }
   static int64_t HsStride(int64_t H, int64_t Hout) { return frnn::HsStride(H, Hout); }
   static int64_t SavedUnits(int64_t H) { return Padded(H); }
@@ -54,15 +46,22 @@ struct Cpu {
     Dims strides = sizes;
     int64_t stride = 1;
     for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-    size_t capacity = 0;
-    void* data = AcquireScratch(bytes, &capacity);
     const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    const Block block = Acquire(size_t(bytes), Use::kResult);
+    // A call that fails has called the deleter or not, by how far it came.
+    static thread_local void* last_released;
+    last_released = nullptr;
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-        data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, type,
+    const AOTITorchError failed = torch_from_blob(
+        block.address, int64_t(sizes.size()), sizes.data(), strides.data(), 0, type,
         aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-        [](void* block, void* context) { ReleaseScratch(block, size_t(context)); },
-        reinterpret_cast<void*>(capacity)));
+        [](void* address, void* size) {
+          last_released = address;
+          Release({address, size_t(size)});
+        },
+        reinterpret_cast<void*>(block.bytes));
+    if (failed && last_released != block.address) Release(block);
+    if (failed) throw OutOfMemory(size_t(bytes));
     return Tensor(handle);
   }
 

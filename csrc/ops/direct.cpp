@@ -26,7 +26,6 @@
 // clang-format off
 #pragma weak PyCFunction_GetFlags
 #pragma weak PyCFunction_GetFunction
-#pragma weak PyCFunction_GetSelf
 #pragma weak PyCFunction_Type
 #pragma weak PyCapsule_GetPointer
 #pragma weak PyDict_GetItemWithError
@@ -38,11 +37,9 @@
 #pragma weak PyLong_AsLongLong
 #pragma weak PyLong_FromLongLong
 #pragma weak PyModule_Create2
-#pragma weak PyObject_CallFunctionObjArgs
 #pragma weak PyObject_CallObject
 #pragma weak PyList_GetItem
 #pragma weak PyList_Size
-#pragma weak PyObject_CallNoArgs
 #pragma weak PyObject_GenericGetDict
 #pragma weak PyObject_GetAttr
 #pragma weak PyObject_IsTrue
@@ -60,47 +57,49 @@
 #pragma weak _Py_TrueStruct
 // clang-format on
 
+// What torch may have to do beside running an operator (IsWatched). It tells in C++ alone; these
+// functions take and return what no release lays out differently, and their names are old. Weak:
+// without one of them there are no direct calls.
+#define FRNN_WEAK __attribute__((weak))
+namespace c10::impl {
+struct TorchDispatchModeTLS {
+  FRNN_WEAK static int64_t stack_len();
+};
+}  // namespace c10::impl
+namespace at {
+FRNN_WEAK bool hasCallbacks();
+namespace autocast {
+FRNN_WEAK bool is_autocast_enabled(c10::DeviceType);
+}
+namespace functorch {
+struct DynamicLayer;
+FRNN_WEAK const std::vector<DynamicLayer>& getDynamicLayerStack();
+}  // namespace functorch
+namespace impl {
+struct PythonTorchFunctionTLS {
+  FRNN_WEAK static int64_t stack_len();
+};
+}  // namespace impl
+}  // namespace at
+namespace torch::jit::tracer {
+struct TracingState;
+FRNN_WEAK const std::shared_ptr<TracingState>& getTracingState();
+}  // namespace torch::jit::tracer
+
 namespace frnn {
 namespace {
 
 struct Unusual {};  // thrown where the operator has to take over
 struct Raised {};   // thrown where Python's error is for the caller
 
-// A function of torch without arguments. Of one that is C alone, Python has no part in the call, which
-// then takes half as long.
-struct Question {
-  PyObject *callable, *self;
-  PyCFunction function;  // null: not C alone
-
-  Question() = default;
-  explicit Question(PyObject* callable) : callable(callable), self(nullptr), function(nullptr) {
-    if (Py_TYPE(callable) != &PyCFunction_Type || PyCFunction_GetFlags(callable) != METH_NOARGS)
-      return;
-    self = PyCFunction_GetSelf(callable);
-    function = PyCFunction_GetFunction(callable);
-  }
-  // Whether the answer is other than False or 0; an error is.
-  static bool IsYes(PyObject* answer) {
-    const bool yes = answer == nullptr || PyObject_IsTrue(answer) != 0;
-    Py_DecRef(answer);
-    return yes;
-  }
-  bool Ask() const {
-    return IsYes(function ? function(self, nullptr) : PyObject_CallNoArgs(callable));
-  }
-};
-
 // Set once, by Setup.
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type, *parameter_type;
-PyObject* is_negative;                                   // torch.Tensor.is_neg
-Question is_this_negative;                               // is_neg of some tensor
+PyCFunction is_neg, storage_offset;                      // of torch.Tensor
 PyObject *module_type, *module_call, *module_call_impl;  // torch.nn.Module, and what it came with
 PyObject* global_hooks;                                  // those of all modules: a tuple of dicts
 PyObject* forward_mode;                                  // the dict of torch.autograd.forward_ad
 PyObject* record_step;                                   // ops.py: makes a step differentiable
-Question watchers[8];
-Py_ssize_t watcher_count = 0;
 
 // Interned: a dict finds them by their address.
 struct Names {
@@ -157,13 +156,14 @@ class Borrowed {
     dlpack::Tensor t;
     if (exchange->from_python(object, &t) != 0) throw Unusual();
     if (t.device.type != dlpack::kCpu || t.dims < 1 || t.dims > kMaxDims) throw Unusual();
+    // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
+    if (Owned(is_neg(object, nullptr)).object != Py_False) throw Unusual();
     data_ = static_cast<char*>(t.data) + t.byte_offset;
     dtype_ = TypeOf(t.dtype);
     dims_ = t.dims;
     std::copy(t.shape, t.shape + dims_, shape_);
     std::copy(t.strides, t.strides + dims_, strides_);
-    if (numel() == 0 ? !may_be_empty : t.data == nullptr) throw Unusual();
-    if (type == parameter_type ? !IsKnownPositive(object) : IsNegative(object)) throw Unusual();
+    if (numel() == 0 ? !may_be_empty : !HasMemory(object)) throw Unusual();
   }
   // Contiguous.
   Borrowed(void* data, ScalarType dtype, const Dims& shape)
@@ -209,24 +209,14 @@ class Borrowed {
  private:
   static constexpr int kMaxDims = 4;
 
-  // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
-  static bool IsNegative(PyObject* object) {
-    return Question::IsYes(is_this_negative.function
-                               ? is_this_negative.function(object, nullptr)
-                               : PyObject_CallFunctionObjArgs(is_negative, object, nullptr));
-  }
-  // The question takes longer than all others. A parameter is not asked again while its memory is the
-  // same: what could then be negative is a view of itself.
-  bool IsKnownPositive(PyObject* object) const {
-    static struct {
-      PyObject* object;
-      char* data;
-    } known[512];
-    auto& entry = known[uint64_t(reinterpret_cast<uintptr_t>(object)) * 0x9e3779b97f4a7c15 >> 55];
-    if (entry.object == object && entry.data == data_) return true;
-    if (IsNegative(object)) return false;
-    entry = {object, data_};
-    return true;
+  // A storage that was resized to nothing, as FSDP does to save memory, begins at null, and this tensor
+  // at its offset from there.
+  bool HasMemory(PyObject* object) const {
+    const auto address = int64_t(reinterpret_cast<uintptr_t>(data_));
+    if (address >> 44 != 0) return true;  // offsets are not as large
+    const Owned offset(storage_offset(object, nullptr));
+    return offset.object != nullptr &&
+           PyLong_AsLongLong(offset.object) * BytesOf(dtype_) != address;
   }
 
   static ScalarType TypeOf(dlpack::DataType t) {
@@ -247,6 +237,7 @@ class Borrowed {
 using MaybeBorrowed = std::optional<Borrowed>;
 
 Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
+void CheckMemory(const char*, const Borrowed&) {}  // which every Borrowed has
 
 // A tensor that is made here, until Python has it. Its memory is the engine's own: as in
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
@@ -256,15 +247,14 @@ class Made {
     int64_t bytes = 0;
     if (!CountBytes(shape, dtype, bytes)) throw Unusual();
     pooled = pooled && bytes >= kPooledBytes;
-    // Small data lie behind their block, in the same allocation.
-    void* memory = std::malloc(sizeof(Block) + (pooled ? 0 : kDataAlign + bytes));
-    if (memory == nullptr) throw std::bad_alloc();
-    block_.reset(new (memory) Block);
-    auto& t = block_->managed.tensor;
+    // Small data lie behind the head, in the same allocation.
+    void* memory = Allocate(sizeof(Head) + (pooled ? 0 : kDataAlign + bytes), alignof(Head));
+    head_.reset(new (memory) Head);
+    auto& t = head_->managed.tensor;
     t.device = {dlpack::kCpu, 0};
     t.dims = int32_t(shape.size());
-    t.shape = block_->shape;
-    t.strides = block_->strides;
+    t.shape = head_->shape;
+    t.strides = head_->strides;
     int64_t stride = 1;
     for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) {
       t.shape[i] = shape[i];
@@ -273,49 +263,54 @@ class Made {
     const uint8_t kind = dtype == ScalarType::BFloat16 ? dlpack::kBfloat : dlpack::kFloat;
     t.dtype = {kind, uint8_t(8 * BytesOf(dtype)), 1};
     if (pooled) {
-      t.data = AcquireScratch(bytes, &block_->pooled);
+      head_->block = Acquire(size_t(bytes), Use::kResult);
+      t.data = head_->block.address;
     } else {
-      char* end = reinterpret_cast<char*>(block_.get() + 1);
+      char* end = reinterpret_cast<char*>(head_.get() + 1);
       t.data = end + (-reinterpret_cast<uintptr_t>(end) & (kDataAlign - 1));
     }
   }
-  void* data() const { return block_->managed.tensor.data; }
-  size_t bytes() const {
-    const auto& t = block_->managed.tensor;
-    return std::accumulate(t.shape, t.shape + t.dims, size_t(t.dtype.bits / 8),
-                           std::multiplies<>());
-  }
+  void* data() const { return head_->managed.tensor.data; }
   void SwapLeading() {
-    std::swap(block_->shape[0], block_->shape[1]);
-    std::swap(block_->strides[0], block_->strides[1]);
+    std::swap(head_->shape[0], head_->shape[1]);
+    std::swap(head_->strides[0], head_->strides[1]);
   }
   // Drops the leading dimension, of size 1.
   void Squeeze() {
-    auto& t = block_->managed.tensor;
+    auto& t = head_->managed.tensor;
     t.dims--, t.shape++, t.strides++;
   }
   PyObject* ToPython() {
     void* object = nullptr;
-    if (exchange->to_python(&block_.release()->managed, &object) != 0) throw Unusual();
+    bool freed = false;
+    Head* head = head_.release();
+    head->freed = &freed;
+    const bool failed = exchange->to_python(&head->managed, &object) != 0;
+    // A call that fails has freed it or not, by how far it came.
+    if (!freed) head->freed = nullptr;
+    if (failed && !freed) head_.reset(head);
+    if (failed) throw Unusual();
     return static_cast<PyObject*>(object);
   }
 
  private:
-  struct Block {
+  struct Head {
     dlpack::Managed managed = {{1, 0}, this, Free, 0, {}};
     int64_t shape[4], strides[4];
-    size_t pooled = 0;  // bytes, if the data are the pool's
+    Block block;            // of the data, if they are the pool's
+    bool* freed = nullptr;  // who wants to know
 
-    static void Free(dlpack::Managed* m) { Freed()(static_cast<Block*>(m->context)); }
+    static void Free(dlpack::Managed* m) { Delete()(static_cast<Head*>(m->context)); }
   };
-  struct Freed {
-    void operator()(Block* block) const {
-      if (block->pooled > 0) ReleaseScratch(block->managed.tensor.data, block->pooled);
-      std::free(block);
+  struct Delete {
+    void operator()(Head* head) const {
+      if (head->freed != nullptr) *head->freed = true;
+      if (head->block.address != nullptr) Release(head->block);
+      std::free(head);
     }
   };
   static constexpr size_t kDataAlign = 64;
-  std::unique_ptr<Block, Freed> block_;
+  std::unique_ptr<Head, Delete> head_;
 };
 
 // Other Python threads run while this lives.
@@ -444,13 +439,22 @@ PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
   return MakeTuple(tensors.size(), [&](size_t i) { return ToPythonOrNone(*tensors.begin()[i]); });
 }
 
-// Whether somebody counts on torch's dispatcher: the call is then the operator's.
+// Whether somebody counts on torch's dispatcher: the call is then the operator's. Modes, autocast,
+// transforms, a tracer; whoever records the operators that run, in this thread or in all.
 bool IsWatched() {
+  if (c10::impl::TorchDispatchModeTLS::stack_len() != 0 ||
+      at::impl::PythonTorchFunctionTLS::stack_len() != 0 ||
+      at::autocast::is_autocast_enabled(c10::DeviceType::CPU) ||
+      !at::functorch::getDynamicLayerStack().empty() || torch::jit::tracer::getTracingState() ||
+      at::hasCallbacks())
+    return true;
   PyObject* level = PyDict_GetItemWithError(forward_mode, names().current_level);
-  if (level == nullptr || PyLong_AsLongLong(level) >= 0) return true;
-  for (Py_ssize_t i = 0; i < watcher_count; i++)
-    if (watchers[i].Ask()) return true;
-  return false;
+  return level == nullptr || PyLong_AsLongLong(level) >= 0;
+}
+bool CanTellWhoWatches() {
+  return c10::impl::TorchDispatchModeTLS::stack_len && at::impl::PythonTorchFunctionTLS::stack_len &&
+         at::autocast::is_autocast_enabled && at::functorch::getDynamicLayerStack &&
+         torch::jit::tracer::getTracingState && at::hasCallbacks;
 }
 
 // The boundary to Python, which no exception of C++ may cross: None stands for all but Raised, and for
@@ -867,30 +871,30 @@ PyObject* Called(Reader& arguments) {
                   weights);
 }
 
-// What torch has to offer -> True, or None where this torch has another way of exchange. A watcher is
-// asked before anything else: one that says yes wants to see the operator.
+// A method without arguments, of some object, as the C function that it is; null if it is more.
+PyCFunction FunctionOf(PyObject* method) {
+  const bool is_c = Py_TYPE(method) == &PyCFunction_Type;
+  return is_c && PyCFunction_GetFlags(method) == METH_NOARGS ? PyCFunction_GetFunction(method)
+                                                             : nullptr;
+}
+
+// What torch has to offer -> True, or None where this torch offers something else.
 PyObject* Setup(Reader& arguments) {
   const auto* found = static_cast<const dlpack::Exchange*>(
       PyCapsule_GetPointer(arguments.Object(), "dlpack_exchange_api"));
   if (found == nullptr || found->version.major != 1 || found->from_python == nullptr ||
-      found->to_python == nullptr)
+      found->to_python == nullptr || !CanTellWhoWatches())
     return nullptr;
-  const auto keep = [](PyObject* object) {
-    Py_IncRef(object);
-    return object;
-  };
-  for (PyObject** field : {&tensor_type, &parameter_type, &is_negative, &record_step, &module_type,
-                           &module_call, &module_call_impl, &global_hooks, &forward_mode})
-    *field = keep(arguments.Object());
-  is_this_negative = Question(keep(arguments.Object()));
-  PyObject* all = arguments.Object();
+  for (PyObject** field : {&tensor_type, &parameter_type, &record_step, &module_type, &module_call,
+                           &module_call_impl, &global_hooks, &forward_mode})
+    *field = Owned::Another(arguments.Object());
+  for (PyCFunction* method : {&is_neg, &storage_offset}) {
+    *method = FunctionOf(arguments.Object());
+    if (*method == nullptr) return nullptr;
+  }
   arguments.End();
-  watcher_count = PyTuple_Size(all);
-  if (watcher_count > Py_ssize_t(std::size(watchers))) return nullptr;
-  for (Py_ssize_t i = 0; i < watcher_count; i++)
-    watchers[i] = Question(keep(PyTuple_GetItem(all, i)));
   exchange = found;
-  return keep(Py_True);
+  return Owned::Another(Py_True);
 }
 
 PyCFunction AsMethod(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {

@@ -3,8 +3,8 @@
 // torch, no engine.
 #pragma once
 #include <cstddef>
-#include <vector>
 
+#include "core/memory.h"
 #include "core/params.h"
 
 namespace frnn {
@@ -14,8 +14,8 @@ namespace frnn {
 struct Stack {
   LayerGradParams all{};
   int layers = 0, extra_states = 0;
-  std::vector<DirectionWeights> weights;  // [layers * dirs]
-  std::vector<DirectionGrads> gradients;  // likewise
+  Vector<DirectionWeights> weights;  // [layers * dirs]
+  Vector<DirectionGrads> gradients;  // likewise
   // [layers - 1, rows, dirs * Hout]: what a layer gives to the next. Where no backward follows, two
   // parts in turn do.
   void* between = nullptr;

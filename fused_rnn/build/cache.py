@@ -120,7 +120,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BuildError(
-            f"compiling takes {needed >> 20} MB in {folder}, where {free >> 20} MB are free",
+            f"compiling may take {needed >> 20} MB in {folder}, where {free >> 20} MB are free",
             "free disk space, or set FUSED_RNN_CACHE_DIR to a folder on another disk",
         )
 

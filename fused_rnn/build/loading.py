@@ -102,7 +102,7 @@ class Libraries:
             return None
         tensor = torch.Tensor
         exchange = tensor.__dlpack_c_exchange_api__
-        usable = module.setup(exchange, tensor, torch.nn.Parameter, tensor.is_neg, *torch_facts)
+        usable = module.setup(exchange, tensor, torch.nn.Parameter, *torch_facts)
         return module if usable else None
 
     def find(self, target: str = "cpu") -> Found:

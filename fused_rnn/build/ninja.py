@@ -51,7 +51,10 @@ def write(
     objects = []
     for number, unit in enumerate(units):
         objects.append(f"{number}_{unit.source.stem}.o")
-        lines.append(f"build {objects[-1]}: {unit.rule} {_path(unit.source)}")
+        source = unit.source
+        if source.is_relative_to(folder):  # whose name is another each time: caches of compilers
+            source = source.relative_to(folder)
+        lines.append(f"build {objects[-1]}: {unit.rule} {_path(source)}")
         lines.append(f"  flags = {_words(unit.flags)}")
     lines.append(f"build {output}: link {' '.join(objects)}")
     lines.append(f"  flags = {_words(link_flags)}\n")

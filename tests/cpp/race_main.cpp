@@ -83,7 +83,7 @@ class Buffer {
 
 // Forward and backward; returns all results.
 std::vector<std::vector<char>> Run(const Problem& q, int threads) {
-  const CpuKernels* kernels = FindCpuKernels(q.cell, q.storage == Storage::kDouble);
+  const CpuKernels* kernels = FindCpuKernels(q.cell, q.storage);
   std::mt19937 random(1);
   std::vector<Buffer*> kept;
   const auto make = [&](int64_t n, bool filled = false, Storage* other = nullptr) {

@@ -1,0 +1,100 @@
+"""The package imported more than once in a process, as reloaders of notebooks and servers do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import cpu_engine_only
+
+import fused_rnn
+
+# Both the package's way for single calls and what is registered with torch: fakes, autograd.
+PRELUDE = """
+import gc, importlib, pickle, sys
+import torch
+
+def use(library):
+    x, module = torch.randn(5, 2, 3), library.GRU(3, 4, num_layers=2, bidirectional=True)
+    theirs = library.restore(module, inplace=False)
+    expected = theirs(x)[0]
+    expected.sum().backward()
+    with torch.no_grad():
+        assert (module(x)[0] - expected).abs().max() < 1e-5
+    exported = torch.export.export(module, (x,)).module()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for call in (exported, module, compiled):
+        output = call(x)[0]
+        assert (output - expected).abs().max() < 1e-5
+        module.zero_grad()
+        output.sum().backward()
+    assert (module.weight_hh_l0.grad - theirs.weight_hh_l0.grad).abs().max() < 1e-5
+    torch._dynamo.reset()
+
+def ours():
+    return [name for name in sys.modules if name.partition(".")[0] == "fused_rnn"]
+
+def purge():
+    for name in ours():
+        del sys.modules[name]
+    gc.collect()
+
+import fused_rnn
+"""
+WAYS = {
+    "two copies": """
+use(fused_rnn)
+first, module, x = fused_rnn, fused_rnn.LSTM(3, 4), torch.randn(5, 2, 3)
+data, expected = pickle.dumps(module), module(x)[0]
+purge()
+import fused_rnn
+assert first.GRU is not fused_rnn.GRU
+use(fused_rnn)
+use(first)
+found = pickle.loads(data)
+assert type(found) is fused_rnn.LSTM and torch.equal(found(x)[0], expected)
+""",
+    "nobody holds the first": """
+del fused_rnn
+for again in range(2):
+    purge()
+    import fused_rnn
+    del fused_rnn
+purge()
+import fused_rnn
+use(fused_rnn)
+""",
+    "reloaded": """
+use(fused_rnn)
+for again in range(2):
+    for name in ours():
+        if name != "fused_rnn._direct":
+            importlib.reload(sys.modules[name])
+use(fused_rnn)
+""",
+    "another version": """
+schemas, _ = torch.ops.fused_rnn._registered
+schemas["layer"] = schemas["layer"].replace("cell", "kind")
+purge()
+try:
+    import fused_rnn
+except ImportError as error:
+    assert "start a new process" in str(error)
+else:
+    raise AssertionError("imported")
+""",
+}
+
+
+@cpu_engine_only  # the processes load the package's own library
+@pytest.mark.parametrize("way", WAYS)
+def test_import_again(way: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PRELUDE + WAYS[way]],
+        cwd=Path(fused_rnn.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
