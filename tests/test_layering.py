@@ -97,6 +97,13 @@ PYTHON_LAYERS = {
     "functional": {".ops", ".reference"},
     "modules": {".functional"},
     "cells": {".modules", ".reference"},
+    "imports": set(),
+    "flops": {".imports", ".ops", ".reference"},
+    "hybrid": {".modules"},
+    "convert": {".hybrid", ".modules"},
+    "patch": {".hybrid", ".imports"},
+    "registries": {".hybrid", ".imports"},
+    "run": {".patch"},
 }
 
 
