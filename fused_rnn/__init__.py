@@ -2,6 +2,7 @@
 
 rnn = fused_rnn.GRU(64, 128, num_layers=2)  # arguments, parameters, results of torch.nn.GRU
 model = fused_rnn.replace(model)            # or swap torch.nn's in a model that exists
+fused_rnn.patch_torch()                     # or in all packages that are imported afterwards
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from . import build
 
 build.check_torch_version()
 
+from . import flops, registries  # noqa: E402, F401
 from .cells import PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
+from .patch import Patch, patch_torch  # noqa: E402
 
 __version__ = build.VERSION
 
@@ -25,9 +28,11 @@ __all__ = [
     "Finding",
     "GRUCell",
     "LSTMCell",
+    "Patch",
     "PeepholeLSTM",
     "RNNCell",
     "backend_info",
+    "patch_torch",
     "replace",
     "restore",
     "survey",

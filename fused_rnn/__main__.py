@@ -1,4 +1,5 @@
-"""``python -m fused_rnn doctor | build | clean``: looks after the native libraries."""
+"""``python -m fused_rnn doctor | build | clean`` looks after the native libraries;
+``python -m fused_rnn run PROGRAM`` runs a program with this package in torch.nn's place."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import sys
 
 from . import build
+from .run import run_program
 
 
 def main() -> int:
@@ -15,7 +17,20 @@ def main() -> int:
     command.add_argument("--build", action="store_true", help="load or build the library first")
     commands.add_parser("build", help="build what this machine needs into the cache now")
     commands.add_parser("clean", help="delete the libraries in the cache")
-    arguments = parser.parse_args()
+    command = commands.add_parser(
+        "run",
+        help="run a script, or with -m a module, with these RNN, LSTM, GRU and cells as torch.nn's",
+        usage="%(prog)s [-h] [-m] PROGRAM [ARGUMENT ...]",
+    )
+    command.add_argument("-m", action="store_true", dest="is_module", help="PROGRAM is a module")
+    command.add_argument("program", metavar="PROGRAM")
+    own, others = sys.argv[1:], []
+    if own[:1] == ["run"]:  # what follows the program is for the program
+        end = 3 if own[1:2] == ["-m"] else 2
+        own, others = own[:end], own[end:]
+    arguments = parser.parse_args(own)
+    if arguments.command == "run":
+        return run_program(arguments.program, others, is_module=arguments.is_module)
     try:
         return run(arguments)
     except ValueError as error:  # a setting that cannot be

@@ -17,12 +17,13 @@ All of them give the results of torch.nn.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
+from torch.nn import Parameter
 
 from . import onnx, ops, reference
 from .reference import BIASES, CELLS, PROJECTION, present_bits
@@ -46,12 +47,29 @@ _TORCH_CELL: dict[str, Any] = {
 # --- The choice of an engine ---------------------------------------------------------------------
 
 
-def _wants_torch_operator(x: Tensor) -> bool:
+def _wants_torch_operator(x: Tensor, weights: Iterable[Tensor | None]) -> bool:
     if x.is_complex() or x.layout != torch.strided:
         return True
     if x.device.type not in ("cpu", "cuda", "meta"):
         return True
-    return not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing()
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.jit.is_tracing() or any(map(_answers_itself, weights))
+
+
+_USUAL_ANSWERS = (
+    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
+    Parameter.__torch_function__,
+)
+
+
+def _answers_itself(weight: Tensor | None) -> bool:
+    """Whether it is of a class that puts code of its own in the place of torch's functions: it may
+    know torch.nn's operators, as torch's ExpandedWeight does, and knows nothing of ours."""
+    if weight is None or type(weight) is Parameter:
+        return False
+    answer: Any = type(weight).__torch_function__
+    return getattr(answer, "__func__", answer) not in _USUAL_ANSWERS
 
 
 def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
@@ -60,7 +78,7 @@ def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> A
         return onnx
     # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
     if (
-        not _wants_torch_operator(x)
+        not _wants_torch_operator(x, weights)
         and not ops.transformed()
         and ops.supports([x, *states, *weights])
     ):
@@ -187,7 +205,8 @@ def recurrent_directly(
     if not calls:
         return None
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    if ops.wants_grad((*(parameters.get(name) for name in names), x, *states)):
+    weights = [parameters.get(name) for name in names]
+    if any(map(_answers_itself, weights)) or ops.wants_grad((*weights, x, *states)):
         return None
     directions = 2 if bidirectional else 1
     return calls.infer_stack(
@@ -245,7 +264,7 @@ def recurrent(
             f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
             "at every call"
         )
-    if _wants_torch_operator(x) and cell in _TORCH_STACK:
+    if _wants_torch_operator(x, weights) and cell in _TORCH_STACK:
         config = (num_layers, dropout, training, bool(bidirectional))
         return _by_torch(cell, x, h0, c0, weights, present, config, batch_first, batch_sizes)
 
@@ -378,7 +397,7 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """One step for x [B, I], h [B, H] and c [B, C] or None; returns the new h and c."""
     states = (h,) if c is None else (h, c)
-    if _wants_torch_operator(x):
+    if _wants_torch_operator(x, (w_ih, w_hh, b_ih, b_hh)):
         result = _TORCH_CELL[cell](x, h if c is None else states, w_ih, w_hh, b_ih, b_hh)
         return (result, None) if c is None else result
 

@@ -82,6 +82,30 @@ class _TorchShaped(nn.Module):
             twin._init_flat_weights()  # its own list, of the weights as they are now
         return twin
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self).pop("_verified", None)
+        super().__setattr__(name, value)
+
+    def _is_usual(self) -> bool:
+        """Whether checks against the weights are all that the module asks for: nobody replaced a
+        method of it, or set a size to another than its weights have. Looked at once, until an
+        attribute changes."""
+        own = vars(self)
+        if "_verified" not in own and self._has_usual_checks() and self._has_usual_sizes():
+            own["_verified"] = True
+        return "_verified" in own
+
+    def _has_usual_checks(self) -> bool:
+        return True
+
+    def _has_usual_sizes(self) -> bool:
+        raise NotImplementedError
+
+    def _width(self, name: str) -> int | None:
+        """Columns of a weight, None if it is no parameter."""
+        weight = self._parameters.get(name)
+        return None if weight is None else weight.shape[-1]
+
     def _read(self, name: str) -> Any:
         """The attribute ``name``; for parameters, the usual case, much faster than getattr."""
         parameter = self._parameters.get(name)
@@ -95,7 +119,8 @@ class _TorchShaped(nn.Module):
         """
         if not isinstance(input, fx.Proxy):
             return None
-        if "torch_class" not in vars(parametrize.type_before_parametrizations(self)):
+        stands_for = vars(parametrize.type_before_parametrizations(self)).get("torch_class")
+        if stands_for is None or not stands_for.__module__.startswith("torch.nn."):
             return None
         tracer: Any = input.tracer
         path = tracer.path_of_module(self)  # "" for what is traced itself, which is no node of it
@@ -172,6 +197,16 @@ class Recurrent(_TorchShaped, nn.RNNBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
+    def _has_usual_checks(self) -> bool:
+        return self._own_hooks and vars(self).keys().isdisjoint(_HOOKS)
+
+    def _has_usual_sizes(self) -> bool:
+        return (
+            self._width("weight_ih_l0") == self.input_size
+            and self._width("weight_hh_l0") == (self.proj_size or self.hidden_size)
+            and (self.proj_size == 0 or self._width("weight_hr_l0") == self.hidden_size)
+        )
+
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         runs = self.num_layers * (2 if self.bidirectional else 1)
         return torch.zeros(
@@ -237,15 +272,18 @@ class Recurrent(_TorchShaped, nn.RNNBase):
             self.mode.lower(), biases=self.bias, projection=self.proj_size > 0
         )
 
-    def _check_arguments(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
-        """What torch.nn checks, for which it has states of zeros where none are given."""
-        if hx is None and self._own_hooks:
+    def _checked(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
+        """hx after torch.nn's checks, for which it has states of zeros where none are given. They
+        are as many as the module says, and needed only if that is not what the weights say."""
+        usual = self._own_hooks if is_dynamo_compiling() else self._is_usual()
+        if hx is None and usual:
             self.check_input(input, batch_sizes)
-            return
+            return None
         if hx is None:
             batch = input.size(self._batch_dim()) if batch_sizes is None else batch_sizes[0]
             hx = self._zero_hidden(input, batch)
         self.check_forward_args(input, hx, batch_sizes)
+        return hx
 
     def _batch_dim(self) -> int:
         return 0 if self.batch_first else 1
@@ -289,7 +327,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
             if hx is not None:
                 h, c = self._split_hidden(hx)
                 hx = self._join_hidden(h.unsqueeze(1), None if c is None else c.unsqueeze(1))
-        self._check_arguments(input, hx, None)
+        hx = self._checked(input, hx, None)
         if hx is not None:
             hx = self.permute_hidden(hx, None)
         y, hx = self._run(input, hx, None)
@@ -310,7 +348,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
         The call checks x and hx against the weights, so no error is lost; overridden hooks would
         not be called.
         """
-        if is_dynamo_compiling() or type(x) is not Tensor or not self._own_hooks:
+        if is_dynamo_compiling() or type(x) is not Tensor or not self._is_usual():
             return None
         if self.training and self.dropout or self.recompute and torch.is_grad_enabled():
             return None
@@ -329,7 +367,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         rows, batch_sizes, sorted_indices, unsorted_indices = input
-        self._check_arguments(rows, hx, batch_sizes)
+        hx = self._checked(rows, hx, batch_sizes)
         if hx is not None:  # in the user's order, the kernels see the longest sequences first
             hx = self.permute_hidden(hx, sorted_indices)
         y, hx = self._run(rows, hx, batch_sizes)
@@ -662,6 +700,9 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
         except KeyError:
             return [self._read(name) for name in _CELL_WEIGHTS]
 
+    def _has_usual_sizes(self) -> bool:
+        return self._width("weight_hh") == self.hidden_size
+
     def _check_dim(self, tensor: Tensor, what: str) -> int:
         dim = tensor.dim()
         if dim not in (1, 2):
@@ -672,7 +713,7 @@ class _Cell(_TorchShaped, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Return the next state; the class says which shapes."""
-        if type(input) is Tensor and not is_dynamo_compiling():
+        if type(input) is Tensor and not is_dynamo_compiling() and self._is_usual():
             parameters = self._parameters
             found = functional.step_directly(self._cell(), input, hx, parameters, _CELL_WEIGHTS)
             if found is not None:

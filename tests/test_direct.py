@@ -928,3 +928,53 @@ def test_sizes_that_overflow(name: str, train: bool) -> None:
     for shape in shapes:
         with torch.set_grad_enabled(train), pytest.raises((RuntimeError, MemoryError)):
             module(torch.zeros(1).expand(shape))
+
+
+# --- What a user has changed on the instance ------------------------------------------------------
+
+
+HOOKS = ["check_forward_args", "check_input", "check_hidden_size", "permute_hidden"]
+HOOKS += ["get_expected_hidden_size", "get_expected_cell_size"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_methods_replaced_on_the_instance_are_called(name: str, hook: str, grad: bool) -> None:
+    """If torch.nn calls them."""
+    called = []
+    for module in pair(name, 3, 4):
+        module(torch.randn(5, 2, 3))
+        calls: list[str] = []
+        if hasattr(module, hook):
+            usual = getattr(module, hook)
+            setattr(module, hook, lambda *a, f=usual, calls=calls: (calls.append(""), f(*a))[1])
+        with torch.set_grad_enabled(grad):
+            module(torch.randn(5, 2, 3))
+            module(torch.randn(5, 2, 3), module(torch.randn(5, 2, 3))[1])
+        called.append(bool(calls))
+    assert called[0] == called[1]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("hx", [False, True])
+@pytest.mark.parametrize("size", ["input_size", "hidden_size", "proj_size"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_sizes_set_afterwards(name: str, size: str, hx: bool, grad: bool) -> None:
+    """Raise where torch.nn raises."""
+    kwargs = {"proj_size": 2} if name == "LSTM" else {}
+    is_cell = name.endswith("Cell")
+    raised = []
+    for module in pair(name, 3, 4, **kwargs):
+        x = torch.randn(2, 3) if is_cell else torch.randn(5, 2, 3)
+        states = module(x) if is_cell else module(x)[1]
+        setattr(module, size, 3)
+        module.input_size += size == "input_size"
+        with torch.set_grad_enabled(grad):
+            try:
+                module(x, states if hx else None)
+            except RuntimeError as error:
+                raised.append(type(error))
+            else:
+                raised.append(None)
+    assert raised[0] is raised[1]

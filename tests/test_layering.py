@@ -101,6 +101,13 @@ PYTHON_LAYERS = {
     "scripting": set(),
     "modules": {".functional", ".scripting"},
     "cells": {".modules", ".reference"},
+    "imports": set(),
+    "flops": {".imports", ".ops", ".reference"},
+    "hybrid": {".modules"},
+    "convert": {".hybrid", ".modules"},
+    "patch": {".hybrid", ".imports"},
+    "registries": {".hybrid", ".imports"},
+    "run": {".patch"},
 }
 
 

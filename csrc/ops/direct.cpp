@@ -119,6 +119,8 @@ struct Names {
   PyObject* const call = Interned("__call__");
   PyObject* const call_impl = Interned("_call_impl");
   PyObject* const compiled_call_impl = Interned("_compiled_call_impl");
+  PyObject* const verified = Interned("_verified");
+  PyObject* const is_usual = Interned("_is_usual");
   PyObject* const hooks[4] = {Interned("_forward_hooks"), Interned("_forward_pre_hooks"),
                               Interned("_backward_hooks"), Interned("_backward_pre_hooks")};
   PyObject* const requires_grad = Interned("requires_grad");
@@ -835,6 +837,14 @@ bool IsPlain(PyObject* module, const Attributes& own) {
          Has(module_type, names().call, module_call);
 }
 
+// Whether the forward checks no more than is checked here. The module knows, if it was asked before.
+bool IsUsual(PyObject* module, const Attributes& own) {
+  if (own.Find(names().verified) != nullptr) return true;
+  const Owned ask(PyObject_GetAttr(module, names().is_usual));
+  if (ask.object == nullptr) return false;
+  return Owned(PyObject_CallNoArgs(ask.object)).object == Py_True;
+}
+
 // (module, the arguments of its call, those by name, cell, the names of the weights of a step, or None)
 // -> what the call returns. Without names it is that of a stack of layers.
 PyObject* Called(Reader& arguments) {
@@ -858,7 +868,7 @@ PyObject* Called(Reader& arguments) {
                    one_step ? step_names : own.Get(names().weight_names));
   const bool wants_grad = WantsGrad(weights, input, hx);
   if (wants_grad && !one_step) return nullptr;
-  if (!IsPlain(module, own) || IsWatched()) return nullptr;
+  if (!IsPlain(module, own) || !IsUsual(module, own) || IsWatched()) return nullptr;
   if (one_step) return RunStep(cell, input, hx, weights, wants_grad);
 
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;

@@ -1,0 +1,111 @@
+"""What torch's ``FlopCounterMode`` counts for our operators: the products of matrices in a call,
+which it counts one by one where torch.nn's layers do them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import ops
+from .imports import when_imported
+from .reference import present_names
+
+
+class _Matrix(NamedTuple):
+    """A weight that a product is with: its number among the weights, that of the first weight of
+    its layer, and the operations for one row."""
+
+    name: str
+    number: int
+    first: int
+    flops: int
+
+
+def _matrices(
+    cell: str, weights: Sequence[Tensor], directions: int, present: int
+) -> Iterator[_Matrix]:
+    names = present_names(cell, present)
+    for i, weight in enumerate(weights):
+        if weight.dim() == 2:
+            first = i - i % (directions * len(names))
+            yield _Matrix(names[i % len(names)], i, first, 2 * weight.numel())
+
+
+def _forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    layers: int,
+    directions: int,
+    present: int,
+    allow_tf32: bool,
+    **_: Any,
+) -> int:
+    rows = x.shape[:-1].numel()
+    return sum(rows * m.flops for m in _matrices(cell, weights, directions, present))
+
+
+def _backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    between: Tensor,
+    hs: Tensor,
+    saved: Tensor,
+    needs: Sequence[int],
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    layers: int,
+    directions: int,
+    present: int,
+    allow_tf32: bool,
+    **_: Any,
+) -> int:
+    """Two products for each of the forward: the gradient of the weight, and of what it multiplied,
+    unless nobody wants them. The states at the first step are wanted only if h0 is. Without a tape
+    the forward is run again."""
+    rows, total = x.shape[:-1].numel(), 0
+    first_rows = 0 if 1 in needs else _batch(x, h0, batch_sizes)
+    for m in _matrices(cell, weights, directions, present):
+        below = min(needs) < 3 + m.first if m.first else 0 in needs
+        through = {"w_ih": rows * below, "w_hh": rows - first_rows}.get(m.name, rows)
+        own = rows * (3 + m.number in needs)
+        again = rows * (hs.numel() == 0)
+        total += m.flops * (own + through + again)
+    return total
+
+
+def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
+    if h0 is not None:
+        return h0.shape[1]
+    if batch_sizes is None:
+        return x.shape[1]
+    return 0 if isinstance(batch_sizes, FakeTensor) else int(batch_sizes[0])
+
+
+def _register(counter: Any) -> None:
+    for name, formula in (
+        ("recurrent_infer", _forward),
+        ("recurrent", _forward),
+        ("recurrent_recomputed", _forward),
+        ("recurrent_backward", _backward),
+    ):
+        operator = getattr(ops._ops, name)
+        if operator not in counter.flop_registry:  # by another copy of this module
+            counter.register_flop_formula(operator, get_raw=True)(formula)
+
+
+# To import it here would import Triton, which takes longer than torch itself.
+when_imported("torch.utils.flop_counter", _register)
