@@ -76,7 +76,7 @@ use(fused_rnn)
 """,
     "another version": """
 schemas, _ = torch.ops.fused_rnn._registered
-schemas["layer"] = schemas["layer"].replace("cell", "kind")
+schemas["recurrent"] = schemas["recurrent"].replace("cell", "kind")
 purge()
 try:
     import fused_rnn

@@ -37,6 +37,7 @@
 #pragma weak PyLong_AsLongLong
 #pragma weak PyLong_FromLongLong
 #pragma weak PyModule_Create2
+#pragma weak PyObject_CallNoArgs
 #pragma weak PyObject_CallObject
 #pragma weak PyList_GetItem
 #pragma weak PyList_Size
@@ -868,7 +869,7 @@ PyObject* Called(Reader& arguments) {
                    one_step ? step_names : own.Get(names().weight_names));
   const bool wants_grad = WantsGrad(weights, input, hx);
   if (wants_grad && !one_step) return nullptr;
-  if (!IsPlain(module, own) || !IsUsual(module, own) || IsWatched()) return nullptr;
+  if (!IsPlain(module, own) || IsWatched() || !IsUsual(module, own)) return nullptr;
   if (one_step) return RunStep(cell, input, hx, weights, wants_grad);
 
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;
