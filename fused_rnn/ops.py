@@ -90,9 +90,9 @@ def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        some = Tensor()
+        some, key = Tensor(), int(torch._C.DispatchKey.AutogradFunctionality)  # type: ignore[call-overload]
         methods = (some.is_neg, some.storage_offset)
-        facts = (_record_step, *_MODULES, vars(forward_ad), *methods)
+        facts = (_record_step, *_MODULES, vars(forward_ad), *methods, key)
         _direct = build.direct_calls(*facts) or False
     return native
 
@@ -144,8 +144,18 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+@_constant
+def _is_below_autograd() -> bool:
+    """Whether autograd's part of an operator is done, as in the body of a ``custom_op``: torch's
+    operators record nothing there."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(
+        torch._C.DispatchKey.AutogradFunctionality
+    )
+
+
 def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    wanted = is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not _is_below_autograd()
 
 
 def recurrent(
@@ -484,6 +494,23 @@ def _gradients_of_batch(
     ]
 
 
+def _reached(
+    call: Call, saved: _Saved, grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> Sequence[bool]:
+    """``wanted`` without what no gradient reaches, which stays None, as in torch.nn: where c has the
+    only gradient, and there is one step, the projection in the last layer, which comes after c."""
+    steps = saved.x if saved.batch_sizes is None else saved.batch_sizes
+    dy, dh_n, _ = grads
+    projected = call.present & reference.PROJECTION
+    if not projected or dy is not None or dh_n is not None or steps.shape[0] > 1:
+        return wanted
+    each = call.present.bit_count()
+    at = (call.present & reference.PROJECTION - 1).bit_count()
+    first = 3 + (call.layers - 1) * call.directions * each
+    last = [first + d * each + at for d in range(call.directions)]
+    return [want and i not in last for i, want in enumerate(wanted)]
+
+
 class _EagerRecurrent(torch.autograd.Function):
     """What ``register_autograd`` makes of the same functions, at less than half its cost per call;
     in a loop over short sequences that is most of the time."""
@@ -503,7 +530,7 @@ class _EagerRecurrent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved, needed = _restore(ctx), ctx.needs_input_grad
-        wanted = (*needed[1:4], *needed[6:])
+        wanted = tuple(_reached(ctx.call, saved, grads, (*needed[1:4], *needed[6:])))
         found: Sequence[Tensor | None] | None = None
         if torch.is_grad_enabled():  # create_graph=True
             run = _ops.recurrent_backward.default
@@ -630,9 +657,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _grad(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> Gradients:
     _, x, h0, c0, weights, *rest = ctx.needs_input_grad
-    wanted = (x, h0, c0, *weights)
+    saved, grads = _restore(ctx), (dy, dh_n, dc_n)
+    wanted = _reached(ctx.call, saved, grads, (x, h0, c0, *weights))
     backward = _ops.recurrent_backward.default
-    dx, dh0, dc0, *dw = _gradients(ctx.call, _restore(ctx), (dy, dh_n, dc_n), wanted, backward)
+    dx, dh0, dc0, *dw = _gradients(ctx.call, saved, grads, wanted, backward)
     return (None, dx, dh0, dc0, dw, *(None,) * len(rest))
 
 
@@ -644,12 +672,10 @@ def _grad(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> Gradients:
 
 
 def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    x_at = _CELL_AT[name] + 1
+    op, x_at = getattr(_ops, name).default, _CELL_AT[name] + 1
 
     def call(*arguments: Any) -> Any:
-        if supports([arguments[x_at]]):
-            return getattr(_ops, name).default(*arguments)
-        return otherwise(*arguments)
+        return (op if supports([arguments[x_at]]) else otherwise)(*arguments)
 
     return call
 
@@ -789,6 +815,44 @@ def _vmap_by_slices(op: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
 # ---- registration ----
 
 
+def _checked(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body`` of an operator where all tensors are dense and on the device of x.
+
+    Torch finds the kernel by all of them: one that is sparse, or has no data, leads to a body that
+    is not meant for x.
+    """
+    names = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
+    x_at = _CELL_AT[name] + 1
+
+    def call(*arguments: Any) -> Any:
+        x = arguments[x_at]
+        for what, value in zip(names, arguments, strict=False):
+            many = isinstance(value, (list, tuple))
+            for i, t in enumerate(value if many else (value,)):
+                if isinstance(t, Tensor) and what != "batch_sizes":
+                    _check_alike(f"{what}[{i}]" if many else what, t, x)
+        if x.dtype not in _DTYPES:
+            *most, last = (str(dtype) for dtype in _DTYPES)
+            raise RuntimeError(f"x: expected {', '.join(most)} or {last}, got {x.dtype}")
+        return body(*arguments)
+
+    return call
+
+
+def _check_alike(name: str, t: Tensor, x: Tensor) -> None:
+    """Raise RuntimeError unless t is a dense tensor on the device of x."""
+    if t.layout != torch.strided:
+        kind = f"one of layout {t.layout}"
+    elif t.is_quantized:
+        kind = f"a quantized one, {t.dtype}"
+    elif t.device != x.device:
+        kind = "one"
+    else:
+        return
+    wanted = "" if t is x else f" on {x.device}, as x is"
+    raise RuntimeError(f"{name}: expected a dense tensor{wanted}, got {kind} on {t.device}")
+
+
 def _register(library: torch.library.Library) -> None:
     """All that torch is to know of the operators beside their kernels."""
     otherwise: dict[str, Callable[..., Any]] = {
@@ -810,8 +874,9 @@ def _register(library: torch.library.Library) -> None:
     }
     for name in _SCHEMAS:
         path, op = f"fused_rnn::{name}", getattr(_ops, name).default
-        library.impl(name, _load_kernels(name, otherwise[name]), "CompositeExplicitAutograd")
-        torch.library.register_fake(path, fakes[name], lib=library)
+        load = _checked(name, _load_kernels(name, otherwise[name]))
+        library.impl(name, load, "CompositeExplicitAutograd")
+        torch.library.register_fake(path, _checked(name, fakes[name]), lib=library)
         torch.library.register_vmap(path, _vmap_by_slices(op), lib=library)
         if name in gradients:
             gradient, setup = gradients[name]

@@ -1,4 +1,5 @@
-"""C++ of the library that tests call directly, bound with pybind11 (tests/cpp/bind_*.cpp)."""
+"""C++ that tests call directly: of the library, bound with pybind11 (tests/cpp/bind_*.cpp), or
+their own."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from fused_rnn import build
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def bound(name: str, *sources: str) -> ModuleType:
-    """tests/cpp/``name``.cpp, a pybind11 module, compiled with these files of csrc."""
+def compiled(name: str, *sources: str, flags: tuple[str, ...] = ()) -> Path:
+    """tests/cpp/``name``.cpp as a library, with these files of csrc."""
     paths = [ROOT / f"tests/cpp/{name}.cpp", *(build.CSRC / source for source in sources)]
     command = [*build.find_compiler().command, "-std=c++17", "-O0", "-fPIC", "-shared"]
-    command += ["-fvisibility=hidden", f"-I{build.CSRC}"]
+    command += [*flags, f"-I{build.CSRC}"]
     for folder in (*include_paths(), sysconfig.get_path("include")):  # torch brings pybind11
         command += ["-isystem", folder]
     digest = hashlib.sha256(repr((command, sysconfig.get_config_var("EXT_SUFFIX"))).encode())
@@ -38,6 +39,12 @@ def bound(name: str, *sources: str) -> ModuleType:
         )
         assert done.returncode == 0, done.stderr
         os.replace(new, made)
+    return made
+
+
+def bound(name: str, *sources: str, flags: tuple[str, ...] = ()) -> ModuleType:
+    """``compiled``, a pybind11 module."""
+    made = compiled(name, *sources, flags=("-fvisibility=hidden", *flags))
     spec = importlib.util.spec_from_file_location(name, made)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -58,15 +58,19 @@
 #pragma weak _Py_TrueStruct
 // clang-format on
 
-// What torch may have to do beside running an operator (IsWatched). It tells in C++ alone; these
-// functions take and return what no release lays out differently, and their names are old. Weak:
-// without one of them there are no direct calls.
+// What torch has to do beside running an operator. It tells in C++ alone; these functions take and
+// return what no release lays out differently, and their names are old. Weak: without one of them
+// there are no direct calls.
 #define FRNN_WEAK __attribute__((weak))
-namespace c10::impl {
+namespace c10 {
+enum class DispatchKey : uint16_t;
+namespace impl {
 struct TorchDispatchModeTLS {
   FRNN_WEAK static int64_t stack_len();
 };
-}  // namespace c10::impl
+FRNN_WEAK bool tls_is_dispatch_key_excluded(DispatchKey);
+}  // namespace impl
+}  // namespace c10
 namespace at {
 FRNN_WEAK bool hasCallbacks();
 namespace autocast {
@@ -96,7 +100,8 @@ struct Raised {};   // thrown where Python's error is for the caller
 // Set once, by Setup.
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type, *parameter_type;
-PyCFunction is_neg, storage_offset;                      // of torch.Tensor
+PyCFunction is_neg, storage_offset;  // of torch.Tensor
+c10::DispatchKey autograd_key;
 PyObject *module_type, *module_call, *module_call_impl;  // torch.nn.Module, and what it came with
 PyObject* global_hooks;                                  // those of all modules: a tuple of dicts
 PyObject* forward_mode;                                  // the dict of torch.autograd.forward_ad
@@ -454,11 +459,6 @@ bool IsWatched() {
   PyObject* level = PyDict_GetItemWithError(forward_mode, names().current_level);
   return level == nullptr || PyLong_AsLongLong(level) >= 0;
 }
-bool CanTellWhoWatches() {
-  return c10::impl::TorchDispatchModeTLS::stack_len && at::impl::PythonTorchFunctionTLS::stack_len &&
-         at::autocast::is_autocast_enabled && at::functorch::getDynamicLayerStack &&
-         torch::jit::tracer::getTracingState && at::hasCallbacks;
-}
 
 // The boundary to Python, which no exception of C++ may cross: None stands for all but Raised, and for
 // null.
@@ -637,7 +637,9 @@ bool WantsGrad(PyObject* object) {
   return false;
 }
 bool WantsGrad(const Kept& weights, PyObject* x, PyObject* hx) {
-  if (!aoti_torch_grad_mode_is_enabled()) return false;
+  // In the body of a custom_op autograd has had its turn.
+  if (!aoti_torch_grad_mode_is_enabled() || c10::impl::tls_is_dispatch_key_excluded(autograd_key))
+    return false;
   for (PyObject* weight : weights.objects())
     if (WantsGrad(weight)) return true;
   return WantsGrad(x) || WantsGrad(hx);
@@ -889,12 +891,20 @@ PyCFunction FunctionOf(PyObject* method) {
                                                              : nullptr;
 }
 
+// Whether this torch has all that is declared at the head of this file.
+bool TorchTells() {
+  return c10::impl::TorchDispatchModeTLS::stack_len && c10::impl::tls_is_dispatch_key_excluded &&
+         at::impl::PythonTorchFunctionTLS::stack_len && at::autocast::is_autocast_enabled &&
+         at::functorch::getDynamicLayerStack && torch::jit::tracer::getTracingState &&
+         at::hasCallbacks;
+}
+
 // What torch has to offer -> True, or None where this torch offers something else.
 PyObject* Setup(Reader& arguments) {
   const auto* found = static_cast<const dlpack::Exchange*>(
       PyCapsule_GetPointer(arguments.Object(), "dlpack_exchange_api"));
   if (found == nullptr || found->version.major != 1 || found->from_python == nullptr ||
-      found->to_python == nullptr || !CanTellWhoWatches())
+      found->to_python == nullptr || !TorchTells())
     return nullptr;
   for (PyObject** field : {&tensor_type, &parameter_type, &record_step, &module_type, &module_call,
                            &module_call_impl, &global_hooks, &forward_mode})
@@ -903,6 +913,7 @@ PyObject* Setup(Reader& arguments) {
     *method = FunctionOf(arguments.Object());
     if (*method == nullptr) return nullptr;
   }
+  autograd_key = c10::DispatchKey(arguments.Integer());
   arguments.End();
   exchange = found;
   return Owned::Another(Py_True);
