@@ -91,6 +91,8 @@ class _TorchShaped(nn.Module):
         method of it, or set a size to another than its weights have. Looked at once, until an
         attribute changes."""
         own = vars(self)
+        if torch._C._is_tracing():  # a tracer would see how the sizes are read
+            return False
         if "_verified" not in own and self._has_usual_checks() and self._has_usual_sizes():
             own["_verified"] = True
         return "_verified" in own

@@ -497,8 +497,9 @@ def _gradients_of_batch(
 def _reached(
     call: Call, saved: _Saved, grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> Sequence[bool]:
-    """``wanted`` without what no gradient reaches, which stays None, as in torch.nn: where c has the
-    only gradient, and there is one step, the projection in the last layer, which comes after c."""
+    """``wanted`` without what no gradient reaches, which stays None, as in torch.nn: where c has
+    the only gradient, and there is one step, the projection in the last layer, which comes after
+    c."""
     steps = saved.x if saved.batch_sizes is None else saved.batch_sizes
     dy, dh_n, _ = grads
     projected = call.present & reference.PROJECTION
