@@ -1,4 +1,4 @@
-"""``python -m fused_rnn.build.trial TARGET LIBRARY``: loads a library and tries each layer on it.
+"""``python -m fused_rnn.build.trial TARGET LIBRARY``: loads a library, tries the layers it has.
 
 For a process of its own: a library that is broken may end it.
 """
@@ -16,11 +16,11 @@ from fused_rnn import build
 
 def main(target: str, library: str) -> None:
     build.use(target, Path(library))
-    fact = getattr(build.library(target), "frnn_cell_fact", None)
+    cells = build.record.read(Path(library)).get("cells", ())
     for layer in (fused_rnn.RNN, fused_rnn.LSTM, fused_rnn.GRU):
         ours = layer(5, 7, bidirectional=True).to(target)
-        if fact is None or fact(ours.mode.lower().encode(), 0) < 0:
-            continue  # a library without it
+        if ours.mode.lower() not in cells:
+            continue
         x = torch.randn(4, 3, 5, device=target)
         results = []
         for module in (ours, fused_rnn.restore(ours, inplace=False)):
