@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from fused_rnn import build
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path
@@ -72,7 +74,7 @@ def test_python_runs(page: Path) -> None:
 
 def read_by(*patterns: str) -> set[str]:
     """The environment variables that files read."""
-    read = r"""(?:environ(?:\.get\(|\[)|getenv\(|_number\()\s*"(\w+)\""""
+    read = r"""(?:environ(?:\.get\(|\[)|getenv\()\s*"(\w+)\""""
     paths = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]
     return {name for path in paths for name in re.findall(read, path.read_text())}
 
@@ -80,6 +82,7 @@ def read_by(*patterns: str) -> set[str]:
 def test_environment_variables() -> None:
     """Those that the code reads are those that the page on the build lists."""
     own = read_by("fused_rnn/**/*.py", "csrc/**/*", "setup.py") - {"PATH", "XDG_CACHE_HOME"}
+    own |= set(build.settings.RULES)
     of_tests = {name for name in read_by("tests/*.py") if name.startswith("FUSED_RNN_TEST_")}
     page = (ROOT / "docs" / "build.md").read_text()
     assert set(re.findall(r"`([A-Z][A-Z_]+)`", page)) - {"PATH"} == own | of_tests
