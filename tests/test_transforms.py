@@ -34,7 +34,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -329,10 +329,13 @@ AUTOCAST_LAYERS: list[tuple[str, dict[str, Any]]] = [
     ("RNN", {}),
     ("GRU", {}),
     ("LSTM", {}),
-    ("LSTM", {"batch_first": True, "num_layers": 2, "bidirectional": True}),
     ("LSTM", {"proj_size": 2}),
 ]
 AUTOCAST_CASES = [(name, settings, form) for name, settings in AUTOCAST_LAYERS for form in FORMS]
+AUTOCAST_CASES += [
+    ("LSTM", {"batch_first": True, "num_layers": 2, "bidirectional": True}, form)
+    for form in ("padded", "no sequence", "packed", "packed, equally long")
+]
 AUTOCAST_CASES += [
     (name, {}, form) for name in CLASSES if is_cell(name) for form in list(FORMS)[:5]
 ]
@@ -488,6 +491,63 @@ def test_compile_inside_a_model(fresh_dynamo: Any) -> None:
         assert_all_close(compiled(tokens, hx), model(tokens, hx), tol=1e-2)
 
 
+def packed_batches(sort: bool) -> list[PackedSequence]:
+    """Other numbers of rows, steps and sequences in each; one sequence in the last."""
+    batches = []
+    for lengths in ((5, 3, 2), (6, 4, 3, 3, 1), (4, 4), (3,)):
+        rows = [torch.randn(n, 3, dtype=torch.float64) for n in lengths]
+        batches.append(pack_sequence(rows if sort else rows[::-1], enforce_sorted=sort))
+    return batches
+
+
+def check_compiled_packed(name: str, sort: bool, given: bool, backend: Any, **settings: Any) -> Any:
+    theirs, ours = double_pair(name, **settings)
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    for x in packed_batches(sort):
+        hx: Any = None
+        if given:
+            runs, batch = ours.num_layers * (1 + ours.bidirectional), int(x.batch_sizes[0])
+            hx = torch.randn(runs, batch, 4, dtype=torch.float64)
+            if name == "LSTM":
+                hx = hx[..., : ours.proj_size or 4].contiguous(), hx
+        with torch.no_grad():
+            assert_all_close(compiled(x, hx), theirs(x, hx))
+        actual = run(compiled, x, hx)
+        actual = {k.replace("_orig_mod.", ""): v for k, v in actual.items()}
+        assert_all_close(actual, run(theirs, x, hx))
+    return compiled, hx
+
+
+@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_compile_packed(fresh_dynamo: Any, name: str, given: bool, sort: bool) -> None:
+    """Full graph, and no more graphs than it takes Dynamo to see which sizes change."""
+    if not native():
+        pytest.skip("the reference loops over the lengths")
+    graphs = Graphs()
+    compiled, hx = check_compiled_packed(name, sort, given, graphs, num_layers=2)
+    assert graphs.count <= 6  # with and without gradients
+    if given:  # states for another number of sequences
+        with pytest.raises(RuntimeError):
+            compiled(packed_batches(sort)[0], hx)
+
+
+@pytest.mark.slow  # Inductor compiles C++
+@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize(
+    "name, settings",
+    [("RNN", {}), ("GRU", {"bidirectional": True}), ("LSTM", {"proj_size": 2})],
+    ids=LAYERS[:1] + LAYERS[:0:-1],
+)
+def test_compile_packed_inductor(
+    fresh_dynamo: Any, name: str, settings: dict[str, Any], given: bool
+) -> None:
+    if not native():
+        pytest.skip("the reference loops over the lengths")
+    check_compiled_packed(name, False, given, "inductor", **settings)
+
+
 def test_compiled_in_transforms(fresh_dynamo: Any) -> None:
     """What was compiled outside a transform is right inside, and outside again."""
     _, ours = double_pair("GRU")
@@ -588,24 +648,6 @@ class Mixed(nn.Module):
         output, (h, _) = self.lstm(self.embedding(tokens))
         _, h_n = self.gru(output.transpose(0, 1), h[:1])
         return self.head(self.cell(output[:, -1], h_n[0]))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [False, True], ids=["script", "dynamo"])
-def test_onnx_export_runs(fresh_dynamo: Any, dynamo: bool) -> None:
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript" if dynamo else "onnx")
-    model, tokens, file = Mixed(fused_rnn).eval(), torch.randint(10, (2, 5)), io.BytesIO()
-    if dynamo:
-        shapes: Any = ({0: torch.export.Dim("batch")},)
-        torch.onnx.export(model, (tokens,), dynamo=True, dynamic_shapes=shapes).save(file)
-    else:
-        names: Any = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
-        torch.onnx.export(model, (tokens,), file, dynamo=False, **names)
-    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    tokens = torch.randint(10, (7, 5))
-    (found,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
-    assert_close(torch.from_numpy(found), model(tokens), tol=1e-5)
 
 
 def test_fx_symbolic_trace() -> None:

@@ -1,0 +1,142 @@
+"""Memory that is short, that is kept, and that tensors have in unusual ways."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import emulated
+import pytest
+import short_memory
+import torch
+from cases import CLASSES
+from torch import Tensor, nn
+
+import fused_rnn
+from fused_rnn import build
+
+native = pytest.mark.skipif(build.backend() != "native", reason="about the native kernels")
+cpu_engine = pytest.mark.skipif(bool(emulated.ENGINE), reason="about the CPU's own library")
+
+
+@native
+@cpu_engine
+def test_every_allocation_may_fail() -> None:
+    """One after the other: torch's error with the bytes, nothing lost, and the next call right."""
+    if not sys.platform.startswith("linux") or not hasattr(os, "confstr"):
+        pytest.skip("preloads a library")
+    done = short_memory.preloaded()()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == ""
+
+
+KEPT = """
+import torch, fused_rnn
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+rnn, x = fused_rnn.GRU(8, 64), torch.randn({steps}, 64, 8)  # results of {steps} * 16 KiB
+with torch.no_grad():
+    rnn(x)
+    before = resident()
+    kept = [rnn(x)[0] for _ in range({count})]
+print((resident() - before) / ({count} * kept[0].numel() * 4))
+"""
+
+
+@native
+@cpu_engine
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux")
+@pytest.mark.parametrize("steps", [65, 100, 129, 400])
+def test_results_that_are_kept_take_their_size(steps: int) -> None:
+    code = KEPT.format(steps=steps, count=6400 // steps)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.1
+
+
+def example(name: str) -> tuple[Any, Tensor]:
+    module = getattr(fused_rnn, name)(64, 64)
+    return module, torch.randn(4, 64) if name.endswith("Cell") else torch.randn(5, 4, 64)
+
+
+@native
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize("what", ["input", "weight_hh"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_storage_that_was_resized_to_nothing(name: str, what: str, train: bool) -> None:
+    """FSDP does so to save memory. The process goes on, and so does the module."""
+    module, x = example(name)
+    expected = module(x)
+    weight = module.weight_hh if name.endswith("Cell") else module.weight_hh_l0
+    gone = x if what == "input" else weight
+    content = gone.detach().clone()
+    gone.untyped_storage().resize_(0)
+    with torch.set_grad_enabled(train), pytest.raises(RuntimeError):
+        module(x)
+    gone.untyped_storage().resize_(content.untyped_storage().nbytes())
+    with torch.no_grad():
+        gone.copy_(content)
+        found = module(x)
+    while not isinstance(found, Tensor):
+        found, expected = found[0], expected[0]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_weights_that_are_negated_views(name: str) -> None:
+    """torch negates them when it reads. A parameter may become one at any time."""
+    module, x = example(name)
+    theirs = getattr(nn, name)(64, 64)
+    with torch.no_grad():
+        for _ in range(3):  # the second call of a module is a shorter one
+            module(x)
+        for parameter in module.parameters():
+            parameter.data = torch._neg_view(parameter.data)
+        theirs.load_state_dict(module.state_dict())
+        found, expected = module(x), theirs(x)
+        while not isinstance(found, Tensor):
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+LAYOUTS = {
+    "sparse": lambda w: w.to_sparse(),
+    "mkldnn": lambda w: w.to_mkldnn(),
+    "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+    "meta": lambda w: w.to("meta"),
+    "double": lambda w: w.double(),
+    "nested": lambda w: torch.nested.nested_tensor([w, w]),
+}
+
+
+@native
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("place", [1, 2, "weights"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operators_refuse_other_layouts(layout: str, place: int | str) -> None:
+    """In words, where one argument is of another layout than the rest."""
+    if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("no mkldnn")
+    x, h, weights = torch.randn(3, 2, 2), torch.randn(1, 2, 2), [torch.randn(2, 2)] * 2
+    arguments: list[Any] = ["rnn_tanh", x, h, None, weights, None, None, 1, 1, 0b11, False]
+    if place == "weights":
+        arguments[4] = [weights[0], LAYOUTS[layout](weights[1])]
+    else:
+        arguments[place] = LAYOUTS[layout](arguments[place])  # type: ignore[index, arg-type]
+    with pytest.raises((RuntimeError, TypeError, NotImplementedError)) as raised:
+        torch.ops.fused_rnn.recurrent_infer.default(*arguments)
+    assert not isinstance(raised.value, RecursionError)
+
+
+def test_gradient_where_relu_is_nan() -> None:
+    """It goes through, as in torch.nn, and does not turn into a number."""
+    grads = []
+    for library in (nn, fused_rnn):
+        torch.manual_seed(0)
+        module = library.RNN(1, 1, nonlinearity="relu")
+        module(torch.ones(1, 1, 1), torch.full((1, 1, 1), float("nan")))[0].sum().backward()
+        grads.append([str(p.grad.item()) for p in module.parameters()])
+    assert grads[0] == grads[1]
