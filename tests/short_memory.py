@@ -142,7 +142,7 @@ def main() -> None:
     calls = ops._direct
     gc.collect()
     gc.freeze()  # what there is already need not be looked at again
-    for case in CASES:
+    for case in [CASES[int(i)] for i in sys.argv[1:]] or CASES:
         for train in (False, True):
             for direct in (True, False):
                 ops._direct = calls
@@ -150,12 +150,12 @@ def main() -> None:
                     print(fault, flush=True)
 
 
-def preloaded() -> Callable[[], subprocess.CompletedProcess[str]]:
-    """Runs this program."""
+def preloaded(cases: list[str]) -> Callable[[], subprocess.CompletedProcess[str]]:
+    """Runs this program, on the cases of these numbers; all if there are none."""
     library = compiled("short_memory", flags=("-ldl",))
     env = {**os.environ, "LD_PRELOAD": str(library)}
     return lambda: subprocess.run(
-        [sys.executable, __file__], env=env, capture_output=True, text=True
+        [sys.executable, __file__, *cases], env=env, capture_output=True, text=True
     )
 
 

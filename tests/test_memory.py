@@ -23,11 +23,14 @@ cpu_engine = pytest.mark.skipif(bool(emulated.ENGINE), reason="about the CPU's o
 
 @native
 @cpu_engine
-def test_every_allocation_may_fail() -> None:
+@pytest.mark.parametrize(
+    "cases", ["0 3", pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_every_allocation_may_fail(cases: str) -> None:
     """One after the other: torch's error with the bytes, nothing lost, and the next call right."""
     if not sys.platform.startswith("linux") or not hasattr(os, "confstr"):
         pytest.skip("preloads a library")
-    done = short_memory.preloaded()()
+    done = short_memory.preloaded(cases.split())()
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
 
