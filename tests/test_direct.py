@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
-from fused_rnn import ops
+from fused_rnn import ops, reference
 
 
 def find_direct() -> Any:
@@ -134,7 +134,7 @@ def test_layers(index: int, seed: int, spy: Spy) -> None:
         assert spy.done.pop()
         expected = by_operator(lambda t=tensors: run(ops.recurrent, case, t, batch_sizes))
         assert_identical(found, expected)
-        assert (found[2] is None) == (case.cell != "lstm")
+        assert (found[2] is None) == (len(reference.CELLS[case.cell].states) == 1)
 
 
 @needs_direct
