@@ -93,8 +93,7 @@ Level HighestLevel() {
 
 const CpuKernels* FindCpuKernels(const char* cell, Storage storage) {
   for (const Entry& entry : kTable)
-    if (!std::strcmp(entry.name, cell))
-      return entry.kernels[tier()][storage == Storage::kDouble];
+    if (!std::strcmp(entry.name, cell)) return entry.kernels[tier()][storage == Storage::kDouble];
   return nullptr;
 }
 
