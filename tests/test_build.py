@@ -262,7 +262,7 @@ DIRECT = """
 #include <Python.h>
 #pragma weak PyBool_FromLong
 #pragma weak PyModule_Create2
-PyObject* Setup(PyObject*, PyObject* const*, Py_ssize_t n) { return PyBool_FromLong(n == 6); }
+PyObject* Setup(PyObject*, PyObject* const*, Py_ssize_t n) { return PyBool_FromLong(n == 5); }
 PyMethodDef methods[] = {{"setup", (PyCFunction)(void*)Setup, METH_FASTCALL, 0}, {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_direct", 0, -1, methods, 0, 0, 0, 0};
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {

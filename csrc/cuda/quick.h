@@ -16,6 +16,7 @@ struct Quick {
   friend FRNN_HD Quick operator*(Quick a, Quick b) { return a.v * b.v; }
   friend FRNN_HD bool operator<(Quick a, Quick b) { return a.v < b.v; }
   friend FRNN_HD bool operator>(Quick a, Quick b) { return a.v > b.v; }
+  friend FRNN_HD bool operator<=(Quick a, Quick b) { return a.v <= b.v; }
 };
 
 // 1 / (1 + e^-x)
