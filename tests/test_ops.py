@@ -497,7 +497,7 @@ BAD = {
     "bias dtype": (
         "gru",
         weight(2, lambda b: b.float()),
-        "b_ih: expected the dtype of x",
+        "b_ih: expected float64, as x is, got float32",
     ),
     "masks": (
         "gru",
