@@ -62,7 +62,7 @@ examples: setup
 RUNS := examples compiling emulated native reference
 COMPILING := build contract cuda_engine emulation gpu_check math
 EXAMPLE := examples examples_sequence examples_systems
-NO_BACKEND := $(COMPILING) benchmarks cpu_plan docs examples layering memory packages threads tiles
+NO_BACKEND := $(COMPILING) benchmarks cpu_plan docs examples layering memory packages threads tiles tools
 PYTEST := $(BIN)/python -m pytest -q
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
 files = $(1:%=tests/test_%.py)

@@ -56,16 +56,6 @@ use(first)
 found = pickle.loads(data)
 assert type(found) is fused_rnn.LSTM and torch.equal(found(x)[0], expected)
 """,
-    "nobody holds the first": """
-del fused_rnn
-for again in range(2):
-    purge()
-    import fused_rnn
-    del fused_rnn
-purge()
-import fused_rnn
-use(fused_rnn)
-""",
     "reloaded": """
 use(fused_rnn)
 for again in range(2):
