@@ -369,6 +369,9 @@ class Recurrent(_TorchShaped, nn.RNNBase):
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         rows, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None and torch.compiler.is_compiling():
+            # How many sequences there are is in the data: a compiler takes it from the states.
+            hx = self._zero_hidden(rows, batch_sizes[0])
         hx = self._checked(rows, hx, batch_sizes)
         if hx is not None:  # in the user's order, the kernels see the longest sequences first
             hx = self.permute_hidden(hx, sorted_indices)
