@@ -115,8 +115,6 @@ void Release(const Block& block) noexcept {
     std::free(block.address);
 }
 
-void* Allocate(size_t bytes, size_t alignment) {
-  return FromSystemOrPool(bytes, alignment, bytes);
-}
+void* Allocate(size_t bytes, size_t alignment) { return FromSystemOrPool(bytes, alignment, bytes); }
 
 }  // namespace frnn
