@@ -15,6 +15,8 @@ class OutOfMemory : public std::exception {
     std::snprintf(text_, sizeof(text_), "can't allocate memory: you tried to allocate %zu bytes",
                   bytes);
   }
+  // Of what others allocate, who do not say how much: a few bytes for each tensor.
+  OutOfMemory() noexcept : text_("can't allocate memory: not even a few bytes") {}
   const char* what() const noexcept override { return text_; }
 
  private:

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <array>
 #include <forward_list>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -33,6 +35,23 @@ namespace frnn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+
+// A string argument. torch's own conversion to std::string leaks it in releases up to 2.14.
+class Text {
+ public:
+  explicit Text(StringHandle handle) : handle_(handle) {}
+  const char* c_str() const {
+    const char* text = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_.get(), &text));
+    return text;
+  }
+
+ private:
+  struct Delete {
+    void operator()(StringHandle handle) const { torch_delete_string(handle); }
+  };
+  std::unique_ptr<std::remove_pointer_t<StringHandle>, Delete> handle_;
+};
 
 // As torch's STD_TORCH_CHECK, but the message is for users and names no line of this file.
 #define FRNN_CHECK(condition, ...)                 \
@@ -489,7 +508,7 @@ struct Call {
 // What the schemas of all operators end with, see fused_rnn/ops.py.
 // clang-format off
 #define FRNN_INPUTS \
-  std::string cell, const Tensor &x, const Optional &h0, const Optional &c0, \
+  const Text &cell, const Tensor &x, const Optional &h0, const Optional &c0, \
   const std::vector<Tensor> &weights, const Optional &masks, const Optional &batch_sizes, \
   int64_t layers, int64_t directions, int64_t present, bool allow_tf32
 #define FRNN_INPUTS_LIST \
@@ -499,7 +518,7 @@ struct Call {
 template <class Device>
 struct Operators {
   struct Inputs {
-    const std::string& cell;
+    const Text& cell;
     const Tensor& x;
     const Optional &h0, &c0;
     const std::vector<Tensor>& weights;
@@ -645,30 +664,48 @@ const char* FindTensor(const char* cell, int i) {
   return found != nullptr && i < found->tensors() ? found->TensorName(i) : nullptr;
 }
 
+// What torch calls: an operator as its headers box it, which they do in memory of their own.
+using BoxedOperator = void(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+template <BoxedOperator* boxed>
+void Boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  try {
+    boxed(stack, inputs, outputs);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory();
+  }
+}
+
 }  // namespace frnn
+
+template <>
+struct torch::stable::detail::ToImpl<frnn::Text> {
+  static frnn::Text call(StableIValue value, uint64_t, bool) {
+    return frnn::Text(to<StringHandle>(value));
+  }
+};
 
 // Registers the operators for one dispatch key, and exports the facts that fused_rnn/ops.py needs,
 // without a detour through the dispatcher.
-#define FRNN_REGISTER(Device, KEY)                                                              \
-  STABLE_TORCH_LIBRARY_IMPL(fused_rnn, KEY, m) {                                                \
-    m.impl("recurrent_infer", TORCH_BOX(&frnn::Operators<Device>::Infer));                      \
-    m.impl("recurrent", TORCH_BOX(&frnn::Operators<Device>::Train));                            \
-    m.impl("recurrent_recomputed", TORCH_BOX(&frnn::Operators<Device>::Recomputed));            \
-    m.impl("recurrent_backward", TORCH_BOX(&frnn::Operators<Device>::Backward));                \
-  }                                                                                             \
-  extern "C" {                                                                                  \
-  /* Writes what is known of a cell; false if it is unknown. */                                 \
-  __attribute__((visibility("default"))) bool frnn_cell(const char* cell,                       \
-                                                        frnn::frnn_cell_t* facts) {             \
-    return frnn::FindFacts<Device>(cell, facts);                                                \
-  }                                                                                             \
-  /* Name i of the tensors of a cell, null behind the last one. */                              \
-  __attribute__((visibility("default"))) const char* frnn_tensor(const char* cell, int i) {     \
-    return frnn::FindTensor<Device>(cell, i);                                                   \
-  }                                                                                             \
-  /* The shape of a tape, see Call. */                                                          \
-  __attribute__((visibility("default"))) frnn::frnn_tape_t frnn_tape(int64_t H, int64_t Hout) { \
-    return {Device::SavedUnits(H), Device::HsStride(H, Hout), Device::kSavedLead,               \
-            Device::kHsInStorageType};                                                          \
-  }                                                                                             \
+#define FRNN_REGISTER(Device, KEY)                                                                 \
+  STABLE_TORCH_LIBRARY_IMPL(fused_rnn, KEY, m) {                                                   \
+    m.impl("recurrent_infer", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Infer)>);           \
+    m.impl("recurrent", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Train)>);                 \
+    m.impl("recurrent_recomputed", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Recomputed)>); \
+    m.impl("recurrent_backward", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Backward)>);     \
+  }                                                                                                \
+  extern "C" {                                                                                     \
+  /* Writes what is known of a cell; false if it is unknown. */                                    \
+  __attribute__((visibility("default"))) bool frnn_cell(const char* cell,                          \
+                                                        frnn::frnn_cell_t* facts) {                \
+    return frnn::FindFacts<Device>(cell, facts);                                                   \
+  }                                                                                                \
+  /* Name i of the tensors of a cell, null behind the last one. */                                 \
+  __attribute__((visibility("default"))) const char* frnn_tensor(const char* cell, int i) {        \
+    return frnn::FindTensor<Device>(cell, i);                                                      \
+  }                                                                                                \
+  /* The shape of a tape, see Call. */                                                             \
+  __attribute__((visibility("default"))) frnn::frnn_tape_t frnn_tape(int64_t H, int64_t Hout) {    \
+    return {Device::SavedUnits(H), Device::HsStride(H, Hout), Device::kSavedLead,                  \
+            Device::kHsInStorageType};                                                             \
+  }                                                                                                \
   }
