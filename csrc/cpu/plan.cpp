@@ -1,5 +1,7 @@
 #include "cpu/plan.h"
 
+#include <numeric>
+
 namespace frnn {
 namespace cpu {
 namespace {
@@ -81,6 +83,18 @@ bool TurnsRows(const Problem& p, int gates) {
   return IsPlain(p) && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
 }
 
+// So few rows in all read w [K, cols] as it lies, at a stride that caches do not like twice. Those of
+// one step do if w stays in the second-level cache, for which its lines must not be in the same
+// places of all pages; else they use once what is packed.
+Packing PackingOfColumns(const Problem& p, const Machine& m, int64_t K, int64_t cols, bool tiled) {
+  constexpr int64_t kPage = 4096;
+  const int64_t alike = std::gcd(cols * p.scalar_bytes, kPage);
+  const bool stays = K * alike * (128 / p.vector_bytes) <= m.l2_bytes;
+  const bool one_step = p.T == 1 && p.rows <= kOneStepRows && !tiled;
+  if (IsPlain(p) && (p.rows <= 12 || (one_step && stays))) return Packing::kNone;
+  return one_step && p.rows > 12 ? Packing::kEachUse : Packing::kOnce;
+}
+
 }  // namespace
 
 Cut CutOf(MatrixUnit unit, Storage s, int64_t K) {
@@ -116,12 +130,10 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
 BackwardPlan PlanBackward(const Problem& p, const Machine& m) {
   BackwardPlan plan{};
   static_cast<Plan&>(plan) = PlanOfBoth(p, m);
-  // So few rows in all read weights as they lie, at a stride that caches do not like twice. More rows
-  // of one step use them once.
-  const bool in_place = IsPlain(p) && p.rows <= 12;
-  const bool each_use = p.T == 1 && p.rows > 12 && p.rows <= 256 && !plan.tiled;
-  plan.weights = in_place ? Packing::kNone : each_use ? Packing::kEachUse : Packing::kOnce;
-  plan.dx_rows = each_use ? p.rows : (p.rows < 768 ? 48 : 96) * (plan.tiled ? 2 : 1);
+  plan.w_ih = PackingOfColumns(p, m, p.H, p.I, plan.tiled);
+  plan.w_hh = PackingOfColumns(p, m, p.H, p.Hout, plan.tiled);
+  const bool one_step = p.T == 1 && p.rows <= kOneStepRows && !plan.tiled;
+  plan.dx_rows = one_step ? p.rows : (p.rows < 768 ? 48 : 96) * (plan.tiled ? 2 : 1);
   plan.cut = CutOf(m.unit, p.storage, p.H);
   plan.d_cut = CutBeside(m.unit, p.storage, p.H);
   // dW in fixed point is balanced by what was measured of d for dh.
