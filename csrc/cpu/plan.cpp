@@ -25,14 +25,14 @@ bool IsShort(const Problem& p) {
 }
 
 // As many as do a step sooner than one fewer would: each adds to what all wait for at the barrier.
-// Without a recurrent product nobody waits before the end.
-int Threads(const Problem& p, const Machine& m) {
+// Without a recurrent product nobody waits before the end. `products`: of each weight.
+int Threads(const Problem& p, const Machine& m, int products) {
   // What a thread could do while a team of two waits at a barrier, and while a team starts: of
   // narrow vectors less.
   constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeamAndByte = 3125;
   const int64_t most = Least(Least(p.threads, kMaxThreads), p.panels);
   const int64_t macs = Macs(p), at_once = p.gates_h > 0 ? p.B * p.gates_h * p.H * p.Hout : macs;
-  const int64_t shared = macs < kMacsPerTeamAndByte * p.vector_bytes ? 0 : at_once;
+  const int64_t shared = products * macs < kMacsPerTeamAndByte * p.vector_bytes ? 0 : at_once;
   int64_t n = 1;
   while (n < most && n * (n + 1) * kMacsPerBarrier <= shared) n++;
   if (n > 1 && m.crowded && IsShort(p)) n--;
@@ -55,9 +55,9 @@ bool IsTiled(const Problem& p, const Machine& m) {
   return p.B >= batch && p.rows >= 256;
 }
 
-Plan PlanOfBoth(const Problem& p, const Machine& m) {
+Plan PlanOfBoth(const Problem& p, const Machine& m, int products) {
   Plan plan;
-  plan.threads = Threads(p, m);
+  plan.threads = Threads(p, m, products);
   // A step takes microseconds. Without a core for each thread, what is waited for may need ours.
   plan.spins = plan.threads > m.cores ? 0 : 2000;
   plan.is_short = IsShort(p);
@@ -107,7 +107,7 @@ Cut CutBeside(MatrixUnit unit, Storage s, int64_t K) {
 
 ForwardPlan PlanForward(const Problem& p, const Machine& m) {
   ForwardPlan plan{};
-  static_cast<Plan&>(plan) = PlanOfBoth(p, m);
+  static_cast<Plan&>(plan) = PlanOfBoth(p, m, 1);
   // Rows of gates_x in the second-level cache; on tiles more: W_ih and W_hh evict each other.
   const int64_t ahead = plan.tiled ? 512 : 128;
   plan.gates_rows = Least(p.rows, Most(p.B, ahead));
@@ -129,7 +129,7 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
 
 BackwardPlan PlanBackward(const Problem& p, const Machine& m) {
   BackwardPlan plan{};
-  static_cast<Plan&>(plan) = PlanOfBoth(p, m);
+  static_cast<Plan&>(plan) = PlanOfBoth(p, m, 2);
   plan.w_ih = PackingOfColumns(p, m, p.H, p.I, plan.tiled);
   plan.w_hh = PackingOfColumns(p, m, p.H, p.Hout, plan.tiled);
   const bool one_step = p.T == 1 && p.rows <= kOneStepRows && !plan.tiled;
