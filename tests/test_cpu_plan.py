@@ -171,8 +171,8 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
     assert columns(B=3, T=4) == (Packing.none,) * 2
     assert columns(B=13, T=4) == (Packing.once,) * 2
     assert columns(B=1, T=1, storage="float16") == (Packing.once,) * 2
-    # In the backward one step uses each weight once, for all rows. It is read as it lies if it stays
-    # in the second-level cache: rows of 4 KB are in the same sets, rows of 2 KB in twice as many.
+    # In the backward one step uses each weight once, for all rows. It is read as it lies if it
+    # stays in the second-level cache: rows of 4 KB are in the same sets, of 2 KB in twice as many.
     assert columns(B=13, T=1) == columns(B=256, T=1) == (Packing.none,) * 2
     assert columns(B=257, T=1) == (Packing.once,) * 2
     assert columns(B=64, T=1, H=512, I=1024) == (Packing.each_use, Packing.none)
