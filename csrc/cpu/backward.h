@@ -117,7 +117,8 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
   const int64_t grad_rows = Gradients::Block(p.rows);
   h_common.storage = x_common.storage = p.storage;
   h_common.K = x_common.K = h_common.left.K = p.H;
-  h_common.packing = x_common.packing = plan.weights;
+  h_common.packing = plan.w_hh;
+  x_common.packing = plan.w_ih;
   h_common.tiled = x_common.tiled = h_common.left.tiled = plan.tiled;
   h_common.cut = x_common.cut = plan.cut;
   h_common.left.cut = x_common.d_cut = plan.d_cut;

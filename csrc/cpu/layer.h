@@ -95,6 +95,7 @@ class Layer {
     cpu::Machine machine;
     machine.unit = kTiles ? parts::TheUnit() : parts::MatrixUnit::kNone;
     machine.cores = Cores();
+    machine.l2_bytes = L2Bytes();
     machine.crowded = Crowd::Here();
     return machine;
   }

@@ -1,5 +1,7 @@
 #include "cpu/plan.h"
 
+#include <numeric>
+
 namespace frnn {
 namespace cpu {
 namespace {
@@ -23,14 +25,14 @@ bool IsShort(const Problem& p) {
 }
 
 // As many as do a step sooner than one fewer would: each adds to what all wait for at the barrier.
-// Without a recurrent product nobody waits before the end.
-int Threads(const Problem& p, const Machine& m) {
+// Without a recurrent product nobody waits before the end. `products`: of each weight.
+int Threads(const Problem& p, const Machine& m, int products) {
   // What a thread could do while a team of two waits at a barrier, and while a team starts: of
   // narrow vectors less.
   constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeamAndByte = 3125;
   const int64_t most = Least(Least(p.threads, kMaxThreads), p.panels);
   const int64_t macs = Macs(p), at_once = p.gates_h > 0 ? p.B * p.gates_h * p.H * p.Hout : macs;
-  const int64_t shared = macs < kMacsPerTeamAndByte * p.vector_bytes ? 0 : at_once;
+  const int64_t shared = products * macs < kMacsPerTeamAndByte * p.vector_bytes ? 0 : at_once;
   int64_t n = 1;
   while (n < most && n * (n + 1) * kMacsPerBarrier <= shared) n++;
   if (n > 1 && m.crowded && IsShort(p)) n--;
@@ -53,9 +55,9 @@ bool IsTiled(const Problem& p, const Machine& m) {
   return p.B >= batch && p.rows >= 256;
 }
 
-Plan PlanOfBoth(const Problem& p, const Machine& m) {
+Plan PlanOfBoth(const Problem& p, const Machine& m, int products) {
   Plan plan;
-  plan.threads = Threads(p, m);
+  plan.threads = Threads(p, m, products);
   // A step takes microseconds. Without a core for each thread, what is waited for may need ours.
   plan.spins = plan.threads > m.cores ? 0 : 2000;
   plan.is_short = IsShort(p);
@@ -81,6 +83,18 @@ bool TurnsRows(const Problem& p, int gates) {
   return IsPlain(p) && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
 }
 
+// So few rows in all read w [K, cols] as it lies, at a stride that caches do not like twice. Those of
+// one step do if w stays in the second-level cache, for which its lines must not be in the same
+// places of all pages; else they use once what is packed.
+Packing PackingOfColumns(const Problem& p, const Machine& m, int64_t K, int64_t cols, bool tiled) {
+  constexpr int64_t kPage = 4096;
+  const int64_t alike = std::gcd(cols * p.scalar_bytes, kPage);
+  const bool stays = K * alike * (128 / p.vector_bytes) <= m.l2_bytes;
+  const bool one_step = p.T == 1 && p.rows <= kOneStepRows && !tiled;
+  if (IsPlain(p) && (p.rows <= 12 || (one_step && stays))) return Packing::kNone;
+  return one_step && p.rows > 12 ? Packing::kEachUse : Packing::kOnce;
+}
+
 }  // namespace
 
 Cut CutOf(MatrixUnit unit, Storage s, int64_t K) {
@@ -93,7 +107,7 @@ Cut CutBeside(MatrixUnit unit, Storage s, int64_t K) {
 
 ForwardPlan PlanForward(const Problem& p, const Machine& m) {
   ForwardPlan plan{};
-  static_cast<Plan&>(plan) = PlanOfBoth(p, m);
+  static_cast<Plan&>(plan) = PlanOfBoth(p, m, 1);
   // Rows of gates_x in the second-level cache; on tiles more: W_ih and W_hh evict each other.
   const int64_t ahead = plan.tiled ? 512 : 128;
   plan.gates_rows = Least(p.rows, Most(p.B, ahead));
@@ -115,13 +129,11 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
 
 BackwardPlan PlanBackward(const Problem& p, const Machine& m) {
   BackwardPlan plan{};
-  static_cast<Plan&>(plan) = PlanOfBoth(p, m);
-  // So few rows in all read weights as they lie, at a stride that caches do not like twice. More rows
-  // of one step use them once.
-  const bool in_place = IsPlain(p) && p.rows <= 12;
-  const bool each_use = p.T == 1 && p.rows > 12 && p.rows <= 256 && !plan.tiled;
-  plan.weights = in_place ? Packing::kNone : each_use ? Packing::kEachUse : Packing::kOnce;
-  plan.dx_rows = each_use ? p.rows : (p.rows < 768 ? 48 : 96) * (plan.tiled ? 2 : 1);
+  static_cast<Plan&>(plan) = PlanOfBoth(p, m, 2);
+  plan.w_ih = PackingOfColumns(p, m, p.H, p.I, plan.tiled);
+  plan.w_hh = PackingOfColumns(p, m, p.H, p.Hout, plan.tiled);
+  const bool one_step = p.T == 1 && p.rows <= kOneStepRows && !plan.tiled;
+  plan.dx_rows = one_step ? p.rows : (p.rows < 768 ? 48 : 96) * (plan.tiled ? 2 : 1);
   plan.cut = CutOf(m.unit, p.storage, p.H);
   plan.d_cut = CutBeside(m.unit, p.storage, p.H);
   // dW in fixed point is balanced by what was measured of d for dh.

@@ -66,8 +66,9 @@ enum class Packing {
 
 // ---- one step ----
 
-constexpr int kTurnedVecs = 2;        // vectors of rows that are multiplied with W at a time
-constexpr int64_t kColumnDepth = 64;  // rows of a tile of columns of W, in the first-level cache
+constexpr int64_t kOneStepRows = 256;  // of more rows it is as a sequence is
+constexpr int kTurnedVecs = 2;         // vectors of rows that are multiplied with W at a time
+constexpr int64_t kColumnDepth = 64;   // rows of a tile of columns of W, in the first-level cache
 
 // ---- the gradients of weights, dW = d^T b over all rows ----
 
@@ -103,7 +104,8 @@ constexpr int64_t kFixedDepthAtOnce = 4;
 struct Machine {
   parts::MatrixUnit unit;
   int cores;
-  bool crowded;  // other programs take cores from teams, see Crowd in cpu/threads.h
+  int64_t l2_bytes;  // of a core's second-level cache
+  bool crowded;      // other programs take cores from teams, see Crowd in cpu/threads.h
 };
 
 // One layer, and the code that is compiled for it.
@@ -134,8 +136,8 @@ struct ForwardPlan : Plan {
 };
 
 struct BackwardPlan : Plan {
-  Packing weights;  // never kTurned
-  int64_t dx_rows;  // rows of dX at a time, whole blocks of them to a thread
+  Packing w_ih, w_hh;  // never kTurned
+  int64_t dx_rows;     // rows of dX at a time, whole blocks of them to a thread
   // On tiles, how the weights and d are cut for dh and dX, and x and d for dW.
   parts::Cut cut, d_cut, grad_cut, d_grad_cut;
 };

@@ -3,10 +3,10 @@
 #pragma once
 #include <omp.h>
 #include <sched.h>
+#include <unistd.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #include <atomic>
@@ -96,6 +96,14 @@ class alignas(128) Flag {
 inline int Cores() {
   static const int cores = omp_get_num_procs();
   return cores;
+}
+// Of the second-level cache; as small as those of servers are where the system does not tell.
+inline int64_t L2Bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
 }
 
 class Team {

@@ -32,6 +32,7 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def(py::init<>())
       .def_readwrite("unit", &Machine::unit)
       .def_readwrite("cores", &Machine::cores)
+      .def_readwrite("l2_bytes", &Machine::l2_bytes)
       .def_readwrite("crowded", &Machine::crowded);
   py::class_<Problem>(m, "Problem")
       .def(py::init<>())
@@ -62,7 +63,8 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readonly("x_cut", &ForwardPlan::x_cut)
       .def_readonly("h_cut", &ForwardPlan::h_cut);
   py::class_<BackwardPlan, Plan>(m, "BackwardPlan")
-      .def_readonly("weights", &BackwardPlan::weights)
+      .def_readonly("w_ih", &BackwardPlan::w_ih)
+      .def_readonly("w_hh", &BackwardPlan::w_hh)
       .def_readonly("dx_rows", &BackwardPlan::dx_rows)
       .def_readonly("cut", &BackwardPlan::cut)
       .def_readonly("d_cut", &BackwardPlan::d_cut)
