@@ -29,6 +29,7 @@ NAMES = (
     "haste",
     "flashrnn",
     "ours_recompute",
+    "ours_baseline",
     "reference",
 )
 
