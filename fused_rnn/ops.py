@@ -91,8 +91,7 @@ def _is_native(target: str) -> bool:
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
         some, key = Tensor(), int(torch._C.DispatchKey.AutogradFunctionality)  # type: ignore[call-overload]
-        methods = (some.is_neg, some.storage_offset)
-        facts = (_record_step, *_MODULES, vars(forward_ad), *methods, key)
+        facts = (_record_step, *_MODULES, vars(forward_ad), some.storage_offset, key)
         _direct = build.direct_calls(*facts) or False
     return native
 

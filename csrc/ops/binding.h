@@ -363,6 +363,7 @@ struct Call {
             saved.has_value() ? Left("saved", *saved, SavedShape(1), computing()) : nullptr, true);
   }
   void TakeGradients(const Optional& dy, const Optional& dh_n, const Optional& dc_n) {
+    stack.gradients.resize(size_t(runs()));
     if (dy.has_value()) {
       if (p.ragged)
         CheckShape("dy", *dy, {p.rows, stack.Width()});
@@ -381,7 +382,7 @@ struct Call {
   void** GradientSlot(int64_t i) {
     void** const first[] = {&p.dx, &p.dh0, &p.dc0};
     if (i < 3) return first[i];
-    const int64_t each = int64_t(tensors.size());
+    const auto each = int64_t(tensors.size());
     return &stack.gradients[(i - 3) / each][tensors[(i - 3) % each]];
   }
   // Whether the engine leaves rows of dx alone, which must then be zero.
@@ -410,6 +411,7 @@ struct Call {
 
   // The sizes that weights have, and each where the engine reads it.
   void TakeWeights(int64_t present, const T* weights, size_t count) {
+    tensors.reserve(size_t(kernels.tensors()));
     for (int i = 0; i < kernels.tensors(); i++)
       if (present >> i & 1) tensors.push_back(i);
     FRNN_CHECK(present >> kernels.tensors() == 0 && count == size_t(runs()) * tensors.size(),
@@ -439,7 +441,6 @@ struct Call {
     p.H = w_hr != nullptr ? w_hr->size(1) : p.Hout;
 
     stack.weights.resize(size_t(runs()));
-    stack.gradients.resize(size_t(runs()));
     for (int64_t run = 0; run < runs(); run++) {
       const int64_t width = run < p.dirs ? p.I : stack.Width();
       for (const int i : tensors) stack.weights[run][i] = TakeWeight(i, *weights++, width);

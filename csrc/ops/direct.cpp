@@ -11,6 +11,7 @@
 // Of the functions that every Python from 3.10 on has, so that one library serves all of them.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
+#include <dlfcn.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -72,7 +73,11 @@ FRNN_WEAK bool tls_is_dispatch_key_excluded(DispatchKey);
 }  // namespace impl
 }  // namespace c10
 namespace at {
+class Tensor;
 FRNN_WEAK bool hasCallbacks();
+namespace native {
+FRNN_WEAK bool is_neg(const Tensor&);
+}
 namespace autocast {
 FRNN_WEAK bool is_autocast_enabled(c10::DeviceType);
 }
@@ -100,7 +105,11 @@ struct Raised {};   // thrown where Python's error is for the caller
 // Set once, by Setup.
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type, *parameter_type;
-PyCFunction is_neg, storage_offset;  // of torch.Tensor
+PyCFunction storage_offset;      // of torch.Tensor
+AtenTensorHandle seen, nothing;  // the tensor that is looked at, see IsNegative; an undefined one
+// How every extension of torch gets from a tensor of Python to that of C++: a member function of
+// pybind11::detail::type_caster<at::Tensor>, whose one member is the tensor.
+bool (*look_at)(AtenTensorHandle caster, PyObject* tensor, bool convert);
 c10::DispatchKey autograd_key;
 PyObject *module_type, *module_call, *module_call_impl;  // torch.nn.Module, and what it came with
 PyObject* global_hooks;                                  // those of all modules: a tuple of dicts
@@ -154,6 +163,17 @@ bool Has(PyObject* object, PyObject* name, PyObject* value) {
   return found.object == value;
 }
 
+// Whether the numbers of a tensor are to be negated, as in z.conj().imag, of which DLPack does not
+// tell. Tensor.is_neg() takes longer than the rest of a look at a tensor: it lets go of Python's lock.
+// `seen` holds the tensor until LookAway.
+bool IsNegative(PyObject* tensor) {
+  return !look_at(seen, tensor, false) ||
+         at::native::is_neg(*reinterpret_cast<const at::Tensor*>(seen));
+}
+void LookAway() {
+  if (seen != nullptr) aoti_torch_assign_tensors(nothing, seen);
+}
+
 // A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
 class Borrowed {
  public:
@@ -164,8 +184,7 @@ class Borrowed {
     dlpack::Tensor t;
     if (exchange->from_python(object, &t) != 0) throw Unusual();
     if (t.device.type != dlpack::kCpu || t.dims < 1 || t.dims > kMaxDims) throw Unusual();
-    // DLPack does not say that the numbers are to be negated, as in z.conj().imag.
-    if (Owned(is_neg(object, nullptr)).object != Py_False) throw Unusual();
+    if (IsNegative(object)) throw Unusual();
     data_ = static_cast<char*>(t.data) + t.byte_offset;
     dtype_ = TypeOf(t.dtype);
     dims_ = t.dims;
@@ -464,6 +483,9 @@ bool IsWatched() {
 // null.
 template <PyObject* (*function)(Reader&)>
 PyObject* Guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
+  const struct AtEnd {
+    ~AtEnd() { LookAway(); }
+  } at_end;
   try {
     Reader reader(arguments, n);
     if (PyObject* result = function(reader)) return result;
@@ -505,9 +527,8 @@ struct Inputs {
     for (Py_ssize_t i = 0; i < n; i++) in.weights.emplace_back(PyTuple_GetItem(weights, i));
     return in;
   }
-  std::unique_ptr<DirectCall> ToCall() const {
-    return std::make_unique<DirectCall>(shape, x, h0, c0, weights.data(), weights.size(),
-                                        batch_sizes);
+  DirectCall ToCall() const {
+    return {shape, x, h0, c0, weights.data(), weights.size(), batch_sizes};
   }
 };
 
@@ -534,36 +555,36 @@ bool IsBrief(const DirectCall& call) {
 }
 
 Outputs Run(const Inputs& in, Wanted wanted) {
-  const auto call = in.ToCall();
-  LayerGradParams& p = call->p;
-  Stack& stack = call->stack;
+  DirectCall call = in.ToCall();
+  LayerGradParams& p = call.p;
+  Stack& stack = call.stack;
   const ScalarType dtype = in.x.scalar_type();
   Outputs out;
-  out.h_n.emplace(call->HShape(), dtype);
+  out.h_n.emplace(call.HShape(), dtype);
   p.h_n = out.h_n->data();
   if (stack.extra_states > 0) {
-    out.c_n.emplace(call->CShape(), dtype);
+    out.c_n.emplace(call.CShape(), dtype);
     p.c_n = out.c_n->data();
   }
-  if (wanted.y) out.y.emplace(call->YShape(), dtype);
+  if (wanted.y) out.y.emplace(call.YShape(), dtype);
   p.y = wanted.y ? out.y->data() : p.h_n;
   stack.keeps_between = wanted.tape;
   if (stack.layers > 1) {
-    out.between.emplace(call->BetweenShape(), dtype);
+    out.between.emplace(call.BetweenShape(), dtype);
     stack.between = out.between->data();
   }
   if (wanted.tape) {
     const bool own_tape = !wanted.y && IsOwnTape(p);
-    if (!own_tape) out.hs.emplace(call->HsShape(stack.layers), call->HsType());
-    if (!own_tape || call->kernels.tape > 0)
-      out.saved.emplace(call->SavedShape(stack.layers), call->computing());
-    call->PutTape(DataOf(out.hs), DataOf(out.saved), true);
-    out.keeps_h_n = own_tape && call->kernels.reads_new_h;
+    if (!own_tape) out.hs.emplace(call.HsShape(stack.layers), call.HsType());
+    if (!own_tape || call.kernels.tape > 0)
+      out.saved.emplace(call.SavedShape(stack.layers), call.computing());
+    call.PutTape(DataOf(out.hs), DataOf(out.saved), true);
+    out.keeps_h_n = own_tape && call.kernels.reads_new_h;
   }
   // Not for what is done sooner than the lock is passed on and got back.
   std::optional<WithoutGil> released;
-  if (!IsBrief(*call)) released.emplace();
-  stack.Forward([&](const LayerParams& layer) { call->kernels.layer_fwd(layer); },
+  if (!IsBrief(call)) released.emplace();
+  stack.Forward([&](const LayerParams& layer) { call.kernels.layer_fwd(layer); },
                 [](void*, int) {});
   return out;
 }
@@ -571,11 +592,11 @@ Outputs Run(const Inputs& in, Wanted wanted) {
 // The gradients of x, h0, c0 and the weights, as far as they are wanted.
 using Gradients = std::vector<std::optional<Made>>;
 template <class Wants>
-Gradients RunBackward(const Inputs& in, DirectCall* call, const MaybeBorrowed& dy,
+Gradients RunBackward(const Inputs& in, DirectCall& call, const MaybeBorrowed& dy,
                       const MaybeBorrowed& dh_n, const MaybeBorrowed& dc_n, const Wants& wants) {
-  Stack& stack = call->stack;
-  call->TakeGradients(dy, dh_n, dc_n);
-  if (call->SkipsRowsOf(in.x) || !stack.keeps_tape) throw Unusual();
+  Stack& stack = call.stack;
+  call.TakeGradients(dy, dh_n, dc_n);
+  if (call.SkipsRowsOf(in.x) || !stack.keeps_tape) throw Unusual();
   const ScalarType dtype = in.x.scalar_type();
   Gradients gradients(3 + in.weights.size());
   for (size_t i = 0; i < gradients.size(); i++) {
@@ -584,17 +605,17 @@ Gradients RunBackward(const Inputs& in, DirectCall* call, const MaybeBorrowed& d
     const auto sizes = like->sizes();
     // As in the operator, the pool's memory is for what is gone soon.
     gradients[i].emplace(Dims(sizes.begin(), sizes.end()), dtype, i == 0);
-    *call->GradientSlot(int64_t(i)) = gradients[i]->data();
+    *call.GradientSlot(int64_t(i)) = gradients[i]->data();
   }
   std::optional<Made> passed[2];
   for (int i = 0; i < std::min(2, stack.layers - 1); i++) {
-    passed[i].emplace(call->YShape(), dtype);
+    passed[i].emplace(call.YShape(), dtype);
     stack.grad_between[i] = passed[i]->data();
   }
   {
     const WithoutGil released;
     stack.Backward([](const LayerParams&) {},
-                   [&](const LayerGradParams& layer) { call->kernels.layer_bwd(layer); },
+                   [&](const LayerGradParams& layer) { call.kernels.layer_bwd(layer); },
                    [](void*, int) {});
   }
   return gradients;
@@ -621,9 +642,9 @@ PyObject* Backward(Reader& arguments) {
   PyObject* wanted = arguments.Object();
   arguments.End();
   if (PyTuple_Size(wanted) != Py_ssize_t(3 + in.weights.size())) throw Unusual();
-  const auto call = in.ToCall();
-  call->TakeForward(between, hs, saved);
-  Gradients gradients = RunBackward(in, call.get(), dy, dh_n, dc_n,
+  DirectCall call = in.ToCall();
+  call.TakeForward(between, hs, saved);
+  Gradients gradients = RunBackward(in, call, dy, dh_n, dc_n,
                                     [&](int i) { return PyTuple_GetItem(wanted, i) == Py_True; });
   return MakeTuple(gradients.size(), [&](size_t i) { return ToPythonOrNone(gradients[i]); });
 }
@@ -775,13 +796,13 @@ PyObject* StepBackward(Reader& arguments) {
   }
   const MaybeBorrowed &h_n = kept[0], &hs = kept[1], &saved = kept[2];
   const Step step(cell, {kept.begin() + kStepResults, kept.end()});
-  const auto call = step.in.ToCall();
+  DirectCall call = step.in.ToCall();
   if (hs.has_value())
-    call->TakeForward({}, *hs, saved.value());
+    call.TakeForward({}, *hs, saved.value());
   else
-    call->TakeStep(step.Layered(h_n), saved);
+    call.TakeStep(step.Layered(h_n), saved);
   Gradients gradients =
-      RunBackward(step.in, call.get(), {}, step.Layered(dh), step.Layered(dc),
+      RunBackward(step.in, call, {}, step.Layered(dh), step.Layered(dc),
                   [&](int i) { return PyTuple_GetItem(wanted, 1 + places[size_t(i)]) == Py_True; });
   for (int i = 0; i < 3; i++) step.Squeeze(gradients[size_t(i)]);
   size_t given = 0;
@@ -896,7 +917,7 @@ bool TorchTells() {
   return c10::impl::TorchDispatchModeTLS::stack_len && c10::impl::tls_is_dispatch_key_excluded &&
          at::impl::PythonTorchFunctionTLS::stack_len && at::autocast::is_autocast_enabled &&
          at::functorch::getDynamicLayerStack && torch::jit::tracer::getTracingState &&
-         at::hasCallbacks;
+         at::hasCallbacks && at::native::is_neg;
 }
 
 // What torch has to offer -> True, or None where this torch offers something else.
@@ -909,10 +930,16 @@ PyObject* Setup(Reader& arguments) {
   for (PyObject** field : {&tensor_type, &parameter_type, &record_step, &module_type, &module_call,
                            &module_call_impl, &global_hooks, &forward_mode})
     *field = Owned::Another(arguments.Object());
-  for (PyCFunction* method : {&is_neg, &storage_offset}) {
-    *method = FunctionOf(arguments.Object());
-    if (*method == nullptr) return nullptr;
-  }
+  storage_offset = FunctionOf(arguments.Object());
+  if (storage_offset == nullptr) return nullptr;
+  // Loaded it is, but not for libraries that are not linked with it.
+  void* torch_python = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (torch_python == nullptr) return nullptr;
+  look_at = reinterpret_cast<decltype(look_at)>(
+      dlsym(torch_python, "_ZN8pybind116detail11type_casterIN2at6TensorEvE4loadENS_6handleEb"));
+  if (look_at == nullptr) return nullptr;
+  for (AtenTensorHandle* tensor : {&nothing, &seen})
+    if (aoti_torch_new_uninitialized_tensor(tensor) != 0) return nullptr;
   autograd_key = c10::DispatchKey(arguments.Integer());
   arguments.End();
   exchange = found;
