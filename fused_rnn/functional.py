@@ -27,6 +27,7 @@ from torch.nn import Parameter
 
 from . import onnx, ops, reference
 from .reference import BIASES, CELLS, PROJECTION, present_bits
+from .torch_internals import dispatch_modes, transformed
 
 __all__ = ["called_directly", "present_bits", "recurrent", "recurrent_directly", "step"]
 
@@ -79,7 +80,7 @@ def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> A
     # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
     if (
         not _wants_torch_operator(x, weights)
-        and not ops.transformed()
+        and not transformed()
         and ops.supports([x, *states, *weights])
     ):
         return ops
@@ -353,7 +354,7 @@ def _run(
         ones = x.new_ones((*x.shape[:-1], directions * weights[1].shape[1]))
         masks = torch.stack([F.dropout(ones, dropout, training=True) for _ in range(layers - 1)])
     found: tuple[Tensor, Tensor, Tensor | None] = engine.recurrent(
-        cell, x, h0, c0, weights, masks, batch_sizes, *shape, recompute and not ops.transformed()
+        cell, x, h0, c0, weights, masks, batch_sizes, *shape, recompute and not transformed()
     )
     return found
 
@@ -455,7 +456,7 @@ def reshapes_in_place(result: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return type(result) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return type(result) is Tensor and dispatch_modes() == 0
 
 
 def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:

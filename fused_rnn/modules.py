@@ -33,6 +33,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, scripting
+from .torch_internals import is_any_autocast_enabled, is_tracing
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -91,7 +92,7 @@ class _TorchShaped(nn.Module):
         method of it, or set a size to another than its weights have. Looked at once, until an
         attribute changes."""
         own = vars(self)
-        if torch._C._is_tracing():  # a tracer would see how the sizes are read
+        if is_tracing():  # a tracer would see how the sizes are read
             return False
         if "_verified" not in own and self._has_usual_checks() and self._has_usual_sizes():
             own["_verified"] = True
@@ -242,7 +243,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight_dtype = self._weight(0).dtype
-        if input.dtype != weight_dtype and not torch._C._is_any_autocast_enabled():
+        if input.dtype != weight_dtype and not is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight_dtype}). "
                 f"Convert input: input.to({weight_dtype}), "

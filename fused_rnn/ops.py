@@ -1,4 +1,4 @@
-"""The native operators: schemas, fakes, autograd, vmap. The only file that names ``torch.ops``.
+"""The native operators: schemas, fakes, autograd, vmap. The one file that names them.
 
 ``recurrent`` runs a stack of layers over a sequence. It has a twin that keeps nothing for a
 backward (``recurrent_infer``), one that keeps what goes into each layer alone, whose backward runs
@@ -15,18 +15,26 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.library
 from torch import Tensor, is_grad_enabled, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.nn.modules import module as nn_module
 
 from . import build, reference
+from .torch_internals import (
+    Batch,
+    apply_recorded,
+    below_autograd,
+    constant,
+    direct_call_facts,
+    is_below_autograd,
+    is_legacy_batched,
+    is_onednn_enabled,
+    onednn_has,
+)
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 Gradients = tuple[Any, ...]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -78,21 +86,13 @@ elif _registered[0] != _SCHEMAS:
 # ---- what the package calls ----
 
 
-def _constant(fn: _F) -> _F:
-    """torch.compiler.assume_constant_result, without its import of Dynamo, which takes seconds."""
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
-
-
 # Dynamo asks once and keeps the answer: it must not trace into a build.
-@_constant
+@constant
 def _is_native(target: str) -> bool:
     global _direct
     native = build.backend(target) == "native"
     if native and target == "cpu" and _direct is None:
-        some, key = Tensor(), int(torch._C.DispatchKey.AutogradFunctionality)  # type: ignore[call-overload]
-        facts = (_record_step, *_MODULES, vars(forward_ad), some.storage_offset, key)
-        _direct = build.direct_calls(*facts) or False
+        _direct = build.direct_calls(_record_step, *direct_call_facts()) or False
     return native
 
 
@@ -119,42 +119,21 @@ def _target(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpu"
 
 
-# A constant, since Dynamo of torch 2.10 and 2.11 cannot trace the call. It compiles anew for the
-# tensors of a transform.
-@_constant
-def _transforms() -> int:
-    return torch._C._functorch.get_dynamic_layer_stack_depth()
-
-
-def transformed() -> bool:
-    """Whether a ``torch.func`` transform or forward mode is under way, which no kernel knows."""
-    return _transforms() > 0 or forward_ad._current_level >= 0
-
-
-@_constant
+@constant
 def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether torch.nn hands an LSTM whose input is of this dtype to oneDNN, here and now."""
-    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+    if not is_onednn_enabled():
         return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return not is_grad_enabled() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
-
-
-@_constant
-def _is_below_autograd() -> bool:
-    """Whether autograd's part of an operator is done, as in the body of a ``custom_op``: torch's
-    operators record nothing there."""
-    return torch._C._dispatch_tls_is_dispatch_key_excluded(
-        torch._C.DispatchKey.AutogradFunctionality
+    if dtype == torch.float16 and is_grad_enabled():
+        return False
+    return dtype == torch.float32 or (
+        dtype in (torch.bfloat16, torch.float16) and onednn_has(dtype)
     )
 
 
 def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
     wanted = is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted and not _is_below_autograd()
+    return wanted and not is_below_autograd()
 
 
 def recurrent(
@@ -204,7 +183,7 @@ def _inputs(
     return (cell, x, h0, c0, list(weights), masks, batch_sizes, *rest)
 
 
-@_constant
+@constant
 def _rnn_allows_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
@@ -219,19 +198,6 @@ def _allow_tf32(x: Tensor) -> bool:
 # return None for all else, which then goes the ordinary way: to be refused, copied, converted. ----
 
 _direct: Any = None  # the module; False if there is none, None until ``supports`` has looked
-
-# By what a call of a module is more than one of its forward.
-_MODULES = (
-    nn.Module,
-    nn.Module.__call__,
-    nn.Module._call_impl,
-    (
-        nn_module._global_forward_hooks,
-        nn_module._global_forward_pre_hooks,
-        nn_module._global_backward_hooks,
-        nn_module._global_backward_pre_hooks,
-    ),
-)
 
 
 def called_directly(
@@ -398,20 +364,9 @@ def _backward_fake(*arguments: Any) -> tuple[Any, ...]:
 # ---- first derivatives ----
 
 
-def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator without its autograd. The guard must cover no more than the call: reading
-    ``ctx.saved_tensors`` may run a checkpointed forward again."""
-
-    def call(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
-
-
-_plain = _below_autograd(_ops.recurrent.default)
-_plain_recomputed = _below_autograd(_ops.recurrent_recomputed.default)
-_plain_backward = _below_autograd(_ops.recurrent_backward.default)
+_plain = below_autograd(_ops.recurrent.default)
+_plain_recomputed = below_autograd(_ops.recurrent_recomputed.default)
+_plain_backward = below_autograd(_ops.recurrent_backward.default)
 
 
 class _Saved(NamedTuple):
@@ -453,7 +408,7 @@ def _gradients(
     """The gradients of x, h0, c0 and the weights, None where they are not ``needed``."""
     if all(g is None for g in grads):
         return [None] * len(needed)
-    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+    if any(g is not None and is_legacy_batched(g) for g in grads):
         return _gradients_of_batch(call, saved, grads, needed, backward)
     x, h0, c0, masks, batch_sizes, between, hs, tape, weights = saved
     empty = x.new_empty(0)
@@ -473,9 +428,8 @@ def _gradients_of_batch(
 ) -> list[Tensor | None]:
     """``_gradients`` one by one, for the vmap of ``torch.autograd.grad(is_grads_batched=True)``,
     whose own loop knows no operator that takes a list of tensors."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    rows = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    batch = Batch()
+    rows = [None if g is None else batch.rows(g) for g in grads]
     count = max(r.shape[0] for r in rows if r is not None)
     parts = [
         _gradients(
@@ -488,7 +442,7 @@ def _gradients_of_batch(
         for i in range(count)
     ]
     return [
-        None if same[0] is None else torch._add_batch_dim(torch.stack(same), 0, level)
+        None if same[0] is None else batch.of(torch.stack(same))
         for same in zip(*parts, strict=True)
     ]
 
@@ -641,9 +595,8 @@ def _tape_of_step(
     return hs, x.new_empty(1, batch, 0, sizes.units) if tape is None else tape
 
 
-# ``apply`` without its search for tensors that a transform has left behind: there are none among
-# those that a direct call took.
-_record_step = super(torch.autograd.Function, _EagerStep).apply
+# A direct call takes no tensors that a transform has left behind.
+_record_step = apply_recorded(_EagerStep)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -94,12 +94,13 @@ def test_binding_sees_no_kernel() -> None:
 
 
 PYTHON_LAYERS = {
+    "torch_internals": set(),
     "reference": set(),
-    "ops": {".build", ".reference"},
+    "ops": {".build", ".reference", ".torch_internals"},
     "onnx": {".reference"},
-    "functional": {".onnx", ".ops", ".reference"},
+    "functional": {".onnx", ".ops", ".reference", ".torch_internals"},
     "scripting": set(),
-    "modules": {".functional", ".scripting"},
+    "modules": {".functional", ".scripting", ".torch_internals"},
     "cells": {".modules", ".reference"},
     "imports": set(),
     "flops": {".imports", ".ops", ".reference"},
@@ -115,6 +116,12 @@ PYTHON_LAYERS = {
 def test_python_layers(module: str) -> None:
     own = {name for name in imports(ROOT / f"fused_rnn/{module}.py") if name.startswith(".")}
     assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
+
+
+def test_one_file_names_what_torch_promises_nobody() -> None:
+    private = re.compile(r"torch\._C\b|_functorch\b|forward_ad\._|\btorch\._[a-z]+_batch_dim")
+    found = [p.name for p in sources("fused_rnn", ".py") if private.search(p.read_text())]
+    assert found == ["torch_internals.py"]
 
 
 # Each may import those before it.
@@ -134,7 +141,7 @@ def test_layers_of_the_build() -> None:
 
 def test_torch_ops_are_named_once() -> None:
     for path in sources("fused_rnn", ".py"):
-        if path.name != "ops.py" and path.parent.name != "build":
+        if path.name not in ("ops.py", "torch_internals.py") and path.parent.name != "build":
             assert "torch.ops" not in path.read_text(), path.name
 
 
