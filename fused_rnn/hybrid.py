@@ -58,12 +58,13 @@ def hybrid(kind: Class) -> Class:
 
 
 def _hybrid(kind: Class) -> Class:
-    # A class knows its subclasses while they are in use, so nobody else has to.
-    for known in type.__subclasses__(kind):
-        if original(known) is kind:
-            return known
     theirs = torch_class(kind)
     assert theirs is not None, f"{kind} is no recurrent class of torch.nn"
+    # A class knows its subclasses while they are in use, so nobody else has to. Another copy of
+    # this package may have made some too.
+    for known in type.__subclasses__(kind):
+        if original(known) is kind and OURS[theirs] in known.__mro__:
+            return known
     body: dict[str, Any] = {
         "__doc__": f"{path(kind)} on the kernels of {path(OURS[theirs])}.",
         "__module__": __name__,

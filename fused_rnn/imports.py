@@ -21,14 +21,22 @@ def when_imported(name: str, action: Callable[[ModuleType], object]) -> None:
 class _Finder:
     """Finds no module by itself. It asks the others, and adds to what is done to load it."""
 
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _waiting:
+        # Another finder may ask all others too, as the one of another copy of this module does.
+        if name not in _waiting or name in self._asking:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next(filter(None, found), None)
+        self._asking.add(name)
+        try:
+            others = [finder for finder in sys.meta_path if finder is not self]
+            found = (finder.find_spec(name, path, target) for finder in others)
+            spec = next(filter(None, found), None)
+        finally:
+            self._asking.discard(name)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 

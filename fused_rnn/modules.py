@@ -63,6 +63,12 @@ if TYPE_CHECKING:  # what a call takes and gives: nn.Module's own type says Any
         def __call__(self, input: Tensor, hx: _Pair | None = None) -> _Pair: ...
 
 
+def _torchs_own(name: str) -> Any:
+    """The class of torch.nn, also while a patch has one of another copy of this package there."""
+    there = getattr(nn, name)
+    return vars(there).get("torch_class", there)
+
+
 class _TorchShaped(nn.Module):
     """A class of ours: which class of torch.nn it stands for, and how users write hidden states.
 
@@ -468,7 +474,7 @@ class RNN(Recurrent):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    torch_class = nn.RNN
+    torch_class = _torchs_own("RNN")
     if TYPE_CHECKING:
         __call__: _LayerCall
     _wrong_input = "RNN: Expected input to be 2D or 3D, got {1}D tensor instead"
@@ -560,7 +566,7 @@ class LSTM(PairLayers):
         (torch.Size([5, 3, 40]), torch.Size([4, 3, 20]), torch.Size([4, 3, 20]))
     """
 
-    torch_class = nn.LSTM
+    torch_class = _torchs_own("LSTM")
     if TYPE_CHECKING:
         __call__: _LSTMCall
     _operator = "lstm"
@@ -643,7 +649,7 @@ class GRU(Recurrent):
         (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
     """
 
-    torch_class = nn.GRU
+    torch_class = _torchs_own("GRU")
     if TYPE_CHECKING:
         __call__: _LayerCall
 
@@ -774,7 +780,7 @@ class RNNCell(_Cell):
         ...     h = cell(x, h)
     """
 
-    torch_class = nn.RNNCell
+    torch_class = _torchs_own("RNNCell")
     if TYPE_CHECKING:
         __call__: _CellCall
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
@@ -822,7 +828,7 @@ class LSTMCell(_HiddenPair, _Cell):
         ...     h, c = cell(x, (h, c))
     """
 
-    torch_class = nn.LSTMCell
+    torch_class = _torchs_own("LSTMCell")
     if TYPE_CHECKING:
         __call__: _LSTMCellCall
     _operator = "lstm_cell"
@@ -869,7 +875,7 @@ class GRUCell(_Cell):
         ...     h = cell(x, h)
     """
 
-    torch_class = nn.GRUCell
+    torch_class = _torchs_own("GRUCell")
     if TYPE_CHECKING:
         __call__: _CellCall
 

@@ -13,10 +13,21 @@ import fused_rnn
 
 # Both the package's way for single calls and what is registered with torch: fakes, autograd.
 PRELUDE = """
-import gc, importlib, pickle, sys
+import gc, importlib, pickle, sys, weakref
 import torch
 
 def use(library):
+    cell, steps = library.LSTMCell(3, 4), torch.randn(5, 2, 3)
+    their_cell = library.restore(cell, inplace=False)
+    for each in (their_cell, cell):
+        hx = None
+        for step in steps:
+            hx = each(step, hx)
+        hx[0].sum().backward()
+    assert (cell.weight_hh.grad - their_cell.weight_hh.grad).abs().max() < 1e-5
+    both = library.replace(torch.nn.LSTM(3, 4), keep_isinstance=True)
+    assert isinstance(both, library.LSTM) and isinstance(both, torch.nn.LSTM)
+
     x, module = torch.randn(5, 2, 3), library.GRU(3, 4, num_layers=2, bidirectional=True)
     theirs = library.restore(module, inplace=False)
     expected = theirs(x)[0]
@@ -32,6 +43,12 @@ def use(library):
         output.sum().backward()
     assert (module.weight_hh_l0.grad - theirs.weight_hh_l0.grad).abs().max() < 1e-5
     torch._dynamo.reset()
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    assert counter.get_total_flops() == 2 * 10 * sum(
+        weight.numel() for weight in module.parameters() if weight.dim() == 2
+    )
 
 def ours():
     return [name for name in sys.modules if name.partition(".")[0] == "fused_rnn"]
@@ -55,6 +72,28 @@ use(fused_rnn)
 use(first)
 found = pickle.loads(data)
 assert type(found) is fused_rnn.LSTM and torch.equal(found(x)[0], expected)
+""",
+    "nobody holds the first": """
+for before in (lambda library: None, use, use):  # the first is gone before it did anything
+    before(fused_rnn)
+    gone = weakref.ref(fused_rnn)
+    del fused_rnn
+    purge()
+    assert gone() is None
+    import fused_rnn
+use(fused_rnn)
+""",
+    "patched": """
+fused_rnn.patch_torch()
+assert torch.nn.GRU is fused_rnn.GRU
+del fused_rnn
+purge()
+import fused_rnn
+assert type(fused_rnn.restore(fused_rnn.GRU(3, 4))).__module__ == "torch.nn.modules.rnn"
+with fused_rnn.patch_torch():
+    assert torch.nn.GRU is fused_rnn.GRU
+assert torch.nn.GRU.__module__ == "torch.nn.modules.rnn"
+use(fused_rnn)
 """,
     "reloaded": """
 use(fused_rnn)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import platform
 import subprocess
 import sys
 from typing import Any
 
 import emulated
 import pytest
+import short_memory
 import torch
 from cases import CLASSES
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import build
+from fused_rnn import build, ops
 
 native = pytest.mark.skipif(build.backend() != "native", reason="about the native kernels")
 cpu_engine = pytest.mark.skipif(bool(emulated.ENGINE), reason="about the CPU's own library")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's allocator")
 
 
 SHORT = """
@@ -49,6 +54,73 @@ def test_where_memory_is_short(name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("can't allocate memory: you tried to allocate") == 2, done.stdout
+
+
+SMALL = [i for i, case in enumerate(short_memory.CASES) if case.shape == short_memory.SMALL]
+
+
+@native
+@cpu_engine
+@glibc
+@pytest.mark.parametrize(
+    "cases", [SMALL, pytest.param([], marks=pytest.mark.slow)], ids=["small", "all"]
+)
+def test_where_each_allocation_fails(cases: list[int]) -> None:
+    """Alone, and with all that follow: torch's error, nothing lost, then right results."""
+    done = short_memory.walked(cases)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == ""
+
+
+class _Malloc(ctypes.Structure):
+    """struct mallinfo2 of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        )
+    ]
+
+
+@native
+@cpu_engine
+@glibc
+@pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "dispatched"])
+@pytest.mark.parametrize("name", [*CLASSES, "PeepholeLSTM"])
+def test_calls_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, name: str, direct: bool, train: bool
+) -> None:
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is None:
+        pytest.skip("glibc before 2.33")
+    ask.restype = _Malloc
+    if not direct:
+        monkeypatch.setattr(ops, "_direct", False)
+    module, x = getattr(fused_rnn, name)(3, 4), torch.randn(5, 2, 3)
+    x = x[0] if name.endswith("Cell") else x
+
+    def call() -> None:
+        with torch.set_grad_enabled(train):
+            y = module(x)
+            while not isinstance(y, Tensor):
+                y = y[0]
+            if train:
+                torch.autograd.grad(y.sum(), list(module.parameters()))
+
+    def used(calls: int) -> tuple[int, int]:
+        """Bytes, and objects of Python, after so many calls."""
+        for _ in range(calls):
+            call()
+        gc.collect()
+        info = ask()
+        return info.uordblks + info.hblkhd, sys.getallocatedblocks()
+
+    calls, (bytes_before, objects_before) = 1000, used(100)
+    bytes_after, objects_after = used(calls)
+    assert bytes_after - bytes_before < calls * 8  # the smallest allocation takes more
+    assert objects_after - objects_before < calls / 2
 
 
 KEPT = """
