@@ -1,14 +1,14 @@
 // Preloaded into a process, it counts what one library asks the allocator for, and lets it fail: every
 // allocation from one on, or that one alone. Others, such as torch and Python, are left in peace. The
 // process reaches the functions at the end through ctypes.
+#include <link.h>
+
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <link.h>
-
-#include <atomic>
 #include <new>
 
 extern "C" {
