@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import fused_rnn
 from fused_rnn import build
 
+pytestmark = pytest.mark.engine
+
 native = pytest.mark.skipif(build.backend() != "native", reason="about the native kernels")
 cpu_engine = pytest.mark.skipif(bool(emulated.ENGINE), reason="about the CPU's own library")
 
