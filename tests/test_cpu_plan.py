@@ -18,6 +18,9 @@ pytestmark = [
 
 STORAGES = {"float32": 4, "float64": 8, "bfloat16": 4, "float16": 4}  # bytes of the computing type
 UNITS = ("none", "vectors", "tiles", "fixed_tiles")
+# Fields that change sums.
+FORWARD = ("tiled", "w_ih", "w_hh", "x_cut", "h_cut")
+BACKWARD = ("tiled", "w_ih", "w_hh", "dx_rows", "cut", "d_cut", "grad_cut", "d_grad_cut")
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +66,28 @@ def test_plans_are_possible(engine: Any) -> None:
     sizes = [(1, 1), (1, 300), (2, 7), (7, 40), (33, 20), (300, 5)]
     widths = [(1, 1), (8, 33), (65, 96), (256, 256), (1000, 1024)]
     cells = [("rnn_tanh", True), ("gru", True), ("lstm", True), ("gru", False)]
-    every = itertools.product(cells, STORAGES, UNITS, (16, 32, 64), sizes, widths, (1, 2, 64))
-    for (cell, recurrent), storage, unit, vector_bytes, (B, T), (I, H), threads in every:  # noqa: E741
+    machines = [(unit, machine(engine, unit)) for unit in UNITS]
+    every = itertools.product(cells, STORAGES, (16, 32, 64), sizes, widths, machines)
+    for (cell, recurrent), storage, vector_bytes, (B, T), (I, H), (unit, m) in every:  # noqa: E741
         p = problem(
-            engine, cell, recurrent, storage=storage, vector_bytes=vector_bytes, B=B, T=T, I=I, H=H,
-            threads=threads,
+            engine, cell, recurrent, storage=storage, vector_bytes=vector_bytes, B=B, T=T, I=I, H=H
         )  # fmt: skip
-        m = machine(engine, unit)
-        f, b = engine.plan_forward(p, m), engine.plan_backward(p, m)
-        for plan in (f, b):
-            assert 1 <= plan.threads <= min(threads, p.panels)
-            assert (plan.is_short, plan.tiled) == (f.is_short, f.tiled)
-        assert b.threads >= f.threads  # there are two products for one
-        assert B <= f.gates_rows <= B * T
+        seen = []
+        for threads in (1, 2, 64):
+            p.threads = threads
+            seen.append((engine.plan_forward(p, m), engine.plan_backward(p, m)))
+            for plan in seen[-1]:
+                assert 1 <= plan.threads <= min(threads, p.panels)
+                assert (plan.is_short, plan.tiled) == (seen[-1][0].is_short, seen[-1][0].tiled)
+            f, b = seen[-1]
+            assert b.threads >= f.threads  # there are two products for one
+            assert B <= f.gates_rows <= B * T
+            if f.w_ih == engine.Packing.each_use:  # each panel is used once
+                assert f.gates_rows == B * T and not f.tiled
+        # What changes sums does not depend on threads.
+        for names, plans in zip((FORWARD, BACKWARD), zip(*seen, strict=True), strict=True):
+            assert len({tuple(getattr(plan, name) for name in names) for plan in plans}) == 1
         assert f.w_hh != engine.Packing.each_use
-        if f.w_ih == engine.Packing.each_use:  # each panel is used once
-            assert f.gates_rows == B * T and not f.tiled
         if engine.Packing.turned in (f.w_ih, f.w_hh):  # one step of one block of rows
             assert T == 1 and B <= 64 and not f.tiled
         assert engine.Packing.turned not in (b.w_ih, b.w_hh)
@@ -106,14 +115,6 @@ def test_plans_are_possible(engine: Any) -> None:
             assert f.w_ih != engine.Packing.none and f.w_hh != engine.Packing.none
             assert engine.Packing.none not in (b.w_ih, b.w_hh)
             assert engine.Packing.turned not in (f.w_ih, f.w_hh)
-        # What changes sums does not depend on threads.
-        p.threads = 1
-        one, back = engine.plan_forward(p, m), engine.plan_backward(p, m)
-        for name in ("tiled", "w_ih", "w_hh", "x_cut", "h_cut"):
-            assert getattr(one, name) == getattr(f, name)
-        names = "tiled w_ih w_hh dx_rows cut d_cut grad_cut d_grad_cut"
-        for name in names.split():
-            assert getattr(back, name) == getattr(b, name)
 
 
 def test_threads(engine: Any) -> None:
