@@ -1,4 +1,5 @@
-# make demo | examples | test | bench | wheel | sanitize | cuda-link | lint | format | clean
+# make demo | examples | test | test-quick | bench | wheel | sanitize | cuda-link | lint | format |
+#      clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -53,37 +54,47 @@ examples: setup
 
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
-# core busy. What a run says is shown when it ends; one that fails does not stop the others.
+# core busy. What a run says is shown when it ends; one that fails does not stop the others. Which
+# tests a run has, their roles say (pyproject.toml).
 #   examples   programs of examples/, which train: the longest first
 #   compiling  what runs compilers and programs more than Python
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 #   native     all the rest
-#   reference  the reference path, without what asks nothing of the backend
+#   reference  the reference path, on what it could change
 RUNS := examples compiling emulated native reference
-COMPILING := build contract cuda_engine emulation gpu_check math
-EXAMPLE := examples examples_sequence examples_systems
-NO_BACKEND := $(COMPILING) benchmarks cpu_plan docs examples layering memory packages threads tiles tools
-PYTEST := $(BIN)/python -m pytest -q
+PYTEST = $(BIN)/python -m pytest -q -m "not slow and ($(1))"
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
-files = $(1:%=tests/test_%.py)
+TWO_AT_A_TIME = $(MAKE) --jobs=2 --keep-going $(SYNC) --no-print-directory
 
 .PHONY: $(RUNS:%=test-%)
 # Beside another run, a thread that spins while it waits takes the core from the one it waits for.
 $(RUNS:%=test-%): export OMP_WAIT_POLICY = passive
 test: setup
 	$(BIN)/python -m fused_rnn build
-	$(MAKE) --jobs=2 --keep-going $(SYNC) --no-print-directory $(RUNS:%=test-%)
+	$(TWO_AT_A_TIME) $(RUNS:%=test-%)
 
 test-examples: setup
-	$(PYTEST) $(call files,$(EXAMPLE))
+	$(call PYTEST,examples)
 test-compiling: setup
-	$(PYTEST) $(call files,$(COMPILING))
+	$(call PYTEST,compiling)
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) $(call files,ops parity ragged transforms resident)
+	FUSED_RNN_TEST_ENGINE=emulated $(call PYTEST,parity)
 test-native: setup
-	$(PYTEST) $(patsubst %,--ignore=%,$(call files,$(COMPILING) $(EXAMPLE)))
+	$(call PYTEST,not examples and not compiling)
 test-reference: setup
-	FUSED_RNN_BACKEND=reference $(PYTEST) $(patsubst %,--ignore=%,$(call files,$(NO_BACKEND)))
+	FUSED_RNN_BACKEND=reference $(call PYTEST,parity or module or engine)
+
+# For every day: a case or two of each test, others each time; no examples and few compilers.
+QUICK := parity rest
+.PHONY: test-quick $(QUICK:%=test-quick-%)
+$(QUICK:%=test-quick-%): export OMP_WAIT_POLICY = passive
+test-quick: setup
+	$(BIN)/python -m fused_rnn build
+	$(TWO_AT_A_TIME) $(QUICK:%=test-quick-%)
+test-quick-parity: setup
+	$(call PYTEST,parity) --quick 2
+test-quick-rest: setup
+	$(call PYTEST,not parity and not examples and not compiling) --quick 2
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.

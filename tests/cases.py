@@ -1,4 +1,5 @@
-"""What the tests run over: configurations, inputs, and pairs of torch.nn's module and ours."""
+"""What the tests run over: configurations, as modules and as arguments of the operators; inputs;
+pairs of torch.nn's module and ours."""
 
 from __future__ import annotations
 
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
+from fused_rnn import reference
 
-# Name -> class, arguments. "lstm_proj" has a projection to about half its units.
+# Name -> class, arguments. "lstm_proj" is projected to about half its units, if not told otherwise.
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNN", {}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
     "lstm": ("LSTM", {}),
-    "lstm_proj": ("LSTM", {"proj_size": True}),
+    "lstm_proj": ("LSTM", {}),
     "gru": ("GRU", {}),
 }
 # Of cells that torch.nn does not have.
@@ -32,11 +34,16 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CLASSES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
 SIZES = [1, 3, 17, 33, 65, 193]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One module and its input. ``layout``: padded, unbatched, packed or unsorted (packed too)."""
+    """A stack of layers and its input.
+
+    ``cell`` is one of LAYERS and OWN_LAYERS; the operators' cells are these without "_proj".
+    ``layout`` is padded, unbatched, packed or unsorted (packed too).
+    """
 
     cell: str = "gru"
     input_size: int = 5
@@ -51,6 +58,8 @@ class Case:
     batch: int = 3
     time: int = 4
     hx: bool = True
+    proj_size: int = 0
+    dtype: torch.dtype = torch.float64
 
     def __str__(self) -> str:
         words = [
@@ -65,6 +74,8 @@ class Case:
         words += ["bf"] * self.batch_first + [f"drop{'' if self.training else '_eval'}"] * (
             self.dropout > 0
         )
+        words += [f"P{self.proj_size}"] * (self.proj_size > 0)
+        words += [str(self.dtype).removeprefix("torch.")] * (self.dtype != torch.float64)
         return "-".join(words)
 
     @property
@@ -73,19 +84,44 @@ class Case:
             self.dropout == 0 or self.num_layers > 1
         )
 
-    def modules(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def kernel(self) -> str:
+        """Of reference.CELLS."""
+        return self.cell.removesuffix("_proj")
+
+    @property
+    def projection(self) -> int:
+        """Width of h, or 0 where that is the number of units."""
+        if self.cell == "lstm_proj" and not self.proj_size:
+            return (self.hidden_size + 1) // 2
+        return self.proj_size
+
+    @property
+    def width(self) -> int:
+        """Of h."""
+        return self.projection or self.hidden_size
+
+    @property
+    def packed(self) -> bool:
+        return self.layout in ("packed", "unsorted")
+
+    def modules(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, nn.Module]:
         """torch.nn's module and ours, with the same parameters (drawn twice, from one seed).
 
         Of cells that torch.nn does not have it is ours twice.
         """
         name, kwargs = (LAYERS | OWN_LAYERS)[self.cell]
-        if "proj_size" in kwargs:
-            kwargs = {"proj_size": (self.hidden_size + 1) // 2}
+        if self.projection:
+            kwargs = {**kwargs, "proj_size": self.projection}
         return pair(
             name,
             self.input_size,
             self.hidden_size,
-            dtype=dtype,
+            dtype=dtype or self.dtype,
             train=self.training,
             num_layers=self.num_layers,
             bias=self.bias,
@@ -105,10 +141,11 @@ class Case:
             lengths = [lengths[i] for i in torch.randperm(self.batch).tolist()]
         return lengths
 
-    def inputs(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor | PackedSequence, Any]:
+    def inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor | PackedSequence, Any]:
         """A random input and a hidden state (or None)."""
+        dtype = dtype or self.dtype
         x: Tensor | PackedSequence
-        if self.layout in ("packed", "unsorted"):
+        if self.packed:
             rows = [torch.randn(n, self.input_size, dtype=dtype) for n in self.lengths()]
             x = pack_sequence(rows, enforce_sorted=self.layout == "packed")
         elif self.layout == "unbatched":
@@ -118,13 +155,71 @@ class Case:
             x = torch.randn(*shape, self.input_size, dtype=dtype)
         if not self.hx:
             return x, None
-        runs = self.num_layers * (2 if self.bidirectional else 1)
+        runs = self.num_layers * self.directions
         lead = (runs,) if self.layout == "unbatched" else (runs, self.batch)
-        width = (self.hidden_size + 1) // 2 if self.cell == "lstm_proj" else self.hidden_size
-        h = torch.randn(*lead, width, dtype=dtype)
+        h = torch.randn(*lead, self.width, dtype=dtype)
         if "lstm" not in self.cell:
             return x, h
         return x, (h, torch.randn(*lead, self.hidden_size, dtype=dtype))
+
+    # --- as an operator takes it ---
+
+    @property
+    def present(self) -> int:
+        return reference.present_bits(self.kernel, biases=self.bias, projection=self.projection > 0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of ``arguments``."""
+        weights = reference.present_names(self.kernel, self.present)
+        runs = [f"{i}{'_r' * d}" for i in range(self.num_layers) for d in range(self.directions)]
+        return ("x", "h0", "c0", *(f"{name}_{run}" for run in runs for name in weights))
+
+    def rest(self, batch_sizes: Tensor | None) -> tuple[Any, ...]:
+        """What stands behind the weights in the operators' schemas, without dropout."""
+        return None, batch_sizes, self.num_layers, self.directions, self.present
+
+    def arguments(self) -> tuple[list[Tensor | None], Tensor | None]:
+        """(x, h0, c0, *weights) with unit-scale entries, and batch_sizes."""
+        cell = reference.CELLS[self.kernel]
+        units, rows = self.hidden_size, cell.gates * self.hidden_size
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, dtype=torch.float64) * scale).to(self.dtype)
+
+        batch_sizes = None
+        if self.packed:
+            lengths = self.lengths()
+            batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(self.time)])
+            x = draw(sum(lengths), self.input_size)
+        elif self.batch_first:
+            x = draw(self.batch, self.time, self.input_size).transpose(0, 1)
+        else:
+            x = draw(self.time, self.batch, self.input_size)
+        runs, others = self.num_layers * self.directions, len(cell.states) - 1
+        c0 = draw(runs, self.batch, others * units) if others else None
+        weights: list[Tensor | None] = []
+        for run in range(runs):
+            first = run < self.directions
+            shapes = {
+                "w_ih": (rows, self.input_size if first else self.directions * self.width),
+                "w_hh": (rows, self.width),
+                "b_ih": (rows,),
+                "b_hh": (rows,),
+                "w_hr": (self.projection, units),
+            }
+            weights += [
+                draw(*shapes.get(name, (units,)), scale=units**-0.5)
+                for name in reference.present_names(self.kernel, self.present)
+            ]
+        return [x, draw(runs, self.batch, self.width), c0, *weights], batch_sizes
+
+    def call(
+        self, fn: Any, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """``fn``, an operator or its reference, of ``arguments``."""
+        x, h0, c0, *weights = tensors
+        return fn(self.kernel, x, h0, c0, weights, *self.rest(batch_sizes))
 
 
 def pair(
@@ -211,3 +306,30 @@ def small(**settings: Any) -> list[Case]:
 
 def ids(cases: Iterable[Case]) -> list[str]:
     return [str(case) for case in cases]
+
+
+def random_case(generator: Any) -> Case:
+    """For the operators."""
+
+    def pick(*options: Any) -> Any:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    cell = pick("lstm", "gru", *reference.CELLS)
+    H = pick(1, 3, 16, 17, 33, 64, 65, 130, 193)
+    dtype = pick(*DTYPES)
+    if cell == "rnn_relu":  # any rounding may flip its derivative; test_parity keeps off the kink
+        dtype = torch.float64
+    return Case(
+        cell,
+        time=pick(1, 2, 5, 9),
+        batch=pick(1, 2, 3, 7, 16, 33),
+        input_size=pick(1, 3, 17, 33, 64, 65),
+        hidden_size=H,
+        num_layers=pick(1, 1, 2, 3),
+        bidirectional=pick(False, True),
+        proj_size=pick(0, max(1, H // 3)) if cell.endswith("lstm") and H > 1 else 0,
+        bias=pick(True, True, False),
+        layout=pick("packed", "padded", "padded"),
+        batch_first=pick(True, False, False),
+        dtype=dtype,
+    )

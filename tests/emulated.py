@@ -17,21 +17,16 @@ A process that runs on an engine with -asan must preload the sanitizer, see ``sa
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+from bound import FOLDER, ROOT, compiled, digest_of
 
 from fused_rnn import build
 from fused_rnn.build import Unit
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "build"  # of all that is compiled for tests
 ENGINE = os.environ.get("FUSED_RNN_TEST_ENGINE", "")
 WANTED = ENGINE.startswith("emulated")
 STAND_INS = ["host.cpp", "emulate.cpp"]  # of tests/cpp
@@ -79,7 +74,7 @@ def compile_cpu(engine: str) -> Path:
         target = replace(target, link_flags=("-shared", "-fopenmp", *flags))
     if "tiles" in engine:
         unit = ROOT / "tests/cpp/tile_unit"
-        digest = _digest(sorted(unit.iterdir()))
+        digest = digest_of(sorted(unit.iterdir()))
         # Vectors of 64 bytes, of whatever instructions there are: they fit in no register.
         tiers = {"generic": (), "avx2": build.AVX2, "avx512": (*build.AVX2, "-D__AVX512F__")}
         target = replace(target, variants=build.cpu_variants(tiers))
@@ -119,7 +114,7 @@ def compile_emulated() -> Path:
         return plain + [Unit(ROOT / "tests/cpp" / name, fast) for name in STAND_INS]
 
     sources = [*target.source_files(), *sorted((ROOT / "tests/cpp").glob("*.[ch]*"))]
-    return _compile("fused_rnn_emulated.so", sources, units, target.link())
+    return compiled("fused_rnn_emulated.so", sources, units, target.link())
 
 
 def compile_race_check() -> Path:
@@ -131,34 +126,7 @@ def compile_race_check() -> Path:
         return [Unit(main, [*target.kernel_flags, f"-I{target.csrc}"]), *target.units(folder)]
 
     link_flags = ["-fsanitize=thread", "-pthread"]
-    return _compile("race_check", [*target.source_files(), main], units, link_flags)
-
-
-def _digest(sources: Sequence[Path], facts: str = "") -> str:
-    digest = hashlib.sha256(facts.encode())
-    for path in sources:
-        digest.update(path.read_bytes())
-    return f"-{digest.hexdigest()[:12]}"
-
-
-def _compile(
-    name: str,
-    sources: Sequence[Path],
-    units: Callable[[Path], list[Unit]],
-    link_flags: Sequence[str],
-) -> Path:
-    """``name`` in a folder of ``build/``, from there if it was made of the same before."""
-    tools = build.CPU.find_tools()
-    with tempfile.TemporaryDirectory() as folder:
-        flags = [unit.flags for unit in units(Path(folder))]
-    digest = _digest(sources, repr([flags, link_flags, torch.__version__, tools.found]))
-    made = FOLDER / f"{Path(name).stem}{digest}" / name
-    if not made.is_file():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        build.ninja.write(made.parent, tools.commands, units(made.parent), link_flags, "made")
-        build.ninja.run(build.find_ninja(), made.parent, made.parent / "log")
-        os.replace(made.parent / "made", made)
-    return made
+    return compiled("race_check", [*target.source_files(), main], units, link_flags)
 
 
 def use() -> None:

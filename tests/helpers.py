@@ -9,6 +9,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from cases import Case
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -35,32 +36,55 @@ def map_tensors(value: Any, fn: Any) -> Any:
     return value if value is None else tuple(map_tensors(item, fn) for item in value)
 
 
-def leaves(value: Any) -> Any:
-    """Copies that collect gradients."""
-    return map_tensors(value, lambda t: t.detach().clone().requires_grad_())
+def leaves(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """Copies, of another type perhaps, that collect gradients."""
+    return map_tensors(value, lambda t: t.detach().to(dtype or t.dtype, copy=True).requires_grad_())
+
+
+def pull_back(outputs: Sequence[Tensor], rounded_to: torch.dtype | None = None) -> None:
+    """Backpropagate random cotangents, which make every output count, and differently.
+
+    They depend on torch's seed and the outputs' shapes alone, so two modules meet the same.
+    """
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    cotangents = [torch.randn(o.shape, dtype=torch.float64, generator=generator) for o in outputs]
+    torch.autograd.backward(
+        outputs,
+        [g.to(rounded_to or o.dtype).to(o) for g, o in zip(cotangents, outputs, strict=True)],
+    )
 
 
 def run(
     module: nn.Module, x: Any, hx: Any = None, cotangent_dtype: torch.dtype | None = None
 ) -> Named:
-    """Call and backpropagate: outputs, and gradients of input, states and parameters, by name.
-
-    Random cotangents make every output count, and differently. They depend on the session's seed
-    and the outputs' shapes alone, so two modules meet the same; ``cotangent_dtype`` rounds them.
-    """
+    """Call and ``pull_back``: outputs, and gradients of input, states and parameters, by name."""
     x, hx = leaves(x), leaves(hx)
     module.zero_grad(set_to_none=True)
     outputs = flatten(module(x, hx))
-    generator = torch.Generator().manual_seed(torch.initial_seed())
-    cotangents = [torch.randn(o.shape, dtype=torch.float64, generator=generator) for o in outputs]
-    torch.autograd.backward(
-        outputs,
-        [g.to(cotangent_dtype or o.dtype).to(o) for g, o in zip(cotangents, outputs, strict=True)],
-    )
+    pull_back(outputs, cotangent_dtype)
     result = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     for kind, tensors in (("input", flatten(x)), ("hx", flatten(hx))):
         result |= {f"d {kind} {i}": t.grad for i, t in enumerate(tensors)}
     return result | {f"d {name}": p.grad for name, p in module.named_parameters()}
+
+
+def operate(
+    fn: Any, case: Case, arguments: tuple[Any, Tensor | None], dtype: torch.dtype | None = None
+) -> Named:
+    """The same of an operator or its reference, computed in ``dtype``, for cotangents that the
+    case's type holds."""
+    tensors, batch_sizes = leaves(arguments[0], dtype), arguments[1]
+    outputs = case.call(fn, tensors, batch_sizes)
+    pull_back([o for o in outputs if o is not None], case.dtype)
+    result = {
+        n: o.detach() for n, o in zip(("y", "h_n", "c_n"), outputs, strict=True) if o is not None
+    }
+    # Nothing may read a tensor at all: that is zero to an engine.
+    return result | {
+        f"d {name}": torch.zeros_like(t) if t.grad is None else t.grad
+        for name, t in zip(case.names, tensors, strict=True)
+        if t is not None
+    }
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from bound import compiled
+from bound import library
+from helpers import flatten
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import pack_sequence
 
 MESSAGE = re.compile(r"RuntimeError: can't allocate memory: you tried to allocate \d+ bytes$")
 # Of torch's headers, compiled into the library: the handles of tensors that they were about to take
@@ -25,7 +26,7 @@ MESSAGE = re.compile(r"RuntimeError: can't allocate memory: you tried to allocat
 FEW_BYTES = "RuntimeError: can't allocate memory: not even a few bytes"
 
 
-class Case(NamedTuple):
+class Call(NamedTuple):
     name: str
     kwargs: dict[str, Any]
     shape: tuple[int, int, int]  # steps, batch, units
@@ -34,42 +35,34 @@ class Case(NamedTuple):
 
 
 SMALL, LARGE = (3, 2, 5), (40, 80, 96)  # of a large one results are blocks of the pool
-CASES = [
-    Case("GRUCell", {}, SMALL, torch.float32),
-    Case("LSTMCell", {}, SMALL, torch.bfloat16),
-    Case("RNN", {"num_layers": 3, "dropout": 0.5}, SMALL, torch.float32),
-    Case("LSTM", {"proj_size": 2, "bidirectional": True}, SMALL, torch.bfloat16, packed=True),
-    Case("GRU", {"num_layers": 2}, SMALL, torch.float64, packed=True),
-    Case("LSTM", {"num_layers": 2, "batch_first": True}, LARGE, torch.float32),
-    Case("GRU", {"recompute": True, "num_layers": 2}, LARGE, torch.bfloat16),
-    Case("RNN", {"bidirectional": True}, LARGE, torch.float32, packed=True),
+CALLS = [
+    Call("GRUCell", {}, SMALL, torch.float32),
+    Call("LSTMCell", {}, SMALL, torch.bfloat16),
+    Call("RNN", {"num_layers": 3, "dropout": 0.5}, SMALL, torch.float32),
+    Call("LSTM", {"proj_size": 2, "bidirectional": True}, SMALL, torch.bfloat16, packed=True),
+    Call("GRU", {"num_layers": 2}, SMALL, torch.float64, packed=True),
+    Call("LSTM", {"num_layers": 2, "batch_first": True}, LARGE, torch.float32),
+    Call("GRU", {"recompute": True, "num_layers": 2}, LARGE, torch.bfloat16),
+    Call("RNN", {"bidirectional": True}, LARGE, torch.float32, packed=True),
 ]
 
 
-def problem(case: Case) -> tuple[torch.nn.Module, Any]:
+def problem(call: Call) -> tuple[torch.nn.Module, Any]:
     import fused_rnn
 
-    time, batch, hidden = case.shape
-    module = getattr(fused_rnn, case.name)(4, hidden, dtype=case.dtype, **case.kwargs)
-    x = torch.randn(time, batch, 4, dtype=case.dtype)
-    if case.packed:
+    time, batch, hidden = call.shape
+    module = getattr(fused_rnn, call.name)(4, hidden, dtype=call.dtype, **call.kwargs)
+    x = torch.randn(time, batch, 4, dtype=call.dtype)
+    if call.packed:
         return module, pack_sequence([x[: time - i % 2, i] for i in range(batch)], False)
-    return module, x[0] if case.name.endswith("Cell") else x
-
-
-def tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, PackedSequence):
-        return [value.data]
-    return [t for item in value for t in tensors(item)]
+    return module, x[0] if call.name.endswith("Cell") else x
 
 
 def run(module: torch.nn.Module, x: Any, train: bool) -> list[Tensor]:
     """Outputs, and with ``train`` gradients."""
     torch.manual_seed(0)
     with torch.set_grad_enabled(train):
-        outputs = tensors(module(x))
+        outputs = flatten(module(x))
         if not train:
             return outputs
         parameters = list(module.parameters())
@@ -91,11 +84,11 @@ def empty_pool() -> None:
             raise AssertionError("no error")
 
 
-def check(case: Case, train: bool, direct: bool, library: ctypes.CDLL) -> list[str]:
+def check(call: Call, train: bool, direct: bool, library: ctypes.CDLL) -> list[str]:
     """What is wrong."""
     from fused_rnn import ops
 
-    module, x = problem(case)
+    module, x = problem(call)
     expected = run(module, x, train)
     gc.collect()
     gc.freeze()  # what there is already need not be looked at again
@@ -138,7 +131,7 @@ def check(case: Case, train: bool, direct: bool, library: ctypes.CDLL) -> list[s
                 if error != FEW_BYTES:
                     faults.append(f"{now - before} allocations more than before")
                 before = now
-            where = f"{case} train={train} direct={direct}, allocation {first} one={one}"
+            where = f"{call} train={train} direct={direct}, allocation {first} one={one}"
             faults[count:] = [f"{where}: {fault}" for fault in faults[count:]]
             first += 1
             if not more:
@@ -160,20 +153,20 @@ def main() -> None:
     path = str(build.library("cpu")._name)
     assert library.short_memory_watch(path.encode())
     calls = ops._direct
-    for case in [CASES[int(i)] for i in sys.argv[1:]] or CASES:
+    for call in [CALLS[int(i)] for i in sys.argv[1:]] or CALLS:
         for train in (False, True):
             for direct in (True, False):
                 ops._direct = calls
-                for fault in check(case, train, direct, library):
+                for fault in check(call, train, direct, library):
                     print(fault, flush=True)
 
 
 def walked(cases: Iterable[int] = ()) -> subprocess.CompletedProcess[str]:
     """This program's run on the cases of these numbers; on all if there are none."""
-    library = compiled("short_memory", flags=("-ldl",))
+    preload = library("tests/cpp/short_memory.cpp", link_flags=["-ldl"])
     return subprocess.run(
         [sys.executable, __file__, *map(str, cases)],
-        env={**os.environ, "LD_PRELOAD": str(library)},
+        env={**os.environ, "LD_PRELOAD": str(preload)},
         capture_output=True,
         text=True,
     )

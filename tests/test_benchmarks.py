@@ -22,6 +22,8 @@ from benchmarks.gpu import page as gpu_page
 from benchmarks.peers import Prepared, torch_nn
 from benchmarks.problem import Problem, mismatch, sample
 
+pytestmark = pytest.mark.unit
+
 # --- peers for the tests, loaded in their processes as "tests.test_benchmarks:name" --------------
 
 

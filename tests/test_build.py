@@ -28,7 +28,10 @@ from fused_rnn import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler")
+pytestmark = [
+    pytest.mark.compiling,
+    pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler"),
+]
 
 SOURCES = {
     "cells/registry.def": "// CELL(not, a, cell)\nCELL(one, One, one.h)\nCELL(two, Two, one.h)\n",

@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import emulated
 import pytest
 import torch
-from helpers import assert_all_close
+from cases import Case
+from helpers import assert_all_close, operate
 from torch import Tensor
 
 from fused_rnn import build, ops, reference
+
+pytestmark = pytest.mark.compiling
 
 
 def _light(gx: Tensor, gh: None, h: Tensor, c: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,73 +60,33 @@ def test_on(engine: str, seed: int) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
-def arguments(
-    cell: str,
-    T: int,
-    B: int,
-    I: int,  # noqa: E741
-    H: int,
-    L: int,
-    D: int,
-    dtype: Any,
-    lengths: Any,
-) -> tuple[list[Any], tuple[Any, ...]]:
-    """(x, h0, c0, *weights), and what stands behind the weights."""
-    known = CELLS[cell]
-    present = reference.present_bits(cell, biases=True, projection=False)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-
-    batch_sizes = None
-    x = draw(T, B, I)
-    if lengths:
-        batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)])
-        x = draw(sum(lengths), I)
-    others = len(known.states) - 1
-    weights = []
-    for run in range(L * D):
-        inputs = I if run < D else D * H
-        shapes = {"w_ih": (known.gates * H, inputs), "w_hh": (known.gates * H, H)}
-        shapes |= dict.fromkeys(("b_ih", "b_hh"), (known.gates * H,))
-        weights += [
-            draw(*shapes.get(name, (H,)), scale=H**-0.5)
-            for name in reference.present_names(cell, present)
-        ]
-    states = [draw(L * D, B, H), draw(L * D, B, others * H)]
-    return [x, *states, *weights], (None, batch_sizes, L, D, present)
-
-
 SIZES = [
-    dict(T=5, B=3, I=4, H=6, L=1, D=1, lengths=None),
-    dict(T=1, B=1, I=3, H=17, L=2, D=2, lengths=None),
-    dict(T=4, B=4, I=33, H=65, L=2, D=2, lengths=[4, 4, 2, 1]),
-    dict(T=6, B=33, I=48, H=96, L=1, D=2, lengths=None),
+    Case(time=5, batch=3, input_size=4, hidden_size=6),
+    Case(time=1, batch=1, input_size=3, hidden_size=17, num_layers=2, bidirectional=True),
+    Case(
+        layout="packed",
+        **dict(time=4, batch=4, input_size=33, hidden_size=65, num_layers=2, bidirectional=True),
+    ),
+    Case(time=6, batch=33, input_size=48, hidden_size=96, bidirectional=True),
 ]
 
 
 @inside
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "".join(f"{k}{v}" for k, v in s.items()))
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_cells(cell: str, sizes: dict[str, Any], dtype: torch.dtype, threads: int) -> None:
-    tensors, rest = arguments(cell, dtype=dtype, **sizes)
+def test_cells(cell: str, sizes: Case, dtype: torch.dtype, threads: int) -> None:
+    case = replace(sizes, cell=cell, dtype=dtype)
+    arguments = case.arguments()
     torch.set_num_threads(threads)
     results = []
-    for run in (ops.recurrent, reference.recurrent):
-        leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        x, h0, c0, *weights = leaves
-        outputs = run(cell, x, h0, c0, weights, *rest)
-        generator = torch.Generator().manual_seed(1)
-        torch.autograd.backward(
-            outputs, [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-        )
-        # Not h0 without a recurrent matrix: nothing reads it, which the engines call zero.
-        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
-        results.append([o.detach() for o in outputs] + grads)
+    for fn in (ops.recurrent, reference.recurrent):
+        results.append(operate(fn, case, arguments))
+        x, _, _, *weights = arguments[0]
         with torch.no_grad():
-            results[-1] += run(cell, x, None, None, weights, *rest)
+            from_zeros = case.call(fn, [x, None, None, *weights], arguments[1])
+        results[-1] |= {f"from zeros, {i}": t for i, t in enumerate(from_zeros)}
     tol = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]
     assert_all_close(*results, tol=tol)
 
@@ -135,17 +99,18 @@ def test_names() -> None:
 
 @inside
 def test_what_they_refuse() -> None:
-    tensors, (masks, sizes, L, D, present) = arguments("swapped", **SIZES[0], dtype=torch.float64)
-    x, h0, c0, *weights = tensors
+    def infer(cell: str, change: Any) -> None:
+        case = replace(SIZES[0], cell=cell)
+        (x, h0, c0, *weights), batch_sizes = case.arguments()
+        masks, *rest, present = case.rest(batch_sizes)
+        weights, present = change(weights, present)
+        operator = torch.ops.fused_rnn.recurrent_infer
+        operator(cell, x, h0, c0, weights, masks, *rest, present, False)
+
     w_hr = torch.randn(3, 6, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="w_hr: this cell .* no projection"):
-        bits = present | reference.PROJECTION
-        torch.ops.fused_rnn.recurrent_infer(
-            "swapped", x, h0, c0, [*weights, w_hr], masks, sizes, L, D, bits, False
+        infer(
+            "swapped", lambda weights, present: ([*weights, w_hr], present | reference.PROJECTION)
         )
-    tensors, (masks, sizes, L, D, present) = arguments("light", **SIZES[0], dtype=torch.float64)
-    x, h0, c0, *weights = tensors
     with pytest.raises(RuntimeError, match="there is no w_hh"):
-        torch.ops.fused_rnn.recurrent_infer(
-            "light", x, h0, c0, [weights[0], *weights], masks, sizes, L, D, present | 2, False
-        )
+        infer("light", lambda weights, present: ([weights[0], *weights], present | 2))

@@ -21,6 +21,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fused_rnn
 
+pytestmark = pytest.mark.module
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

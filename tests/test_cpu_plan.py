@@ -9,19 +9,27 @@ from typing import Any
 import pytest
 from bound import bound
 
-pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler")
+from fused_rnn import reference
 
-GATES = {"rnn": (1, 1), "gru": (3, 3), "lstm": (4, 4), "pointwise": (3, 0)}
+pytestmark = [
+    pytest.mark.compiling,
+    pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler"),
+]
+
 STORAGES = {"float32": 4, "float64": 8, "bfloat16": 4, "float16": 4}  # bytes of the computing type
 UNITS = ("none", "vectors", "tiles", "fixed_tiles")
+# Fields that change sums.
+FORWARD = ("tiled", "w_ih", "w_hh", "x_cut", "h_cut")
+BACKWARD = ("tiled", "w_ih", "w_hh", "dx_rows", "cut", "d_cut", "grad_cut", "d_grad_cut")
 
 
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    return bound("bind_cpu_plan", "cpu/plan.cpp")
+    return bound("tests/cpp/bind_cpu_plan.cpp", "csrc/cpu/plan.cpp")
 
 
-def problem(engine: Any, cell: str = "lstm", **given: Any) -> Any:
+def problem(engine: Any, cell: str = "lstm", recurrent: bool = True, **given: Any) -> Any:
+    """Of a cell of the library; not ``recurrent``: as if it had no W_hh."""
     facts = {"B": 32, "T": 50, "I": 256, "H": 256, "threads": 2, "vector_bytes": 64} | given
     p = engine.Problem()
     storage = facts.pop("storage", "float32")
@@ -31,7 +39,8 @@ def problem(engine: Any, cell: str = "lstm", **given: Any) -> Any:
     p.scalar_bytes = STORAGES[storage]
     p.rows = facts.get("rows", p.T * p.B)
     p.Hout = facts.get("Hout", p.H)
-    p.gates_x, p.gates_h = GATES[cell]
+    p.gates_x = reference.CELLS[cell].gates
+    p.gates_h = p.gates_x * recurrent
     p.panel_vecs = 2 if p.gates_h <= 2 else 1
     p.panels = -(-p.H // (p.panel_vecs * p.vector_bytes // p.scalar_bytes))
     return p
@@ -56,23 +65,29 @@ def test_plans_are_possible(engine: Any) -> None:
     """Threads that own panels, rows that cover a step, tiles only where they are compiled in."""
     sizes = [(1, 1), (1, 300), (2, 7), (7, 40), (33, 20), (300, 5)]
     widths = [(1, 1), (8, 33), (65, 96), (256, 256), (1000, 1024)]
-    for cell, storage, unit, vector_bytes, (B, T), (I, H), threads in itertools.product(  # noqa: E741
-        GATES, STORAGES, UNITS, (16, 32, 64), sizes, widths, (1, 2, 64)
-    ):
+    cells = [("rnn_tanh", True), ("gru", True), ("lstm", True), ("gru", False)]
+    machines = [(unit, machine(engine, unit)) for unit in UNITS]
+    every = itertools.product(cells, STORAGES, (16, 32, 64), sizes, widths, machines)
+    for (cell, recurrent), storage, vector_bytes, (B, T), (I, H), (unit, m) in every:  # noqa: E741
         p = problem(
-            engine, cell, storage=storage, vector_bytes=vector_bytes, B=B, T=T, I=I, H=H,
-            threads=threads,
+            engine, cell, recurrent, storage=storage, vector_bytes=vector_bytes, B=B, T=T, I=I, H=H
         )  # fmt: skip
-        m = machine(engine, unit)
-        f, b = engine.plan_forward(p, m), engine.plan_backward(p, m)
-        for plan in (f, b):
-            assert 1 <= plan.threads <= min(threads, p.panels)
-            assert (plan.is_short, plan.tiled) == (f.is_short, f.tiled)
-        assert b.threads >= f.threads  # there are two products for one
-        assert B <= f.gates_rows <= B * T
+        seen = []
+        for threads in (1, 2, 64):
+            p.threads = threads
+            seen.append((engine.plan_forward(p, m), engine.plan_backward(p, m)))
+            for plan in seen[-1]:
+                assert 1 <= plan.threads <= min(threads, p.panels)
+                assert (plan.is_short, plan.tiled) == (seen[-1][0].is_short, seen[-1][0].tiled)
+            f, b = seen[-1]
+            assert b.threads >= f.threads  # there are two products for one
+            assert B <= f.gates_rows <= B * T
+            if f.w_ih == engine.Packing.each_use:  # each panel is used once
+                assert f.gates_rows == B * T and not f.tiled
+        # What changes sums does not depend on threads.
+        for names, plans in zip((FORWARD, BACKWARD), zip(*seen, strict=True), strict=True):
+            assert len({tuple(getattr(plan, name) for name in names) for plan in plans}) == 1
         assert f.w_hh != engine.Packing.each_use
-        if f.w_ih == engine.Packing.each_use:  # each panel is used once
-            assert f.gates_rows == B * T and not f.tiled
         if engine.Packing.turned in (f.w_ih, f.w_hh):  # one step of one block of rows
             assert T == 1 and B <= 64 and not f.tiled
         assert engine.Packing.turned not in (b.w_ih, b.w_hh)
@@ -100,14 +115,6 @@ def test_plans_are_possible(engine: Any) -> None:
             assert f.w_ih != engine.Packing.none and f.w_hh != engine.Packing.none
             assert engine.Packing.none not in (b.w_ih, b.w_hh)
             assert engine.Packing.turned not in (f.w_ih, f.w_hh)
-        # What changes sums does not depend on threads.
-        p.threads = 1
-        one, back = engine.plan_forward(p, m), engine.plan_backward(p, m)
-        for name in ("tiled", "w_ih", "w_hh", "x_cut", "h_cut"):
-            assert getattr(one, name) == getattr(f, name)
-        names = "tiled w_ih w_hh dx_rows cut d_cut grad_cut d_grad_cut"
-        for name in names.split():
-            assert getattr(back, name) == getattr(b, name)
 
 
 def test_threads(engine: Any) -> None:
@@ -119,10 +126,13 @@ def test_threads(engine: Any) -> None:
     assert threads(B=32, H=256) == 16 and threads(B=1, H=64) == 2
     # A call so small that a team takes longer to start.
     assert threads(B=1, T=1, I=64, H=64) == 1
-    small = {"cell": "rnn", "B": 1, "T": 1}  # a backward has two products for one
+    small = {"cell": "rnn_tanh", "B": 1, "T": 1}  # a backward has two products for one
     assert forward(engine, **small).threads == 1 and backward(engine, **small).threads == 2
     # Nobody waits in steps without a recurrent product.
-    assert threads(cell="pointwise", B=1, T=1000) == 8 and threads(cell="rnn", B=1, T=1000) == 4
+    assert (
+        threads(cell="gru", recurrent=False, B=1, T=1000) == 8
+        and threads(cell="rnn_tanh", B=1, T=1000) == 4
+    )
     # Beside other programs one fewer, in a short call.
     assert threads(T=10, H=64, crowded=True) == threads(T=10, H=64) - 1
     assert threads(T=500, crowded=True) == threads(T=500)
@@ -151,7 +161,7 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
     # vectors.
     assert packing(B=32, T=1) == packing(B=64, T=1) == packing(B=30, T=1) == (Packing.turned,) * 2
     assert packing(B=65, T=1) == packing(B=20, T=1) == (Packing.each_use, Packing.once)
-    assert packing(cell="rnn", B=64, T=1, H=100) == (Packing.each_use, Packing.once)
+    assert packing(cell="rnn_tanh", B=64, T=1, H=100) == (Packing.each_use, Packing.once)
     assert packing(B=32, T=1, storage="bfloat16") == (Packing.each_use, Packing.once)
     # And long sequences of one row, in vectors of a whole line.
     assert packing(B=1, T=32)[1] == Packing.none and packing(B=1, T=33)[1] == Packing.once
@@ -205,7 +215,7 @@ def test_tiles_are_used_where_they_pay(engine: Any) -> None:
     assert backward(engine, "tiles").dx_rows == 2 * backward(engine).dx_rows
     assert backward(engine, T=10).dx_rows == 48 and backward(engine).dx_rows == 96
     # One gate of one vector: two panels make an even number of tiles.
-    paired = [forward(engine, "tiles", cell=c).paired for c in ("rnn", "gru", "lstm")]
+    paired = [forward(engine, "tiles", cell=c).paired for c in ("rnn_tanh", "gru", "lstm")]
     assert paired == [False, True, False]
     # Shallow products are no work for digits, deep ones are.
     plan = forward(engine, "fixed_tiles", I=95, H=96)

@@ -28,7 +28,10 @@ from torch import Tensor, nn
 import fused_rnn
 from fused_rnn import build
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 
 CASES = [case for case in pairwise() if case.dropout == 0]
 LOW = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import emulated
 import pytest
 import torch
-from cases import CELLS, CLASSES, pair, pairwise
-from cases import Case as ModuleCase
+from cases import CELLS, CLASSES, DTYPES, Case, pair, pairwise, random_case
 from helpers import assert_close, flatten
-from test_ops import DTYPES, Case, random_case, run
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
 from fused_rnn import ops, reference
+
+pytestmark = pytest.mark.engine
 
 
 def find_direct() -> Any:
@@ -81,7 +81,12 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 
 def forward(case: Case, tensors: Sequence[Any], batch_sizes: Any = None, **changes: Any) -> Any:
     x, h0, c0, *weights = tensors
-    arguments = {"cell": case.cell, "layers": case.L, "directions": case.D, "present": case.present}
+    arguments = {
+        "cell": case.kernel,
+        "layers": case.num_layers,
+        "directions": case.directions,
+        "present": case.present,
+    }
     arguments |= {"x": x, "h0": h0, "c0": c0, "batch_sizes": batch_sizes}
     arguments |= {"weights": tuple(weights), "tape": False}
     return DIRECT.forward(*(arguments | changes).values())
@@ -127,14 +132,14 @@ def test_layers(index: int, seed: int, spy: Spy) -> None:
     print(case)
     (x, h0, c0, *weights), batch_sizes = case.arguments()
     # Rows past the last step are ignored.
-    x = torch.cat([x, x[:1]]) if case.ragged and index % 2 else x
+    x = torch.cat([x, x[:1]]) if case.packed and index % 2 else x
     for h, c in ((h0, c0), (None, None)):
         tensors = (x, h, c, *weights)
-        found = run(ops.recurrent, case, tensors, batch_sizes)
+        found = case.call(ops.recurrent, tensors, batch_sizes)
         assert spy.done.pop()
-        expected = by_operator(lambda t=tensors: run(ops.recurrent, case, t, batch_sizes))
+        expected = by_operator(lambda t=tensors: case.call(ops.recurrent, t, batch_sizes))
         assert_identical(found, expected)
-        assert (found[2] is None) == (len(reference.CELLS[case.cell].states) == 1)
+        assert (found[2] is None) == (len(reference.CELLS[case.kernel].states) == 1)
 
 
 @needs_direct
@@ -145,7 +150,7 @@ def test_training(index: int, seed: int, spy: Spy) -> None:
     generator = torch.Generator().manual_seed(seed + index)
     case = random_case(generator)
     arguments, batch_sizes = case.arguments()
-    if case.ragged and index % 2:  # rows past the last step, whose gradient is zero
+    if case.packed and index % 2:  # rows past the last step, whose gradient is zero
         arguments[0] = torch.cat([arguments[0], arguments[0][:1]])
     wanted = [bool(torch.randint(3, (), generator=generator)) or index % 3 == 0 for _ in arguments]
     wanted[1] = True
@@ -156,7 +161,7 @@ def test_training(index: int, seed: int, spy: Spy) -> None:
             None if t is None else t.clone().requires_grad_(want)
             for t, want in zip(arguments, wanted, strict=True)
         ]
-        outputs = run(ops.recurrent, case, tensors, batch_sizes)
+        outputs = case.call(ops.recurrent, tensors, batch_sizes)
         chosen = [o for o, use in zip(outputs, used, strict=True) if use and o is not None]
         chosen = chosen or [outputs[0]]
         cotangents = torch.Generator().manual_seed(seed)
@@ -170,7 +175,7 @@ def test_training(index: int, seed: int, spy: Spy) -> None:
     with torch.enable_grad():
         found, expected = train(), by_operator(train)
     assert spy.names == ["forward", "backward"]
-    assert spy.done == [True, not (case.ragged and index % 2)]
+    assert spy.done == [True, not (case.packed and index % 2)]
     assert_identical(found, expected)
 
 
@@ -204,11 +209,11 @@ def test_training_of_modules(name: str, dtype: torch.dtype, spy: Spy) -> None:
 @needs_direct
 def test_training_beside_the_usual(spy: Spy) -> None:
     """Second derivatives, batched gradients, expanded ones, and hooks on what is saved."""
-    case = Case("lstm", L=2, D=2, P=2)
+    case = Case("lstm", num_layers=2, bidirectional=True, proj_size=2)
     (x, *rest), _ = case.arguments()
 
     def call(x: Tensor) -> Tensor:
-        found: Tensor = run(ops.recurrent, case, (x, *rest), None)[0]
+        found: Tensor = case.call(ops.recurrent, (x, *rest), None)[0]
         return found
 
     def work() -> list[Tensor]:
@@ -247,7 +252,7 @@ def test_modes_see_the_operators_of_training(spy: Spy) -> None:
 @needs_direct
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", pairwise()[::3], ids=str)
-def test_modules(case: ModuleCase, dtype: torch.dtype, spy: Spy) -> None:
+def test_modules(case: Case, dtype: torch.dtype, spy: Spy) -> None:
     _, ours = case.modules(dtype)
     x, hx = case.inputs(dtype)
     torch.manual_seed(1)
@@ -671,7 +676,7 @@ UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("place", ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "w_hr"])
 def test_unusual_tensors(kind: str, place: str, spy: Spy) -> None:
     """They get None, not an error, wherever they are."""
-    case = Case("lstm", P=2, dtype=torch.float32)
+    case = Case("lstm", proj_size=2, dtype=torch.float32)
     arguments, _ = case.arguments()
     index = ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"].index(place)
     if kind == "mkldnn" and not torch.backends.mkldnn.is_available():
@@ -683,7 +688,7 @@ def test_unusual_tensors(kind: str, place: str, spy: Spy) -> None:
     assert infer_stack("lstm", x, (h0, c0), weights, 1, 1, case.present, False) is None
     assert step("lstm", x, (h0, c0), *weights[:4]) is None
     if kind in ("negative bit", "imaginary part", "strided"):  # the operator does the work
-        found = run(ops.recurrent, case, arguments, None)
+        found = case.call(ops.recurrent, arguments, None)
         arguments[index] = plain
         assert_identical(found, forward(case, arguments))
         assert spy.done == [False]
@@ -772,7 +777,7 @@ def test_states_that_do_not_match(spy: Spy) -> None:
     assert spy.done == [False] * 4
     case = Case("lstm")
     arguments, _ = case.arguments()
-    arguments[2] = torch.randn(2, 3, 6, dtype=torch.float64)
+    arguments[2] = arguments[2].repeat(2, 1, 1)
     assert forward(case, arguments) is None
     assert forward(case, arguments, tape=True) is None
 

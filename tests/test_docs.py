@@ -11,6 +11,8 @@ from torch import nn
 
 from fused_rnn import build
 
+pytestmark = pytest.mark.unit
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
     path

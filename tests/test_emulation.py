@@ -1,14 +1,12 @@
 """The emulation of CUDA device code on the CPU (tests/cpp/emulate.h), checked against itself.
 
-tests/cpp/test_emulation.cpp holds small kernels and their mutants: a barrier, a poll or a wait that
-is taken out must be found. It is built three times: plain, with the address and undefined behaviour
-sanitizers, and with the race check, which is the thread sanitizer told of CUDA's threads.
+tests/cpp/test_emulation.cpp holds small kernels and their mutants: a barrier or a poll that is
+taken out must be found. It is a program, because it is built twice: plain, and with the address and
+undefined behaviour sanitizers.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,37 +14,11 @@ import pytest
 
 from fused_rnn import build
 
+pytestmark = pytest.mark.compiling
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "cpp"
-CASES = [
-    "cluster",
-    "conversions",
-    "coordinates",
-    "copies",
-    "flag",
-    "grid",
-    "mailbox",
-    "matrices",
-    "named",
-    "reduction",
-    "reports",
-    "scatter",
-    "warp",
-    "words",
-]
-# What the other cases check is not order, or, as "reports", not done by the race check.
-RACES = [
-    "cluster",
-    "copies",
-    "flag",
-    "grid",
-    "mailbox",
-    "named",
-    "reduction",
-    "scatter",
-    "warp",
-    "words",
-]
+CASES = ["conversions", "coordinates", "matrices", "reduction", "reports", "warp", "words"]
 
 try:
     COMPILER = list(build.find_compiler().command)
@@ -102,22 +74,6 @@ def sanitized(folder: Path) -> Path:
     return compile_with(folder / "sanitized", "-O0", *options, *sources)
 
 
-@pytest.fixture(scope="module")
-def races(folder: Path) -> Path:
-    """The kernels are instrumented, the machine under them is not."""
-    flag = "-fsanitize=thread"
-    if not works(folder, flag):
-        pytest.skip(f"{COMPILER[0]} has no working {flag}")
-    machine = compile_with(
-        folder / "machine.o",
-        *("-c", "-O2", "-DFUSED_RNN_EMULATE_RACES", str(FOLDER / "emulate.cpp")),
-    )
-    options = [flag, "-DRACES", "-O0", "-g1", "-rdynamic"]
-    return compile_with(
-        folder / "races", *options, str(FOLDER / "test_emulation.cpp"), str(machine)
-    )
-
-
 def test_all_cases_are_run(plain: Path) -> None:
     assert run(plain).split() == CASES
 
@@ -129,11 +85,6 @@ def test_emulation(plain: Path, case: str) -> None:
 
 def test_under_sanitizers(sanitized: Path) -> None:
     assert run(sanitized, *CASES)
-
-
-@pytest.mark.parametrize("case", RACES)
-def test_race_check(races: Path, case: str) -> None:
-    assert run(races, case)
 
 
 def test_shared_keyword_is_refused(folder: Path) -> None:
@@ -150,17 +101,3 @@ def test_shared_keyword_is_refused(folder: Path) -> None:
         timeout=60,
     )
     assert done.returncode != 0 and "declare shared memory by FRNN_SHARED" in done.stderr
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_primitives_compile(folder: Path, arch: str) -> None:
-    """Every primitive of csrc/cuda/primitives.h is valid PTX. No card is needed."""
-    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-cubin", f"-I{ROOT / 'csrc'}"]
-    done = subprocess.run(
-        [*command, "-o", os.devnull, str(FOLDER / "primitives.cu")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.examples
+
 pytest.importorskip("tqdm")
 image = pytest.importorskip("matplotlib.image")
 

@@ -30,6 +30,8 @@ from helpers import assert_close, native  # noqa: E402
 from matplotlib import image  # noqa: E402
 from text import Text, chunks  # noqa: E402
 
+pytestmark = pytest.mark.examples
+
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = ["rnn", "gru", "lstm"]
 learns = pytest.mark.skipif(not native(), reason="training is slow on the reference path")

@@ -44,6 +44,8 @@ import text as corpus  # noqa: E402
 import video  # noqa: E402
 from common import find_cell  # noqa: E402
 
+pytestmark = pytest.mark.examples
+
 learns = pytest.mark.skipif(not native(), reason="trains too long on the reference path")
 Run = Callable[..., dict[str, Any]]
 

@@ -18,6 +18,8 @@ from benchmarks.cases import Case
 from benchmarks.gpu import device, versus
 from benchmarks.gpu.rows import ROOT, Clock, Rows, Settings, output
 
+pytestmark = pytest.mark.compiling
+
 CUDA = Settings("cuda", False, ("graph", "steps"), "tests/test_cuda.py", 60)
 
 # Until the file `mended` is there, one test fails, one ends its process and one hangs.

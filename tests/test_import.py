@@ -11,6 +11,8 @@ from helpers import cpu_engine_only
 
 import fused_rnn
 
+pytestmark = pytest.mark.module
+
 # Both the package's way for single calls and what is registered with torch: fakes, autograd.
 PRELUDE = """
 import gc, importlib, pickle, sys, weakref

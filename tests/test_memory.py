@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import fused_rnn
 from fused_rnn import build, ops
 
+pytestmark = pytest.mark.engine
+
 native = pytest.mark.skipif(build.backend() != "native", reason="about the native kernels")
 cpu_engine = pytest.mark.skipif(bool(emulated.ENGINE), reason="about the CPU's own library")
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's allocator")
@@ -56,7 +58,7 @@ def test_where_memory_is_short(name: str) -> None:
     assert done.stdout.count("can't allocate memory: you tried to allocate") == 2, done.stdout
 
 
-SMALL = [i for i, case in enumerate(short_memory.CASES) if case.shape == short_memory.SMALL]
+SMALL = [i for i, call in enumerate(short_memory.CALLS) if call.shape == short_memory.SMALL]
 
 
 @native

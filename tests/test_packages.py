@@ -12,6 +12,8 @@ from torch import nn
 
 import fused_rnn
 
+pytestmark = pytest.mark.tools
+
 
 def swapped(model: Any) -> Any:
     """A copy on ours, of which every recurrent layer stays an instance of what it was."""

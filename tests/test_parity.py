@@ -22,6 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.parity
+
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 

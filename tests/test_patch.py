@@ -19,6 +19,8 @@ from torch import nn
 
 import fused_rnn
 
+pytestmark = pytest.mark.module
+
 ROOT = Path(__file__).resolve().parent.parent
 THEIRS = {name: getattr(nn, name) for name in CLASSES}
 PLACES = (nn, nn.modules, nn.modules.rnn)

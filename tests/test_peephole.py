@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import fused_rnn
 
+pytestmark = pytest.mark.module
+
 
 def loop(module: Any, x: Tensor, hx: Any, lengths: list[int] | None = None) -> tuple[Any, Any]:
     """Gers & Schmidhuber 2000, one unit equation a line, on x [T, B, I]. Sequences end at

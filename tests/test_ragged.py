@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import (
     unpack_sequence,
 )
 
+pytestmark = pytest.mark.parity
+
 
 def select(hx: Any, i: int) -> Any:
     """The states of sequence i, still batched."""

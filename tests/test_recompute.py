@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import fused_rnn
 from fused_rnn import functional
 
+pytestmark = pytest.mark.module
+
 LAYERS = ["RNN", "LSTM", "GRU"]
 
 

@@ -20,9 +20,10 @@ import fused_rnn
 from fused_rnn import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not emulated.WANTED and DEVICE == "cpu", reason="about the CUDA engine"
-)
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(not emulated.WANTED and DEVICE == "cpu", reason="about the CUDA engine"),
+]
 
 CELLS = [cell for cell in (*LAYERS, *OWN_LAYERS) if cell != "lstm_proj"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -18,7 +18,10 @@ from test_direct import needs_direct
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.skipif(not native(), reason="about the native kernels")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not native(), reason="about the native kernels"),
+]
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNNCell", {}),

@@ -27,6 +27,7 @@ import fused_rnn
 from fused_rnn import build
 
 pytestmark = [
+    pytest.mark.engine,
     pytest.mark.skipif(not native(), reason="about the native kernels"),
     pytest.mark.skipif(emulated.WANTED, reason="about the CPU's engine"),
 ]

@@ -11,7 +11,10 @@ from helpers import assert_no_worse, leave_kink, map_tensors, native, run
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-pytestmark = pytest.mark.skipif(not native(), reason="about the native kernels")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not native(), reason="about the native kernels"),
+]
 
 LAYERS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
 KWARGS = {"rnn_relu": {"nonlinearity": "relu"}}

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
 
+pytestmark = pytest.mark.tools
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -23,6 +23,8 @@ from torch.testing._internal.common_device_type import instantiate_device_type_t
 from torch.testing._internal.common_modules import module_db, modules  # noqa: E402
 from torch.testing._internal.common_utils import TestCase  # noqa: E402
 
+pytestmark = pytest.mark.module
+
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 

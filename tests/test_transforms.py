@@ -42,6 +42,8 @@ from torch.utils.checkpoint import (
 
 import fused_rnn
 
+pytestmark = pytest.mark.parity
+
 LAYERS = ["RNN", "LSTM", "GRU"]
 TINY = dict(input_size=2, hidden_size=3, batch=2, time=3)
 

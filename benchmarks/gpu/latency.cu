@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/primitives.h"
+#include "primitives.h"
 
 namespace cg = cooperative_groups;
 using namespace frnn::cuda;

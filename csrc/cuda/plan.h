@@ -1,5 +1,5 @@
 // How a layer is run on a card: a pure function of the card and the problem, so that it is tested
-// without one (tests/cpp/plan_test.cpp).
+// without one (tests/test_cuda_engine.py).
 #pragma once
 #include <cstdint>
 

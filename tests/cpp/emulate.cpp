@@ -12,7 +12,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <array>
 #include <climits>
 #include <cstdarg>
 #include <cstdio>
@@ -25,14 +24,6 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#endif
-// The race check: kernels are compiled with -fsanitize=thread, this file without it, but with
-// FUSED_RNN_EMULATE_RACES, all linked with -fsanitize=thread. Each CUDA thread is a thread to the
-// sanitizer, ordered by the barriers, mbarriers, __syncwarp, releases and acquires that it takes
-// part in, and by nothing else: not by the fibers' switching, nor by shuffles. So a barrier that is
-// missing is found in nearly any schedule, in shared and in global memory.
-#ifdef FUSED_RNN_EMULATE_RACES
-#include <sanitizer/tsan_interface.h>
 #endif
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -57,53 +48,15 @@ constexpr size_t kStack = 256 << 10;            // only the pages touched take m
 constexpr size_t kColours = 64, kColour = 320;  // tops of stacks, spread over the sets of a cache
 constexpr size_t kShared = 227 << 10;           // most shared memory of a CTA, sm_90
 constexpr size_t kArena = (kShared + kPage - 1) / kPage * kPage;
-constexpr size_t kGap = 64;      // unused bytes after each shared variable
-constexpr int kPatience = 5000;  // rounds without progress until a launch is given up
-// Clusters at a time in a launch that is not cooperative. To the race check one that comes after
-// another has gone is ordered after it.
-#ifdef FUSED_RNN_EMULATE_RACES
-constexpr bool kRaces = true;
-#else
-constexpr bool kRaces = false;
-#endif
-constexpr unsigned kResident = kRaces ? 64 : 2;
+constexpr size_t kGap = 64;        // unused bytes after each shared variable
+constexpr int kPatience = 5000;    // rounds without progress until a launch is given up
+constexpr unsigned kResident = 2;  // CTAs at a time in a launch that is not cooperative
 // Most threads of a launch whose blocks are all resident: each has a stack.
-constexpr unsigned kThreads = kRaces ? 4096 : 16384;
-
-// ---- order between threads, for the race check ----
-
-#ifdef FUSED_RNN_EMULATE_RACES
-extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
-extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
-extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
-extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
-// What the machine does in a thread's name, by library functions that the sanitizer intercepts.
-struct Quiet {
-  Quiet() {
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-  }
-  ~Quiet() {
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-  }
-};
-void Acquire(void* p) { __tsan_acquire(p); }
-void Release(void* p) { __tsan_release(p); }
-#else
-struct Quiet {
-  ~Quiet() {}
-};
-void Acquire(void*) {}
-void Release(void*) {}
-#endif
+constexpr unsigned kThreads = 16384;
 
 size_t RoundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-void Poison(void* p, size_t bytes) {
-  const Quiet quiet;
-  std::memset(p, 0xFF, bytes);
-}
+void Poison(void* p, size_t bytes) { std::memset(p, 0xFF, bytes); }
 bool IsPoison(const char* p, size_t bytes) {
   return std::all_of(p, p + bytes, [](char c) { return c == char(0xFF); });
 }
@@ -117,17 +70,6 @@ char* MapGuarded(size_t bytes) {
   mprotect(base - kPage, kPage, PROT_NONE);
   mprotect(base + bytes, kPage, PROT_NONE);
   return base;
-}
-
-// ---- global memory ----
-
-struct Allocation {
-  size_t bytes, mapped;
-  char* base;  // of the mapping; [base, base + mapped) without the guard pages
-};
-std::map<char*, Allocation>& Allocations() {
-  static auto* map = new std::map<char*, Allocation>;  // buffers may outlive static destructors
-  return *map;
 }
 
 // ---- fibers ----
@@ -189,11 +131,6 @@ struct Fiber {
   size_t size = 0;
   void* fake = nullptr;
 #endif
-#ifdef FUSED_RNN_EMULATE_RACES
-  // To the sanitizer a fiber is a thread. So that its stack is never another's, and two CUDA
-  // threads never one, it runs one CUDA thread a launch.
-  void* identity = nullptr;
-#endif
 };
 
 // A stack whose frames will not be left one by one.
@@ -217,13 +154,6 @@ void SwitchFiber(Fiber& from, Fiber& to) {
 
 struct Warp;
 struct Cta;
-struct Cluster;
-
-struct Copy {  // of cp.async
-  void* to;
-  const void* from;
-  unsigned bytes, group;
-};
 
 struct Thread {
   uint3 index;
@@ -236,10 +166,6 @@ struct Thread {
   unsigned mask = 0;  // of the warp operation it waits in
   void* slot = nullptr;
   FinishMeeting finish = nullptr;
-  bool arrived_at_cluster = false;  // without the wait that belongs to it
-  unsigned cluster_generation = 0;
-  unsigned copy_group = 0;
-  std::vector<Copy> copies;
 };
 
 struct Warp {
@@ -247,44 +173,17 @@ struct Warp {
   Thread* lanes = nullptr;
   unsigned exist = 0, exited = 0, ready = 0, meeting = 0;  // bits of lanes
   uint64_t frozen_until = 0;
-  bool listed = false;      // in Grid::active
-  unsigned generation = 0;  // of __syncwarp
-  char order[2] = {};       // addresses for the race check, by generation
-};
-
-struct Barrier {
-  unsigned arrived = 0, generation = 0;
-  unsigned expected = 0;  // of the arrivals so far, for named barriers
-  unsigned count = 0, last_count = 0;
-  Thread* waiters = nullptr;
-  char order[2] = {};  // addresses for the race check, by generation
+  bool listed = false;  // in Grid::active
 };
 
 struct Cta {
-  Cluster* cluster = nullptr;
   uint3 index;
-  unsigned rank = 0;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned alive = 0;
-  std::array<Barrier, 16> barriers;
-  char* arena = nullptr;  // shared memory: static from the start, dynamic against the end
-};
-
-struct Cluster {
-  std::vector<Cta> ctas;
-  unsigned alive = 0;  // threads
-  Barrier barrier;
-};
-
-struct Delivery {  // of an asynchronous store or bulk copy
-  Cta* to;
-  char* address;
-  const void* source;  // null: value
-  char value[16];
-  unsigned bytes;
-  uint64_t* bar;
-  uint64_t due;
+  unsigned arrived = 0;       // at __syncthreads
+  Thread* waiters = nullptr;  // there
+  char* arena = nullptr;      // shared memory: static from the start, dynamic against the end
 };
 
 struct Site {
@@ -299,16 +198,13 @@ struct Grid {
   void* arguments;
   uint64_t random, round = 0;
   std::string error;
-  std::vector<std::unique_ptr<Cluster>> clusters, spare;  // resident, to be used again
-  std::vector<uint64_t> order;                            // of clusters, for a seed
-  uint64_t next_cluster = 0;
-  std::vector<Cluster*> done;
+  std::vector<std::unique_ptr<Cta>> ctas, spare;  // resident, to be used again
+  std::vector<uint64_t> order;                    // of CTAs, for a seed
+  uint64_t next_cta = 0;
+  std::vector<Cta*> done;
   std::vector<Warp*> active;  // all warps that may have a ready lane
-  Barrier barrier;
-  std::vector<Delivery> deliveries;
   std::vector<Site> sites;
   size_t static_bytes = 0;
-  char start = 0, end = 0;  // addresses for the race check: of all threads' start and end
 
   // The turn of a warp: its lanes from first, upwards or downwards.
   Warp* warp = nullptr;
@@ -316,7 +212,6 @@ struct Grid {
   bool paused = false;
 };
 
-Thread* racer;  // the sanitizer has reported a race of this thread
 std::recursive_mutex launch_mutex;
 Grid* grid;                                  // the launch that runs
 Thread* current;                             // null: the scheduler
@@ -334,15 +229,6 @@ unsigned Random(unsigned n) {  // xorshift64
   return unsigned((x >> 32) * n >> 32);
 }
 bool Seeded() { return settings.seed != 0; }
-
-#ifdef FUSED_RNN_EMULATE_RACES
-void* host_identity;
-void TakeIdentity(Fiber* fiber) {
-  __tsan_switch_to_fiber(fiber ? fiber->identity : host_identity, __tsan_switch_to_fiber_no_sync);
-}
-#else
-void TakeIdentity(Fiber*) {}
-#endif
 
 // ---- reports ----
 
@@ -391,19 +277,14 @@ std::string Distance(const char* p, const char* begin, size_t bytes) {
   const char* p = static_cast<const char*>(address);
   std::string text = Format("address %p", address);
   if (!p) return text + ", null, or a 16-byte access that is not aligned";
-  for (auto& cluster : grid->clusters)
-    for (Cta& cta : cluster->ctas)
-      if (cta.arena && p >= cta.arena - kPage && p < cta.arena + kArena + kPage) {
-        const size_t bytes = grid->config.shared;
-        const std::string place = "shared memory of block " + Name(cta.index);
-        if (!cta.alive) return text + ", in the " + place + ", which has exited";
-        if (!bytes) return text + ", outside of the " + place;
-        return text + ", " + Distance(p, cta.arena + DynamicOffset(), bytes) +
-               Format(" the %zu bytes of dynamic ", bytes) + place;
-      }
-  for (auto& [data, a] : Allocations())
-    if (p >= a.base - kPage && p < a.base + a.mapped + kPage)
-      return text + ", " + Distance(p, data, a.bytes) + Format(" a buffer of %zu bytes", a.bytes);
+  for (auto& cta : grid->ctas)
+    if (cta->arena && p >= cta->arena - kPage && p < cta->arena + kArena + kPage) {
+      const size_t bytes = grid->config.shared;
+      const std::string place = "shared memory of block " + Name(cta->index);
+      if (!bytes) return text + ", outside of the " + place;
+      return text + ", " + Distance(p, cta->arena + DynamicOffset(), bytes) +
+             Format(" the %zu bytes of dynamic ", bytes) + place;
+    }
   for (auto& fiber : fibers)
     if (p >= fiber->stack - kPage && p < fiber->stack) return text + ", the stack has overflowed";
   return text;
@@ -435,38 +316,11 @@ void Block(const char* where) {
   t->where = nullptr;
 }
 
-void Complete(Barrier& b) {
+// All threads that have not exited are there.
+void Complete(Cta& cta) {
   ++progress;
-  b.arrived = b.expected = 0;
-  ++b.generation;
-  b.last_count = b.count;
-  b.count = 0;
-  for (Thread* t = b.waiters; t;) {
-    Thread* next = t->next;
-    MakeReady(t);
-    t = next;
-  }
-  b.waiters = nullptr;
-}
-
-void Arrive(Barrier& b, unsigned expected) {
-  Release(&b.order[b.generation % 2]);
-  if (++b.arrived == expected) Complete(b);
-}
-
-void Wait(Barrier& b, unsigned generation, const char* where) {
-  if (b.generation == generation) {
-    current->next = b.waiters;
-    b.waiters = current;
-    Block(where);
-  }
-  Acquire(&b.order[generation % 2]);
-}
-
-void Sync(Barrier& b, unsigned expected, const char* where) {
-  const unsigned generation = b.generation;
-  Arrive(b, expected);
-  Wait(b, generation, where);
+  cta.arrived = 0;
+  for (Thread* t = std::exchange(cta.waiters, nullptr); t; t = t->next) MakeReady(t);
 }
 
 Cta& MyCta() { return *current->warp->cta; }
@@ -474,7 +328,6 @@ Cta& MyCta() { return *current->warp->cta; }
 // ---- shared memory ----
 
 void PrepareShared(Cta& cta) {
-  const Quiet quiet;
   if (!idle_arenas.empty()) {
     cta.arena = idle_arenas.back();
     idle_arenas.pop_back();
@@ -497,88 +350,7 @@ void CheckShared(Cta& cta) {
     Report(Format("the block wrote outside of its %zu bytes of dynamic shared memory", bytes));
 }
 
-Cta& Peer(unsigned rank) {
-  Cluster& cluster = *MyCta().cluster;
-  if (rank >= cluster.ctas.size())
-    Fail(Format("rank %u in a cluster of %zu", rank, cluster.ctas.size()));
-  return cluster.ctas[rank];
-}
-
-size_t SharedOffset(const void* p, size_t bytes) {
-  const char* arena = MyCta().arena;
-  const size_t at = size_t(static_cast<const char*>(p) - arena);
-  if (arena && at < kArena && at + bytes <= kArena) {
-    if (at >= DynamicOffset() && at + bytes <= DynamicOffset() + grid->config.shared) return at;
-    for (const Site& s : grid->sites)
-      if (at >= s.offset && at + bytes <= s.offset + s.bytes) return at;
-  }
-  Fail(Format("%zu bytes at %p are not in the shared memory of this block", bytes, p));
-}
-
-// ---- mbarriers ----
-
-// In the barrier's own 64 bits. Poison reads as uninitialised.
-struct MbarrierState {
-  uint64_t pending : 20, expected : 20, phase : 1;
-  int64_t bytes : 23;
-};
-static_assert(sizeof(MbarrierState) == 8);
-constexpr unsigned kMbarrierLimit = (1 << 20) - 1;
-
-// Reports and gives false when the barrier cannot take the event.
-bool Update(uint64_t* bar, unsigned arrivals, int64_t bytes) {
-  MbarrierState s;
-  __builtin_memcpy(&s, bar, sizeof(s));
-  const char* wrong = nullptr;
-  if (s.expected == kMbarrierLimit)
-    wrong = "an mbarrier that was not initialised";
-  else if (arrivals > s.pending)
-    wrong = "more arrivals at an mbarrier than it was initialised for";
-  else if (std::abs(s.bytes + bytes) > int64_t(kMbarrierLimit))
-    wrong = "too many bytes at an mbarrier";
-  if (wrong) {
-    Report(wrong);
-    return false;
-  }
-  s.pending -= arrivals;
-  s.bytes += bytes;
-  if (s.pending == 0 && s.bytes == 0) {
-    s.pending = s.expected;
-    s.phase ^= 1;
-  }
-  __builtin_memcpy(bar, &s, sizeof(s));
-  ++progress;
-  return true;
-}
-
-void UpdateOrFail(uint64_t* bar, unsigned arrivals, int64_t bytes) {
-  Release(bar);
-  if (!Update(bar, arrivals, bytes)) Suspend();
-}
-
-void Deliver() {
-  for (size_t i = 0; i < grid->deliveries.size() && grid->error.empty();) {
-    Delivery& d = grid->deliveries[i];
-    if (d.due > grid->round) {
-      ++i;
-      continue;
-    }
-    Acquire(d.bar);
-    std::memmove(d.address, d.source ? d.source : d.value, d.bytes);
-    Release(d.bar);
-    Update(d.bar, 0, -int64_t(d.bytes));
-    d = grid->deliveries.back();
-    grid->deliveries.pop_back();
-  }
-}
-
-void Send(Delivery d) {
-  const Quiet quiet;
-  d.due = grid->round + (Seeded() ? 1 + Random(settings.max_stall + 1) : 1);
-  grid->deliveries.push_back(d);
-}
-
-// ---- threads, CTAs, clusters ----
+// ---- threads and CTAs ----
 
 void Enter(Thread* t) {
   current = t;
@@ -589,8 +361,6 @@ void Enter(Thread* t) {
 void Start(Thread* t) {
   Enter(t);
   ++progress;
-  TakeIdentity(running);
-  Acquire(&grid->start);
 }
 
 // The running thread has returned from the kernel.
@@ -598,7 +368,6 @@ void Exit() {
   Thread* t = current;
   Warp& w = *t->warp;
   Cta& cta = *w.cta;
-  Cluster& cluster = *cta.cluster;
   ++progress;
   t->exited = true;
   w.exited |= 1u << t->lane;
@@ -607,24 +376,11 @@ void Exit() {
     if (other.mask >> t->lane & 1)
       return Report(Format("exits while lane %d waits for it in %s", other.lane, other.where));
   }
-  if (!t->copies.empty()) return Report("exits while its CopyAsync are under way");
-  Release(&grid->end);
-  TakeIdentity(nullptr);
   --cta.alive;
-  --cluster.alive;
-  // These two wait for the threads that have not exited.
-  Barrier& all = cta.barriers[0];
-  if (all.arrived && all.arrived == cta.alive && all.expected == 0) Complete(all);
-  if (cluster.barrier.arrived && cluster.barrier.arrived == cluster.alive)
-    Complete(cluster.barrier);
+  if (cta.arrived && cta.arrived == cta.alive) Complete(cta);
   if (cta.alive == 0) {
-    for (const Delivery& d : grid->deliveries)
-      if (d.to == &cta) return Report("the block exits while stores to it are under way");
     if (cta.arena) CheckShared(cta);
-    if (cluster.alive == 0)
-      grid->done.push_back(&cluster);
-    else if (cta.arena)
-      mprotect(cta.arena, kArena, PROT_NONE);  // a peer's access faults from now on
+    grid->done.push_back(&cta);
   }
 }
 
@@ -649,12 +405,12 @@ void FiberMain() {
     Start(current);
     grid->body(grid->arguments);
     Exit();
-    Thread* t = grid->error.empty() && !racer ? NextLane() : nullptr;
-    if (t && !t->fiber && !kRaces) {  // on this fiber, without a switch
+    Thread* t = grid->error.empty() ? NextLane() : nullptr;
+    if (t && !t->fiber) {  // on this fiber, without a switch
       Take(t);
       current = t;
     } else {
-      if (!kRaces) idle_fibers.push_back(running);
+      idle_fibers.push_back(running);
       Leave(*running);
     }
   }
@@ -662,15 +418,6 @@ void FiberMain() {
 
 // Also for a fiber that was left in the middle of a kernel.
 void Restart(Fiber& fiber) {
-#ifdef FUSED_RNN_EMULATE_RACES
-  if (fiber.identity) {  // what it did was before what comes
-    TakeIdentity(&fiber);
-    Release(&grid->end);
-    TakeIdentity(nullptr);
-    __tsan_destroy_fiber(fiber.identity);
-  }
-  fiber.identity = __tsan_create_fiber(0);
-#endif
   ForgetFrames(fiber.stack);
   fiber.context.Start(fiber.stack, kStack - fiber.colour * kColour, FiberMain);
 }
@@ -694,16 +441,14 @@ Fiber* IdleFiber() {
 }
 
 void Leave(Fiber& from) {
-  Thread* t = grid->error.empty() && !racer ? NextLane() : nullptr;
+  Thread* t = grid->error.empty() ? NextLane() : nullptr;
   if (!t) return SwitchFiber(from, host);
   Take(t);
   poll_budget = Seeded() ? 1 + int(Random(64)) : 64;
   if (t->fiber) {
     Enter(t);
     running = t->fiber;
-    TakeIdentity(running);
   } else {
-    TakeIdentity(nullptr);
     running = IdleFiber();
     current = t;
   }
@@ -720,124 +465,103 @@ void Turn(Warp& w) {
     g.first = Seeded() ? int(Random(32)) : 0;
     g.step = Seeded() && Random(2) ? -1 : 1;
     Leave(host);
-    TakeIdentity(nullptr);
-    if ((current = racer)) Report("data race");
-    current = racer = nullptr;
+    current = nullptr;
   } while (g.error.empty() && w.ready && !g.paused && !Chance(8));
 }
 
-std::unique_ptr<Cluster> MakeCluster() {
+std::unique_ptr<Cta> MakeCta() {
   const dim3 block = grid->config.block;
   const unsigned threads = block.x * block.y * block.z;
-  auto cluster = std::make_unique<Cluster>();
-  cluster->ctas = std::vector<Cta>(grid->config.cluster);
-  for (unsigned rank = 0; rank < cluster->ctas.size(); rank++) {
-    Cta& cta = cluster->ctas[rank];
-    cta.cluster = cluster.get();
-    cta.rank = rank;
-    cta.threads = std::vector<Thread>(threads);
-    cta.warps = std::vector<Warp>((threads + 31) / 32);
-    for (unsigned i = 0; i < threads; i++) {
-      Thread& t = cta.threads[i];
-      Warp& w = cta.warps[i / 32];
-      t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-      t.warp = &w;
-      t.lane = int(i % 32);
-      if (t.lane == 0) w.lanes = &t;
-      w.cta = &cta;
-      w.exist |= 1u << t.lane;
-    }
+  auto cta = std::make_unique<Cta>();
+  cta->threads = std::vector<Thread>(threads);
+  cta->warps = std::vector<Warp>((threads + 31) / 32);
+  for (unsigned i = 0; i < threads; i++) {
+    Thread& t = cta->threads[i];
+    Warp& w = cta->warps[i / 32];
+    t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    t.warp = &w;
+    t.lane = int(i % 32);
+    if (t.lane == 0) w.lanes = &t;
+    w.cta = cta.get();
+    w.exist |= 1u << t.lane;
   }
-  return cluster;
+  return cta;
 }
 
 void Admit() {
   Grid& g = *grid;
-  if (g.spare.empty()) g.spare.push_back(MakeCluster());
-  g.clusters.push_back(std::move(g.spare.back()));
+  if (g.spare.empty()) g.spare.push_back(MakeCta());
+  g.ctas.push_back(std::move(g.spare.back()));
   g.spare.pop_back();
-  Cluster& cluster = *g.clusters.back();
-  const uint64_t number = g.order.empty() ? g.next_cluster : g.order[g.next_cluster];
-  g.next_cluster++;
+  Cta& cta = *g.ctas.back();
+  const uint64_t i = g.order.empty() ? g.next_cta : g.order[g.next_cta];
+  g.next_cta++;
   const dim3 n = g.config.grid;
-  cluster.barrier = {};
-  cluster.alive = 0;
-  for (Cta& cta : cluster.ctas) {
-    const uint64_t i = number * cluster.ctas.size() + cta.rank;
-    cta.index = {unsigned(i % n.x), unsigned(i / n.x % n.y), unsigned(i / n.x / n.y)};
-    cta.alive = unsigned(cta.threads.size());
-    cluster.alive += cta.alive;
-    cta.barriers = {};
-    for (Thread& t : cta.threads) {
-      t.fiber = nullptr;
-      t.exited = t.arrived_at_cluster = false;
-      t.mask = t.copy_group = 0;
-    }
-    // The race check needs the memory before the threads start: it may have been another block's.
-    if (g.config.shared || kRaces) PrepareShared(cta);
-    for (Warp& w : cta.warps) {
-      w.exited = w.meeting = 0;
-      w.frozen_until = 0;
-      w.ready = w.exist & ~1u;
-      MakeReady(&w.lanes[0]);
-    }
+  cta.index = {unsigned(i % n.x), unsigned(i / n.x % n.y), unsigned(i / n.x / n.y)};
+  cta.alive = unsigned(cta.threads.size());
+  cta.arrived = 0;
+  for (Thread& t : cta.threads) {
+    t.fiber = nullptr;
+    t.exited = false;
+    t.mask = 0;
   }
-  Release(&g.start);
+  if (g.config.shared) PrepareShared(cta);
+  for (Warp& w : cta.warps) {
+    w.exited = w.meeting = 0;
+    w.frozen_until = 0;
+    w.ready = w.exist & ~1u;
+    MakeReady(&w.lanes[0]);
+  }
 }
 
-void FreeArenas(Cluster& cluster) {
-  for (Cta& cta : cluster.ctas) {
-    if (!cta.arena) continue;
-    if (cluster.ctas.size() > 1) mprotect(cta.arena, kArena, PROT_READ | PROT_WRITE);
-    idle_arenas.push_back(cta.arena);
-    cta.arena = nullptr;
-  }
+void FreeArena(Cta& cta) {
+  if (cta.arena) idle_arenas.push_back(std::exchange(cta.arena, nullptr));
 }
 
 void Retire() {
   Grid& g = *grid;
-  if (!g.done.empty()) Acquire(&g.end);
-  for (Cluster* done : g.done) {
-    FreeArenas(*done);
-    auto it = std::find_if(g.clusters.begin(), g.clusters.end(),
-                           [&](auto& c) { return c.get() == done; });
+  for (Cta* done : g.done) {
+    FreeArena(*done);
+    auto it =
+        std::find_if(g.ctas.begin(), g.ctas.end(), [&](auto& cta) { return cta.get() == done; });
     g.spare.push_back(std::move(*it));
-    g.clusters.erase(it);
+    g.ctas.erase(it);
   }
   g.done.clear();
+}
+
+uint64_t CtasOfGrid() {
+  const dim3 n = grid->config.grid;
+  return uint64_t(n.x) * n.y * n.z;
 }
 
 // One line for each group of threads of a block that wait in the same place.
 void ReportDeadlock(const char* what) {
   std::string text = what;
   int lines = 0;
-  for (auto& cluster : grid->clusters)
-    for (Cta& cta : cluster->ctas) {
-      std::map<std::string, std::pair<unsigned, uint3>> groups;
-      for (Thread& t : cta.threads)
-        if (!t.exited) {
-          auto [it, fresh] = groups.try_emplace(t.where ? t.where : "the kernel", 0u, t.index);
-          it->second.first++;
-        }
-      for (auto& [where, group] : groups)
-        if (++lines <= 12)
-          text += Format("\n  block %s: %u threads of %zu, the first %s, in %s",
-                         Name(cta.index).c_str(), group.first, cta.threads.size(),
-                         Name(group.second).c_str(), where.c_str());
-    }
+  for (auto& cta : grid->ctas) {
+    std::map<std::string, std::pair<unsigned, uint3>> groups;
+    for (Thread& t : cta->threads)
+      if (!t.exited) {
+        auto [it, fresh] = groups.try_emplace(t.where ? t.where : "the kernel", 0u, t.index);
+        it->second.first++;
+      }
+    for (auto& [where, group] : groups)
+      if (++lines <= 12)
+        text +=
+            Format("\n  block %s: %u threads of %zu, the first %s, in %s", Name(cta->index).c_str(),
+                   group.first, cta->threads.size(), Name(group.second).c_str(), where.c_str());
+  }
   if (lines > 12) text += Format("\n  and %d lines more", lines - 12);
-  const uint64_t total = uint64_t(grid->config.grid.x) * grid->config.grid.y * grid->config.grid.z /
-                         grid->config.cluster;
-  if (grid->next_cluster < total)
+  if (grid->next_cta < CtasOfGrid())
     text += Format("\n  %llu blocks were not resident: the launch is not cooperative",
-                   (unsigned long long)(total - grid->next_cluster) * grid->config.cluster);
+                   (unsigned long long)(CtasOfGrid() - grid->next_cta));
   Report(text);
 }
 
 void Schedule() {
   Grid& g = *grid;
-  const uint64_t total =
-      uint64_t(g.config.grid.x) * g.config.grid.y * g.config.grid.z / g.config.cluster;
+  const uint64_t total = CtasOfGrid();
   const uint64_t resident = g.config.cooperative ? total : kResident;
   if (Seeded() && !g.config.cooperative) {
     g.order.resize(total);
@@ -845,13 +569,12 @@ void Schedule() {
     for (uint64_t i = total; i > 1; i--) std::swap(g.order[i - 1], g.order[Random(unsigned(i))]);
   }
   const dim3 block = g.config.block;
-  g.active.reserve(std::min(total, resident) * g.config.cluster *
-                   ((block.x * block.y * block.z + 31) / 32));
+  g.active.reserve(std::min(total, resident) * ((block.x * block.y * block.z + 31) / 32));
   uint64_t seen = progress;
   int patience = kPatience;
   while (g.error.empty()) {
-    while (g.clusters.size() < resident && g.next_cluster < total) Admit();
-    if (g.clusters.empty()) return;
+    while (g.ctas.size() < resident && g.next_cta < total) Admit();
+    if (g.ctas.empty()) return;
     ++g.round;
     bool ran = false;
     uint64_t thaw = UINT64_MAX;
@@ -875,9 +598,7 @@ void Schedule() {
       ran = true;
     }
     Retire();
-    Deliver();
-    if (!ran && g.error.empty() && !g.clusters.empty()) {  // nothing happens until then
-      for (const Delivery& d : g.deliveries) thaw = std::min(thaw, d.due);
+    if (!ran && g.error.empty() && !g.ctas.empty()) {  // nothing happens until then
       if (thaw == UINT64_MAX) {
         if (g.active.empty()) ReportDeadlock("deadlock, all threads wait");
       } else if (thaw > g.round) {
@@ -896,7 +617,7 @@ void Schedule() {
 void CheckConfig() {
   const LaunchConfig& c = grid->config;
   const unsigned threads = c.block.x * c.block.y * c.block.z;
-  const uint64_t ctas = uint64_t(c.grid.x) * c.grid.y * c.grid.z;
+  const uint64_t ctas = CtasOfGrid();
   if (c.grid.x == 0 || c.grid.y == 0 || c.grid.z == 0 || c.grid.x > INT_MAX || c.grid.y > 65535 ||
       c.grid.z > 65535)
     Report("the grid is empty or too large");
@@ -904,9 +625,7 @@ void CheckConfig() {
     Report(Format("a block of %u threads, z = %u", threads, c.block.z));
   else if (c.shared > kShared)
     Report(Format("%zu bytes of shared memory, of %zu", c.shared, kShared));
-  else if (c.cluster == 0 || c.cluster > 16 || c.grid.x % c.cluster)
-    Report(Format("clusters of %u in a grid of %u", c.cluster, c.grid.x));
-  else if ((kRaces || c.cooperative) && ctas * threads > kThreads)
+  else if (c.cooperative && ctas * threads > kThreads)
     Report(Format("more than %u threads, too many for the emulation", kThreads));
   else if (c.cooperative) {
     const size_t per_sm = std::min<size_t>({32, 2048 / threads, (228 << 10) / (c.shared + 1024)});
@@ -918,7 +637,6 @@ void CheckConfig() {
 
 // ---- faults ----
 
-#ifndef FUSED_RNN_EMULATE_RACES
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 
 void OnFault(int number, siginfo_t* info, void*) {
@@ -957,61 +675,18 @@ class FaultHandlers {
   struct sigaction old_[std::size(kSignals)];
   stack_t old_stack_;
 };
-#else
-// Called by the sanitizer, amid its locks. Its report, on stderr, has the stacks.
-extern "C" void __tsan_on_report(void*) { racer = current; }
-extern "C" const char* __tsan_default_options() {
-  return "exitcode=0 history_size=0 suppress_equal_stacks=0 suppress_equal_addresses=0 "
-         "report_thread_leaks=0 atexit_sleep_ms=0";
-}
-#endif
 
-// Reports each damage once: what was overwritten is poison again.
-void CheckAllocations() {
-  for (auto& [data, a] : Allocations()) {
-    const size_t before = size_t(data - a.base), after = a.mapped - before - a.bytes;
-    if (!IsPoison(a.base, before)) {
-      Report(Format("somebody wrote before a buffer of %zu bytes", a.bytes));
-      Poison(a.base, before);
-    }
-    if (!IsPoison(data + a.bytes, after)) {
-      Report(Format("somebody wrote past a buffer of %zu bytes", a.bytes));
-      Poison(data + a.bytes, after);
-    }
-  }
-}
-
-void CollectFibers(bool restart) {
+// Of a launch that was given up.
+void RestartFibers() {
   idle_fibers.clear();
   for (auto& fiber : fibers) {
-    if (restart) Restart(*fiber);
+    Restart(*fiber);
     idle_fibers.push_back(fiber.get());
   }
 }
 }  // namespace
 
 // ---- what emulate.h declares ----
-
-void* Allocate(size_t bytes, size_t align) {
-  const std::lock_guard<std::recursive_mutex> lock(launch_mutex);
-  Allocation a;
-  a.bytes = bytes;
-  a.mapped = RoundUp(std::max<size_t>(RoundUp(bytes, align), 1), kPage);
-  a.base = MapGuarded(a.mapped);
-  Poison(a.base, a.mapped);
-  char* data = a.base + a.mapped - RoundUp(bytes, align);
-  Allocations()[data] = a;
-  return data;
-}
-
-void Free(void* p) {
-  if (!p) return;
-  const std::lock_guard<std::recursive_mutex> lock(launch_mutex);
-  const auto it = Allocations().find(static_cast<char*>(p));
-  if (it == Allocations().end()) throw Error("emulation: Free of what Allocate did not give");
-  munmap(it->second.base - kPage, it->second.mapped + 2 * kPage);
-  Allocations().erase(it);
-}
 
 void Fail(std::string message) {
   Report(message);
@@ -1032,15 +707,10 @@ int Lane() { return current->lane; }
 
 void SyncThreads() {
   Cta& cta = MyCta();
-  if (cta.barriers[0].expected) Fail("__syncthreads while NamedBarrier(0, n) is under way");
-  Sync(cta.barriers[0], cta.alive, "__syncthreads");
-}
-
-unsigned SyncThreadsReduce(const char* where, bool value) {
-  Cta& cta = MyCta();
-  cta.barriers[0].count += value;
-  Sync(cta.barriers[0], cta.alive, where);
-  return cta.barriers[0].last_count;
+  if (++cta.arrived == cta.alive) return Complete(cta);
+  current->next = cta.waiters;
+  cta.waiters = current;
+  Block("__syncthreads");
 }
 
 void Meet(const char* where, unsigned mask, void* slot, FinishMeeting finish) {
@@ -1074,13 +744,7 @@ void Meet(const char* where, unsigned mask, void* slot, FinishMeeting finish) {
 }
 
 void SyncWarp(unsigned mask) {
-  Warp& w = *current->warp;
-  char* order = &w.order[w.generation % 2];
-  Release(order);
-  Meet("__syncwarp", mask, &w, [](void* const* slots, unsigned mask) {
-    ++static_cast<Warp*>(slots[__builtin_ctz(mask)])->generation;
-  });
-  Acquire(order);
+  Meet("__syncwarp", mask, nullptr, [](void* const*, unsigned) {});
 }
 
 namespace {
@@ -1088,31 +752,15 @@ struct ShuffleSlot {
   uint64_t value, result;
   int from;
 };
-struct BallotSlot {
-  bool value;
-  unsigned result;
-};
 }  // namespace
 
-uint64_t ShuffleBits(const char* where, unsigned mask, uint64_t value, int from) {
+uint64_t Shuffle(const char* where, unsigned mask, uint64_t value, int from) {
   ShuffleSlot slot{value, ~uint64_t(0), from};  // a lane outside of the mask gives poison
   Meet(where, mask, &slot, [](void* const* slots, unsigned mask) {
     for (; mask; mask &= mask - 1) {
       auto* mine = static_cast<ShuffleSlot*>(slots[__builtin_ctz(mask)]);
       if (auto* other = static_cast<ShuffleSlot*>(slots[mine->from])) mine->result = other->value;
     }
-  });
-  return slot.result;
-}
-
-unsigned Ballot(const char* where, unsigned mask, bool value) {
-  BallotSlot slot{value, 0};
-  Meet(where, mask, &slot, [](void* const* slots, unsigned mask) {
-    unsigned votes = 0;
-    for (int lane = 0; lane < 32; lane++)
-      if (slots[lane] && static_cast<BallotSlot*>(slots[lane])->value) votes |= 1u << lane;
-    for (; mask; mask &= mask - 1)
-      static_cast<BallotSlot*>(slots[__builtin_ctz(mask)])->result = votes;
   });
   return slot.result;
 }
@@ -1133,53 +781,12 @@ char* StaticShared(const void* site, size_t bytes, size_t align) {
     if (offset + bytes + grid->config.shared > kShared || bytes > (48 << 10))
       Fail(Format("%zu bytes of static shared memory are too much", bytes));
     grid->sites.push_back({site, offset, bytes});
-    for (auto& cluster : grid->clusters)
-      for (Cta& cta : cluster->ctas)
-        if (cta.arena && cta.alive) Poison(cta.arena + offset, bytes + kGap);
+    for (auto& cta : grid->ctas)
+      if (cta->arena) Poison(cta->arena + offset, bytes + kGap);
     it = grid->sites.end() - 1;
   }
   if (!mine.arena) PrepareShared(mine);
   return mine.arena + it->offset;
-}
-
-void CopyAsync(void* shared, const void* global, unsigned bytes) {
-  CheckAligned(static_cast<char*>(shared), bytes);
-  CheckAligned(static_cast<const char*>(global), bytes);
-  SharedOffset(shared, bytes);
-  current->copies.push_back({shared, global, bytes, current->copy_group});
-}
-
-void CopyAsyncWait(unsigned groups) {
-  Thread& t = *current;
-  auto& copies = t.copies;
-  const auto end = std::find_if(copies.begin(), copies.end(), [&](const Copy& c) {
-    return c.group + groups >= t.copy_group;  // the last groups may stay under way
-  });
-  for (auto it = copies.begin(); it != end; ++it) std::memcpy(it->to, it->from, it->bytes);
-  copies.erase(copies.begin(), end);
-}
-
-void* MapShared(void* p, unsigned rank) {
-  const size_t at = SharedOffset(p, 1);
-  Cta& peer = Peer(rank);
-  if (!peer.arena) PrepareShared(peer);
-  return peer.arena + at;
-}
-
-void StoreAsync(void* p, const void* value, unsigned bytes, uint64_t* bar, unsigned rank) {
-  CheckAligned(static_cast<char*>(p), bytes);
-  SharedOffset(p, bytes);
-  SharedOffset(bar, 8);
-  Cta& peer = Peer(rank);
-  if (!peer.alive) Fail("StoreAsync to a block that has exited");
-  Delivery d{};
-  d.to = &peer;
-  d.address = static_cast<char*>(MapShared(p, rank));
-  d.bar = static_cast<uint64_t*>(MapShared(bar, rank));
-  d.bytes = bytes;
-  std::memcpy(d.value, value, bytes);
-  Release(d.bar);
-  Send(d);
 }
 
 float HalfValue(uint16_t bits) {
@@ -1228,20 +835,12 @@ void Run(const void* kernel, const LaunchConfig& config, void (*body)(void*), vo
   grid_dim = config.grid;
   CheckConfig();
   if (g.error.empty()) {
-#ifdef FUSED_RNN_EMULATE_RACES
-    host_identity = __tsan_get_current_fiber();
-#endif
     {
-#ifndef FUSED_RNN_EMULATE_RACES  // which leaves faults to the sanitizer
       const FaultHandlers handlers;
-#endif
       Schedule();
     }
-    const bool failed = !g.clusters.empty();
-    if (failed || kRaces) CollectFibers(failed);
-    Acquire(&g.end);
-    CheckAllocations();
-    for (auto& cluster : g.clusters) FreeArenas(*cluster);
+    if (!g.ctas.empty()) RestartFibers();
+    for (auto& cta : g.ctas) FreeArena(*cta);
   }
   grid = nullptr;
   if (!g.error.empty()) throw Error(g.error);
@@ -1250,101 +849,6 @@ void Run(const void* kernel, const LaunchConfig& config, void (*body)(void*), vo
 
 namespace frnn::cuda {
 using namespace emulate;
-
-void NamedBarrierArrive(unsigned id, unsigned threads) {
-  Cta& cta = MyCta();
-  if (id > 15 || threads == 0 || threads % 32 || threads > RoundUp(cta.threads.size(), 32))
-    Fail(Format("named barrier %u of %u threads", id, threads));
-  Barrier& b = cta.barriers[id];
-  if (b.arrived && b.expected != threads)
-    Fail(Format("named barrier %u of %u threads, others said %u", id, threads, b.expected));
-  b.expected = threads;
-  Arrive(b, threads);
-}
-
-void NamedBarrier(unsigned id, unsigned threads) {
-  const unsigned generation = id < 16 ? MyCta().barriers[id].generation : 0;
-  NamedBarrierArrive(id, threads);
-  Wait(MyCta().barriers[id], generation, "NamedBarrier");
-}
-
-void GridSync() {
-  const LaunchConfig& c = grid->config;
-  if (!c.cooperative) Fail("GridSync in a launch that is not cooperative");
-  Sync(grid->barrier, c.grid.x * c.grid.y * c.grid.z * c.block.x * c.block.y * c.block.z,
-       "GridSync");
-}
-
-unsigned ClusterRank() { return MyCta().rank; }
-unsigned ClusterSize() { return unsigned(MyCta().cluster->ctas.size()); }
-
-void ClusterArrive() {
-  Thread& t = *current;
-  Cluster& cluster = *MyCta().cluster;
-  if (t.arrived_at_cluster) Fail("ClusterArrive twice without ClusterWait");
-  t.arrived_at_cluster = true;
-  t.cluster_generation = cluster.barrier.generation;
-  Arrive(cluster.barrier, cluster.alive);
-}
-
-void ClusterWait() {
-  Thread& t = *current;
-  if (!t.arrived_at_cluster) Fail("ClusterWait without ClusterArrive");
-  Wait(MyCta().cluster->barrier, t.cluster_generation, "ClusterWait");
-  t.arrived_at_cluster = false;
-}
-
-void CopyAsyncCommit() { ++current->copy_group; }
-
-void MbarrierInit(uint64_t* bar, unsigned count) {
-  CheckAligned(bar);
-  SharedOffset(bar, 8);
-  if (count == 0 || count >= kMbarrierLimit) Fail(Format("an mbarrier of %u arrivals", count));
-  MbarrierState s{};
-  s.pending = s.expected = count;
-  __builtin_memcpy(bar, &s, sizeof(s));
-}
-void MbarrierInitFence() {}
-void MbarrierArrive(uint64_t* bar) {
-  SharedOffset(bar, 8);
-  UpdateOrFail(bar, 1, 0);
-}
-void MbarrierArriveRemote(uint64_t* bar, unsigned rank) {
-  SharedOffset(bar, 8);
-  if (!Peer(rank).alive) Fail("MbarrierArriveRemote at a block that has exited");
-  UpdateOrFail(static_cast<uint64_t*>(emulate::MapShared(bar, rank)), 1, 0);
-}
-void MbarrierExpectTx(uint64_t* bar, unsigned bytes) {
-  SharedOffset(bar, 8);
-  UpdateOrFail(bar, 1, bytes);
-}
-bool MbarrierTryWait(uint64_t* bar, unsigned parity) {
-  SharedOffset(bar, 8);
-  MbarrierState s;
-  __builtin_memcpy(&s, bar, sizeof(s));
-  if (s.expected == kMbarrierLimit) Fail("an mbarrier that was not initialised");
-  if (s.phase == (parity & 1)) {
-    Pause("MbarrierTryWait");
-    return false;
-  }
-  Acquire(bar);
-  return true;
-}
-
-void CopyBulk(void* shared, const void* global, unsigned bytes, uint64_t* bar) {
-  CheckAligned(static_cast<char*>(shared), 16);
-  CheckAligned(static_cast<const char*>(global), 16);
-  if (bytes % 16) Fail(Format("CopyBulk of %u bytes", bytes));
-  SharedOffset(shared, bytes);
-  SharedOffset(bar, 8);
-  Delivery d{};
-  d.to = &MyCta();
-  d.address = static_cast<char*>(shared);
-  d.source = global;
-  d.bytes = bytes;
-  d.bar = bar;
-  Send(d);
-}
 
 // ---- matrices ----
 
@@ -1398,24 +902,6 @@ void FinishMmaTf32(void* const* slots, unsigned) {
   Multiply(slots, a, b);
 }
 
-struct MatrixSlot {
-  uint32_t* r;
-  const uint16_t* row;
-};
-
-template <bool kTransposed>
-void FinishLoadMatrix(void* const* slots, unsigned) {
-  const auto element = [&](int matrix, int row, int column) {
-    return static_cast<MatrixSlot*>(slots[matrix * 8 + row])->row[column];
-  };
-  for (int lane = 0; lane < 32; lane++)
-    for (int m = 0; m < 4; m++) {
-      const int r = lane / 4, q = lane % 4 * 2;
-      static_cast<MatrixSlot*>(slots[lane])->r[m] =
-          kTransposed ? element(m, q, r) | uint32_t(element(m, q + 1, r)) << 16
-                      : element(m, r, q) | uint32_t(element(m, r, q + 1)) << 16;
-    }
-}
 }  // namespace
 
 void MmaBf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -1429,17 +915,5 @@ void MmaF16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 void MmaTf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   MmaSlot slot{d, a, {b0, b1}};
   Meet("MmaTf32", ~0u, &slot, FinishMmaTf32);
-}
-void LoadMatrix4(uint32_t (&r)[4], const void* row) {
-  CheckAligned(static_cast<const char*>(row), 16);
-  SharedOffset(row, 16);
-  MatrixSlot slot{r, static_cast<const uint16_t*>(row)};
-  Meet("LoadMatrix4", ~0u, &slot, FinishLoadMatrix<false>);
-}
-void LoadMatrix4Transposed(uint32_t (&r)[4], const void* row) {
-  CheckAligned(static_cast<const char*>(row), 16);
-  SharedOffset(row, 16);
-  MatrixSlot slot{r, static_cast<const uint16_t*>(row)};
-  Meet("LoadMatrix4Transposed", ~0u, &slot, FinishLoadMatrix<true>);
 }
 }  // namespace frnn::cuda
