@@ -306,6 +306,29 @@ def test_a_part_that_fails_costs_no_other(
         assert set(rows_in(out)) == set(seconds)
 
 
+@pytest.mark.parametrize("part", [versus, baseline])
+def test_without_those_that_are_needed_no_row_is_tried(
+    part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rival may be missing, neither torch.nn nor ours: rows would cost time and say nothing."""
+
+    class Fake:
+        def __init__(self, clock: Clock, threads: int) -> None: ...
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def missing(self, name: str, device: str) -> str | None:
+            return None if name == "torch_nn" else f"no {name} on {device}"
+
+    monkeypatch.setenv("BENCHMARKS_BASELINE", str(tmp_path))
+    monkeypatch.setattr(part, "Contenders", Fake)
+    rows = Rows(tmp_path / "rows.json", "card", "source")
+    with pytest.raises(RuntimeError, match="no ours/plan on cuda"):
+        part.measure(replace(CUDA, variants=("plan",)), rows, Clock(100))
+    assert not rows.rows
+
+
 def test_a_backward_has_one_product_less(tmp_path: Path) -> None:
     """T steps, T - 1 products of the backward, and few kernels outside of the steps."""
 

@@ -57,7 +57,8 @@ def measure(settings: Settings, rows: Rows, clock: Clock) -> None:
     if not todo or clock.over:
         return
     with Contenders(clock, threads=1) as contenders:
-        missing = absent([ORACLE, OURS, BEFORE], settings.device, contenders)
+        names = [ORACLE, OURS, BEFORE]
+        missing = absent(names, names, settings.device, contenders)
         for key in todo:
             rows.do(key, clock, lambda c=by_key[key]: _row(c, source, missing, contenders))
 

@@ -31,7 +31,7 @@ def measure(settings: Settings, rows: Rows, clock: Clock) -> None:
 
     def child(what: str, limit_s: float) -> Row:
         command = [sys.executable, "-m", "benchmarks.gpu.facts", what, settings.device]
-        text = output(command, clock.limit(limit_s), env=NATIVE)
+        text = output(command, clock.limit(limit_s), env=NATIVE, errors=True)
         return json.loads(text.splitlines()[-1])
 
     rows.do("device", clock, lambda: child("device", FACTS_S))

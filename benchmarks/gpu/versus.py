@@ -126,30 +126,33 @@ def measure(settings: Settings, rows: Rows, clock: Clock) -> None:
     todo = rows.left(by_label)
     if not todo or clock.over:
         return
-    ours = [f"ours/{variant}" for variant in settings.variants]
+    needed = [ORACLE, *(f"ours/{variant}" for variant in settings.variants)]
     with Contenders(clock, threads=1) as contenders:
-        missing = absent([*RIVALS, *ours], settings.device, contenders)
+        missing = absent(dict.fromkeys([*RIVALS, *needed]), needed, settings.device, contenders)
         for label in todo:
-            rows.do(label, clock, lambda c=by_label[label]: _row(c, ours, missing, contenders))
+            rows.do(label, clock, lambda c=by_label[label]: _row(c, missing, needed, contenders))
     say(f"{sum(map(rows.done, by_label))} of {len(by_label)} rows")
 
 
-def absent(names: Iterable[str], device: str, contenders: Contenders) -> dict[str, str | None]:
-    """Why each of them cannot run here; None if it can."""
+def absent(
+    names: Iterable[str], needed: Iterable[str], device: str, contenders: Contenders
+) -> dict[str, str | None]:
+    """Why each cannot run here, None if it can. Raises RuntimeError if a needed one cannot."""
     found = {name: contenders.missing(name, device) for name in names}
     for name, reason in found.items():
         if reason:
             say(f"{name}: {reason}")
+    if lacking := [f"{name}: {found[name]}" for name in needed if found[name]]:
+        raise RuntimeError("; ".join(lacking))
     return found
 
 
 def _row(
-    case: Case, ours: list[str], missing: dict[str, str | None], contenders: Contenders
+    case: Case, missing: dict[str, str | None], needed: list[str], contenders: Contenders
 ) -> Row:
-    row = compare(case, missing, [*ours, ORACLE], contenders)
-    return (
-        row if "us" not in row["peers"][ORACLE] else row | {"cudnn": _algorithm(case, contenders)}
-    )
+    row = compare(case, missing, needed, contenders)
+    timed = "us" in row["peers"][ORACLE]
+    return row | {"cudnn": _algorithm(case, contenders)} if timed else row
 
 
 def compare(
