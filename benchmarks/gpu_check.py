@@ -1,22 +1,35 @@
 """Everything that only a card can tell, in one command: ``python -m benchmarks.gpu_check``
 
-It needs torch, nvcc, ninja, numpy and pytest, and is run in the repository's root:
+It needs torch, nvcc, ninja, numpy and pytest, and is run in the repository's root. Where a card is
+at hand for a quarter of an hour, in two calls:
 
-    python -m benchmarks.gpu_check --out DIR                # build, tests, device, sanitizer, peers
+    python -m benchmarks.gpu_check --out DIR --call 1   # 330 s: right, and faster than before?
+    python -m benchmarks.gpu_check --out DIR --call 2   # 380 s: against others
+
+Or part by part, each with a budget of its own:
+
+    python -m benchmarks.gpu_check --out DIR                # all parts, 520 s
     python -m benchmarks.gpu_check --out DIR --part peers   # again, until no row is left
 
-Each call ends within its --budget, 520 s if nothing is said, and 40 s for rows under way and the
-table. DIR/gpu_check-PART.json has each row as soon as it is known. A row that is there is kept; one
-that failed holds its error and is tried again. So a second call goes on where the first stopped,
-on another machine too if DIR goes with it, but not on another kind of card: take another DIR.
-The table is printed last, and stands whole in DIR/gpu_check.txt; --budget 0 only prints it.
+A call ends within its --budget, and 40 s for rows under way and the table, which are part of the
+330 and the 380 s. Every part has its share of that time and what those before it left over; none
+costs the others their turn. DIR/gpu_check-PART.json has each row as soon as it is known. A row that
+is there is kept if it is of these sources; one that failed holds its error and is tried again,
+after those that were never tried. So a second call goes on where the first stopped, on another
+machine too if DIR goes with it, but not on another kind of card: take another DIR. The table is
+printed last, and stands whole in DIR/gpu_check.txt; --budget 0 only prints it.
 
-    build      the CUDA library, seconds to build it, compile gate, versions, properties of the card
+    build      the CUDA library, seconds to build it, versions, properties of the card
+    gate       registers of each kernel, by the compiler that is here
     tests      every test of the CUDA engine; one that hangs or crashes is named, and the others go
                on without it
+    stress     streams, threads, plans as large as the card, workspaces that are taken away; errors
+               over 256 steps of 512 and 1024 units
     device     barriers, latencies, broadcast, launches, mma.sync; where a step of ours spends time
+    baseline   ours against another checkout of ours, whose folder BENCHMARKS_BASELINE names
     sanitizer  memcheck and racecheck over the smallest layers, by variant
-    peers      ours against torch.nn (cuDNN), FlashRNN and haste, results checked against float64
+    peers      ours against torch.nn (cuDNN), the same in a CUDA graph, FlashRNN and haste, results
+               checked against float64
 
 Without a card, ``--device cpu --tiny`` goes through the same steps on the CPU engine.
 """
@@ -26,16 +39,41 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from . import machine
-from .gpu import build, device, sanitizer, tests, versus
+from .gpu import baseline, build, device, gate, sanitizer, stress, tests, versus
 from .gpu.rows import Clock, Rows, Settings, last_lines, output, say
 
-PARTS = {"build": build, "tests": tests, "device": device, "sanitizer": sanitizer, "peers": versus}
+PARTS = {
+    "build": build,
+    "gate": gate,
+    "tests": tests,
+    "stress": stress,
+    "device": device,
+    "baseline": baseline,
+    "sanitizer": sanitizer,
+    "peers": versus,
+}
 
-# Of the time that is left, what a part may take before the next one begins, when all are run.
-SHARES = {"build": 1.0, "tests": 0.45, "device": 0.35, "sanitizer": 0.3, "peers": 1.0}
+# What is done together: the parts, and the seconds meant for each. Their sum is the budget.
+CALLS: dict[str, dict[str, float]] = {
+    "all": {
+        "build": 100,
+        "gate": 40,
+        "tests": 80,
+        "stress": 60,
+        "device": 70,
+        "baseline": 30,
+        "sanitizer": 50,
+        "peers": 90,
+    },
+    "1": {"build": 100, "tests": 55, "stress": 55, "baseline": 35, "sanitizer": 45},
+    "2": {"build": 100, "peers": 240},
+}
+OVERRUN = 40  # seconds after the budget in which a call has ended, see rows.GRACE
+PART_S = 520  # the budget of a part that is run alone
 
 SHOWN = 11_000  # characters of the table that are printed
 
@@ -47,14 +85,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results are kept")
-    p.add_argument("--part", choices=(*PARTS, "all"), default="all")
-    p.add_argument("--budget", type=float, default=520, metavar="SECONDS", help="default: 520")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--call", choices=("1", "2"), help="of the two of a quarter of an hour")
+    what.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    p.add_argument("--budget", type=float, metavar="SECONDS", help="default: see above")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     p.add_argument("--tiny", action="store_true", help="a few small rows")
     p.add_argument(
         "--variants",
         nargs="+",
-        default=["plan", "graph"],
+        default=["plan"],
         help="of ours, as FUSED_RNN_VARIANT has them; `plan`: what our own plan chooses",
     )
     p.add_argument(
@@ -63,8 +103,22 @@ def parser() -> argparse.ArgumentParser:
         default=["tests/test_cuda.py", "tests/test_resident.py"],
         help="what pytest is given",
     )
-    p.add_argument("--stall", type=float, default=60, help="seconds after which a test hangs")
+    p.add_argument("--stall", type=float, default=30, help="seconds after which a test hangs")
     return p
+
+
+def plan(call: str | None, part: str) -> dict[str, float]:
+    """The parts to run, and the seconds meant for each."""
+    name = call or part
+    return CALLS[name] if name in CALLS else {name: PART_S}
+
+
+def turn(seconds: dict[str, float], part: str, clock: Clock) -> Clock:
+    """That of a part which begins now: of the time that is left, as much for each second that is
+    meant for it as for those of the parts behind it.
+    """
+    names = list(seconds)
+    return clock.part(seconds[part] / sum(seconds[name] for name in names[names.index(part) :]))
 
 
 def card(device: str) -> str:
@@ -82,9 +136,9 @@ def table(parts: dict[str, Rows]) -> str:
     for name, rows in parts.items():
         errors = rows.errors()
         lines.append(f"== {name} on {rows.card}: {len(rows.good())} rows, {len(errors)} failed")
-        sources = {row["source"] for row in rows.rows.values()}
-        if sources - {rows.source}:
-            lines.append(f"rows of other sources: {', '.join(sorted(sources - {rows.source}))}")
+        if others := rows.others():
+            counts = ", ".join(f"{number} of {source}" for source, number in sorted(others.items()))
+            lines.append(f"left out, of other sources than {rows.source}: {counts}")
         lines += PARTS[name].table(rows)
         lines += [f"FAILED {key}: {last_lines(text, 3)}" for key, text in errors.items()]
     return "\n".join(lines) + "\n"
@@ -93,22 +147,24 @@ def table(parts: dict[str, Rows]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     a = parser().parse_args(arguments)
     settings = Settings(a.device, a.tiny, tuple(a.variants), tuple(a.tests), a.stall)
-    clock = Clock(a.budget)
-    names = list(PARTS) if a.part == "all" else [a.part]
+    seconds = plan(a.call, a.part)
+    clock = Clock(sum(seconds.values()) if a.budget is None else a.budget)
     try:
         name, source = card(a.device), machine.source()
-        parts = {part: Rows(a.out / f"gpu_check-{part}.json", name, source) for part in names}
+        parts = {part: Rows(a.out / f"gpu_check-{part}.json", name, source) for part in seconds}
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     for part, rows in parts.items():
-        own = clock.part(SHARES[part]) if a.part == "all" else clock
+        own = turn(seconds, part, clock)
         if own.over:
             continue
         say(f"{part}, for at most {own.left:.0f} s")
         rows.rows.pop(f"part {part}", None)
         try:
             PARTS[part].measure(settings, rows, own)
+            if part == "build":
+                settings = replace(settings, built=rows.done("library"))
         except Exception as error:  # no part may cost the others their turn, or the table
             rows.put(f"part {part}", {"error": f"{type(error).__name__}: {error}"[-600:]})
     text = table(parts)

@@ -65,13 +65,13 @@ def run_facts() -> dict[str, Any]:
     }
 
 
-def source() -> str:
+def source(root: Path = ROOT) -> str:
     """A fingerprint of all that a figure of ours depends on: the same sources, the same figure."""
     digest = hashlib.sha256()
-    for folder, pattern in (("csrc", "**/*"), ("fused_rnn", "*.py")):
-        for path in sorted((ROOT / folder).glob(pattern)):
+    for folder, pattern in (("csrc", "**/*"), ("fused_rnn", "**/*.py")):
+        for path in sorted((root / folder).glob(pattern)):
             if path.is_file():
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+                digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

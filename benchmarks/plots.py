@@ -26,6 +26,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter  # noqa
 COLOURS = {
     OURS: "#1b1b1b",
     "torch_nn": "#d55e00",
+    "torch_nn_graph": "#8c510a",
     "onnxruntime": "#0072b2",
     "openvino": "#009e73",
     "torch_compile": "#cc79a7",
@@ -366,8 +367,8 @@ def draw_speed(results: Path, path: Path) -> Path:
                     axes[2],
                     place,
                     phase,
-                    gpu_page.ratios_of(own, "bfloat16", phase, alone=True),
-                    gpu_page.ratios_of(own, "bfloat16", phase, alone=False),
+                    gpu_page.ratios_of(own, "bfloat16", phase, gpu_page.KERNELS),
+                    gpu_page.ratios_of(own, "bfloat16", phase, gpu_page.TORCH),
                 )
         axes[0].set_ylabel("times as fast as torch.nn")
         axes[0].set_ylim(0.5, 16)

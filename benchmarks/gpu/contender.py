@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .. import problem, runner, worker
 from ..cases import GATES, Case
+from ..peers.ours import Ours
+from ..peers.torch_nn_graph import captured
 from ..problem import sample
 from .rows import Clock
 
@@ -47,11 +49,12 @@ class Problem(problem.Problem):
 
 class Worker(worker.Worker):
     def about(self, device: str) -> dict[str, Any]:
-        if self.peer.name == "ours":
-            from fused_rnn import build
+        about = super().about(device)
+        if isinstance(self.peer, Ours) and not about["missing"]:
+            from fused_rnn import build  # that of the checkout which the peer is of
 
             build.backend(device)  # builds, or raises
-        return super().about(device)
+        return about
 
     def expected(self, case: Case, path: Path) -> None:
         """Write down what is right, in float64: this is asked of torch.nn."""
@@ -121,14 +124,10 @@ class Worker(worker.Worker):
             for _ in range(case.T):
                 torch.mm(h, w, out=out)
 
-        self.clock = worker._cpu_clock
-        self.call = call
+        self.clock, self.call = worker._cpu_clock, call
         call()
         if case.device == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-            self.clock, self.call = worker._cuda_clock, graph.replay
+            self.clock, (self.call, _) = worker._cuda_clock, captured(call)
         self.estimate = self.clock(self.call, 1)
         return self.turn(0.02, 0.05)["median_s"] / case.T
 

@@ -95,17 +95,13 @@ def _key(case: Case) -> str:
 
 
 def _share(case: Case, contenders: Contenders) -> Row:
-    """Microseconds per step. Kernels with fewer launches than there are steps are outside of them:
-    the product with W_ih, say, which is one for all steps.
-    """
+    """Microseconds per step, by what takes them."""
     kernels = contenders.ask(STEPS + PROFILED, "kernels", case, limit_s=SHARE_S)
     product_s = contenders.ask(STEPS, "product", case, limit_s=SHARE_S)
     call_s = contenders.ask(STEPS, "time", case, limit_s=SHARE_S)
     parts: dict[str, float] = defaultdict(float)
     for name, launches, us in kernels:
-        ours = "frnn::" in name
-        kind = "outside" if launches < case.T else "gates" if ours else "products"
-        parts[kind] += us / case.T
+        parts[_kind(name, launches, case.T)] += us / case.T
     call = call_s * 1e6 / case.T
     return {
         "case": case.to_json(),
@@ -116,6 +112,15 @@ def _share(case: Case, contenders: Contenders) -> Row:
         "launches_per_step": sum(launches for _, launches, _ in kernels) / case.T,
         "kernels": [[name[:90], count, us / case.T] for name, count, us in kernels[:6]],
     }
+
+
+def _kind(name: str, launches: int, T: int) -> str:
+    """Of a kernel. Fewer launches than a pass has steps are outside of them: the product with W_ih,
+    say, which is one for all steps. A backward has no product behind its first step.
+    """
+    if launches < T - 1:
+        return "outside"
+    return "gates" if "frnn::" in name else "products"
 
 
 # --- the table -----------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ class Settings:
     variants: tuple[str, ...]  # of ours: values of FUSED_RNN_VARIANT, or "plan" to force none
     tests: tuple[str, ...]  # what pytest is given
     stall_s: float  # a test that takes longer hangs
+    built: bool = False  # the library is there: no test has to build it
 
 
 class Clock:
@@ -53,36 +56,57 @@ class Clock:
 
 
 class Rows:
-    """Rows by key, in order. One that failed holds its ``error`` and counts as not done."""
+    """Rows by key, in order. One that failed holds its ``error`` and counts as not done.
+
+    A row of other sources than these is kept in the file until it is measured again, and is none
+    of what is done, good or failed.
+    """
 
     def __init__(self, path: Path, card: str, source: str) -> None:
         """Go on with a file, or begin one. Raises ValueError for the file of another card."""
         self.path, self.card, self.source = path, card, source
         self.rows: dict[str, Row] = {}
+        self._writing = threading.Lock()
         if path.exists():
             data = json.loads(path.read_text())
             if data["card"] != card:
                 raise ValueError(f"{path} is of {data['card']}, this is {card}: choose another DIR")
             self.rows = data["rows"]
 
+    def current(self) -> dict[str, Row]:
+        return {key: row for key, row in self.rows.items() if row["source"] == self.source}
+
+    def others(self) -> Counter[str]:
+        """How many rows there are of each of the other sources."""
+        return Counter(row["source"] for row in self.rows.values() if row["source"] != self.source)
+
     def done(self, key: str) -> bool:
-        return key in self.rows and "error" not in self.rows[key]
+        row = self.rows.get(key)
+        return row is not None and row["source"] == self.source and "error" not in row
 
     def good(self) -> dict[str, Row]:
-        return {key: row for key, row in self.rows.items() if "error" not in row}
+        return {key: row for key, row in self.current().items() if "error" not in row}
 
     def errors(self) -> dict[str, str]:
-        return {key: row["error"] for key, row in self.rows.items() if "error" in row}
+        return {key: row["error"] for key, row in self.current().items() if "error" in row}
+
+    def left(self, keys: Iterable[str]) -> list[str]:
+        """What is left to do of these: first what has no row at all, then what failed or is of
+        other sources.
+        """
+        left = [key for key in dict.fromkeys(keys) if not self.done(key)]
+        return sorted(left, key=lambda key: key in self.rows)
 
     def put(self, key: str, row: Row) -> None:
         """Written down at once, in a way that a kill cannot spoil."""
-        self.rows[key] = _rounded(row) | {"source": self.source}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(r)}" for k, r in self.rows.items())
-        text = f'{{"card": {json.dumps(self.card)},\n "rows": {{\n{rows}\n }}\n}}\n'
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self.path)
+        with self._writing:
+            self.rows[key] = _rounded(row) | {"source": self.source}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(r)}" for k, r in self.rows.items())
+            text = f'{{"card": {json.dumps(self.card)},\n "rows": {{\n{rows}\n }}\n}}\n'
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(text)
+            temporary.replace(self.path)
 
     def do(self, key: str, clock: Clock, work: Callable[[], Row]) -> None:
         """Call ``work`` for a row that is not there yet, unless the time is over."""

@@ -1,5 +1,5 @@
-"""``python -m benchmarks.gpu.smallest CELL cuda|cpu``: every kind of layer of a cell, forward and
-backward, in sizes that a sanitizer can bear. Fails if a result is not finite.
+"""``python -m benchmarks.gpu.smallest cuda|cpu CELL...``: every kind of layer of each cell, forward
+and backward, in sizes that a sanitizer can bear. Fails if a result is not finite.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import replace
 from ..cases import Case
 from ..peers import load
 from .contender import Problem
+
+CELLS = ("lstm", "gru", "rnn")
 
 
 def cases(cell: str, device: str) -> list[Case]:
@@ -27,13 +29,13 @@ def cases(cell: str, device: str) -> list[Case]:
     return kinds + whole + [replace(whole[-1], bidirectional=True, shortest=0.3)]
 
 
-def main(cell: str, device: str) -> None:
+def main(device: str, *cells: str) -> None:
     ours = load("ours")
-    for case in cases(cell, device):
+    for case in (case for cell in cells for case in cases(cell, device)):
+        print(case.label, flush=True)
         for name, tensor in ours.prepare(Problem(case)).results().items():
             if not tensor.isfinite().all():
                 raise ArithmeticError(f"{case.label}: {name} is not finite")
-        print(case.label, flush=True)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _session(
                 start_new_session=True,
             )
             try:
-                session = _Session(rows, not tried, settings.stall_s)
+                session = _Session(rows, not tried and not settings.built, settings.stall_s)
                 while process.poll() is None and not session.hangs and not clock.over:
                     session.read(events.read())
                     time.sleep(0.05)
@@ -127,6 +127,6 @@ class _Session:
 
 
 def table(rows: Rows) -> list[str]:
-    outcomes = [row.get("outcome", "failed") for row in rows.rows.values()]
+    outcomes = [row.get("outcome", "failed") for row in rows.current().values()]
     counts = {name: outcomes.count(name) for name in ("passed", "skipped", "failed")}
     return [", ".join(f"{number} {name}" for name, number in counts.items())]

@@ -1,4 +1,5 @@
-"""Part peers: ours against torch.nn (cuDNN), FlashRNN and haste, in microseconds per step.
+"""Part peers: ours against torch.nn (cuDNN, launched by the host and replayed from a CUDA graph),
+FlashRNN and haste, in microseconds per step.
 
 A row is a case. Results are checked against float64 before anything is timed: ours may be off by
 twice what torch.nn is off by, and one unit in the last place of the largest entry. Then contenders
@@ -22,8 +23,8 @@ from ..runner import Failed, Late
 from .contender import PROFILED, Contenders
 from .rows import Clock, Row, Rows, Settings, say
 
-RIVALS = ("torch_nn", "flashrnn", "haste")
-ORACLE = "torch_nn"
+ORACLE, REPLAYED = "torch_nn", "torch_nn_graph"
+RIVALS = (ORACLE, REPLAYED, "flashrnn", "haste")
 
 # Relative to the largest entry: a unit in the last place, of TF32 for float32 on CUDA; a few units
 # where sums in another order are all that differs.
@@ -43,7 +44,7 @@ BOTH = ("inference", "training")
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Each once, the most telling first."""
+    """Each once: first what no card has measured with the plan, then the most telling."""
     if settings.tiny:
         found = _grid(("lstm", "gru", "rnn"), ("float32",), (8,), (2,), ("training",), T=4)
         found += _special(("lstm",), ("bfloat16",), ((8, 2),), T=4, phases=("inference",))
@@ -53,18 +54,34 @@ def cases(settings: Settings) -> list[Case]:
     return list(dict.fromkeys(own))
 
 
+CELLS, DTYPES = ("gru", "lstm", "rnn"), ("bfloat16", "float32", "float16")
+SIZES, BATCHES = (512, 128, 1024, 256), (16, 64)
+OTHER_SIZES, OTHER_BATCHES, OTHER_STEPS = (768, 64, 2048), (1, 128, 256), (1024, 16)
+KINDS: tuple[dict[str, Any], ...] = ({"shortest": 0.25}, {"bidirectional": True}, {"layers": 2})
+
+
 def _order() -> Iterator[Case]:
-    all_dtypes = ("bfloat16", "float32", "float16")
-    core, batches = (512, 128, 1024, 256), (16, 64)
-    yield from _grid(("lstm",), all_dtypes, core, batches, BOTH)
-    yield from _grid(("gru", "rnn"), all_dtypes[:2], core, batches, BOTH)
-    yield from _special(("lstm", "gru"), all_dtypes[:2], ((512, 16), (512, 64), (256, 16)))
-    yield from _grid(("lstm", "gru"), all_dtypes[:2], (512, 2048, 64), (1, 256), BOTH)
-    sizes, all_batches = (512, 1024, 256, 128, 768, 2048, 64), (16, 64, 1, 128, 256)
-    for cell in ("lstm", "gru", "rnn"):
-        yield from _grid((cell,), all_dtypes, sizes, all_batches, BOTH)
-    yield from _special(("lstm", "gru", "rnn"), all_dtypes, ((1024, 64), (128, 16), (512, 16)))
-    yield from _grid(("lstm", "gru", "rnn"), all_dtypes, sizes, all_batches, ("forward",))
+    usual = SIZES[:1], BATCHES[:1]
+    yield from _in_turn(
+        *(_grid(("gru", "rnn"), DTYPES, SIZES, (B,), BOTH) for B in BATCHES),
+        *(_grid(CELLS, DTYPES, *usual, BOTH, **kind) for kind in KINDS),
+        *(_grid(CELLS, DTYPES, usual[0], (B,), BOTH) for B in OTHER_BATCHES),
+        *(_grid(CELLS, DTYPES, (H,), usual[1], BOTH) for H in OTHER_SIZES),
+        *(_grid(CELLS, DTYPES, *usual, BOTH, T=T) for T in OTHER_STEPS),
+    )
+    yield from _grid(("lstm",), DTYPES, SIZES, BATCHES, BOTH)
+    yield from _special(("lstm", "gru"), DTYPES[:2], ((512, 16), (512, 64), (256, 16)))
+    all_sizes, all_batches = (*SIZES, *OTHER_SIZES), (*BATCHES, *OTHER_BATCHES)
+    yield from _grid(CELLS, DTYPES, all_sizes, all_batches, BOTH)
+    yield from _special(CELLS, DTYPES, ((1024, 64), (128, 16), (512, 16)))
+    yield from _grid(CELLS, DTYPES, all_sizes, all_batches, ("forward",))
+
+
+def _in_turn(*groups: list[Case]) -> Iterator[Case]:
+    """Two of each group, which are the two passes of a layer, then the next two."""
+    for at in range(0, max(map(len, groups)), len(BOTH)):
+        for group in groups:
+            yield from group[at : at + len(BOTH)]
 
 
 def _grid(
@@ -95,7 +112,7 @@ def _special(
 ) -> list[Case]:
     found = []
     for H, B in sizes:
-        for kind in ({"shortest": 0.25}, {"bidirectional": True}, {"layers": 2}):
+        for kind in KINDS:
             found += _grid(cells, dtypes, (H,), (B,), phases, T, **kind)
         found += _grid(cells, dtypes, (H,), (1,), ("decode",), T=1)
     return found
@@ -105,45 +122,73 @@ def _special(
 
 
 def measure(settings: Settings, rows: Rows, clock: Clock) -> None:
-    todo = [case for case in cases(settings) if not rows.done(case.label)]
+    by_label = {case.label: case for case in cases(settings)}
+    todo = rows.left(by_label)
     if not todo or clock.over:
         return
+    needed = [ORACLE, *(f"ours/{variant}" for variant in settings.variants)]
     with Contenders(clock, threads=1) as contenders:
-        ours = [f"ours/{variant}" for variant in settings.variants]
-        missing = {
-            name: reason
-            for name in [*RIVALS, *ours]
-            if (reason := contenders.missing(name, settings.device))
-        }
-        for name, reason in missing.items():
+        missing = absent(dict.fromkeys([*RIVALS, *needed]), needed, settings.device, contenders)
+        for label in todo:
+            rows.do(label, clock, lambda c=by_label[label]: _row(c, missing, needed, contenders))
+    say(f"{sum(map(rows.done, by_label))} of {len(by_label)} rows")
+
+
+def absent(
+    names: Iterable[str], needed: Iterable[str], device: str, contenders: Contenders
+) -> dict[str, str | None]:
+    """Why each cannot run here, None if it can. Raises RuntimeError if a needed one cannot."""
+    found = {name: contenders.missing(name, device) for name in names}
+    for name, reason in found.items():
+        if reason:
             say(f"{name}: {reason}")
-        for case in todo:
-            rows.do(case.label, clock, lambda c=case: _row(c, ours, missing, contenders))
-    say(f"{sum(rows.done(case.label) for case in cases(settings))} of {len(cases(settings))} rows")
+    if lacking := [f"{name}: {found[name]}" for name in needed if found[name]]:
+        raise RuntimeError("; ".join(lacking))
+    return found
 
 
-def _row(case: Case, ours: list[str], missing: dict[str, str], contenders: Contenders) -> Row:
-    names = [*RIVALS, *ours]
-    peers: dict[str, Row] = {name: {"missing": missing[name]} for name in names if name in missing}
+def _row(
+    case: Case, missing: dict[str, str | None], needed: list[str], contenders: Contenders
+) -> Row:
+    row = compare(case, missing, needed, contenders)
+    timed = "us" in row["peers"][ORACLE]
+    return row | {"cudnn": _algorithm(case, contenders)} if timed else row
+
+
+def compare(
+    case: Case, missing: dict[str, str | None], needed: Iterable[str], contenders: Contenders
+) -> Row:
+    """Check and time those that are not missing. It is an error if one of ``needed`` is not timed.
+
+    torch.nn must be one of them: it says what is right, and how far off results may be.
+    """
+    names = list(missing)
+    peers: dict[str, Row] = {name: {"missing": missing[name]} for name in names if missing[name]}
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
         expected = Path(folder) / "expected.pt"
         contenders.ask(ORACLE, "expected", case, expected, limit_s=LOAD_S)
-        for name in [name for name in names if name not in missing]:
+        for name in [name for name in names if name not in peers]:
             limit_s = COMPILE_S if name == "flashrnn" else LOAD_S
             load = _attempt(contenders, name, "load", case, expected, limit_s=limit_s)
             peers[name] = load
     own = peers[ORACLE].get("errors")
     if own is None:
         return {"case": case.to_json(), "peers": peers, "error": f"torch.nn: {peers[ORACLE]}"}
+    tf32 = case.dtype == "float32" and case.device == "cuda"
     for name, peer in peers.items():
-        if name != ORACLE and (wrong := _wrong(case, peer.get("errors", {}), own)):
-            peer["failed"] = f"wrong: {wrong}"
+        errors = peer.get("errors", {})
+        if name != ORACLE and (bad := wrong("tf32" if tf32 else case.dtype, errors, own)):
+            peer["failed"] = f"wrong: {bad}"
     _play(case, peers, contenders)
-    row: Row = {"case": case.to_json(), "peers": peers, "cudnn": _algorithm(case, contenders)}
-    if failed := {name: peers[name] for name in [*ours, ORACLE] if "us" not in peers[name]}:
-        reasons = (f"{n}: {p.get('failed') or p.get('missing')}" for n, p in failed.items())
-        row["error"] = "; ".join(reasons)
+    row: Row = {"case": case.to_json(), "peers": peers}
+    if failed := {name: peers[name] for name in needed if "us" not in peers[name]}:
+        row["error"] = "; ".join(f"{name}: {why_not(peer)}" for name, peer in failed.items())
     return row
+
+
+def why_not(peer: Row) -> str | None:
+    """Why it was not timed."""
+    return next((peer[why] for why in ("failed", "refused", "missing") if peer.get(why)), None)
 
 
 def _attempt(contenders: Contenders, name: str, command: str, *arguments: Any, **limit: Any) -> Row:
@@ -153,10 +198,12 @@ def _attempt(contenders: Contenders, name: str, command: str, *arguments: Any, *
         return {"failed": str(error)}
 
 
-def _wrong(case: Case, errors: dict[str, float], own: dict[str, float]) -> str | None:
-    """The worst of the results that are off by more than they may be, in words."""
-    tf32 = case.dtype == "float32" and case.device == "cuda"
-    floor = FLOORS["tf32" if tf32 else case.dtype]
+def wrong(precision: str, errors: dict[str, float], own: dict[str, float]) -> str | None:
+    """The worst of the results that are off by more than they may be, in words.
+
+    ``own`` is what torch.nn is off by in the same precision, one of FLOORS.
+    """
+    floor = FLOORS[precision]
     bad = {n: e for n, e in errors.items() if not e <= 2 * own[n] + floor}  # NaN is bad too
     if not bad:
         return None
@@ -230,6 +277,9 @@ def table(rows: Rows) -> list[str]:
                 best[key] = found[variant], variant
         if best:
             lines += _against(rival, best, good)
+        failed = [row["peers"].get(rival, {}) for row in good.values()]
+        if failed := [peer["failed"] for peer in failed if "failed" in peer]:
+            lines.append(f"  {rival} failed in {len(failed)} rows, first: {failed[0][:200]}")
     return lines
 
 

@@ -23,6 +23,7 @@ from ..problem import Problem
 NAMES = (
     "ours",
     "torch_nn",
+    "torch_nn_graph",
     "torch_compile",
     "onnxruntime",
     "openvino",
