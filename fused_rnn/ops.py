@@ -215,7 +215,7 @@ def called_directly(
     """
     if is_dynamo_compiling() or not _direct:
         return None
-    return _direct.called(module, args, kwargs, cell, names)
+    return _direct.call_module(module, args, kwargs, cell, names)
 
 
 def direct_calls(x: Tensor) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_rnn import torch_internals as internals
+
+pytestmark = pytest.mark.unit
 
 
 def test_tracing_and_modes() -> None:

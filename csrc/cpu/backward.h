@@ -61,8 +61,8 @@ class Layer<C>::BackwardPass {
   typename ProductH::Common h_common;
   typename ProductX::Common x_common{p.dx ? p.I : 0};
   T *d, *dh, *dh_seq, *dh_full, *grad_right, *sum_ih, *sum_hh, *dx_sum;
-  parts::Operand x_right, h_right;  // the right sides of dW, x and h
-  float* d_sizes;                   // in fixed point, the largest d of each row
+  parts::TiledOperand x_right, h_right;  // the right sides of dW, x and h
+  float* d_sizes;                        // in fixed point, the largest d of each row
   // Out of the range of tiles: any d of a direction, a block of dW.
   std::atomic<bool> misfit_d[2] = {{false}, {false}};
   std::atomic<int64_t> misfit_block[2] = {{-1}, {-1}};
@@ -91,7 +91,7 @@ class Layer<C>::BackwardPass {
   }
   const T* Gate(int q, int64_t row) const { return d + row * d_stride + q * gate_stride; }
 
-  void Direction(Team& team, Thread& my);
+  void RunDirection(Team& team, Thread& my);
   void PackProjection(Thread& my) const;
   void Start(Thread& my) const;
   Step StepAt(Thread& my, int64_t number) const;
@@ -160,11 +160,11 @@ void Layer<C>::BackwardPass::Run(Team& team) {
   Thread& my = threads[team.id];
   my.Take(p, team);
   const parts::Session session(plan.tiled);
-  for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
+  for (my.dir = 0; my.dir < p.dirs; my.dir++) RunDirection(team, my);
 }
 
 template <class C>
-void Layer<C>::BackwardPass::Direction(Team& team, Thread& my) {
+void Layer<C>::BackwardPass::RunDirection(Team& team, Thread& my) {
   my.w = &p.w[my.dir];
   my.dw = &p.dw[my.dir];
   const int64_t rows_of_hs = p.hs ? p.B + p.rows : p.B;

@@ -23,7 +23,7 @@ constexpr float kMost = 127 * 65536 + 127 * 256;
 // Rows whose largest element is below kTiny are scaled up before they are divided by it.
 constexpr float kTiny = 0x1p-100f, kUp = 0x1p80f;
 
-Digit* Tiles(const Operand& a) { return reinterpret_cast<Digit*>(a.tiles); }
+Digit* Tiles(const TiledOperand& a) { return reinterpret_cast<Digit*>(a.tiles); }
 int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The first n of 16 lanes.
@@ -206,7 +206,7 @@ FRNN_VECTOR_INLINE void PackTile(const float* a, int64_t lda, int64_t rows, int6
 
 template <Order kOrder, bool kLeft>
 FRNN_VECTOR void PackBlocks(const float* a, int64_t lda, int64_t rows, int64_t K,
-                            const Operand& out) {
+                            const TiledOperand& out) {
   for (int64_t i = 0; i == 0 || i < Blocks(rows); i++)
     for (int64_t k = 0; k < DepthBlocks(K, Cut::kFixed); k++) {
       const int64_t along = k * kDepth, across = i * kRows;
@@ -219,7 +219,7 @@ FRNN_VECTOR void PackBlocks(const float* a, int64_t lda, int64_t rows, int64_t K
 }
 
 FRNN_VECTOR void PackRowsOf(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-                            int64_t K, const Operand& out) {
+                            int64_t K, const TiledOperand& out) {
   for (int64_t r = 0; r < rows; r++) {
     const Scale scale = ScaleOf(_mm512_set1_ps(out.largest[r]));
     Digit* row = Tiles(out.Row(r / kRows * kRows)) + r % kRows * kDepth;
@@ -305,7 +305,7 @@ FRNN_VECTOR_INLINE void Combine(const int32_t* sums, int64_t rows, int64_t colum
 // c[rows][columns] = or += the product of one or two left blocks and one right block, or of one and two,
 // over `depth` blocks of the depth from block `k` on.
 template <bool kTwo, bool kTwoLeft>
-FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t k, int64_t depth,
+FRNN_TILE void MultiplyBlock(const TiledOperand& a, const TiledOperand& b, int64_t k, int64_t depth,
                              int64_t rows, int64_t columns, float* c, int64_t ldc,
                              bool accumulate) {
   alignas(64) int32_t sums[1 + kTwo][kDigits][kRows * kRows];
@@ -320,7 +320,7 @@ FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t k, int6
   const Digit *left = Tiles(a) + k * kDigits * kTile, *right = Tiles(b) + k * kDigits * kTile;
   MemoryFence();
   SumDigits<kTwo, kTwoLeft>(kTwoLeft ? right : left, kTwoLeft ? left : right,
-                            (kTwoLeft ? a : b).BlockSize() * int64_t(sizeof(Part)), depth);
+                            (kTwoLeft ? a : b).BlockSize() * int64_t(sizeof(TileWord)), depth);
   _tile_stored(0, sums[0][0], kBytesPerRow);
   _tile_stored(2, sums[0][1], kBytesPerRow);
   _tile_stored(4, sums[0][2], kBytesPerRow);
@@ -348,7 +348,7 @@ void Measure(const float* a, int64_t lda, Order order, int64_t rows, int64_t k0,
 }
 
 FRNN_VECTOR void MeasureRows(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
-                             Size* sizes) {
+                             ExponentSum* sizes) {
   for (int64_t k = 0; k < K; k++) {
     __m512i exponents = _mm512_setzero_si512(), counts = exponents;
     for (int64_t i = begin; i < end; i += 16)
@@ -358,7 +358,7 @@ FRNN_VECTOR void MeasureRows(const float* w, int64_t ldw, int64_t K, int64_t beg
 }
 
 FRNN_VECTOR void MeasureColumns(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
-                                Size* sizes, bool more) {
+                                ExponentSum* sizes, bool more) {
   for (int64_t k = 0; k < K; k += 64) {  // a line of memory is read before the next one is
     __m512i exponents[4] = {}, counts[4] = {};
     for (int64_t r = begin; r < end; r++)
@@ -372,16 +372,16 @@ FRNN_VECTOR void MeasureColumns(const float* w, int64_t ldw, int64_t K, int64_t 
       _mm512_store_si512(n + 16 * i, counts[i]);
     }
     for (int64_t i = 0; i < 64 && k + i < K; i++) {
-      const Size before = more ? sizes[k + i] : Size{0, 0};
+      const ExponentSum before = more ? sizes[k + i] : ExponentSum{0, 0};
       sizes[k + i] = {before.exponents + e[i], before.count + n[i]};
     }
   }
 }
 
-void Factors(const Size* sizes, int64_t stride, int count, int64_t K, float* factors,
+void Factors(const ExponentSum* sizes, int64_t stride, int count, int64_t K, float* factors,
              float* inverse) {
   const auto size_of = [&](int64_t k) {
-    Size size{0, 0};
+    ExponentSum size{0, 0};
     for (int i = 0; i < count; i++) {
       size.exponents += sizes[i * stride + k].exponents;
       size.count += sizes[i * stride + k].count;
@@ -412,21 +412,21 @@ FRNN_VECTOR void Largest(const float* measured, int64_t stride, int count, int64
 }
 
 bool PackRows(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1, int64_t K,
-              const Operand& out, bool measured) {
+              const TiledOperand& out, bool measured) {
   if (!measured)
     Measure(a, lda, Order::kAlong, rows, k0, Least(k1, K), out.factors, out.largest, false);
   PackRowsOf(a, lda, rows, k0, k1, K, out);
   return Fits(out.largest, rows);
 }
 
-bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
+bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const TiledOperand& out) {
   Measure(a, lda, Order::kAcross, rows, 0, K, out.factors, out.largest, false);
   PackBlocks<Order::kAcross, true>(a, lda, rows, K, out);
   return Fits(out.largest, rows);
 }
 
 bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_t K,
-               const Operand& out, bool measured) {
+               const TiledOperand& out, bool measured) {
   if (!measured) Measure(b, ldb, order, columns, 0, K, out.factors, out.largest, false);
   // The padding of c may be computed too: zero times this.
   const int64_t padded = (columns > 0 ? Blocks(columns) : 1) * kRows;
@@ -438,8 +438,8 @@ bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_
   return Fits(out.largest, columns);
 }
 
-void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
-              bool accumulate, bool backwards) {
+void Multiply(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, float* c,
+              int64_t ldc, bool accumulate, bool backwards) {
   const int64_t rows = Blocks(M), columns = Blocks(N), depth = a.depth_blocks;
   constexpr int64_t kAtOnce = cpu::kFixedDepthAtOnce;
   for (int64_t k = 0; k < depth; k += kAtOnce) {

@@ -132,13 +132,13 @@ class Layer<C>::ForwardPass {
   // Steps counted on over both directions.
   int64_t NumberOf(const Thread& my, int64_t number) const { return my.dir * p.T + number; }
 
-  void Direction(Team& team, Thread& my);
+  void RunDirection(Team& team, Thread& my);
   void PackPanels(Thread& my) const;
   void PackProjection(Thread& my) const;
   void Start(Team& team, Thread& my) const;
   Chunk Next(int dir, const Chunk& last) const;
   void InputGates(Thread& my, const Chunk& chunk) const;
-  Rows Stage(Thread& my, const Chunk& chunk) const;
+  MatrixRows Stage(Thread& my, const Chunk& chunk) const;
   Step StepAt(const Thread& my, int64_t number, int64_t t) const;
   StepRows RowsOf(const Thread& my, const Chunk& chunk, const Step& step, int64_t at) const;
   void RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const;
@@ -193,11 +193,11 @@ void Layer<C>::ForwardPass::Run(Team& team) {
   my.Take(p, team);
   my.count = my.panels.end - my.panels.begin;
   const parts::Session session(plan.tiled);
-  for (my.dir = 0; my.dir < p.dirs; my.dir++) Direction(team, my);
+  for (my.dir = 0; my.dir < p.dirs; my.dir++) RunDirection(team, my);
 }
 
 template <class C>
-void Layer<C>::ForwardPass::Direction(Team& team, Thread& my) {
+void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   my.w = &p.w[my.dir];
   my.hs = p.hs ? static_cast<T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride : nullptr;
   my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih);
@@ -307,14 +307,14 @@ template <class C>
 void Layer<C>::ForwardPass::InputGates(Thread& my, const Chunk& chunk) const {
   const auto stage = [&] { return Stage(my, chunk); };
   const bool as_it_lies = input.one_stride && (p.storage == kPlain || my.x_product.FitsTiles());
-  const Rows x =
-      as_it_lies ? Rows{Input::Row(p, chunk.begin, 0), p.storage, input.stride} : stage();
+  const MatrixRows x =
+      as_it_lies ? MatrixRows{Input::Row(p, chunk.begin, 0), p.storage, input.stride} : stage();
   my.x_product.Multiply(x, chunk.rows, [&](int64_t at) { return GatesX(my, at); }, stage);
 }
 
 // The rows of a chunk in the computing type, one after another.
 template <class C>
-auto Layer<C>::ForwardPass::Stage(Thread& my, const Chunk& chunk) const -> Rows {
+auto Layer<C>::ForwardPass::Stage(Thread& my, const Chunk& chunk) const -> MatrixRows {
   RowCursor cursor(p, chunk.row);
   for (int64_t r = 0; r < chunk.rows; r++, cursor.Next())
     LoadRow(Input::Row(p, cursor.t, cursor.b), p.storage, my.x + r * x_stride, p.I);

@@ -101,7 +101,7 @@ void ShowInput(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, 
                (k1 - k0) * StorageSize(s), false);
 }
 // Columns k0 .. k1 of the rows of a left operand.
-void ShowRows(const Operand& out, int64_t rows, int64_t k0, int64_t k1) {
+void ShowRows(const TiledOperand& out, int64_t rows, int64_t k0, int64_t k1) {
   const int parts = TilesOf(out.cut), depth = DepthOf(out.cut);
   for (int64_t r = 0; r < rows && kSanitized; r++)
     for (int64_t k = k0; k < k1; k += kRows)
@@ -111,11 +111,11 @@ void ShowRows(const Operand& out, int64_t rows, int64_t k0, int64_t k1) {
                        r % kRows * kBytesPerRow + k % depth * kBytesPerRow / depth,
                    kRows * kBytesPerRow / depth, true);
 }
-void ShowProduct(const Operand& a, int64_t M, const Operand& b, int64_t N, const float* c,
+void ShowProduct(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, const float* c,
                  int64_t ldc) {
   if (!kSanitized) return;
-  ShowAccess(a.tiles, Blocks(M) * a.BlockSize() * int64_t(sizeof(Part)), false);
-  ShowAccess(b.tiles, Blocks(N) * b.BlockSize() * int64_t(sizeof(Part)), false);
+  ShowAccess(a.tiles, Blocks(M) * a.BlockSize() * int64_t(sizeof(TileWord)), false);
+  ShowAccess(b.tiles, Blocks(N) * b.BlockSize() * int64_t(sizeof(TileWord)), false);
   for (int64_t m = 0; m < M; m++) ShowAccess(c + m * ldc, N * int64_t(sizeof(float)), true);
 }
 
@@ -157,7 +157,7 @@ FRNN_BF16_INLINE bool Fits(__m512i largest) {
 // a left tile is [row][pair], a right one [pair][column].
 template <Storage kStorage, int kParts, Order kOrder, bool kLeft>
 FRNN_BF16_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_t rows, int64_t K,
-                               Part* out, __m512i& largest) {
+                               TileWord* out, __m512i& largest) {
   constexpr bool kAlong = kOrder == Order::kAlong;
   // Takes the 16 lanes of two vectors in turn.
   const __m512i interleave =
@@ -197,7 +197,8 @@ FRNN_BF16_INLINE void PackTile(const void* a, int64_t first, int64_t lda, int64_
 }
 
 template <Storage kStorage, int kParts, Order kOrder, bool kLeft>
-FRNN_BF16 bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
+FRNN_BF16 bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K,
+                          const TiledOperand& out) {
   __m512i largest = _mm512_setzero_si512();
   for (int64_t i = 0; i == 0 || i < Blocks(rows); i++)
     for (int64_t k = 0; k < DepthBlocks(K, out.cut); k++) {
@@ -212,7 +213,7 @@ FRNN_BF16 bool PackBlocks(const void* a, int64_t lda, int64_t rows, int64_t K, c
 
 template <Storage kStorage, int kParts>
 FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-                          int64_t K, const Operand& out) {
+                          int64_t K, const TiledOperand& out) {
   __m512i largest = _mm512_setzero_si512();
   for (int64_t r = 0; r < rows; r++)  // outside, so that rows of memory are read in one go
     for (int64_t k = k0 / kDepth; k * kDepth < k1; k++) {
@@ -226,7 +227,7 @@ FRNN_BF16 bool PackRowsOf(const void* a, int64_t lda, int64_t rows, int64_t k0, 
       largest = Larger(largest, high);
       __m512i parts[kParts];
       Split(low, high, parts);
-      Part* line =
+      TileWord* line =
           out.tiles + r / kRows * out.BlockSize() + k * kParts * kTile + r % kRows * kDepth;
 #pragma GCC unroll 3
       for (int i = 0; i < kParts; i++) _mm512_mask_storeu_epi16(line + i * kTile, stored, parts[i]);
@@ -283,9 +284,9 @@ FRNN_TILE_INLINE void ZeroSums() {
 
 // sums += left blocks times right blocks, two of each, over `depth` blocks of the depth.
 template <int kLeftParts, int kRightParts>
-FRNN_TILE_INLINE void MultiplySquare(const Operand& a, const Operand& b, int64_t depth) {
+FRNN_TILE_INLINE void MultiplySquare(const TiledOperand& a, const TiledOperand& b, int64_t depth) {
   constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
-  const Part *left = a.tiles, *right = b.tiles;
+  const TileWord *left = a.tiles, *right = b.tiles;
   const int64_t left_step = a.BlockSize(), right_step = b.BlockSize();
   for (int64_t k = 0; k < depth; k++) {
 #pragma GCC unroll 6
@@ -310,7 +311,7 @@ FRNN_TILE_INLINE void MultiplySquare(const Operand& a, const Operand& b, int64_t
 
 // Up to four blocks of one side times one of the other: the `many` lie `step` apart.
 template <int kCount, bool kManyLeft>
-FRNN_TILE_INLINE void MultiplyTiles(const Part* many, int64_t step, const Part* one) {
+FRNN_TILE_INLINE void MultiplyTiles(const TileWord* many, int64_t step, const TileWord* one) {
   _tile_loadd(7, one, kBytesPerRow);
 #define FRNN_STRIP(i, tile)                           \
   if constexpr (kCount > i) {                         \
@@ -328,14 +329,14 @@ FRNN_TILE_INLINE void MultiplyTiles(const Part* many, int64_t step, const Part* 
 #undef FRNN_STRIP
 }
 template <int kLeftParts, int kRightParts, int kCount, bool kManyLeft>
-FRNN_TILE_INLINE void MultiplyStrip(const Operand& a, const Operand& b, int64_t depth) {
+FRNN_TILE_INLINE void MultiplyStrip(const TiledOperand& a, const TiledOperand& b, int64_t depth) {
   constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
-  const Part *left = a.tiles, *right = b.tiles;
+  const TileWord *left = a.tiles, *right = b.tiles;
   const int64_t step = kManyLeft ? a.BlockSize() : b.BlockSize();
   for (int64_t k = 0; k < depth; k++) {
 #pragma GCC unroll 6
     for (size_t i = 0; i < pairs.size(); i++) {
-      const Part *l = left + pairs[i].left * kTile, *r = right + pairs[i].right * kTile;
+      const TileWord *l = left + pairs[i].left * kTile, *r = right + pairs[i].right * kTile;
       MultiplyTiles<kCount, kManyLeft>(kManyLeft ? l : r, step, kManyLeft ? r : l);
     }
     left += kLeftParts * kTile;
@@ -346,8 +347,9 @@ FRNN_TILE_INLINE void MultiplyStrip(const Operand& a, const Operand& b, int64_t 
 // c[rows][columns] = or += the product of kRowTiles left blocks and kColumnTiles right ones over `depth`
 // blocks of the depth. The last of either may be cut short by the edge of c.
 template <int kLeftParts, int kRightParts, int kRowTiles, int kColumnTiles>
-FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, int64_t rows,
-                             int64_t columns, float* c, int64_t ldc, bool accumulate) {
+FRNN_TILE void MultiplyBlock(const TiledOperand& a, const TiledOperand& b, int64_t depth,
+                             int64_t rows, int64_t columns, float* c, int64_t ldc,
+                             bool accumulate) {
   constexpr int kCount = kRowTiles * kColumnTiles;
   const bool whole = rows >= kRowTiles * kRows && columns >= kColumnTiles * kRows;
   alignas(64) float edge[kCount][kRows * kRows];
@@ -382,10 +384,10 @@ FRNN_TILE void MultiplyBlock(const Operand& a, const Operand& b, int64_t depth, 
 
 // The same on vectors: rows of one left block, 16 columns of each of the right ones.
 template <int kLeftParts, int kRightParts, int kRowCount, int kColumnTiles>
-FRNN_BF16 void MultiplyVectors(const Operand& a, int64_t row, const Operand& b, int64_t columns,
-                               float* c, int64_t ldc, bool accumulate) {
+FRNN_BF16 void MultiplyVectors(const TiledOperand& a, int64_t row, const TiledOperand& b,
+                               int64_t columns, float* c, int64_t ldc, bool accumulate) {
   constexpr auto& pairs = kPairs<kLeftParts, kRightParts>;
-  const Part *left = a.tiles + row * kDepth, *right = b.tiles;
+  const TileWord *left = a.tiles + row * kDepth, *right = b.tiles;
   const int64_t right_step = b.BlockSize();
   const auto mask_of = [&](int j) { return __mmask16(Mask(0, columns - j * kRows)); };
   __m512 sum[kRowCount][kColumnTiles];
@@ -398,8 +400,8 @@ FRNN_BF16 void MultiplyVectors(const Operand& a, int64_t row, const Operand& b, 
   for (int64_t k = 0; k < a.depth_blocks; k++) {
 #pragma GCC unroll 2
     for (size_t i = 0; i < pairs.size(); i++) {
-      const Part* l = left + pairs[i].left * kTile;
-      const Part* w = right + pairs[i].right * kTile;
+      const TileWord* l = left + pairs[i].left * kTile;
+      const TileWord* w = right + pairs[i].right * kTile;
       for (int pair = 0; pair < kDepth / 2; pair++) {
         __m512bh line[kColumnTiles];
 #pragma GCC unroll 4
@@ -446,7 +448,7 @@ Session::~Session() {
 }
 
 bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-              int64_t K, const Operand& out, bool measured) {
+              int64_t K, const TiledOperand& out, bool measured) {
   ShowInput(a, s, lda, rows, k0, k1 < K ? k1 : K);
   ShowRows(out, rows, k0, k1);
   switch (out.cut) {
@@ -463,7 +465,7 @@ bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, i
   }
 }
 
-bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out) {
+bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const TiledOperand& out) {
   ShowInput(a, Storage::kFloat, lda, K, 0, rows);
   if (out.cut == Cut::kFixed) return fixed::PackLeftAcross(a, lda, rows, K, out);
   return out.cut == Cut::kTwo
@@ -474,7 +476,7 @@ bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const 
 namespace {
 template <Storage kStorage, int kParts>
 bool PackRightOf(const void* b, int64_t ldb, Order order, int64_t columns, int64_t K,
-                 const Operand& out) {
+                 const TiledOperand& out) {
   return order == Order::kAlong
              ? PackBlocks<kStorage, kParts, Order::kAlong, false>(b, ldb, columns, K, out)
              : PackBlocks<kStorage, kParts, Order::kAcross, false>(b, ldb, columns, K, out);
@@ -482,7 +484,7 @@ bool PackRightOf(const void* b, int64_t ldb, Order order, int64_t columns, int64
 }  // namespace
 
 bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
-               const Operand& out, bool measured) {
+               const TiledOperand& out, bool measured) {
   const bool along = order == Order::kAlong;
   ShowInput(b, s, ldb, along ? columns : K, 0, along ? K : columns);
   switch (out.cut) {
@@ -502,7 +504,7 @@ bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t colum
 
 namespace {
 template <int kLeftParts, int kRightParts>
-void MultiplyOnVectors(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c,
+void MultiplyOnVectors(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, float* c,
                        int64_t ldc, bool accumulate, bool backwards) {
   // `rows` rows from row m on, times the right blocks from j on.
   const auto block = [&](int64_t m, int64_t j, auto rows, auto column_tiles) {
@@ -547,14 +549,14 @@ void MultiplyOnVectors(const Operand& a, int64_t M, const Operand& b, int64_t N,
 }
 
 template <int kLeftParts, int kRightParts>
-void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
-                   bool accumulate, bool backwards) {
+void MultiplyParts(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, float* c,
+                   int64_t ldc, bool accumulate, bool backwards) {
   if constexpr (kRightParts == 1)
     if (TheUnit() == MatrixUnit::kVectors)
       return MultiplyOnVectors<kLeftParts, kRightParts>(a, M, b, N, c, ldc, accumulate, backwards);
   const int64_t rows = Blocks(M), columns = Blocks(N), pairs = columns / 2;
   const int64_t depth = a.depth_blocks,
-                at_once = cpu::DepthAtOnce(depth, 2 * b.BlockSize() * int64_t(sizeof(Part)));
+                at_once = cpu::DepthAtOnce(depth, 2 * b.BlockSize() * int64_t(sizeof(TileWord)));
   // From blocks i, j and k of rows, columns and depth on, as many as the constants say.
   const auto block = [&](int64_t i, int64_t j, int64_t k, int64_t count, auto row_tiles,
                          auto column_tiles) {
@@ -599,8 +601,8 @@ void MultiplyParts(const Operand& a, int64_t M, const Operand& b, int64_t N, flo
 }
 }  // namespace
 
-void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
-              bool accumulate, bool backwards) {
+void Multiply(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, float* c,
+              int64_t ldc, bool accumulate, bool backwards) {
   ShowProduct(a, M, b, N, c, ldc);
   if (a.cut == Cut::kFixed) return fixed::Multiply(a, M, b, N, c, ldc, accumulate, backwards);
   switch (int(a.cut) * 4 + int(b.cut)) {

@@ -31,7 +31,7 @@ constexpr bool kCompiled = true;
 constexpr bool kCompiled = false;
 #endif
 
-using Part = uint16_t;  // a bfloat16
+using TileWord = uint16_t;  // a bfloat16
 constexpr int kRows = 16, kDepth = 32;
 // How elements are cut: into one to three bfloat16, or into digits of fixed point (cpu/fixed.h).
 enum class Cut { kOne = 1, kTwo, kThree, kFixed };
@@ -41,8 +41,8 @@ constexpr int kTile = kRows * kDepth;  // Parts of a tile, of 64 bytes a row
 constexpr float kLargest = 16777216;   // of an element, in magnitude
 
 // An operand: [block of kRows rows or columns][block of the depth][part][kTile].
-struct Operand {
-  Part* tiles;
+struct TiledOperand {
+  TileWord* tiles;
   int64_t depth_blocks;
   Cut cut;
   // Cut::kFixed only: of each row or column, the largest element in magnitude, and what all elements k
@@ -53,17 +53,17 @@ struct Operand {
   int64_t BlockSize() const { return depth_blocks * TilesOf(cut) * kTile; }
   int64_t PaddedDepth() const { return depth_blocks * DepthOf(cut); }
   // The operand from a row (a multiple of kRows), or from a block of the depth, on.
-  Operand Row(int64_t row) const {
+  TiledOperand Row(int64_t row) const {
     return {tiles + row / kRows * BlockSize(), depth_blocks, cut, largest + row, factors};
   }
-  Operand Depth(int64_t block) const {
+  TiledOperand Depth(int64_t block) const {
     return {tiles + block * TilesOf(cut) * kTile, depth_blocks, cut, largest,
             factors ? factors + block * parts::DepthOf(cut) : nullptr};
   }
 };
 constexpr int64_t Blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
 constexpr int64_t DepthBlocks(int64_t K, Cut cut) { return (K + DepthOf(cut) - 1) / DepthOf(cut); }
-constexpr int64_t Size(int64_t rows, int64_t depth_blocks, Cut cut) {
+constexpr int64_t TiledSize(int64_t rows, int64_t depth_blocks, Cut cut) {
   return Blocks(rows) * depth_blocks * TilesOf(cut) * kTile;
 }
 
@@ -102,15 +102,15 @@ enum class Order { kAlong, kAcross };
 // and at least one block of rows. False if an element is out of range. PackRows writes the columns k0
 // .. k1 only, multiples of 16, of which those from K on are zero. For `measured` see cpu/fixed.h.
 bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-              int64_t K, const Operand& out, bool measured = false);
-bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const Operand& out);
+              int64_t K, const TiledOperand& out, bool measured = false);
+bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const TiledOperand& out);
 bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
-               const Operand& out, bool measured = false);
+               const TiledOperand& out, bool measured = false);
 
 // c[M][N] (+)= a b, over all the depth, the blocks of b from the first to the last or backwards. Who
 // walks through b again and again does it in turns: what was last is still in the cache.
-void Multiply(const Operand& a, int64_t M, const Operand& b, int64_t N, float* c, int64_t ldc,
-              bool accumulate, bool backwards = false);
+void Multiply(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, float* c,
+              int64_t ldc, bool accumulate, bool backwards = false);
 
 }  // namespace parts
 }  // namespace frnn

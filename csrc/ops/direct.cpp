@@ -99,8 +99,8 @@ FRNN_WEAK const std::shared_ptr<TracingState>& getTracingState();
 namespace frnn {
 namespace {
 
-struct Unusual {};  // thrown where the operator has to take over
-struct Raised {};   // thrown where Python's error is for the caller
+struct Unsupported {};  // thrown where the operator has to take over
+struct Raised {};       // thrown where Python's error is for the caller
 
 // Set once, by Setup.
 const dlpack::Exchange* exchange = nullptr;
@@ -180,17 +180,17 @@ class Borrowed {
   explicit Borrowed(PyObject* object, bool may_be_empty = false) {
     // A subclass may be anything, such as a tensor without data.
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != tensor_type && type != parameter_type) throw Unusual();
+    if (type != tensor_type && type != parameter_type) throw Unsupported();
     dlpack::Tensor t;
-    if (exchange->from_python(object, &t) != 0) throw Unusual();
-    if (t.device.type != dlpack::kCpu || t.dims < 1 || t.dims > kMaxDims) throw Unusual();
-    if (IsNegative(object)) throw Unusual();
+    if (exchange->from_python(object, &t) != 0) throw Unsupported();
+    if (t.device.type != dlpack::kCpu || t.dims < 1 || t.dims > kMaxDims) throw Unsupported();
+    if (IsNegative(object)) throw Unsupported();
     data_ = static_cast<char*>(t.data) + t.byte_offset;
     dtype_ = TypeOf(t.dtype);
     dims_ = t.dims;
     std::copy(t.shape, t.shape + dims_, shape_);
     std::copy(t.strides, t.strides + dims_, strides_);
-    if (numel() == 0 ? !may_be_empty : !HasMemory(object)) throw Unusual();
+    if (numel() == 0 ? !may_be_empty : !HasMemory(object)) throw Unsupported();
   }
   // Contiguous.
   Borrowed(void* data, ScalarType dtype, const Dims& shape)
@@ -221,7 +221,7 @@ class Borrowed {
   // The same tensor with a dimension of size 1 before the others.
   Borrowed Unsqueezed() const {
     Borrowed t = *this;
-    if (++t.dims_ > kMaxDims) throw Unusual();
+    if (++t.dims_ > kMaxDims) throw Unsupported();
     std::copy(shape_, shape_ + dims_, t.shape_ + 1);
     std::copy(strides_, strides_ + dims_, t.strides_ + 1);
     t.shape_[0] = 1;
@@ -247,13 +247,13 @@ class Borrowed {
   }
 
   static ScalarType TypeOf(dlpack::DataType t) {
-    if (t.lanes != 1) throw Unusual();
+    if (t.lanes != 1) throw Unsupported();
     if (t.kind == dlpack::kFloat && t.bits == 32) return ScalarType::Float;
     if (t.kind == dlpack::kFloat && t.bits == 64) return ScalarType::Double;
     if (t.kind == dlpack::kFloat && t.bits == 16) return ScalarType::Half;
     if (t.kind == dlpack::kBfloat && t.bits == 16) return ScalarType::BFloat16;
     if (t.kind == dlpack::kInt && t.bits == 64) return ScalarType::Long;
-    throw Unusual();
+    throw Unsupported();
   }
 
   char* data_;
@@ -263,16 +263,16 @@ class Borrowed {
 };
 using MaybeBorrowed = std::optional<Borrowed>;
 
-Borrowed ContiguousCopy(const Borrowed&) { throw Unusual(); }
+Borrowed ContiguousCopy(const Borrowed&) { throw Unsupported(); }
 void CheckMemory(const char*, const Borrowed&) {}  // which every Borrowed has
 
 // A tensor that is made here, until Python has it. Its memory is the engine's own: as in
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
-class Made {
+class NewTensor {
  public:
-  Made(const Dims& shape, ScalarType dtype, bool pooled = true) {
+  NewTensor(const Dims& shape, ScalarType dtype, bool pooled = true) {
     int64_t bytes = 0;
-    if (!CountBytes(shape, dtype, bytes)) throw Unusual();
+    if (!CountBytes(shape, dtype, bytes)) throw Unsupported();
     pooled = pooled && bytes >= kPooledBytes;
     // Small data lie behind the head, in the same allocation.
     void* memory = Allocate(sizeof(Head) + (pooled ? 0 : kDataAlign + bytes), alignof(Head));
@@ -316,7 +316,7 @@ class Made {
     // A call that fails has freed it or not, by how far it came.
     if (!freed) head->freed = nullptr;
     if (failed && !freed) head_.reset(head);
-    if (failed) throw Unusual();
+    if (failed) throw Unsupported();
     return static_cast<PyObject*>(object);
   }
 
@@ -362,29 +362,29 @@ struct Hidden {
 // As users write hidden states: h, a pair (h, c), or None.
 Hidden HiddenState(PyObject* object) {
   if (Py_TYPE(object) != &PyTuple_Type) return {BorrowedOrNone(object), {}};
-  if (PyTuple_Size(object) != 2) throw Unusual();
+  if (PyTuple_Size(object) != 2) throw Unsupported();
   return {Borrowed(PyTuple_GetItem(object, 0)), Borrowed(PyTuple_GetItem(object, 1))};
 }
 
 // Values of a dict. They are kept: another thread may put others there.
-class Kept {
+class References {
  public:
-  Kept() = default;
-  Kept(const Kept&) = delete;
-  ~Kept() {
+  References() = default;
+  References(const References&) = delete;
+  ~References() {
     for (PyObject* object : objects_) Py_DecRef(object);
   }
   void Reserve(Py_ssize_t n) { objects_.reserve(n); }
   void Add(PyObject* dict, PyObject* name) {
     PyObject* object = PyDict_GetItemWithError(dict, name);
-    if (object == nullptr) throw Unusual();
+    if (object == nullptr) throw Unsupported();
     Py_IncRef(object);
     objects_.push_back(object);
   }
   // All those that a list names.
   void AddNamed(PyObject* dict, PyObject* list) {
     const Py_ssize_t n = PyList_Size(list);
-    if (n < 0) throw Unusual();
+    if (n < 0) throw Unsupported();
     Reserve(n);
     for (Py_ssize_t i = 0; i < n; i++) Add(dict, PyList_GetItem(list, i));
   }
@@ -398,17 +398,17 @@ class Kept {
 
 const char* TextOf(PyObject* object) {
   const char* text = PyUnicode_AsUTF8AndSize(object, nullptr);
-  if (text == nullptr) throw Unusual();
+  if (text == nullptr) throw Unsupported();
   return text;
 }
 bool FlagOf(PyObject* object) {
   const int value = PyObject_IsTrue(object);
-  if (value < 0) throw Unusual();
+  if (value < 0) throw Unsupported();
   return value == 1;
 }
 int64_t IntegerOf(PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw Unusual();
+  if (value == -1 && PyErr_Occurred()) throw Unsupported();
   return value;
 }
 
@@ -421,25 +421,25 @@ class Reader {
   MaybeBorrowed Tensor() { return BorrowedOrNone(Next()); }
   Borrowed Present() {
     const MaybeBorrowed t = Tensor();
-    if (!t.has_value()) throw Unusual();
+    if (!t.has_value()) throw Unsupported();
     return *t;
   }
   Borrowed MaybeEmpty() { return Borrowed(Next(), true); }
   Hidden HiddenState() { return frnn::HiddenState(Next()); }
   // A dict, and a list of those of its keys that are wanted.
-  void Named(Kept& kept) {
+  void Named(References& kept) {
     PyObject* dict = Next();
     kept.AddNamed(dict, Next());
   }
   bool Flag() { return FlagOf(Next()); }
   int64_t Integer() { return IntegerOf(Next()); }
   void End() const {
-    if (next_ != end_) throw Unusual();
+    if (next_ != end_) throw Unsupported();
   }
 
  private:
   PyObject* Next() {
-    if (next_ == end_) throw Unusual();
+    if (next_ == end_) throw Unsupported();
     return *next_++;
   }
   PyObject *const *next_, *const *end_;
@@ -449,7 +449,7 @@ class Reader {
 template <class F>
 PyObject* MakeTuple(size_t n, const F& make) {
   PyObject* tuple = PyTuple_New(Py_ssize_t(n));
-  if (tuple == nullptr) throw Unusual();
+  if (tuple == nullptr) throw Unsupported();
   try {
     for (size_t i = 0; i < n; i++) PyTuple_SetItem(tuple, Py_ssize_t(i), make(i));
   } catch (...) {
@@ -458,11 +458,11 @@ PyObject* MakeTuple(size_t n, const F& make) {
   }
   return tuple;
 }
-PyObject* ToPythonOrNone(std::optional<Made>& t) {
+PyObject* ToPythonOrNone(std::optional<NewTensor>& t) {
   return t.has_value() ? t->ToPython() : Owned::Another(Py_None);
 }
-void* DataOf(const std::optional<Made>& t) { return t.has_value() ? t->data() : nullptr; }
-PyObject* ToTuple(std::initializer_list<std::optional<Made>*> tensors) {
+void* DataOf(const std::optional<NewTensor>& t) { return t.has_value() ? t->data() : nullptr; }
+PyObject* ToTuple(std::initializer_list<std::optional<NewTensor>*> tensors) {
   return MakeTuple(tensors.size(), [&](size_t i) { return ToPythonOrNone(*tensors.begin()[i]); });
 }
 
@@ -534,7 +534,7 @@ struct Inputs {
 
 // Outputs of a stack of layers, before they are Python's.
 struct Outputs {
-  std::optional<Made> y, h_n, c_n, between, hs, saved;
+  std::optional<NewTensor> y, h_n, c_n, between, hs, saved;
   bool keeps_h_n = false;  // for the backward
 
   // The states as a module returns them: h_n, or (h_n, c_n).
@@ -590,13 +590,13 @@ Outputs Run(const Inputs& in, Wanted wanted) {
 }
 
 // The gradients of x, h0, c0 and the weights, as far as they are wanted.
-using Gradients = std::vector<std::optional<Made>>;
+using Gradients = std::vector<std::optional<NewTensor>>;
 template <class Wants>
 Gradients RunBackward(const Inputs& in, DirectCall& call, const MaybeBorrowed& dy,
                       const MaybeBorrowed& dh_n, const MaybeBorrowed& dc_n, const Wants& wants) {
   Stack& stack = call.stack;
   call.TakeGradients(dy, dh_n, dc_n);
-  if (call.SkipsRowsOf(in.x) || !stack.keeps_tape) throw Unusual();
+  if (call.SkipsRowsOf(in.x) || !stack.keeps_tape) throw Unsupported();
   const ScalarType dtype = in.x.scalar_type();
   Gradients gradients(3 + in.weights.size());
   for (size_t i = 0; i < gradients.size(); i++) {
@@ -607,7 +607,7 @@ Gradients RunBackward(const Inputs& in, DirectCall& call, const MaybeBorrowed& d
     gradients[i].emplace(Dims(sizes.begin(), sizes.end()), dtype, i == 0);
     *call.GradientSlot(int64_t(i)) = gradients[i]->data();
   }
-  std::optional<Made> passed[2];
+  std::optional<NewTensor> passed[2];
   for (int i = 0; i < std::min(2, stack.layers - 1); i++) {
     passed[i].emplace(call.YShape(), dtype);
     stack.grad_between[i] = passed[i]->data();
@@ -641,7 +641,7 @@ PyObject* Backward(Reader& arguments) {
   const Borrowed saved = arguments.MaybeEmpty();  // some cells save nothing
   PyObject* wanted = arguments.Object();
   arguments.End();
-  if (PyTuple_Size(wanted) != Py_ssize_t(3 + in.weights.size())) throw Unusual();
+  if (PyTuple_Size(wanted) != Py_ssize_t(3 + in.weights.size())) throw Unsupported();
   DirectCall call = in.ToCall();
   call.TakeForward(between, hs, saved);
   Gradients gradients = RunBackward(in, call, dy, dh_n, dc_n,
@@ -657,7 +657,7 @@ bool WantsGrad(PyObject* object) {
     if (WantsGrad(PyTuple_GetItem(object, i))) return true;
   return false;
 }
-bool WantsGrad(const Kept& weights, PyObject* x, PyObject* hx) {
+bool WantsGrad(const References& weights, PyObject* x, PyObject* hx) {
   // In the body of a custom_op autograd has had its turn.
   if (!aoti_torch_grad_mode_is_enabled() || c10::impl::tls_is_dispatch_key_excluded(autograd_key))
     return false;
@@ -670,14 +670,14 @@ bool WantsGrad(const Kept& weights, PyObject* x, PyObject* hx) {
 
 // Its weights are flat, in the order of their names: those of each layer and direction in turn.
 PyObject* RunStack(const Shape& shape, bool batch_first, Borrowed x, const Hidden& hx,
-                   const Kept& flat) {
-  if (x.dim() != 3) throw Unusual();
+                   const References& flat) {
+  if (x.dim() != 3) throw Unsupported();
   if (batch_first) x.SwapLeading();
   Inputs in{shape, x, hx.h, hx.c, {}, {}};
   in.weights.reserve(size_t(flat.size()));
   for (PyObject* weight : flat.objects()) in.weights.emplace_back(weight);
   Outputs out = Run(in, {true, false});
-  if (hx.h.has_value() && hx.c.has_value() != out.c_n.has_value()) throw Unusual();
+  if (hx.h.has_value() && hx.c.has_value() != out.c_n.has_value()) throw Unsupported();
   if (batch_first) out.y->SwapLeading();
   return MakeTuple(2, [&](size_t i) { return i == 0 ? out.y->ToPython() : out.HiddenState(); });
 }
@@ -689,7 +689,7 @@ PyObject* InferStack(Reader& arguments) {
   shape.cell = arguments.Text();
   const Borrowed x = arguments.Present();
   const Hidden hx = arguments.HiddenState();
-  Kept flat;
+  References flat;
   arguments.Named(flat);
   shape.layers = arguments.Integer();
   shape.directions = arguments.Integer();
@@ -717,13 +717,13 @@ struct Step {
         in.shape.present |= int64_t(1) << (i - 3);
       }
   }
-  // With the dimensions that a layer has beside those of a step, which come back out of Made.
+  // With the dimensions that a layer has beside those of a step, which come back out of NewTensor.
   MaybeBorrowed Layered(MaybeBorrowed t) const {
-    if (added != 1 && added != 2) throw Unusual();
+    if (added != 1 && added != 2) throw Unsupported();
     for (int i = 0; i < added && t.has_value(); i++) t = t->Unsqueezed();
     return t;
   }
-  void Squeeze(std::optional<Made>& t) const {
+  void Squeeze(std::optional<NewTensor>& t) const {
     for (int i = 0; i < added && t.has_value(); i++) t->Squeeze();
   }
 
@@ -736,19 +736,20 @@ constexpr size_t kStepResults = 3;
 
 // To hx, which is differentiable if that is `wanted`. Autograd then takes what the backward reads:
 // (cell, the inputs, (hx, what there is to read as bits, and as tensors)) -> hx.
-PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Kept& weights, bool wanted) {
+PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const References& weights,
+                  bool wanted) {
   const bool pair = Py_TYPE(hx) == &PyTuple_Type;
-  if (pair && PyTuple_Size(hx) != 2) throw Unusual();
+  if (pair && PyTuple_Size(hx) != 2) throw Unsupported();
   std::vector<PyObject*> inputs = {x, pair ? PyTuple_GetItem(hx, 0) : hx,
                                    pair ? PyTuple_GetItem(hx, 1) : Py_None};
-  if (pair && (inputs[1] == Py_None || inputs[2] == Py_None)) throw Unusual();
+  if (pair && (inputs[1] == Py_None || inputs[2] == Py_None)) throw Unsupported();
   inputs.insert(inputs.end(), weights.objects().begin(), weights.objects().end());
   std::vector<MaybeBorrowed> tensors;
   tensors.reserve(inputs.size());
   for (PyObject* input : inputs) tensors.push_back(BorrowedOrNone(input));
   const Step step(TextOf(cell), tensors);
   Outputs out = Run(step.in, {false, wanted});
-  if (hx != Py_None && pair != out.c_n.has_value()) throw Unusual();
+  if (hx != Py_None && pair != out.c_n.has_value()) throw Unsupported();
   step.Squeeze(out.h_n);
   step.Squeeze(out.c_n);
   if (!wanted) return out.HiddenState();
@@ -783,14 +784,14 @@ PyObject* StepBackward(Reader& arguments) {
   PyObject *tensors = arguments.Object(), *wanted = arguments.Object();
   arguments.End();
   const Py_ssize_t n = PyTuple_Size(wanted), count = n - 2;  // beside the cell and what was found
-  if (count < 3) throw Unusual();
+  if (count < 3) throw Unsupported();
   std::vector<MaybeBorrowed> kept(kStepResults + size_t(count));
   std::vector<Py_ssize_t> places = {0, 1, 2};  // of x, h and c, and of the inputs that are there
   Py_ssize_t at = 0;
   for (size_t i = 0; i < kept.size(); i++) {
     if (!(bits >> i & 1)) continue;
     PyObject* object = PyTuple_GetItem(tensors, at++);
-    if (object == nullptr) throw Unusual();
+    if (object == nullptr) throw Unsupported();
     kept[i] = Borrowed(object, true);  // some cells save nothing
     if (i >= kStepResults + 3) places.push_back(Py_ssize_t(i - kStepResults));
   }
@@ -816,7 +817,7 @@ PyObject* StepBackward(Reader& arguments) {
 // (cell, x, hx, parameters, names) -> hx
 PyObject* OneStep(Reader& arguments) {
   PyObject *cell = arguments.Object(), *x = arguments.Object(), *hx = arguments.Object();
-  Kept named;
+  References named;
   arguments.Named(named);
   arguments.End();
   return RunStep(cell, x, hx, named, WantsGrad(named, x, hx));
@@ -828,7 +829,7 @@ PyObject* OneStep(Reader& arguments) {
 class Attributes {
  public:
   explicit Attributes(PyObject* object) : dict_(PyObject_GenericGetDict(object, nullptr)) {
-    if (dict_ == nullptr) throw Unusual();
+    if (dict_ == nullptr) throw Unsupported();
   }
   ~Attributes() { Py_DecRef(dict_); }
   Attributes(const Attributes&) = delete;
@@ -836,7 +837,7 @@ class Attributes {
   PyObject* Find(PyObject* name) const { return PyDict_GetItemWithError(dict_, name); }
   PyObject* Get(PyObject* name) const {
     PyObject* value = Find(name);
-    if (value == nullptr) throw Unusual();
+    if (value == nullptr) throw Unsupported();
     return value;
   }
 
@@ -871,7 +872,7 @@ bool IsUsual(PyObject* module, const Attributes& own) {
 
 // (module, the arguments of its call, those by name, cell, the names of the weights of a step, or None)
 // -> what the call returns. Without names it is that of a stack of layers.
-PyObject* Called(Reader& arguments) {
+PyObject* CallModule(Reader& arguments) {
   PyObject *module = arguments.Object(), *inputs = arguments.Object();
   PyObject *named = arguments.Object(), *cell = arguments.Object();
   PyObject* step_names = arguments.Object();
@@ -887,7 +888,7 @@ PyObject* Called(Reader& arguments) {
 
   const Attributes own(module);
   const bool one_step = step_names != Py_None;
-  Kept weights;
+  References weights;
   weights.AddNamed(own.Get(names().parameters),
                    one_step ? step_names : own.Get(names().weight_names));
   const bool wants_grad = WantsGrad(weights, input, hx);
@@ -957,7 +958,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__direct() {
   using namespace frnn;
   static PyMethodDef methods[] = {
       {"setup", AsMethod(Guarded<Setup>), METH_FASTCALL, nullptr},
-      {"called", AsMethod(Guarded<Called>), METH_FASTCALL, nullptr},
+      {"call_module", AsMethod(Guarded<CallModule>), METH_FASTCALL, nullptr},
       {"forward", AsMethod(Guarded<Unwatched<Forward>>), METH_FASTCALL, nullptr},
       {"backward", AsMethod(Guarded<Unwatched<Backward>>), METH_FASTCALL, nullptr},
       {"infer_stack", AsMethod(Guarded<Unwatched<InferStack>>), METH_FASTCALL, nullptr},

@@ -69,14 +69,14 @@ class StepGradProduct {
     parts::Cut cut;
     StepOperand::Common left;
 
-    fixed::Size* sizes;  // of the rows of W, as each thread measured its columns
+    fixed::ExponentSum* sizes;  // of the rows of W, as each thread measured its columns
     std::atomic<bool> misfit[2] = {{false}, {false}};  // of W, by direction
 
     int64_t PaddedK() const { return parts::DepthBlocks(K, cut) * parts::DepthOf(cut); }
     void Take(Scratch& s, int threads) {
       left.Take(s, threads);
       const bool fixed_point = tiled && cut == parts::Cut::kFixed;
-      sizes = s.Take<fixed::Size>(fixed_point ? threads * kGates * PaddedK() : 0);
+      sizes = s.Take<fixed::ExponentSum>(fixed_point ? threads * kGates * PaddedK() : 0);
     }
   };
 
@@ -179,7 +179,7 @@ class StepGradProduct {
   int64_t first_, last_, valid_;
   ColumnWeights<kGates> weights_{};
   bool is_packed_;
-  parts::Operand tiles_;
+  parts::TiledOperand tiles_;
   StepOperand left_;
   Balance balance_;
   Scratch spare_;  // of the packed weights, where tiles do not fit
@@ -205,8 +205,8 @@ class InputGradProduct {
 
     T* packed = nullptr;
     Scratch spare;  // of `packed`, where tiles do not fit
-    parts::Operand tiles[kGates];
-    fixed::Size* sizes[kGates];  // of the rows of W, as each thread measured its columns
+    parts::TiledOperand tiles[kGates];
+    fixed::ExponentSum* sizes[kGates];  // of the rows of W, as each thread measured its columns
     std::atomic<bool> misfit[2] = {{false}, {false}};  // of W, by direction
 
     int64_t PaddedK() const { return parts::DepthBlocks(K, cut) * parts::DepthOf(cut); }
@@ -218,7 +218,7 @@ class InputGradProduct {
       const bool fixed_point = tiled && d_cut == parts::Cut::kFixed;
       for (int q = 0; q < kGates; q++) {
         tiles[q] = TakeTiles(s, tiled, tiles_of_columns.vecs * N, K, cut);
-        sizes[q] = s.Take<fixed::Size>(fixed_point ? threads * PaddedK() : 0);
+        sizes[q] = s.Take<fixed::ExponentSum>(fixed_point ? threads * PaddedK() : 0);
       }
     }
   };
@@ -326,7 +326,7 @@ class InputGradProduct {
   Common* common_ = nullptr;
   ColumnWeights<kGates> weights_{};
   bool on_tiles_;
-  parts::Operand right_[kGates], left_;  // W's tiles with this thread's factors; rows of d
+  parts::TiledOperand right_[kGates], left_;  // W's tiles with this thread's factors; rows of d
   Balance balance_[kGates];
   T *c_, *whole_rows_;
 };

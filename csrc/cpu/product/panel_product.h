@@ -8,7 +8,7 @@
 FRNN_BEGIN
 
 // Rows of a matrix in memory.
-struct Rows {
+struct MatrixRows {
   const void* first;
   Storage storage;
   int64_t stride;
@@ -34,8 +34,8 @@ class PanelProduct {
     parts::Cut cut;
     bool paired;  // on tiles, two panels are one product: they are side by side in `gates`
 
-    T* turned;           // the rows of a step as columns: [kTurned of them][k][row]
-    fixed::Size* sizes;  // of the columns of W, as each thread measured its rows
+    T* turned;                  // the rows of a step as columns: [kTurned of them][k][row]
+    fixed::ExponentSum* sizes;  // of the columns of W, as each thread measured its rows
     // By direction, whether anything that all steps need is out of the range of tiles.
     std::atomic<bool> misfit[2] = {{false}, {false}};
 
@@ -43,7 +43,7 @@ class PanelProduct {
     void Take(Scratch& s, int threads, int64_t batch) {
       turned = s.Take<T>(Turns() ? RoundUp(batch, kTurned) * K : 0);
       const bool fixed_point = tiled && cut == parts::Cut::kFixed;
-      sizes = s.Take<fixed::Size>(
+      sizes = s.Take<fixed::ExponentSum>(
           fixed_point ? threads * parts::DepthBlocks(K, cut) * parts::DepthOf(cut) : 0);
     }
     // The own panels by groups of one or two.
@@ -87,7 +87,7 @@ class PanelProduct {
   // Begins a direction. The whole team packs for tiles what it will need; vectors wait for the
   // first use.
   void Begin(Team& team, Team::Range panels, int dir, const void* w,
-             std::initializer_list<parts::Operand*> left) {
+             std::initializer_list<parts::TiledOperand*> left) {
     panels_ = panels;
     dir_ = dir;
     w_ = w;
@@ -151,7 +151,7 @@ class PanelProduct {
   }
 
   // A product of rows on tiles, with the panels of group `g`.
-  void MultiplyGroup(const parts::Operand& left, int64_t rows, int64_t g, T* gates) const {
+  void MultiplyGroup(const parts::TiledOperand& left, int64_t rows, int64_t g, T* gates) const {
     const int64_t at = g * common_->Group();
     parts::Multiply(left, rows, tiles_.Row(at * kWidth), PanelsOf(g) * kWidth, Floats(gates),
                     common_->Stride(), false);
@@ -182,7 +182,7 @@ class PanelProduct {
         PackTransposed(At(w_, c.storage, q * c.H * c.K), c.storage, panel * kUnits + j * N, c.H,
                        c.K, c.K, packed + (q * kPanelVecs + j) * N, kWidth);
   }
-  void PackTiles(Team& team, std::initializer_list<parts::Operand*> left) {
+  void PackTiles(Team& team, std::initializer_list<parts::TiledOperand*> left) {
     const Common& c = *common_;
     if (balance_.depth > 0) {
       const int64_t unit = panels_.begin * kUnits, end = panels_.end * kUnits;
@@ -209,7 +209,7 @@ class PanelProduct {
   int dir_;
   T* packed_ = nullptr;  // for vectors
   bool is_packed_;
-  parts::Operand tiles_;
+  parts::TiledOperand tiles_;
   Balance balance_;
   Scratch spare_;  // of packed_, where tiles do not fit
 };
@@ -232,7 +232,7 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
   }
   // gates(panel): where the product of x with it begins; stage(): x in the computing type.
   template <class Gates, class Stage>
-  void Multiply(Rows x, int64_t n, const Gates& gates, const Stage& stage) {
+  void Multiply(MatrixRows x, int64_t n, const Gates& gates, const Stage& stage) {
     const bool tiled = Base::FitsTiles();
     const int64_t block = tiled ? cpu::kTiledInput : n, stride = common_->Stride();
     for (int64_t r = 0; r < n; r += block) {
@@ -248,7 +248,7 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
  private:
   // False if one of the rows is out of the range of tiles.
   template <class Gates>
-  bool MultiplyOnTiles(const Rows& x, int64_t r, int64_t rows, const Gates& gates) const {
+  bool MultiplyOnTiles(const MatrixRows& x, int64_t r, int64_t rows, const Gates& gates) const {
     if constexpr (kTiles) {
       if (!parts::PackRows(x.At(r), x.storage, x.stride, rows, 0, left_.PaddedDepth(), common_->K,
                            left_))
@@ -262,7 +262,7 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
     return kTiles;
   }
 
-  parts::Operand left_;
+  parts::TiledOperand left_;
 };
 
 // With rows that the team shares in every step: h W_hh^T.

@@ -19,10 +19,11 @@ FRNN_INLINE float* Floats(T* p) { return reinterpret_cast<float*>(p); }
 FRNN_INLINE const float* Floats(const T* p) { return reinterpret_cast<const float*>(p); }
 
 // Nothing where tiles are not used.
-inline parts::Operand TakeTiles(Scratch& s, bool tiled, int64_t rows, int64_t K, parts::Cut cut) {
+inline parts::TiledOperand TakeTiles(Scratch& s, bool tiled, int64_t rows, int64_t K,
+                                     parts::Cut cut) {
   if (!tiled) return {nullptr, 0, parts::Cut::kThree, nullptr, nullptr};
   const int64_t depth = parts::DepthBlocks(K, cut);
-  return {s.Take<parts::Part>(parts::Size(rows, depth, cut)), depth, cut,
+  return {s.Take<parts::TileWord>(parts::TiledSize(rows, depth, cut)), depth, cut,
           s.Take<float>(cut == parts::Cut::kFixed ? RoundUp(rows, parts::kRows) : 0), nullptr};
 }
 
@@ -31,18 +32,18 @@ struct Balance {
   int64_t depth;  // or 0
   float *factors, *inverse;
 
-  void Take(Scratch& s, const parts::Operand& tiles) {
+  void Take(Scratch& s, const parts::TiledOperand& tiles) {
     depth = tiles.cut == parts::Cut::kFixed ? tiles.PaddedDepth() : 0;
     factors = s.Take<float>(depth);
     inverse = s.Take<float>(depth);
   }
   // From the sizes of `gates` times K elements, which are apart in the depth.
-  void Find(const fixed::Size* sizes, int count, int gates, int64_t K,
-            std::initializer_list<parts::Operand*> left, parts::Operand& right) {
+  void Find(const fixed::ExponentSum* sizes, int count, int gates, int64_t K,
+            std::initializer_list<parts::TiledOperand*> left, parts::TiledOperand& right) {
     if (depth == 0) return;
     for (int64_t at = 0; at < depth; at += depth / gates)
       fixed::Factors(sizes + at, depth, count, K, factors + at, inverse + at);
-    for (parts::Operand* a : left) a->factors = factors;
+    for (parts::TiledOperand* a : left) a->factors = factors;
     right.factors = inverse;
   }
 };
@@ -58,7 +59,7 @@ class StepOperand {
     int gates;
     int64_t batch, K;
     parts::Cut cut;
-    parts::Operand tiles[2];
+    parts::TiledOperand tiles[2];
     float* largest[2];  // [thread][row], what each measured in its columns
     // Of each parity, the last step with elements out of the range of tiles.
     std::atomic<int64_t> misfit[2] = {{-1}, {-1}};
@@ -88,7 +89,7 @@ class StepOperand {
   bool Share(Team& team, int64_t step, int64_t n, int64_t begin, int64_t end, const GateOf& gate,
              int64_t stride) const {
     const Common& c = *common_;
-    const parts::Operand& to = tiles[step & 1];
+    const parts::TiledOperand& to = tiles[step & 1];
     const int64_t depth = parts::DepthBlocks(c.K, c.cut), valid = end < c.K ? end : c.K;
     const bool measured = c.cut == parts::Cut::kFixed;
     if (measured) {  // the largest element of whole rows
@@ -116,7 +117,7 @@ class StepOperand {
     return common_->misfit[step & 1].load(std::memory_order_relaxed) != step;
   }
 
-  parts::Operand tiles[2];  // by the parity of the step, with what this thread knows of them
+  parts::TiledOperand tiles[2];  // by the parity of the step, with what this thread knows of them
 
  private:
   Common* common_ = nullptr;

@@ -17,7 +17,7 @@ struct Gradients {
   int64_t rows, H;
   const float* sizes;  // in fixed point, the largest d of each row
   T* packed;
-  parts::Operand tiles;
+  parts::TiledOperand tiles;
   Balance balance;  // in fixed point, of a block
 
   static int64_t Block(int64_t rows) { return rows < cpu::kGradRows ? rows : cpu::kGradRows; }
@@ -39,7 +39,7 @@ class WeightGrad {
   const int* column;  // gate q's gradients are gate column[q] of d
   int64_t cols;
   T* packed;  // a block of the right side, for vectors and for tiles
-  parts::Operand tiles;
+  parts::TiledOperand tiles;
   // With tiles, the last block whose right side is out of range, as the number of its first row,
   // which is counted on from `first_row` in each direction.
   std::atomic<int64_t>* misfit;
@@ -84,7 +84,7 @@ class WeightGrad {
         h.PackRight(team, load_h, r0);
         team.Sync();
         const bool x_fits = x.Fits(r0), h_fits = h.Fits(r0);
-        parts::Operand of_d = OfDepth(x.left.tiles, n);
+        parts::TiledOperand of_d = OfDepth(x.left.tiles, n);
         of_d.factors = x.left.balance.inverse;
         int64_t before = 0;  // weight of the gradients so far
         bool back = false;
@@ -142,12 +142,12 @@ class WeightGrad {
     return uses;
   }
 
-  static parts::Operand OfDepth(parts::Operand operand, int64_t K) {
+  static parts::TiledOperand OfDepth(parts::TiledOperand operand, int64_t K) {
     operand.depth_blocks = parts::DepthBlocks(K, operand.cut);
     return operand;
   }
-  parts::Operand Right(int64_t r0) const {
-    parts::Operand right = OfDepth(tiles, Length(r0));
+  parts::TiledOperand Right(int64_t r0) const {
+    parts::TiledOperand right = OfDepth(tiles, Length(r0));
     right.factors = left.balance.factors;
     return right;
   }
@@ -169,8 +169,8 @@ class WeightGrad {
   bool Fits(int64_t r0) const {
     return dw && misfit->load(std::memory_order_relaxed) != first_row + r0;
   }
-  void MultiplyTiles(const parts::Operand& of_d, int q, int64_t unit, int64_t units, int64_t r0,
-                     bool backwards) const {
+  void MultiplyTiles(const parts::TiledOperand& of_d, int q, int64_t unit, int64_t units,
+                     int64_t r0, bool backwards) const {
     for (int gate = 0; gate < gates; gate++)
       if (column[gate] == q)
         parts::Multiply(of_d, units, Right(r0), cols,
