@@ -132,7 +132,8 @@ def card(device: str) -> str:
 
 
 def table(parts: dict[str, Rows]) -> str:
-    lines = []
+    """Every part in short, then what failed: many failures must not push figures out of sight."""
+    lines, failures = [], []
     for name, rows in parts.items():
         errors = rows.errors()
         lines.append(f"== {name} on {rows.card}: {len(rows.good())} rows, {len(errors)} failed")
@@ -140,8 +141,8 @@ def table(parts: dict[str, Rows]) -> str:
             counts = ", ".join(f"{number} of {source}" for source, number in sorted(others.items()))
             lines.append(f"left out, of other sources than {rows.source}: {counts}")
         lines += PARTS[name].table(rows)
-        lines += [f"FAILED {key}: {last_lines(text, 3)}" for key, text in errors.items()]
-    return "\n".join(lines) + "\n"
+        failures += [f"FAILED {key}: {last_lines(text, 3)}" for key, text in errors.items()]
+    return "\n".join(lines + failures) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -305,6 +305,7 @@ def test_a_part_that_fails_costs_no_other(
         assert began == list(seconds)
         text = capsys.readouterr().out
         assert all(f"FAILED part {name}: OSError: {name} is gone" in text for name in seconds)
+        assert text.index("FAILED") > max(text.index(f"== {name} on cpu") for name in seconds)
         assert set(rows_in(out)) == set(seconds)
 
 
