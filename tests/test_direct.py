@@ -62,7 +62,7 @@ class Spy:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = getattr(DIRECT, name)(*args)
-            if name == "called" and result is None:
+            if name == "call_module" and result is None:
                 return None
             self.done.append(result is not None)
             self.names.append(name)
@@ -202,7 +202,7 @@ def test_training_of_modules(name: str, dtype: torch.dtype, spy: Spy) -> None:
     with torch.enable_grad():
         assert_identical([t.detach() for t in train()], [t.detach() for t in by_operator(train)])
     step = name.endswith("Cell")
-    names = ["called", "step_backward"] if step else ["forward", "backward"]
+    names = ["call_module", "step_backward"] if step else ["forward", "backward"]
     assert spy.names == names[:1] * 4 + names[1:] * 4 and all(spy.done)
 
 
@@ -308,7 +308,7 @@ def test_single_steps(name: str, hidden: int, batch: int, spy: Spy) -> None:
             torch.set_num_threads(threads)
         assert_identical(runs[1], runs[0])
         assert_identical(runs[2], runs[0])
-    assert all(spy.done) and set(spy.names) == {"called"}
+    assert all(spy.done) and set(spy.names) == {"call_module"}
 
 
 @needs_direct
@@ -468,13 +468,13 @@ def test_whole_calls(name: str, spy: Spy) -> None:
     with torch.enable_grad():
         assert_identical(module(x, hx), expected)
     assert_identical(module(x, hx=hx), expected)
-    assert spy.names == ["called"] * 6
+    assert spy.names == ["call_module"] * 6
     assert_identical(module(input=x, hx=hx), expected)
     assert_identical(module.forward(x, hx), expected)
     assert spy.names[6:] == [forward] * 2
     module.eval()
     assert_identical(module(x, hx), expected)
-    assert spy.names[8:] == ["called"]
+    assert spy.names[8:] == ["call_module"]
     bad: Any
     for bad in (
         ((), {}),
@@ -499,7 +499,7 @@ def test_whole_calls_know_who_wants_gradients(name: str, spy: Spy) -> None:
             assert all(t.requires_grad for t in flatten(module(x, hx))[:1])
             tensor.requires_grad_(False)
     # Of a step it is the whole call, with its place in the graph of autograd.
-    assert ("called" in spy.names) == name.endswith("Cell")
+    assert ("call_module" in spy.names) == name.endswith("Cell")
 
 
 @needs_direct
@@ -523,9 +523,9 @@ def test_hooks_are_called(name: str, spy: Spy) -> None:
             module(x, hx)
         finally:
             handle.remove()
-        assert "called" not in spy.names
+        assert "call_module" not in spy.names
         module(x, hx)
-        assert spy.names.pop() == "called"
+        assert spy.names.pop() == "call_module"
         assert len(seen) == ("backward" not in register.__name__)
         seen.clear()
 
@@ -552,7 +552,7 @@ def test_replaced_methods_are_called(name: str, spy: Spy, monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(where, method, mine, raising=False)
             assert module(x, hx) == "mine"
-        assert not isinstance(module(x, hx), str) and spy.names.pop() == "called"
+        assert not isinstance(module(x, hx), str) and spy.names.pop() == "call_module"
     assert not spy.names
 
     class Sub(type(module)):  # type: ignore[misc]
@@ -564,7 +564,7 @@ def test_replaced_methods_are_called(name: str, spy: Spy, monkeypatch: pytest.Mo
 
     for kind in (Sub, SubSub):
         assert kind(3, 4)(x, hx)[1] == "mine"
-    assert "called" not in spy.names
+    assert "call_module" not in spy.names
 
 
 @needs_direct
@@ -577,7 +577,7 @@ def test_whole_calls_see_changes(spy: Spy) -> None:
         spy.names.clear()
         torch.manual_seed(0)
         found = ours(x)
-        assert ("called" in spy.names) == whole
+        assert ("call_module" in spy.names) == whole
         torch.manual_seed(0)
         assert_identical(found, by_operator(lambda: ours(x)))
 
@@ -800,7 +800,7 @@ def test_gradients_are_asked_for(spy: Spy) -> None:
     with torch.enable_grad():
         assert module(x)[0].requires_grad and spy.names == ["forward"]
         module.requires_grad_(False)
-        assert not module(x)[0].requires_grad and spy.names == ["forward", "called"]
+        assert not module(x)[0].requires_grad and spy.names == ["forward", "call_module"]
         assert module(x.requires_grad_())[0].requires_grad and spy.names.pop() == "forward"
 
 
