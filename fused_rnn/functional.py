@@ -29,7 +29,14 @@ from . import onnx, ops, reference
 from .reference import BIASES, CELLS, PROJECTION, present_bits
 from .torch_internals import dispatch_modes, transformed
 
-__all__ = ["called_directly", "present_bits", "recurrent", "recurrent_directly", "step"]
+__all__ = [
+    "called_directly",
+    "check_packed",
+    "present_bits",
+    "recurrent",
+    "recurrent_directly",
+    "step",
+]
 
 _TORCH_STACK: dict[str, Any] = {
     "rnn_tanh": _VF.rnn_tanh,
@@ -224,6 +231,8 @@ def step_directly(
 
 
 # --- A stack of layers ---------------------------------------------------------------------------
+
+check_packed = onnx.check_packed
 
 
 def recurrent(

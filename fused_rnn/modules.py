@@ -375,6 +375,7 @@ class Recurrent(_TorchShaped, nn.RNNBase):
         return found
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        functional.check_packed()
         rows, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is None and torch.compiler.is_compiling():
             # How many sequences there are is in the data: a compiler takes it from the states.

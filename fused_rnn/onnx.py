@@ -22,12 +22,24 @@ _OPERATORS: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "rnn_relu": ("RNN", [0], {"activations": ["Relu"]}),
     "lstm": ("LSTM", [0, 3, 1, 2], {}),
     "gru": ("GRU", [1, 0, 2], {"linear_before_reset": 1}),
+    "peephole_lstm": ("LSTM", [0, 3, 1, 2], {}),
 }
+# Of a cell with parameters, in the order of the operator's input P.
+_PEEPHOLES = ("p_i", "p_o", "p_f")
 
 
 def exporting() -> bool:
     """Whether ``torch.onnx.export(dynamo=True)`` is tracing."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def check_packed() -> None:
+    """Raise RuntimeError where ``torch.onnx.export`` cannot take a PackedSequence."""
+    if exporting():
+        raise RuntimeError(
+            "torch.onnx.export(dynamo=True) takes no PackedSequence. Export with dynamo=False, "
+            "which takes those of RNN, LSTM (without proj_size) and GRU, or pass padded sequences"
+        )
 
 
 def recurrent(
@@ -70,6 +82,7 @@ def _layer(
     w_ih = torch.stack([rows(run["w_ih"]) for run in runs])
     w_hh = torch.stack([rows(run["w_hh"]) for run in runs])
     biases = [torch.cat([rows(run["b_ih"]), rows(run["b_hh"])]) for run in runs if "b_hh" in run]
+    peepholes = [torch.cat([run[name] for name in _PEEPHOLES]) for run in runs if "p_i" in run]
     states = [h0] if c0 is None else [h0, c0]
     attributes = {"hidden_size": width, **attributes}
     if "activations" in attributes:
@@ -79,7 +92,8 @@ def _layer(
     y, *last = torch.onnx.ops.symbolic_multi_out(
         operator,
         [x, w_ih, w_hh, torch.stack(biases) if biases else None]
-        + [None, *states],  # all sequences have the length of x
+        + [None, *states]  # all sequences have the length of x
+        + ([torch.stack(peepholes)] if peepholes else []),
         attributes,
         dtypes=[x.dtype] * (1 + len(states)),
         shapes=[(x.shape[0], directions, batch, width)] + [s.shape for s in states],
