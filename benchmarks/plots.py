@@ -394,6 +394,7 @@ def _speed_panel(axis: Any, name: str) -> None:
     axis.grid(axis="y")
     axis.axhline(1, color="black", lw=1)
     axis.set_xticks(range(len(LAYERS)), [cell.upper() for cell in LAYERS])
+    axis.set_xlim(-0.5, len(LAYERS) - 0.5)
     axis.tick_params(axis="x", length=0)
 
 
@@ -402,6 +403,9 @@ def _speed_bar(
 ) -> None:
     """A bar to the geometric mean, a point for each size; ``in_all``: a pale bar on top of it."""
     x = at + (-0.2 if phase == "inference" else 0.2)
+    if not found:
+        axis.text(x, 1.1, "not measured", rotation=90, ha="center", va="bottom", size=8)
+        return
     mean = geometric_mean(found)
     top = geometric_mean(in_all) if in_all else mean
     colour = PASSES[phase]

@@ -1,7 +1,6 @@
 """What a card's folder of results comes to, for the page of that card and for README's table.
 
-``gpu_check-peers.json`` is written by ``benchmarks.gpu_check``. ``resident.json``, if it is there,
-holds figures taken by hand of kernels that keep their weights, where the former has none of them.
+``gpu_check-peers.json`` is written by ``benchmarks.gpu_check``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..cases import Case
 from ..report import table
@@ -55,15 +53,12 @@ AGAINST: dict[str, Callable[[Measured], float | None]] = {
 class Card:
     name: str
     plan: list[Measured]  # as our plan chooses
-    resident: list[Measured]  # kernels that keep their weights as first written, every cell
     graph: list[Measured]  # a product and a kernel for each step, where there is no plan's figure
 
     @property
     def shown(self) -> list[Measured]:
-        """One layer and direction on full batches: the plan's rows, of other cells ``resident``."""
-        cells = {row.case.cell for row in self.plan}
-        others = [row for row in self.resident if row.case.cell not in cells]
-        return [row for row in self.plan + others if _plain(row.case)]
+        """One layer and direction on full batches."""
+        return [row for row in self.plan if _plain(row.case)]
 
 
 def _plain(case: Case) -> bool:
@@ -74,54 +69,24 @@ def read(folder: Path) -> Card:
     data = json.loads((folder / "gpu_check-peers.json").read_text())
     rows = [row for row in data["rows"].values() if "error" not in row]
     plan, graph = [], []
-    kernels: dict[Case, tuple[float, str]] = {}
     for row in rows:
-        case = Case(**row["case"])
         own = sum(us for _, _, us in row["cudnn"]["kernels"])
-        kernels[case] = own, row["cudnn"]["algorithm"]
         found = ratios(row, ORACLE)
         variant = "plan" if "plan" in found else "graph"
         ours, theirs = row["peers"][f"ours/{variant}"]["us"], row["peers"][ORACLE]["us"]
         measured = Measured(
-            case,
+            Case(**row["case"]),
             variant,
             ours,
             theirs,
             found[variant],
-            *kernels[case],
+            own,
+            row["cudnn"]["algorithm"],
             row["peers"].get(REPLAYED, {}).get("us"),
             ratios(row, REPLAYED).get(variant),
         )
         (plan if variant == "plan" else graph).append(measured)
-    by_hand = folder / "resident.json"
-    resident = _resident(json.loads(by_hand.read_text()), kernels) if by_hand.exists() else ()
-    return Card(data["card"], plan, list(resident), graph)
-
-
-def _resident(data: dict[str, Any], kernels: dict[Case, tuple[float, str]]) -> Iterable[Measured]:
-    """Pairs of ours and torch.nn, which stand in one entry, or of ragged batches in two."""
-    theirs: dict[Case, float] = {}
-    for entry in data["first"] + data["ragged"]:
-        ragged = entry.get("ragged", False)
-        for phase, short in zip(PHASES, ("infer", "train"), strict=True):
-            case = Case(
-                entry["cls"].lower(),
-                entry["B"],
-                256,
-                entry["H"],
-                bidirectional=entry.get("bi", False),
-                shortest=0.25 if ragged else 1.0,
-                phase=phase,
-                dtype=entry["dtype"],
-                device="cuda",
-            )
-            if ragged and entry["who"] == "nn":
-                theirs[case] = entry[short]
-            elif not ragged or entry["who"] == "resident":
-                ours = entry[short if ragged else f"resident_{short}"]
-                nn = theirs[case] if ragged else entry[f"nn_{short}"]
-                own = kernels.get(case, (None, ""))
-                yield Measured(case, "resident", ours, nn, nn / ours, *own)
+    return Card(data["card"], plan, graph)
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -196,8 +161,6 @@ def page(folder: Path) -> str:
     ]
     if card.plan:
         parts += [f"## {layers}", _all(card.plan)]
-    if card.resident:
-        parts += ["## Kernels that keep their weights, as first written", _all(card.resident)]
     if card.graph:
         parts += [
             "## One product and one kernel per step, replayed from a CUDA graph",

@@ -30,8 +30,11 @@ AVX512 = tuple("-mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width
 NVCC_FLAGS = tuple(
     "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -lineinfo".split()
 )
-# A missing symbol fails here, not at load.
-STRICT = ("-Wl,--as-needed", "-Wl,-z,defs") if sys.platform.startswith("linux") else ()
+# A missing symbol fails here, not at load. Torch's libraries are named as needed even where weak
+# symbols alone ask for them: without libc10 newer linkers take those for missing.
+LINUX = sys.platform.startswith("linux")
+STRICT = ("-Wl,--as-needed", "-Wl,-z,defs") if LINUX else ()
+NEEDED = ("-Wl,--no-as-needed",) if LINUX else ()
 
 
 def machine() -> str:
@@ -90,6 +93,7 @@ class Target:
     kernel_flags: tuple[str, ...]  # of what is in the folder
     binding_flags: tuple[str, ...]
     link_flags: tuple[str, ...]
+    torch_flags: tuple[str, ...]  # for the linker, before torch's libraries
     torch_libraries: tuple[str, ...]
     space: int  # bytes on disk that compiling may take
     csrc: Path = CSRC
@@ -175,7 +179,8 @@ class Target:
         import torch
 
         folder = Path(torch.__file__).parent / "lib"
-        return [*self.link_flags, f"-L{folder}", *(f"-l{name}" for name in self.torch_libraries)]
+        torch_libraries = (f"-l{name}" for name in self.torch_libraries)
+        return [*self.link_flags, f"-L{folder}", *self.torch_flags, *torch_libraries]
 
     def _python_flags(self) -> list[str]:
         return tools.python_include() if "direct" in self.bindings else []
@@ -194,7 +199,8 @@ CPU = Target(
     kernel_flags=FLAGS,
     binding_flags=FLAGS,
     link_flags=("-shared", "-fopenmp", *STRICT),
-    torch_libraries=("torch", "torch_cpu", "c10"),
+    torch_flags=NEEDED,
+    torch_libraries=("torch_cpu", "c10"),
     space=30 << 20,  # 5 MB were seen, without the files that compilers delete at once
 )
 CUDA = Target(
@@ -211,6 +217,7 @@ CUDA = Target(
     binding_flags=(*FLAGS, "-DUSE_CUDA"),
     # The CUDA runtime and cuBLAS are the copies that torch loads, found through its libraries.
     link_flags=("-shared",),
+    torch_flags=(),
     torch_libraries=("torch", "torch_cpu", "c10", "torch_cuda", "c10_cuda"),
     space=200 << 20,
 )
