@@ -195,7 +195,23 @@ def test_weights_that_are_negated_views(name: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+class WithoutData(Tensor):
+    """A tensor of somebody's class, which knows nothing of our operators."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> WithoutData:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, like: Tensor) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
 LAYOUTS = {
+    "subclass": WithoutData,
     "sparse": lambda w: w.to_sparse(),
     "mkldnn": lambda w: w.to_mkldnn(),
     "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
@@ -209,7 +225,8 @@ LAYOUTS = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("place", [1, 2, "weights"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_operators_refuse_other_layouts(layout: str, place: int | str) -> None:
+@pytest.mark.parametrize("name", ["recurrent_infer", "recurrent", "recurrent_recomputed"])
+def test_operators_refuse_other_layouts(name: str, layout: str, place: int | str) -> None:
     """In words, where one argument is of another layout than the rest."""
     if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
         pytest.skip("no mkldnn")
@@ -220,7 +237,7 @@ def test_operators_refuse_other_layouts(layout: str, place: int | str) -> None:
     else:
         arguments[place] = LAYOUTS[layout](arguments[place])  # type: ignore[index, arg-type]
     with pytest.raises((RuntimeError, TypeError, NotImplementedError)) as raised:
-        torch.ops.fused_rnn.recurrent_infer.default(*arguments)
+        getattr(torch.ops.fused_rnn, name).default(*arguments)
     assert not isinstance(raised.value, RecursionError)
 
 
