@@ -84,7 +84,7 @@ test-native: setup
 test-reference: setup
 	FUSED_RNN_BACKEND=reference $(call PYTEST,parity or module or engine)
 
-# For every day: a case or two of each test, others each time; no examples and few compilers.
+# For every day: one case of each test, another each time; no examples and few compilers.
 QUICK := parity rest
 .PHONY: test-quick $(QUICK:%=test-quick-%)
 $(QUICK:%=test-quick-%): export OMP_WAIT_POLICY = passive
@@ -92,9 +92,9 @@ test-quick: setup
 	$(BIN)/python -m fused_rnn build
 	$(TWO_AT_A_TIME) $(QUICK:%=test-quick-%)
 test-quick-parity: setup
-	$(call PYTEST,parity) --quick 2
+	$(call PYTEST,parity) --quick 1
 test-quick-rest: setup
-	$(call PYTEST,not parity and not examples and not compiling) --quick 2
+	$(call PYTEST,not parity and not examples and not compiling) --quick 1
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.
