@@ -85,16 +85,16 @@ test-reference: setup
 	FUSED_RNN_BACKEND=reference $(PYTEST) parity,module,engine
 
 # For every day: one case of each test, another each time; no examples and few compilers.
-QUICK := parity rest
+QUICK := results rest
 .PHONY: test-quick $(QUICK:%=test-quick-%)
 $(QUICK:%=test-quick-%): export OMP_WAIT_POLICY = passive
 test-quick: setup
 	$(BIN)/python -m fused_rnn build
 	$(TWO_AT_A_TIME) $(QUICK:%=test-quick-%)
-test-quick-parity: setup
-	$(PYTEST) parity --quick 1
+test-quick-results: setup
+	$(PYTEST) parity,engine --quick 1
 test-quick-rest: setup
-	$(PYTEST) unit,module,engine,tools,cuda --quick 1
+	$(PYTEST) unit,module,tools,cuda --quick 1
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.
