@@ -62,7 +62,7 @@ examples: setup
 #   native     all the rest
 #   reference  the reference path, on what it could change
 RUNS := examples compiling emulated native reference
-PYTEST = $(BIN)/python -m pytest -q -m "not slow and ($(1))"
+PYTEST := $(BIN)/python -m pytest -q --roles
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
 TWO_AT_A_TIME = $(MAKE) --jobs=2 --keep-going $(SYNC) --no-print-directory
 
@@ -74,27 +74,27 @@ test: setup
 	$(TWO_AT_A_TIME) $(RUNS:%=test-%)
 
 test-examples: setup
-	$(call PYTEST,examples)
+	$(PYTEST) examples
 test-compiling: setup
-	$(call PYTEST,compiling)
+	$(PYTEST) compiling
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(call PYTEST,parity)
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) parity
 test-native: setup
-	$(call PYTEST,not examples and not compiling)
+	$(PYTEST) unit,parity,module,engine,tools,cuda
 test-reference: setup
-	FUSED_RNN_BACKEND=reference $(call PYTEST,parity or module or engine)
+	FUSED_RNN_BACKEND=reference $(PYTEST) parity,module,engine
 
-# For every day: a case or two of each test, others each time; no examples and few compilers.
-QUICK := parity rest
+# For every day: one case of each test, another each time; no examples and few compilers.
+QUICK := results rest
 .PHONY: test-quick $(QUICK:%=test-quick-%)
 $(QUICK:%=test-quick-%): export OMP_WAIT_POLICY = passive
 test-quick: setup
 	$(BIN)/python -m fused_rnn build
 	$(TWO_AT_A_TIME) $(QUICK:%=test-quick-%)
-test-quick-parity: setup
-	$(call PYTEST,parity) --quick 2
+test-quick-results: setup
+	$(PYTEST) parity,engine --quick 1
 test-quick-rest: setup
-	$(call PYTEST,not parity and not examples and not compiling) --quick 2
+	$(PYTEST) unit,module,tools,cuda --quick 1
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.

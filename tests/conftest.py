@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Generator
+from pathlib import Path
 
 import emulated
 import pytest
@@ -26,7 +28,25 @@ settings.register_profile(
 settings.load_profile("fused_rnn")
 
 
+def roles(config: pytest.Config) -> set[str]:
+    """What pyproject.toml declares: markers whose text begins with "role"."""
+    declared = [line.split(": ") for line in config.getini("markers")]
+    return {name for name, kind, *_ in declared if kind == "role"}
+
+
+def marks(path: Path) -> set[str]:
+    """All that are named in a file of tests."""
+    return set(re.findall(r"\bpytest\.mark\.(\w+)", path.read_text()))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--roles",
+        type=lambda text: set(text.split(",")),
+        default=set(),
+        metavar="ROLE,ROLE",
+        help="only files of tests of these roles",
+    )
     parser.addoption(
         "--quick",
         type=int,
@@ -44,12 +64,15 @@ def pytest_configure(config: pytest.Config) -> None:
         emulated.use()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    declared = [line.split(": ") for line in item.config.getini("markers")]
-    roles = {name for name, kind, *_ in declared if kind == "role"}
-    found = roles & {mark.name for mark in item.iter_markers()}
-    if len(found) != 1:
-        raise pytest.UsageError(f"{item.nodeid}: one role of {sorted(roles)}, not {sorted(found)}")
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of other roles are not even imported, which takes longer than many tests."""
+    wanted = config.getoption("--roles")
+    if not wanted or not collection_path.match("test_*.py"):
+        return None
+    known = roles(config)
+    if unknown := wanted - known:
+        raise pytest.UsageError(f"--roles: one of {sorted(known)}, not {sorted(unknown)}")
+    return not marks(collection_path) & wanted or None
 
 
 @pytest.hookimpl(trylast=True)  # after those that -m and -k leave out

@@ -27,7 +27,10 @@ from stress import (
     streams_that_end,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 
 CARD = Card()
 LOW = torch.bfloat16

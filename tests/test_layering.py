@@ -1,10 +1,14 @@
-"""Who never imports whom: the rules that keep engines free of cells and Python free of kernels."""
+"""Who never imports whom: the rules that keep engines free of cells and Python free of kernels.
+
+And that every file of tests has a role, so that it is in the runs of the Makefile.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import conftest
 import pytest
 
 pytestmark = pytest.mark.unit
@@ -152,3 +156,15 @@ def test_package_imports_no_tests_or_peers() -> None:
         assert not imports(path) & {"tests", "benchmarks", "examples", "onnxruntime", "openvino"}, (
             path.name
         )
+
+
+def test_every_file_of_tests_has_one_role(request: pytest.FixtureRequest) -> None:
+    known = conftest.roles(request.config)
+    found = {
+        path.name: sorted(conftest.marks(path) & known)
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+    }
+    assert not {name: roles for name, roles in found.items() if len(roles) != 1}
+    makefile = (ROOT / "Makefile").read_text()
+    runs = re.findall(r"^\t.*\$\(PYTEST\) ([\w,]+)", makefile, re.M)
+    assert {role for names in runs for role in names.split(",")} == known

@@ -55,9 +55,11 @@ MathSweep Sweep(const char* type) {
 
 std::vector<MathSweep> TIER() {
   return {
-      Sweep<float>("float"), Sweep<double>("double"),
+      Sweep<float>("float"),
+      Sweep<double>("double"),
 #ifdef WIDTH
-      Sweep<Vec<float, WIDTH / 4>>("float vector"), Sweep<Vec<double, WIDTH / 8>>("double vector"),
+      Sweep<Vec<float, WIDTH / 4>>("float vector"),
+      Sweep<Vec<double, WIDTH / 8>>("double vector"),
 #endif
   };
 }
