@@ -17,7 +17,7 @@ from .reference import CELLS, present_bits, present_names
 __all__ = ["PeepholeLSTM"]
 
 
-class _OwnParameters(Recurrent):
+class CustomLayer(Recurrent):
     """The constructor of a layer whose tensors ``CELLS`` lists."""
 
     cell: ClassVar[str]
@@ -38,6 +38,12 @@ class _OwnParameters(Recurrent):
         *,
         recompute: bool = False,
     ) -> None:
+        known = CELLS[self.cell]
+        if proj_size and (known.reads_h or known.output or not known.recurrent_gates):
+            raise ValueError(
+                f"proj_size: expected 0, since {type(self).__name__} reads h unit by unit, or has "
+                f"another output, got {proj_size}"
+            )
         # The checks of torch.nn's classes, and their attributes. It knows four modes, none of which
         # is ours; its parameters, which take no memory and no random numbers, go at once.
         super().__init__(
@@ -68,13 +74,14 @@ class _OwnParameters(Recurrent):
     def _add_run(self, layer: int, suffix: str, device: Any, dtype: Any) -> list[str]:
         """Make the parameters of one direction of a layer; their names, as torch.nn forms them."""
         known, hidden = CELLS[self.cell], self.hidden_size
-        rows, width = known.gates * hidden, self.proj_size or hidden
+        rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
+        width = self.proj_size or hidden
         inputs = self.input_size if layer == 0 else width * (1 + self.bidirectional)
         shapes: dict[str, tuple[int, ...]] = {
             "w_ih": (rows, inputs),
-            "w_hh": (rows, width),
+            "w_hh": (rows_h, width),
             "b_ih": (rows,),
-            "b_hh": (rows,),
+            "b_hh": (rows_h,),
             "w_hr": (width, hidden),
         }
         present = present_bits(self.cell, biases=self.bias, projection=self.proj_size > 0)
@@ -88,7 +95,7 @@ class _OwnParameters(Recurrent):
         return names
 
 
-class PeepholeLSTM(_OwnParameters, PairLayers):
+class PeepholeLSTM(CustomLayer, PairLayers):
     r"""A stack of LSTM layers whose gates see the cell state of their unit.
 
     Gers & Schmidhuber 2000, "Recurrent nets that time and count".

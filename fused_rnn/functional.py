@@ -159,7 +159,7 @@ def _autocast_results(
         return low, low
     mixed = torch.promote_types(low, states[-1].dtype if states else x.dtype)
     if len(CELLS[cell].states) == 1:
-        h_dtype = mixed if CELLS[cell].mixes_h else low
+        h_dtype = mixed if CELLS[cell].reads_h else low
         return h_dtype, h_dtype
     if fused and not projected:
         return low, low

@@ -231,7 +231,9 @@ def direct_calls(x: Tensor) -> Any:
 class _Facts(ctypes.Structure):
     """frnn_cell_t of csrc/ops/binding.h."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("gates_x", "gates_h", "extra_states", "tape")]
+    _fields_ = [
+        (name, ctypes.c_int) for name in ("gates_x", "gates_h", "extra_states", "tape", "reads_h")
+    ]
 
 
 class _Tape(ctypes.Structure):

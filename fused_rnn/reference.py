@@ -31,17 +31,21 @@ class Cell:
     """What is to know of a recurrent cell. ``csrc/cells`` says the same to the kernels.
 
     ``step(gx, gh, h, c, *params) -> (h_new, c_new)`` is pointwise in the batch and the unit:
-    ``gx = x W_ih^T + b_ih`` and ``gh = h W_hh^T + b_hh`` are [B, G*H], ``h`` is [B, P], ``c``
-    [B, C] holds the other states or is None, and parameters are [H].
+    ``gx = x W_ih^T + b_ih`` is [B, gates * H], ``gh = h W_hh^T + b_hh`` [B, recurrent_gates * H] or
+    None, ``h`` is [B, P], ``c`` [B, C] holds the other states or is None, and parameters are [H].
     """
 
     step: Step
-    gates: int
+    gates: int  # with a part of W_ih
     states: tuple[str, ...] = ("h",)
     params: tuple[str, ...] = ()
     output: int = 0  # the state that is the layer's output
-    recurrent: bool = True  # whether there is a W_hh; without one gh is None
-    mixes_h: bool = False  # whether the step reads h itself, beside its product with W_hh
+    gates_h: int | None = None  # with a part of W_hh; None: all. With 0 there is no W_hh
+    reads_h: bool = False  # whether the step reads h itself, beside its product with W_hh
+
+    @property
+    def recurrent_gates(self) -> int:
+        return self.gates if self.gates_h is None else self.gates_h
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -94,7 +98,7 @@ CELLS: dict[str, Cell] = {
     "rnn_tanh": Cell(_rnn(torch.tanh), gates=1),
     "rnn_relu": Cell(_rnn(torch.relu), gates=1),
     "lstm": Cell(_lstm, gates=4, states=("h", "c")),
-    "gru": Cell(_gru, gates=3, mixes_h=True),
+    "gru": Cell(_gru, gates=3, reads_h=True),
     "peephole_lstm": Cell(_peephole_lstm, gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o")),
 }
 
@@ -107,7 +111,7 @@ BIASES, PROJECTION = 0b1100, 1 << 4  # the bits of b_ih and b_hh, and of w_hr
 def present_bits(cell: str, *, biases: bool, projection: bool) -> int:
     """Bit i for tensor i of ``Cell.tensors``: those that a layer has."""
     known = CELLS[cell]
-    matrices = 0b11 if known.recurrent else 0b01
+    matrices = 0b11 if known.recurrent_gates else 0b01
     vectors = BIASES & matrices << 2 if biases else 0
     params = (1 << len(known.params)) - 1
     return matrices | vectors | PROJECTION * projection | params << 5

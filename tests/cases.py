@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_rnn
-from fused_rnn import reference
+from fused_rnn import cells, reference
 
 # Name -> class, arguments. "lstm_proj" is projected to about half its units, if not told otherwise.
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +25,9 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gru": ("GRU", {}),
 }
 # Of cells that torch.nn does not have.
-OWN_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {"peephole_lstm": ("PeepholeLSTM", {})}
+OWN_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    getattr(cells, name).cell: (name, {}) for name in cells.__all__
+}
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNNCell", {}),
     "rnn_relu": ("RNNCell", {"nonlinearity": "relu"}),
@@ -182,7 +184,8 @@ class Case:
     def arguments(self) -> tuple[list[Tensor | None], Tensor | None]:
         """(x, h0, c0, *weights) with unit-scale entries, and batch_sizes."""
         cell = reference.CELLS[self.kernel]
-        units, rows = self.hidden_size, cell.gates * self.hidden_size
+        units = self.hidden_size
+        rows, rows_h = cell.gates * units, cell.recurrent_gates * units
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, dtype=torch.float64) * scale).to(self.dtype)
@@ -203,9 +206,9 @@ class Case:
             first = run < self.directions
             shapes = {
                 "w_ih": (rows, self.input_size if first else self.directions * self.width),
-                "w_hh": (rows, self.width),
+                "w_hh": (rows_h, self.width),
                 "b_ih": (rows,),
-                "b_hh": (rows,),
+                "b_hh": (rows_h,),
                 "w_hr": (self.projection, units),
             }
             weights += [
@@ -308,13 +311,13 @@ def ids(cases: Iterable[Case]) -> list[str]:
     return [str(case) for case in cases]
 
 
-def random_case(generator: Any) -> Case:
-    """For the operators."""
+def random_case(generator: Any, cell: str | None = None) -> Case:
+    """For the operators, of this cell or of any."""
 
     def pick(*options: Any) -> Any:
         return options[int(torch.randint(len(options), (), generator=generator))]
 
-    cell = pick("lstm", "gru", *reference.CELLS)
+    cell = cell or pick("lstm", "gru", *reference.CELLS)
     H = pick(1, 3, 16, 17, 33, 64, 65, 130, 193)
     dtype = pick(*DTYPES)
     if cell == "rnn_relu":  # any rounding may flip its derivative; test_parity keeps off the kink

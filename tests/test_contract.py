@@ -38,7 +38,7 @@ def _swapped(gx: Tensor, gh: Tensor, h: Tensor, rest: Tensor) -> tuple[Tensor, T
 
 
 CELLS = {
-    "light": reference.Cell(_light, gates=3, states=("h", "c"), params=("p",), recurrent=False),
+    "light": reference.Cell(_light, gates=3, states=("h", "c"), params=("p",), gates_h=0),
     "swapped": reference.Cell(_swapped, gates=4, states=("h", "c", "count"), output=1),
 }
 

@@ -37,8 +37,11 @@ def use(library):
     with torch.no_grad():
         assert (module(x)[0] - expected).abs().max() < 1e-5
     exported = torch.export.export(module, (x,)).module()
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    for call in (exported, module, compiled):
+    calls = [exported, module]
+    # Dynamo refuses modules of a copy that is replaced by another, from torch 2.15 on.
+    if torch.__version__ < "2.15" or sys.modules.get("fused_rnn") is library:
+        calls.append(torch.compile(module, backend="aot_eager", fullgraph=True))
+    for call in calls:
         output = call(x)[0]
         assert (output - expected).abs().max() < 1e-5
         module.zero_grad()

@@ -87,8 +87,9 @@ constexpr CellFacts FactsOf(int tape) {
   // A projection changes the width of h, which is then no value of a unit.
   const bool projectable =
       C::kH > 0 && C::kOutput == C::kRecurrent && !States<C>::kReadsH && !C::kReadsNewH;
-  return {C::kX,      C::kH,       States<C>::kExtra, tape,
-          C::kParams, projectable, C::kReadsNewH,     C::kParamNames};
+  return {C::kX,         C::kH,       States<C>::kExtra,  tape,
+          C::kParams,    projectable, States<C>::kReadsH, C::kReadsNewH,
+          C::kParamNames};
 }
 
 }  // namespace frnn

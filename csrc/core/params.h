@@ -102,6 +102,7 @@ struct CellFacts {
   int tape;          // values of a unit that a row keeps for the backward
   int params;
   bool projectable;
+  bool reads_h;      // elementwise
   bool reads_new_h;  // in the backward
   const char* const* param_names;
 

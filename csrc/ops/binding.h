@@ -258,7 +258,7 @@ class Arguments {
 // What fakes need to know of a cell and of a tape.
 extern "C" {
 struct frnn_cell_t {
-  int gates_x, gates_h, extra_states, tape;
+  int gates_x, gates_h, extra_states, tape, reads_h;
 };
 struct frnn_tape_t {
   int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
@@ -656,7 +656,7 @@ template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const auto* found = Device::Find(cell, Storage::kFloat);
   if (found == nullptr) return false;
-  *facts = {found->gates_x, found->gates_h, found->extra_states, found->tape};
+  *facts = {found->gates_x, found->gates_h, found->extra_states, found->tape, found->reads_h};
   return true;
 }
 template <class Device>

@@ -188,9 +188,9 @@ def build(libraries: Libraries) -> int:
 
 def _shown(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}={_shown(item)}" for key, item in value.items()) or "-"
+        return ", ".join(f"{key}={_shown(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, float):
         return f"{value:.3g}"
-    return "-" if value in (None, "") else str(value)
+    return "none" if value in (None, "") else str(value)
