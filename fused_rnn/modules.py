@@ -90,14 +90,14 @@ class _TorchShaped(nn.Module):
         return twin
 
     def __setattr__(self, name: str, value: Any) -> None:
-        vars(self).pop("_verified", None)
+        self.__dict__.pop("_verified", None)
         super().__setattr__(name, value)
 
     def _is_usual(self) -> bool:
         """Whether checks against the weights are all that the module asks for: nobody replaced a
         method of it, or set a size to another than its weights have. Looked at once, until an
         attribute changes."""
-        own = vars(self)
+        own = self.__dict__
         if is_tracing():  # a tracer would see how the sizes are read
             return False
         if "_verified" not in own and self._has_usual_checks() and self._has_usual_sizes():
@@ -201,13 +201,13 @@ class Recurrent(_TorchShaped, nn.RNNBase):
         """Run ``forward`` and the hooks; the class says which shapes."""
         # nn.Module's own takes as long as a small step and mostly finds nothing to do.
         found = functional.called_directly(self, args, kwargs, self.mode.lower())
-        return super().__call__(*args, **kwargs) if found is None else found
+        return nn.Module.__call__(self, *args, **kwargs) if found is None else found
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     def _has_usual_checks(self) -> bool:
-        return self._own_hooks and vars(self).keys().isdisjoint(_HOOKS)
+        return self._own_hooks and self.__dict__.keys().isdisjoint(_HOOKS)
 
     def _has_usual_sizes(self) -> bool:
         return (
