@@ -38,8 +38,8 @@ def use(library):
         assert (module(x)[0] - expected).abs().max() < 1e-5
     exported = torch.export.export(module, (x,)).module()
     calls = [exported, module]
-    # Dynamo refuses modules of a copy that is replaced by another, from torch 2.15 on.
-    if torch.__version__ < "2.15" or sys.modules.get("fused_rnn") is library:
+    # Dynamo of torch 2.15 goes by the names of modules, and meets the first copy there.
+    if torch.__version__ < "2.15":
         calls.append(torch.compile(module, backend="aot_eager", fullgraph=True))
     for call in calls:
         output = call(x)[0]
