@@ -6,6 +6,7 @@ these on the torch that is there, so that a release which lacks one fails there,
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -93,8 +94,11 @@ class Batch:
 
 
 def direct_call_facts() -> tuple[Any, ...]:
-    """What the direct calls compare with, see Setup in csrc/ops/direct.cpp: by what a call of a
-    module is more than one of its forward, forward mode, a method, and a dispatch key."""
+    """What the direct calls compare with and call, see Setup in csrc/ops/direct.cpp: by what a call
+    of a module is more than one of its forward, forward mode, a method, the address of how
+    extensions get from a tensor of Python to that of C++ (0 if there is none), a dispatch key."""
+    load = "_ZN8pybind116detail11type_casterIN2at6TensorEvE4loadENS_6handleEb"
+    there = getattr(ctypes.PyDLL(torch._C.__file__), load, None)
     global_hooks = (
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
@@ -108,5 +112,6 @@ def direct_call_facts() -> tuple[Any, ...]:
         global_hooks,
         vars(forward_ad),
         Tensor().storage_offset,
+        ctypes.cast(there, ctypes.c_void_p).value if there else 0,
         int(torch._C.DispatchKey.AutogradFunctionality),  # type: ignore[call-overload]
     )

@@ -11,7 +11,6 @@
 // Of the functions that every Python from 3.10 on has, so that one library serves all of them.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
-#include <dlfcn.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -933,11 +932,7 @@ PyObject* Setup(Reader& arguments) {
     *field = Owned::Another(arguments.Object());
   storage_offset = FunctionOf(arguments.Object());
   if (storage_offset == nullptr) return nullptr;
-  // Loaded it is, but not for libraries that are not linked with it.
-  void* torch_python = dlopen("libtorch_python.so", RTLD_LAZY | RTLD_NOLOAD);
-  if (torch_python == nullptr) return nullptr;
-  look_at = reinterpret_cast<decltype(look_at)>(
-      dlsym(torch_python, "_ZN8pybind116detail11type_casterIN2at6TensorEvE4loadENS_6handleEb"));
+  look_at = reinterpret_cast<decltype(look_at)>(arguments.Integer());
   if (look_at == nullptr) return nullptr;
   for (AtenTensorHandle* tensor : {&nothing, &seen})
     if (aoti_torch_new_uninitialized_tensor(tensor) != 0) return nullptr;
