@@ -24,25 +24,30 @@ input, B is missing everywhere.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor, fx, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import functional, scripting
 from .torch_internals import is_any_autocast_enabled, is_tracing
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
+Lengths = Tensor | Sequence[int]
+
 if TYPE_CHECKING:  # what a call takes and gives: nn.Module's own type says Any
     _Pair = tuple[Tensor, Tensor]
 
     class _LayerCall(Protocol):
         @overload
-        def __call__(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+        def __call__(
+            self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None
+        ) -> tuple[Tensor, Tensor]: ...
         @overload
         def __call__(
             self, input: PackedSequence, hx: Tensor | None = None
@@ -50,7 +55,9 @@ if TYPE_CHECKING:  # what a call takes and gives: nn.Module's own type says Any
 
     class _LSTMCall(Protocol):
         @overload
-        def __call__(self, input: Tensor, hx: _Pair | None = None) -> tuple[Tensor, _Pair]: ...
+        def __call__(
+            self, input: Tensor, hx: _Pair | None = None, *, lengths: Lengths | None = None
+        ) -> tuple[Tensor, _Pair]: ...
         @overload
         def __call__(
             self, input: PackedSequence, hx: _Pair | None = None
@@ -316,8 +323,12 @@ class Recurrent(_TorchShaped, nn.RNNBase):
         )
         return y, self._join_hidden(h_n, c_n)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Any = None, *, lengths: Lengths | None = None
+    ) -> tuple[Any, Any]:
         """Return the outputs of the last layer and the last states; the class says which shapes."""
+        if lengths is not None:
+            return self._forward_lengths(input, hx, lengths)
         found = self._run_directly(input, hx)
         if found is not None:
             return found
@@ -374,6 +385,38 @@ class Recurrent(_TorchShaped, nn.RNNBase):
         )
         return found
 
+    def _forward_lengths(self, input: Any, hx: Any, lengths: Lengths) -> tuple[Tensor, Any]:
+        """A padded batch whose sequences have lengths of their own: packed, run, and padded."""
+        if isinstance(input, PackedSequence):
+            raise ValueError("lengths: expected None with a PackedSequence, which has its own")
+        if input.dim() != 3:
+            raise ValueError(f"lengths: expected input to be 3D, a batch, got {input.dim()}D")
+        batch_dim = self._batch_dim()
+        batch, steps = input.size(batch_dim), input.size(1 - batch_dim)
+        counts = _checked_lengths(lengths, batch, steps)
+        if batch == 0 or steps == 0:
+            return self.forward(input, hx)
+        if hx is not None:
+            self._check_hidden_dim(hx, 3)
+        if bool((counts == 0).any()):
+            return self._forward_empty(input, hx, counts)
+        packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
+        y, hx = self._forward_packed(packed, hx)
+        return pad_packed_sequence(y, self.batch_first, total_length=steps)[0], hx
+
+    def _forward_empty(self, input: Tensor, hx: Any, counts: Tensor) -> tuple[Tensor, Any]:
+        """Where some sequences have no step: these run one over zeros, and nothing comes of it."""
+        empty = (counts == 0).to(input.device).unsqueeze(-1)  # [B, 1]
+        of_batch = empty.unsqueeze(1 - self._batch_dim())
+        y, last = self._forward_lengths(input.masked_fill(of_batch, 0), hx, counts.clamp(min=1))
+        begin = self._zero_hidden(input, input.size(self._batch_dim())) if hx is None else hx
+        h, c = (
+            s if s is None or first is None else torch.where(empty, first.to(s.dtype), s)
+            for first, s in zip(self._split_hidden(begin), self._split_hidden(last), strict=True)
+        )
+        assert h is not None
+        return y.masked_fill(of_batch, 0), self._join_hidden(h, c)
+
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         functional.check_packed()
         rows, batch_sizes, sorted_indices, unsorted_indices = input
@@ -386,6 +429,21 @@ class Recurrent(_TorchShaped, nn.RNNBase):
         y, hx = self._run(rows, hx, batch_sizes)
         packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hx, unsorted_indices)
+
+
+def _checked_lengths(lengths: Lengths, batch: int, steps: int) -> Tensor:
+    """[B] int64 on the CPU."""
+    counts = torch.as_tensor(lengths) if len(lengths) else torch.zeros(0, dtype=torch.int64)
+    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+        raise TypeError(f"lengths: expected integers, got {counts.dtype}")
+    if counts.shape != (batch,):
+        raise ValueError(f"lengths: expected shape ({batch},), got {tuple(counts.shape)}")
+    counts = counts.to("cpu", torch.int64)
+    if bool(((counts < 0) | (counts > steps)).any()):
+        raise ValueError(
+            f"lengths: expected 0 to {steps}, the steps of input, got {counts.tolist()}"
+        )
+    return counts
 
 
 class PairLayers(_HiddenPair, Recurrent):
@@ -455,10 +513,12 @@ class RNN(Recurrent):
             its backward runs the forward once more. The gradients are the same to the last bit, a
             training step takes about a quarter longer. ``module.recompute = True`` does it later.
 
-    Call ``module(input, hx=None)``:
+    Call ``module(input, hx=None, *, lengths=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
           sequence [T, I] (then B is missing everywhere), or a PackedSequence;
-        * hx [L*D, B, H], zeros if None; D is 2 if ``bidirectional``, else 1.
+        * hx [L*D, B, H], zeros if None; D is 2 if ``bidirectional``, else 1;
+        * lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
+          the last states are those at its end, and the second direction begins there.
 
     Returns ``(output, h_n)``:
         * output [T, B, D*H], laid out like input, or a PackedSequence; forward units come first;
@@ -545,11 +605,13 @@ class LSTM(PairLayers):
             its backward runs the forward once more. The gradients are the same to the last bit, a
             training step takes about a quarter longer. ``module.recompute = True`` does it later.
 
-    Call ``module(input, hx=None)``:
+    Call ``module(input, hx=None, *, lengths=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
           sequence [T, I] (then B is missing everywhere), or a PackedSequence;
         * hx a pair (h_0 [L*D, B, P], c_0 [L*D, B, H]), zeros if None; D is 2 if
-          ``bidirectional``, else 1, and P is H if nothing is projected.
+          ``bidirectional``, else 1, and P is H if nothing is projected;
+        * lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
+          the last states are those at its end, and the second direction begins there.
 
     Returns ``(output, (h_n, c_n))``:
         * output [T, B, D*P], laid out like input, or a PackedSequence; forward units come first;
@@ -630,10 +692,12 @@ class GRU(Recurrent):
             its backward runs the forward once more. The gradients are the same to the last bit, a
             training step takes about a quarter longer. ``module.recompute = True`` does it later.
 
-    Call ``module(input, hx=None)``:
+    Call ``module(input, hx=None, *, lengths=None)``:
         * input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
           sequence [T, I] (then B is missing everywhere), or a PackedSequence;
-        * hx [L*D, B, H], zeros if None; D is 2 if ``bidirectional``, else 1.
+        * hx [L*D, B, H], zeros if None; D is 2 if ``bidirectional``, else 1;
+        * lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
+          the last states are those at its end, and the second direction begins there.
 
     Returns ``(output, h_n)``:
         * output [T, B, D*H], laid out like input, or a PackedSequence; forward units come first;
