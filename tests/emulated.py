@@ -1,8 +1,8 @@
 """Libraries that the tests run on in place of the CPU's, as FUSED_RNN_TEST_ENGINE says.
 
 emulated: the CUDA engine without a card, csrc/cuda, unchanged, compiled for the host on top of
-tests/cpp. It has the same operators as on a card, for CPU tensors; only matrix products, streams
-and graphs are stand-ins (tests/cpp/host.cpp). emulated-asan: with accesses to memory checked.
+tests/cpp. It has the same operators as on a card, for CPU tensors; only the runtime under it is a
+stand-in (tests/cpp/fake_runtime.cpp). emulated-asan: with accesses to memory checked.
 
 cpu-asan: the CPU's engine, with accesses to memory and undefined behaviour checked.
 
@@ -29,8 +29,8 @@ from fused_rnn.build import Unit
 
 ENGINE = os.environ.get("FUSED_RNN_TEST_ENGINE", "")
 WANTED = ENGINE.startswith("emulated")
-STAND_INS = ["host.cpp", "emulate.cpp"]  # of tests/cpp
-REPLACED = ["cublas.cpp", "graph.cpp", "device.cpp"]  # of csrc/cuda, by the former
+STAND_INS = ["fake_runtime.cpp", "host.cpp", "emulate.cpp"]  # of tests/cpp
+REPLACED = ["runtime.cpp"]  # of csrc/cuda, by the former
 
 
 def sources_of(engine: str) -> Path:

@@ -36,6 +36,9 @@ CARDS = {
     "H200": (132, 9, 60 << 20, 227 << 10),
     "RTX 4090": (128, 8, 72 << 20, 99 << 10),
     "RTX 3060": (28, 8, 3 << 20, 99 << 10),
+    "RTX 3090": (82, 8, 6 << 20, 99 << 10),
+    "RTX 5090": (170, 12, 96 << 20, 99 << 10),
+    "B200": (148, 10, 126 << 20, 227 << 10),
 }
 STORAGES = ("float32", "float64", "bfloat16", "float16")
 CELLS = ("rnn_tanh", "gru", "lstm")
@@ -52,6 +55,7 @@ class Problem(NamedTuple):
     projected: bool = False
     allow_tf32: bool = True
     force: str | None = None
+    at_once: int | None = None  # blocks, if not one for each multiprocessor
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,8 @@ def plan(engine: Any, problem: Problem) -> Any:
         setattr(p, name, getattr(problem, name))
     p.storage = getattr(engine.Storage, problem.storage)
     p.aligned = True
-    return engine.make_plan(device, p, problem.force)
+    at_once = device.multiprocessors if problem.at_once is None else problem.at_once
+    return engine.make_plan(device, p, problem.force, lambda plan: at_once)
 
 
 def ceil(a: int, b: int) -> int:
@@ -159,6 +164,40 @@ def test_plans_of_known_shapes(engine: Any) -> None:
     assert one(H=2048, B=256, T=1000).chunk_steps == 4096 // 256
 
 
+def test_blocks_that_cannot_be_there_at_once(engine: Any) -> None:
+    """What the card has room for, less than its size says, decides."""
+
+    def blocks(at_once: int, B: int, **arguments: Any) -> tuple[int, int, int] | str:
+        found = plan(engine, Problem(B=B, at_once=at_once, **arguments))
+        shape = (found.groups, found.tiles, found.copies)
+        return shape if found.variant.name == "resident" else found.variant.name
+
+    # A copy is 32 blocks, or 16 that have twice the units each, and takes a tile of rows or two.
+    assert blocks(132, 32) == (1, 1, 4) and blocks(64, 32) == (2, 1, 4)
+    assert blocks(63, 32) == blocks(32, 32) == (2, 2, 2)
+    assert blocks(31, 16) == (2, 2, 1) and blocks(31, 32) == "graph"
+    assert blocks(15, 1) == blocks(0, 1) == blocks(0, 1, force="resident") == "graph"
+    # Local kernels wait for nobody.
+    assert blocks(0, 64, H=32) == "local"
+
+
+def test_small_shared_memory(engine: Any) -> None:
+    """Shapes that take 128 KB on a large card become others on one with 99 KB a block."""
+    cards = ("RTX 3060", "RTX 3090", "RTX 4090", "RTX 5090")
+    seen = set()
+    for size in itertools.product(cards, CELLS, (64, 128, 256, 512), (1, 16, 64, 128)):
+        found = plan(engine, Problem(*size))
+        if found.variant == engine.Variant.resident:
+            gates = reference.CELLS[size[1]].gates
+            assert 8192 * gates * found.groups * found.tiles <= 99 << 10, size
+            seen.add(size[0])
+    assert seen == set(cards)
+    # Of two groups by two tiles; else of more copies than fit the card.
+    large = plan(engine, Problem("H200", H=512, B=96))
+    assert (large.groups, large.tiles, large.copies) == (2, 2, 6)
+    assert plan(engine, Problem("RTX 5090", H=512, B=96)).variant == engine.Variant.graph
+
+
 def test_variant_can_be_forced(engine: Any) -> None:
     def forced(force: str, H: int = 32) -> Any:
         return plan(engine, Problem("A100", "gru", H, 8, 100, "float16", force=force))
@@ -195,12 +234,20 @@ def test_stays_in_bounds() -> None:
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def test_more_than_2_31_elements() -> None:
+def emulation(name: str) -> Any:
     stand_ins = [f"tests/cpp/{name}" for name in emulated.STAND_INS]
-    steps = bound(
-        *("tests/cpp/bind_cuda_steps.cpp", "csrc/cuda/plan.cpp", *stand_ins),
-        flags=["-DFUSED_RNN_EMULATE"],
-    )
+    return bound(f"tests/cpp/{name}.cpp", *stand_ins, flags=["-DFUSED_RNN_EMULATE"])
+
+
+def test_block_that_does_not_come() -> None:
+    """Those that wait for it end, say so, and give NaN from the step on that needs it."""
+    kernels = emulation("bind_cuda_patience")
+    assert kernels.forward() == (1, [0, 1, 1, 1])
+    assert kernels.backward() == (1, [1, 1, 1, 0])
+
+
+def test_more_than_2_31_elements() -> None:
+    steps = emulation("bind_cuda_steps")
     # A matrix whose second row begins there.
     rows = [[1.0, 2.0, 3.0], [10.0, 11.0, 12.0]]
     assert steps.copied(rows, stride=2**31 + 8) == rows

@@ -131,34 +131,23 @@ struct CudaDevice {
   int multiprocessors;
   int major;  // of the compute capability
   int64_t l2_bytes;
-  int64_t shared_bytes;  // of a block, at most
-};
-
-CudaDevice FactsOfDevice(int index);
-
-// A CUDA stream and the cuBLAS handle that works in it.
-struct CudaQueue {
-  void* stream;
-  void* blas;
+  int64_t shared_bytes;       // of a block, at most
+  int64_t product_bytes = 0;  // of memory that products in a stream may use, a multiple of 256
+  bool together = true;       // whether blocks of a kernel may wait for each other
 };
 
 // What a binding lends to an engine for one call on a card.
 struct CudaCall {
-  CudaDevice device;
-  bool allow_tf32;   // round float32 operands of products to TF32
-  void* workspace;   // of the size that the engine asked for
-  void* streams[2];  // the caller's own, and one more
-  void* capture;     // a stream to capture graphs in, which the default stream does not allow
+  int device;       // the current one
+  void* stream;     // the caller's own
+  bool allow_tf32;  // round float32 operands of products to TF32
   void* binding;
-  void* (*blas)(void* binding, void* stream);  // the cuBLAS handle, set to work in this stream
-
-  CudaQueue Queue(int i) const { return {streams[i], blas(binding, streams[i])}; }
+  // Memory for as long as the call takes.
+  void* (*workspace)(void* binding, int64_t bytes);
 };
 
 // An engine instance: one cell, one type in memory.
 struct CudaKernels : CellFacts {
-  int64_t (*fwd_workspace)(const LayerParams&, const CudaCall&);  // reads device and allow_tf32
-  int64_t (*bwd_workspace)(const LayerGradParams&, const CudaCall&);
   void (*layer_fwd)(const LayerParams&, const CudaCall&);
   void (*layer_bwd)(const LayerGradParams&, const CudaCall&);
   void (*scale)(void* data, const void* by, int64_t n, const CudaCall&);  // data[i] *= by[i]

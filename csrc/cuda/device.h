@@ -1,15 +1,16 @@
-// What the kernels and the engine use of CUDA: types, launches, errors. With FUSED_RNN_EMULATE the
+// What the kernels and the engine use of CUDA: types, launches. With FUSED_RNN_EMULATE the
 // same sources are compiled for the host, on top of tests/cpp/emulate.h.
 #pragma once
 #include <cstdint>
-#include <stdexcept>
-#include <string>
+#include <tuple>
 
 #include "core/params.h"
 #include "core/vec.h"
+#include "cuda/runtime.h"
 
 #ifdef FUSED_RNN_EMULATE
 #include "emulate.h"
+#include "fake_runtime.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,43 +20,34 @@
 namespace frnn {
 namespace cuda {
 
-inline void Check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(status));
+// The shape of a kernel's launches.
+template <class... P>
+runtime::Shape ShapeOf(void (*kernel)(P...), unsigned block_x, unsigned block_y = 1) {
+  return {reinterpret_cast<const void*>(kernel), block_x, block_y};
 }
 
-#ifndef FUSED_RNN_EMULATE
-#ifdef __CUDACC__
+// Launches a kernel; the arguments become what it takes.
 template <class... P, class... A>
-void Launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-            A... args) {
-  kernel<<<grid, block, shared, stream>>>(args...);
-  Check(cudaGetLastError(), "launching a kernel");
-}
-// together: all blocks at the same time on the card, so that they may wait for each other.
-template <class... P, class... A>
-void LaunchResident(void (*kernel)(P...), bool together, unsigned grid, unsigned block,
-                    size_t shared, cudaStream_t stream, const A&... args) {
-  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-        "asking for shared memory");
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = together;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
-  config.stream = stream, config.attrs = &cooperative, config.numAttrs = 1;
-  Check(cudaLaunchKernelEx(&config, kernel, args...), "launching a resident kernel");
-}
-#endif
+void Start(void (*kernel)(P...), const runtime::Shape& shape, const runtime::Grid& grid,
+           runtime::Stream stream, const A&... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument for each parameter of the kernel");
+#ifdef FUSED_RNN_EMULATE
+  fake::Start(shape, grid, stream, [=] {
+    LaunchConfig config;
+    config.grid = dim3(grid.x, grid.y), config.block = dim3(shape.block_x, shape.block_y);
+    config.shared = shape.shared, config.cooperative = shape.together;
+    Launch(kernel, config, nullptr, args...);
+  });
 #else
-template <class... P, class... A>
-void LaunchResident(void (*kernel)(P...), bool together, unsigned grid, unsigned block,
-                    size_t shared, cudaStream_t stream, const A&... args) {
-  LaunchConfig config;
-  config.grid = grid, config.block = block, config.shared = shared, config.cooperative = together;
-  Launch(kernel, config, stream, args...);
-}
+  std::tuple<std::decay_t<P>...> parameters{args...};
+  std::apply(
+      [&](auto&... parameter) {
+        void* addresses[] = {&parameter...};
+        runtime::Start(shape, grid, stream, addresses);
+      },
+      parameters);
 #endif
+}
 
 // T: type of a tensor in memory. Wide<T>: type it is computed in.
 template <class T>

@@ -1,94 +1,91 @@
 #include "cuda/graph.h"
 
-#include <list>
-
-#include "cuda/device.h"
+#include <algorithm>
 
 namespace frnn {
 namespace cuda {
 namespace {
 
-cudaStream_t Stream(void* stream) { return static_cast<cudaStream_t>(stream); }
-
-// `after` goes on once `before` has done what it was given so far.
-void Order(void* before, void* after) {
-  cudaEvent_t event;
-  Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-  const cudaError_t recorded = cudaEventRecord(event, Stream(before));
-  const cudaError_t waits =
-      recorded == cudaSuccess ? cudaStreamWaitEvent(Stream(after), event, 0) : recorded;
-  cudaEventDestroy(event);  // takes effect when the event has passed
-  Check(waits, "ordering two streams");
-}
-
-constexpr size_t kGraphs = 64;  // kept per thread
-
-struct Entry {
-  std::string key;
-  cudaGraphExec_t graph = nullptr;
-  cudaStream_t stream = nullptr;  // where it was launched last
-  bool refused = false;           // could not be captured
+struct Captured {
+  runtime::Owned<runtime::Graph> graph;
+  size_t nodes = 0;
 };
 
-// The work as an executable graph, or null if it can not be captured.
-cudaGraphExec_t Capture(const CudaCall& call, const std::function<void(const CudaCall&)>& work) {
-  CudaCall captured = call;
-  captured.streams[0] = call.capture;
-  // Handles first: they may allocate, which a capture forbids.
-  captured.Queue(1);
-  captured.Queue(0);
-  const cudaStream_t stream = Stream(call.capture);
-  Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  bool failed = false;
+// The work as a graph. Throws if it cannot be one.
+Captured Capture(runtime::Stream stream, const std::function<void(runtime::Stream)>& work) {
+  runtime::BeginCapture(stream);
+  runtime::Owned<runtime::Drawing> drawing;
   try {
-    work(captured);
-  } catch (const std::exception&) {
-    failed = true;  // the capture is void, and so is the error: the work is run outside of it
+    work(stream);
+  } catch (...) {
+    try {  // which ends the capture in any case
+      drawing.reset(runtime::EndCapture(stream));
+    } catch (const runtime::Error&) {
+    }
+    throw;
   }
-  cudaGraph_t graph = nullptr;
-  failed |= cudaStreamEndCapture(stream, &graph) != cudaSuccess;
-  cudaGraphExec_t executable = nullptr;
-  if (!failed && cudaGraphInstantiate(&executable, graph, 0) != cudaSuccess) executable = nullptr;
-  if (graph != nullptr) cudaGraphDestroy(graph);
-  if (executable == nullptr) cudaGetLastError();  // clears it
-  return executable;
+  drawing.reset(runtime::EndCapture(stream));
+  Captured captured;
+  captured.nodes = runtime::Nodes(drawing.get());
+  if (captured.nodes * GraphCache::kNodeBytes <= GraphCache::kBytes)
+    captured.graph.reset(runtime::Instantiate(drawing.get()));
+  return captured;
 }
 
 }  // namespace
 
-void Fork(const CudaCall& call) { Order(call.streams[0], call.streams[1]); }
-void Join(const CudaCall& call) { Order(call.streams[1], call.streams[0]); }
+bool GraphCache::SeenBefore(size_t hash) {
+  if (std::find(seen_.begin(), seen_.end(), hash) != seen_.end()) return true;
+  if (seen_.size() < kSeen)
+    seen_.push_back(hash);
+  else
+    seen_[next_++ % kSeen] = hash;
+  return false;
+}
 
-void RunAsGraph(const CudaCall& call, std::string key,
-                const std::function<void(const CudaCall&)>& work) {
-  cudaStreamCaptureStatus status;
-  Check(cudaStreamIsCapturing(Stream(call.streams[0]), &status), "cudaStreamIsCapturing");
-  if (status != cudaStreamCaptureStatusNone) return work(call);
-
-  // Most recently used first. Never destroyed: at exit the driver may be gone before.
-  thread_local auto& entries = *new std::list<Entry>;
-  auto entry = entries.begin();
-  while (entry != entries.end() && entry->key != key) ++entry;
-  if (entry == entries.end()) {
-    entries.emplace_front();
-    entries.front().key = std::move(key);
-    if (entries.size() > kGraphs) {
-      if (const Entry& oldest = entries.back(); oldest.graph != nullptr) {
-        cudaStreamSynchronize(oldest.stream);
-        cudaGraphExecDestroy(oldest.graph);
-      }
-      entries.pop_back();
+GraphCache::Entry* GraphCache::Find(size_t hash, const std::string& key) {
+  for (auto entry = entries_.begin(); entry != entries_.end(); ++entry)
+    if (entry->hash == hash && entry->key == key) {
+      entries_.splice(entries_.begin(), entries_, entry);
+      return &*entry;
     }
-    return work(call);
+  return nullptr;
+}
+
+GraphCache::Entry* GraphCache::Add(size_t hash, const std::string& key, runtime::Stream capture,
+                                   const std::function<void(runtime::Stream)>& work) {
+  Captured captured;
+  try {
+    captured = Capture(capture, work);
+  } catch (const std::exception&) {
+    // The work is run outside of a graph, where the same error, if it is one, comes again.
   }
-  entries.splice(entries.begin(), entries, entry);
-  if (entry->graph == nullptr && !entry->refused) {
-    entry->graph = Capture(call, work);
-    entry->refused = entry->graph == nullptr;
+  const size_t bytes = key.size() + (captured.graph ? captured.nodes * kNodeBytes : 0);
+  entries_.push_front({hash, key, bytes, std::move(captured.graph)});
+  bytes_ += bytes;
+  while (entries_.size() > kGraphs || (bytes_ > kBytes && entries_.size() > 1)) {
+    bytes_ -= entries_.back().bytes;
+    entries_.pop_back();
   }
-  if (entry->refused) return work(call);
-  entry->stream = Stream(call.streams[0]);
-  Check(cudaGraphLaunch(entry->graph, entry->stream), "cudaGraphLaunch");
+  return &entries_.front();
+}
+
+void GraphCache::Run(const std::string& key, runtime::Stream stream, runtime::Stream capture,
+                     const std::function<void(runtime::Stream)>& work) {
+  if (runtime::IsCapturing(stream)) return work(stream);
+  const size_t hash = std::hash<std::string>()(key);
+  Entry* entry = Find(hash, key);
+  if (entry == nullptr) {
+    if (!SeenBefore(hash)) return work(stream);
+    entry = Add(hash, key, capture, work);
+  }
+  if (!entry->graph) return work(stream);
+  try {
+    runtime::Launch(entry->graph.get(), stream);
+  } catch (const runtime::Error&) {  // for lack of memory, say
+    entry->graph.reset();
+    work(stream);
+  }
 }
 
 }  // namespace cuda

@@ -51,6 +51,7 @@ int64_t TilesOf(const Problem& problem) { return (problem.B + kTileRows - 1) / k
 // than four that share them.
 bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
   if (problem.H > 2 * kUnits || !FitsTensorCores(device, problem)) return false;
+  plan->variant = Variant::kLocal;
   plan->groups = problem.H > kUnits ? 2 : 1, plan->tiles = 1;
   plan->copies = int(TilesOf(problem));
   return true;
@@ -58,31 +59,32 @@ bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
 
 // The shape of a resident kernel, if there is one: as few tiles as can be, since a block reads and adds
 // up each in turn, then as few units.
-bool FitResident(const CudaDevice& device, const Problem& problem, Plan* plan) {
-  if (!FitsTensorCores(device, problem)) return false;
+bool FitResident(const CudaDevice& device, const Problem& problem,
+                 const std::function<int64_t(const Plan&)>& together, Plan* plan) {
+  if (!device.together || !FitsTensorCores(device, problem)) return false;
   int64_t blocks = 1;
   while (blocks * kWarps * kBlockBytes < problem.H * StorageSize(problem.storage)) blocks *= 2;
-  const int64_t all_tiles = TilesOf(problem);
-  plan->tiles = 0;
-  for (int64_t groups : {1, 2}) {
-    if (blocks > kResidentBlocks || problem.gates_h * blocks * groups > kResidentTiles) continue;
-    const int64_t ctas = BlocksOfCopy(problem.H, groups) * problem.dirs;
-    const int64_t copies = std::min(all_tiles, device.multiprocessors / ctas);
-    if (copies == 0) continue;
-    int64_t tiles = 1;
-    while (tiles * copies < all_tiles) tiles *= 2;
-    const int64_t shared = 2 * sizeof(float) * SumsOf(kWarps, problem.gates_h * groups * tiles);
-    if (groups * tiles > kResidentRows || shared > device.shared_bytes) continue;
-    if (plan->tiles != 0 && tiles >= plan->tiles) continue;
-    plan->blocks = int(blocks), plan->groups = int(groups), plan->tiles = int(tiles);
-    plan->copies = int((all_tiles + tiles - 1) / tiles);
-  }
-  return plan->tiles != 0;
+  if (blocks > kResidentBlocks) return false;
+  plan->variant = Variant::kResident;
+  plan->blocks = int(blocks);
+  for (int64_t tiles = 1; tiles <= kResidentRows; tiles *= 2)
+    for (int64_t groups = 1; groups <= 2 && groups * tiles <= kResidentRows; groups++) {
+      if (problem.gates_h * blocks * groups > kResidentTiles) continue;
+      const int64_t shared = 2 * sizeof(float) * SumsOf(kWarps, problem.gates_h * groups * tiles);
+      const int64_t copies = (TilesOf(problem) + tiles - 1) / tiles;
+      const int64_t ctas = BlocksOfCopy(problem.H, groups) * problem.dirs * copies;
+      plan->groups = int(groups), plan->tiles = int(tiles), plan->copies = int(copies);
+      if (shared <= device.shared_bytes && ctas <= device.multiprocessors &&
+          ctas <= together(*plan))
+        return true;
+    }
+  return false;
 }
 
 }  // namespace
 
-Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force) {
+Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
+              const std::function<int64_t(const Plan&)>& together) {
   Plan plan{};
   Tile(device, problem, &plan);
 
@@ -109,10 +111,10 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
       throw std::invalid_argument(std::string("FUSED_RNN_VARIANT is '") + force +
                                   "': use steps, graph, resident or local");
   }
-  if (local && FitLocal(device, problem, &plan))
-    plan.variant = Variant::kLocal;
-  else if (resident && FitResident(device, problem, &plan))
-    plan.variant = Variant::kResident;
+  Plan fitted = plan;
+  if ((local && FitLocal(device, problem, &fitted)) ||
+      (resident && FitResident(device, problem, together, &fitted)))
+    plan = fitted;
   if (plan.keeps_weights()) {
     plan.streams = 1;
     const int64_t step_bytes = problem.gates_x * problem.H * problem.B * problem.dirs * 4;

@@ -2,6 +2,8 @@
 // without one (tests/test_cuda_engine.py).
 #pragma once
 #include <cstdint>
+#include <functional>
+#include <type_traits>
 
 #include "core/params.h"
 
@@ -52,10 +54,13 @@ struct Plan {
 
   bool keeps_weights() const { return variant == Variant::kResident || variant == Variant::kLocal; }
 };
+static_assert(std::has_unique_object_representations_v<Plan>);  // compared byte by byte
 
+// together: how many blocks of the plan's kernel can be on the card at once.
 // `force`: "steps", "graph", "resident" or "local" (FUSED_RNN_VARIANT), or null. Where the last two
 // cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
-Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force);
+Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
+              const std::function<int64_t(const Plan&)>& together);
 
 }  // namespace cuda
 }  // namespace frnn

@@ -1,9 +1,20 @@
-// Matrix products, as the engine asks for them. cublas.cpp answers on a card.
+// Matrix products, as the engine asks for them.
 #pragma once
 #include "core/params.h"
+#include "cuda/runtime.h"
 
 namespace frnn {
 namespace cuda {
+
+// A stream, the cuBLAS handle that works in it, and the memory that its products may use meanwhile.
+// cuBLAS's own would be shared by all streams, and torch's can be freed by others, while a graph that
+// was captured with it goes on using it.
+struct CudaQueue {
+  runtime::Stream stream;
+  runtime::Blas blas;
+  void* workspace;
+  int64_t workspace_bytes;
+};
 
 // C[m, n] = op(A) op(B) + beta C, row-major: A is [m, k] (transposed: [k, m]), B is [k, n]
 // (transposed: [n, k]). float32 and 16-bit operands accumulate in float32.

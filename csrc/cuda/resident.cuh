@@ -42,6 +42,7 @@ struct ResidentSteps {
   int64_t H, B, T, begin, end;
   const int64_t* offsets;  // [T + 1] on the card, of ragged sequences: rows of time t; else null
   int copies, dirs;
+  Patience patience;
 };
 
 // The rows of a time: from `first` on, one for each running sequence.
@@ -215,6 +216,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra;
   float* sums = DynamicShared<float>();                            // [2][kSums]
   T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
+  FRNN_SHARED(gave_up, uint32_t);
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentForwardDirection<T>& a = args.dir[at.dir];
@@ -269,8 +271,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       const T v = Narrow<T>(at.first_row + row < n.B ? start(at.first_row + row, u) : 0);
       published[row * stride + u] = published[half + row * stride + u] = v;
     }
-    __syncthreads();
   }
+  if (threadIdx.x == 0) gave_up = 0;
+  __syncthreads();
   fetch();
 
   for (int64_t s = n.begin; s < n.end; s++) {
@@ -280,7 +283,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     float* now = sums + (s & 1) * Product::kSums;
     product.template Multiply<!kLocal>(
         kLocal ? published + (s & 1) * half : a.hs + (rows.first + at.first_row) * H,
-        kLocal ? stride : H, rows.running - at.first_row, int(H), now);
+        kLocal ? stride : H, rows.running - at.first_row, int(H), now, args.steps.patience,
+        &gave_up);
     __syncthreads();
 
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
@@ -398,6 +402,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
   float* sums = DynamicShared<float>();                            // [2][kSums]
   T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
+  FRNN_SHARED(gave_up, uint32_t);
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentBackwardDirection<T>& a = args.dir[at.dir];
@@ -444,6 +449,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
   }
   const int stride = int(LocalStride<T>(C::kH * H)), half = kTiles * kTileRows * stride;
+  if (threadIdx.x == 0) gave_up = 0;
+  __syncthreads();
   fetch();
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
@@ -485,7 +492,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     if constexpr (kLocal) __syncthreads();
     product.template Multiply<!kLocal>(
         kLocal ? published + (s & 1) * half : a.dgh + (seen.first + at.first_row) * C::kH * H,
-        kLocal ? stride : C::kH * H, seen.running - at.first_row, int(C::kH * H), now);
+        kLocal ? stride : C::kH * H, seen.running - at.first_row, int(C::kH * H), now,
+        args.steps.patience, &gave_up);
     __syncthreads();
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
@@ -515,22 +523,29 @@ struct ResidentInstance {
   using Product = ResidentProduct<T, kM, kOwn, kTiles, kSplit>;
   using ProductBack = ResidentProduct<T, kGroups, kOwnBack, kTiles, kSplitBack>;
 
-  static size_t Shared(int sums, int64_t width) {
-    return 2 * sums * sizeof(float) +
-           (kLocal ? 2 * kTiles * kTileRows * LocalStride<T>(width) * sizeof(T) : 0);
+  static constexpr auto kForward = &ResidentForward<C, T, kOwn, kGroups, kTiles, kLocal>;
+  static constexpr auto kBackward = &ResidentBackward<C, T, kOwnBack, kGroups, kTiles, kLocal>;
+
+  static runtime::Shape Shape(bool backward, int64_t H) {
+    runtime::Shape shape =
+        backward ? ShapeOf(kBackward, kWarps * 32) : ShapeOf(kForward, kWarps * 32);
+    const int sums = backward ? ProductBack::kSums : Product::kSums;
+    shape.shared = 2 * sums * sizeof(float);
+    if (kLocal)
+      shape.shared +=
+          2 * kTiles * kTileRows * LocalStride<T>((backward ? C::kH : 1) * H) * sizeof(T);
+    shape.together = !kLocal;
+    return shape;
   }
-  static void Forward(unsigned copies, const ResidentForwardArgs<T>& args, cudaStream_t stream) {
-    LaunchResident(ResidentForward<C, T, kOwn, kGroups, kTiles, kLocal>, !kLocal,
-                   Grid(copies, args.steps.H), kWarps * 32, Shared(Product::kSums, args.steps.H),
-                   stream, args);
+  static void Forward(unsigned copies, const ResidentForwardArgs<T>& args, runtime::Stream stream) {
+    Start(kForward, Shape(false, args.steps.H), Grid(copies, args.steps.H), stream, args);
   }
-  static void Backward(unsigned copies, const ResidentBackwardArgs<T>& args, cudaStream_t stream) {
-    LaunchResident(ResidentBackward<C, T, kOwnBack, kGroups, kTiles, kLocal>, !kLocal,
-                   Grid(copies, args.steps.H), kWarps * 32,
-                   Shared(ProductBack::kSums, C::kH * args.steps.H), stream, args);
+  static void Backward(unsigned copies, const ResidentBackwardArgs<T>& args,
+                       runtime::Stream stream) {
+    Start(kBackward, Shape(true, args.steps.H), Grid(copies, args.steps.H), stream, args);
   }
-  static unsigned Grid(unsigned copies, int64_t H) {
-    return copies * unsigned(BlocksOfCopy(H, kGroups));
+  static runtime::Grid Grid(unsigned copies, int64_t H) {
+    return {copies * unsigned(BlocksOfCopy(H, kGroups))};
   }
 };
 

@@ -13,8 +13,29 @@
 namespace frnn {
 namespace cuda {
 
-constexpr uint32_t kUnwritten = ~0u;      // a NaN in every type
-constexpr unsigned kPatience = 1u << 27;  // polls of one product, a minute or more: it hangs
+constexpr uint32_t kUnwritten = ~0u;  // a NaN in every type
+
+// How long a block waits for another. All of them are on the card together, so the time is a matter of
+// microseconds; when it is a minute, something is wrong, and it would be worse to wait for ever. A
+// block that gives up takes what is not written for the NaNs that it looks like, so that what depends
+// on it is NaN, does not wait again, and leaves word to the host.
+struct Patience {
+  uint32_t* alarm;  // in memory that the host reads
+  unsigned polls;   // of one product
+
+  static constexpr unsigned kPolls = 1u << 27,
+                            kBetween = 64;  // polls between two looks at `gave_up`
+
+  // gave_up: of the block, in shared memory.
+  __device__ __forceinline__ bool IsOver(unsigned n, volatile uint32_t* gave_up) const {
+    if (n % kBetween != 0) return false;
+    if (n >= polls) {
+      *gave_up = 1;
+      *static_cast<volatile uint32_t*>(alarm) = 1;
+    }
+    return *gave_up != 0;
+  }
+};
 
 // Older cards lack the instructions, and no plan sends them here.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -119,7 +140,8 @@ struct ResidentProduct {
   // zero. kPolls: other blocks write it, wait until they have.
   template <bool kPolls>
   __device__ __forceinline__ void Multiply(const T* from, int64_t stride, int rows, int depth,
-                                           float* sums) const {
+                                           float* sums, const Patience& patience,
+                                           uint32_t* gave_up) const {
     const int r = threadIdx.x % 32 / 4, part = int(threadIdx.x / 32) % kSplit;
     unsigned polls = 0;
     FRNN_UNROLL
@@ -143,15 +165,13 @@ struct ResidentProduct {
             }
             b[i / kLoad][i % kLoad] = v;
           }
-          if (!kPolls) break;
           FRNN_UNROLL
-          for (int i = 0; i < kChunk * kLoad; i++) {
+          for (int i = 0; kPolls && i < kChunk * kLoad; i++) {
             const uint4& v = b[i / kLoad][i % kLoad];
             ready = ready && v.x != kUnwritten && v.y != kUnwritten && v.z != kUnwritten &&
                     v.w != kUnwritten;
           }
-          if (++polls > kPatience) __trap();
-        } while (!ready);
+        } while (!ready && !patience.IsOver(++polls, gave_up));
         __syncwarp();
         FRNN_UNROLL
         for (int i = 0; i < kLoad; i++) {

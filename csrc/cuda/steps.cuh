@@ -10,7 +10,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cuda/graph.h"
+#include "cuda/context.h"
 #include "cuda/kernels.cuh"
 #include "cuda/plan.h"
 #include "cuda/product.h"
@@ -54,8 +54,8 @@ class Steps {
     return count.used();
   }
 
-  static void Forward(const LayerParams& p, const Plan& plan, const CudaCall& call) {
-    if (plan.streams == 2) Fork(call);
+  static void Forward(const LayerParams& p, const Plan& plan, const Call& call) {
+    Beside beside(call, plan.streams == 2);
     Workspace workspace(call.workspace);
     ForwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
@@ -78,11 +78,11 @@ class Steps {
       for (int d = 0; d < p.dirs; d++)
         Direction(p, plan, call, d).ForwardSteps(buffers[d], first[d], begin, end);
     }
-    if (plan.streams == 2) Join(call);
+    beside.Join();
   }
 
-  static void Backward(const LayerGradParams& p, const Plan& plan, const CudaCall& call) {
-    if (plan.streams == 2) Fork(call);
+  static void Backward(const LayerGradParams& p, const Plan& plan, const Call& call) {
+    Beside beside(call, plan.streams == 2);
     Workspace workspace(call.workspace);
     BackwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
@@ -95,7 +95,7 @@ class Steps {
           GradDirection(p, plan, call, d)
               .BackwardChunk(buffers[d], end - std::min(end, plan.chunk_steps), end);
     for (int d = 0; d < p.dirs; d++) GradDirection(p, plan, call, d).Weights(buffers[d]);
-    if (plan.streams == 2) Join(call);
+    beside.Join();
     if (p.dx == nullptr) return;
     // dX = sum over directions of dgx W_ih
     for (int d = 0; d < p.dirs; d++)
@@ -162,7 +162,7 @@ class Steps {
 
   // One direction of a layer: where the rows and states of its steps lie, and in which queue it runs.
   struct Direction {
-    Direction(const LayerParams& p, const Plan& plan, const CudaCall& call, int d)
+    Direction(const LayerParams& p, const Plan& plan, const Call& call, int d)
         : p(p), plan(plan), call(call), d(d), queue(call.Queue(plan.streams == 2 ? d : 0)) {}
 
     // Step s of this direction is time t.
@@ -199,11 +199,10 @@ class Steps {
     void Run(void (*kernel)(Args...), int64_t rows, int64_t units,
              const std::common_type_t<Args>&... args) const {
       if (rows == 0 || units == 0) return;
-      const dim3 block(plan.threads_x, plan.threads_y);
-      const int64_t most = 65535;  // of a grid in y
-      const dim3 grid(unsigned((units + block.x - 1) / block.x),
-                      unsigned(std::min(most, (rows + block.y - 1) / block.y)));
-      Launch(kernel, grid, block, 0, static_cast<cudaStream_t>(queue.stream), args...);
+      const int64_t x = plan.threads_x, y = plan.threads_y, most = 65535;  // of a grid in y
+      const runtime::Grid grid{unsigned((units + x - 1) / x),
+                               unsigned(std::min(most, (rows + y - 1) / y))};
+      Start(kernel, ShapeOf(kernel, unsigned(x), unsigned(y)), grid, queue.stream, args...);
     }
     void Product(const cuda::Product& product) const {
       if (product.m > 0 && product.n > 0) Multiply(queue, product, call.allow_tf32);
@@ -238,8 +237,7 @@ class Steps {
     T* States(const ForwardBuffers& w) const { return p.hs ? Hs() : w.hs; }
     void Unwritten(T* data, int64_t n) const {
       if (plan.variant == Variant::kLocal) return;  // nobody waits for it
-      Check(cudaMemsetAsync(data, 0xFF, n * sizeof(T), static_cast<cudaStream_t>(queue.stream)),
-            "cudaMemsetAsync");
+      runtime::Fill(queue.stream, data, 0xFF, size_t(n) * sizeof(T));
     }
 
     void ForwardStep(const ForwardBuffers& w, int64_t s, const A* gx) const {
@@ -293,13 +291,13 @@ class Steps {
 
     const LayerParams& p;
     const Plan& plan;
-    const CudaCall& call;
+    const Call& call;
     const int d;
     const CudaQueue queue;
   };
 
   struct GradDirection : Direction {
-    GradDirection(const LayerGradParams& g, const Plan& plan, const CudaCall& call, int d)
+    GradDirection(const LayerGradParams& g, const Plan& plan, const Call& call, int d)
         : Direction(g, plan, call, d), g(g) {}
     using Direction::d;
     using Direction::p;
@@ -404,21 +402,22 @@ class Steps {
   }
 
   // All steps, for resident kernels. The offsets of a ragged batch are brought to the card.
-  static ResidentSteps StepsOf(const LayerParams& p, const Plan& plan, const CudaCall& call,
+  static ResidentSteps StepsOf(const LayerParams& p, const Plan& plan, const Call& call,
                                Workspace& workspace) {
     int64_t* offsets = TakeOffsets(p, plan, workspace);
     for (int64_t i = 0; offsets != nullptr && i <= p.T; i += OffsetsPart::kSize) {
       OffsetsPart part;
       const int count = int(std::min<int64_t>(OffsetsPart::kSize, p.T + 1 - i));
       std::copy_n(p.offsets + i, count, part.values);
-      Launch(StoreOffsets, dim3((count + 127) / 128), dim3(128), 0,
-             static_cast<cudaStream_t>(call.streams[0]), part, count, offsets + i);
+      Start(StoreOffsets, ShapeOf(StoreOffsets, 128), {unsigned(count + 127) / 128},
+            call.streams[0], part, count, offsets + i);
     }
-    return {p.H, p.B, p.T, 0, p.T, offsets, plan.copies, p.dirs};
+    const Patience patience{call.context.device.alarm(), Patience::kPolls};
+    return {p.H, p.B, p.T, 0, p.T, offsets, plan.copies, p.dirs, patience};
   }
 
   // first[d]: the row that gx of direction d begins with.
-  static void ForwardResident(const LayerParams& p, const Plan& plan, const CudaCall& call,
+  static void ForwardResident(const LayerParams& p, const Plan& plan, const Call& call,
                               const ForwardBuffers* buffers, const int64_t* first,
                               const ResidentSteps& steps) {
     if constexpr (kHasResident<C, T>) {
@@ -443,23 +442,23 @@ class Steps {
         a.tape = p.saved ? on.Saved() : nullptr;
       }
       WithResidentInstance<C, T>(plan, [&](auto instance) {
-        instance.Forward(plan.copies * p.dirs, args, static_cast<cudaStream_t>(call.streams[0]));
+        instance.Forward(plan.copies * p.dirs, args, call.streams[0]);
       });
     }
   }
 
-  static void BackwardResident(const LayerGradParams& p, const Plan& plan, const CudaCall& call,
+  static void BackwardResident(const LayerGradParams& p, const Plan& plan, const Call& call,
                                const BackwardBuffers* buffers, const ResidentSteps& steps) {
     if constexpr (kHasResident<C, T>) {
       ResidentBackwardArgs<T> args{};
       args.steps = steps;
-      const cudaStream_t stream = static_cast<cudaStream_t>(call.streams[0]);
       for (int d = 0; d < p.dirs; d++) {
         const Direction on(p, plan, call, d);
         T* dgh = Same() ? buffers[d].dgx : buffers[d].dgh;
         on.Unwritten(dgh, p.rows * C::kH * p.H);
-        Launch(Transpose<T>, dim3((p.H + 31) / 32, (C::kH * p.H + 31) / 32), dim3(32, 8), 0, stream,
-               C::kH * p.H, p.H, static_cast<const T*>(p.w[d].w_hh), buffers[d].w_hh_t);
+        Start(Transpose<T>, ShapeOf(Transpose<T>, 32, 8),
+              {unsigned(p.H + 31) / 32, unsigned(C::kH * p.H + 31) / 32}, call.streams[0],
+              C::kH * p.H, p.H, static_cast<const T*>(p.w[d].w_hh), buffers[d].w_hh_t);
         ResidentBackwardDirection<T>& a = args.dir[d];
         a.start = on.Time(0), a.way = d == 0 ? 1 : -1;
         a.w_hh_t = buffers[d].w_hh_t;
@@ -471,8 +470,9 @@ class Steps {
         a.dh = buffers[d].dh, a.dc = buffers[d].dc;
         a.dparams = buffers[d].dparams;
       }
-      WithResidentInstance<C, T>(
-          plan, [&](auto instance) { instance.Backward(plan.copies * p.dirs, args, stream); });
+      WithResidentInstance<C, T>(plan, [&](auto instance) {
+        instance.Backward(plan.copies * p.dirs, args, call.streams[0]);
+      });
     }
   }
 };

@@ -1,26 +1,22 @@
 // The operators on CUDA devices. With FUSED_RNN_EMULATE they run the same engine on CPU tensors, for
 // tests on machines without a card.
 #include <cstring>
-#include <map>
+#include <vector>
 
 #include "ops/binding.h"
 
-#ifndef FUSED_RNN_EMULATE
+#ifdef FUSED_RNN_EMULATE
+#include "fake_runtime.h"
+#else
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/c/shim.h>
 #endif
 
 namespace frnn {
 namespace {
 
 #ifdef FUSED_RNN_EMULATE
-struct Streams {
-  explicit Streams(int) {}
-  void Lend(CudaCall* call) {
-    call->blas = [](void*, void*) -> void* { return nullptr; };
-  }
-};
+using CurrentStream = cuda::fake::CurrentStream;
 
 // NaN in every type: what is read before it is written shows.
 Tensor Fresh(Tensor t) {
@@ -30,43 +26,18 @@ Tensor Fresh(Tensor t) {
 #else
 Tensor Fresh(Tensor t) { return t; }
 
-// The streams of a call, and torch's cuBLAS handle and workspace for each of them.
-class Streams {
+// The stream that torch works in on a device, which is the current one meanwhile.
+class CurrentStream {
  public:
-  explicit Streams(int device) : device_(device), guard_(device) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current_));
-    // Helpers belong to a thread and a stream, so that concurrent calls never share a workspace.
-    thread_local std::map<std::pair<int, void*>, Helpers> known;
-    const auto [found, is_new] = known.try_emplace({device, current_});
-    helpers_ = &found->second;
-    if (!is_new) return;
-    for (void** stream : {&helpers_->second, &helpers_->capture})
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_cuda_stream_from_pool(false, device, stream));
+  explicit CurrentStream(int device) : guard_(device) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
   }
-  ~Streams() { torch_set_current_cuda_stream(current_, device_); }
-
-  void Lend(CudaCall* call) {
-    call->streams[0] = current_;
-    call->streams[1] = helpers_->second;
-    call->capture = helpers_->capture;
-    call->binding = this;
-    call->blas = [](void* self, void* stream) -> void* {
-      void* handle = nullptr;
-      const int device = static_cast<Streams*>(self)->device_;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_set_current_cuda_stream(stream, device));
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-      return handle;
-    };
-  }
+  void* get() const { return stream_; }
+  void Done() const {}
 
  private:
-  struct Helpers {
-    void *second = nullptr, *capture = nullptr;
-  };
-  int device_;
   torch::stable::accelerator::DeviceGuard guard_;
-  void* current_ = nullptr;
-  Helpers* helpers_ = nullptr;
+  void* stream_ = nullptr;
 };
 #endif
 
@@ -104,33 +75,36 @@ struct Cuda {
 
   static void Forward(const Kernels& kernels, const LayerParams& p, const Tensor& x,
                       bool allow_tf32) {
-    Run(kernels.fwd_workspace, kernels.layer_fwd, p, x, allow_tf32);
+    Run(kernels.layer_fwd, p, x, allow_tf32);
   }
   static void Scale(const Kernels& kernels, void* data, const void* mask, int64_t n, Storage,
                     const Tensor& x) {
-    Streams streams(Index(x));
-    CudaCall call{};
-    streams.Lend(&call);
-    kernels.scale(data, mask, n, call);
+    CurrentStream stream(Index(x));
+    kernels.scale(data, mask, n, {Index(x), stream.get(), false, nullptr, nullptr});
+    stream.Done();
   }
   static void Backward(const Kernels& kernels, const LayerGradParams& p, const Tensor& x,
                        bool allow_tf32) {
-    Run(kernels.bwd_workspace, kernels.layer_bwd, p, x, allow_tf32);
+    Run(kernels.layer_bwd, p, x, allow_tf32);
   }
 
  private:
+  struct Lender {
+    const Tensor& like;
+    std::vector<Tensor> memory;
+    static void* Workspace(void* self, int64_t bytes) {
+      Lender& lender = *static_cast<Lender*>(self);
+      lender.memory.push_back(Fresh(New(lender.like, {bytes}, ScalarType::Byte)));
+      return lender.memory.back().mutable_data_ptr();
+    }
+  };
   template <class P>
-  static void Run(int64_t (*size)(const P&, const CudaCall&),
-                  void (*engine)(const P&, const CudaCall&), const P& p, const Tensor& x,
+  static void Run(void (*engine)(const P&, const CudaCall&), const P& p, const Tensor& x,
                   bool allow_tf32) {
-    Streams streams(Index(x));
-    CudaCall call{};
-    call.device = FactsOfDevice(Index(x));
-    call.allow_tf32 = allow_tf32;
-    const Tensor workspace = Fresh(New(x, {size(p, call)}, ScalarType::Byte));
-    call.workspace = workspace.mutable_data_ptr();
-    streams.Lend(&call);
-    engine(p, call);
+    Lender lender{x, {}};
+    CurrentStream stream(Index(x));
+    engine(p, {Index(x), stream.get(), allow_tf32, &lender, &Lender::Workspace});
+    stream.Done();
   }
 };
 

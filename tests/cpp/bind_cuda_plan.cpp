@@ -1,4 +1,5 @@
 // csrc/cuda/plan.h for tests/test_cuda_engine.py.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 
 #include "cuda/plan.h"
