@@ -23,12 +23,12 @@ struct Contexts {
 };
 
 constexpr const char* kGaveUp =
-    "fused_rnn: a kernel gave up waiting for blocks of its own that did not get onto the card "
-    "within "
-    "a minute, and the results of that call, of this process and an earlier one, are NaN from some "
-    "step on. From here on calls on this device launch their steps one by one; "
-    "FUSED_RNN_VARIANT=graph "
-    "does so from the start. Repeat what was computed.";
+    "fused_rnn: a kernel of an earlier call gave up waiting for blocks of its own that did not get "
+    "onto the card within a minute. What that call returned is NaN from some step on, and so is "
+    "what "
+    "was computed from it: repeat it. From here on layers on this device take a product and a "
+    "kernel "
+    "per step; FUSED_RNN_VARIANT=graph has them do so from the start.";
 
 }  // namespace
 
