@@ -55,6 +55,8 @@ SPILLS = {
     ("sm_80", "ResidentForward"): 8,
     ("sm_80", "ResidentBackward<PeepholeLSTM"): 48,
     ("sm_90a", "ResidentForward<PeepholeLSTM"): 8,
+    ("sm_90a", "ResidentBackward<LSTM, float, 16, 1, 4"): 8,
+    ("sm_90a", "ResidentBackward<PeepholeLSTM"): 24,
 }
 # What is compiled unless --all says all: types, of all cells or of one.
 WANTED = {

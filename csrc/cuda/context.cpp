@@ -48,9 +48,8 @@ CudaDevice Device::FactsFor(runtime::Stream stream) {
   CudaDevice facts = facts_;
   facts.multiprocessors = runtime::Multiprocessors(stream, facts.multiprocessors);
   const std::lock_guard<std::mutex> lock(mutex_);
-  volatile uint32_t& alarm = *alarm_;
-  if (alarm != 0) {
-    alarm = 0;
+  const volatile uint32_t& alarm = *alarm_;
+  if (alarm != 0 && together_) {  // once: from here on nobody waits
     together_ = false;
     throw runtime::Error(kGaveUp);
   }

@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   using Block = ResidentBlock<kGroups, kTiles>;
   constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra;
   float* sums = DynamicShared<float>();                            // [2][kSums]
-  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
-  FRNN_SHARED(gave_up, uint32_t);
+  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel; of others
+  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);      // what Multiply wants
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentForwardDirection<T>& a = args.dir[at.dir];
@@ -271,8 +271,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       const T v = Narrow<T>(at.first_row + row < n.B ? start(at.first_row + row, u) : 0);
       published[row * stride + u] = published[half + row * stride + u] = v;
     }
+  } else {
+    if (threadIdx.x == 0) *gave_up = 0;
   }
-  if (threadIdx.x == 0) gave_up = 0;
   __syncthreads();
   fetch();
 
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     product.template Multiply<!kLocal>(
         kLocal ? published + (s & 1) * half : a.hs + (rows.first + at.first_row) * H,
         kLocal ? stride : H, rows.running - at.first_row, int(H), now, args.steps.patience,
-        &gave_up);
+        gave_up);
     __syncthreads();
 
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
@@ -401,8 +402,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   using Block = ResidentBlock<kGroups, kTiles>;
   constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
   float* sums = DynamicShared<float>();                            // [2][kSums]
-  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel
-  FRNN_SHARED(gave_up, uint32_t);
+  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel; of others
+  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);      // what Multiply wants
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentBackwardDirection<T>& a = args.dir[at.dir];
@@ -449,7 +450,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
   }
   const int stride = int(LocalStride<T>(C::kH * H)), half = kTiles * kTileRows * stride;
-  if (threadIdx.x == 0) gave_up = 0;
+  if (!kLocal && threadIdx.x == 0) *gave_up = 0;
   __syncthreads();
   fetch();
 
@@ -493,7 +494,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     product.template Multiply<!kLocal>(
         kLocal ? published + (s & 1) * half : a.dgh + (seen.first + at.first_row) * C::kH * H,
         kLocal ? stride : C::kH * H, seen.running - at.first_row, int(C::kH * H), now,
-        args.steps.patience, &gave_up);
+        args.steps.patience, gave_up);
     __syncthreads();
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
@@ -530,10 +531,9 @@ struct ResidentInstance {
     runtime::Shape shape =
         backward ? ShapeOf(kBackward, kWarps * 32) : ShapeOf(kForward, kWarps * 32);
     const int sums = backward ? ProductBack::kSums : Product::kSums;
+    const int64_t width = (backward ? C::kH : 1) * H;
     shape.shared = 2 * sums * sizeof(float);
-    if (kLocal)
-      shape.shared +=
-          2 * kTiles * kTileRows * LocalStride<T>((backward ? C::kH : 1) * H) * sizeof(T);
+    shape.shared += kLocal ? 2 * kTiles * kTileRows * LocalStride<T>(width) * sizeof(T) : 16;
     shape.together = !kLocal;
     return shape;
   }

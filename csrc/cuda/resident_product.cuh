@@ -23,18 +23,7 @@ struct Patience {
   uint32_t* alarm;  // in memory that the host reads
   unsigned polls;   // of one product
 
-  static constexpr unsigned kPolls = 1u << 27,
-                            kBetween = 64;  // polls between two looks at `gave_up`
-
-  // gave_up: of the block, in shared memory.
-  __device__ __forceinline__ bool IsOver(unsigned n, volatile uint32_t* gave_up) const {
-    if (n % kBetween != 0) return false;
-    if (n >= polls) {
-      *gave_up = 1;
-      *static_cast<volatile uint32_t*>(alarm) = 1;
-    }
-    return *gave_up != 0;
-  }
+  static constexpr unsigned kPolls = 1u << 27;
 };
 
 // Older cards lack the instructions, and no plan sends them here.
@@ -137,13 +126,15 @@ struct ResidentProduct {
   }
 
   // sums = A B, B[k][row] = from[row * stride + k]. Rows and k beyond `rows` and `depth` count as
-  // zero. kPolls: other blocks write it, wait until they have.
+  // zero. kPolls: other blocks write it, wait until they have. gave_up: of the block, in shared memory,
+  // 0 at first.
   template <bool kPolls>
   __device__ __forceinline__ void Multiply(const T* from, int64_t stride, int rows, int depth,
                                            float* sums, const Patience& patience,
                                            uint32_t* gave_up) const {
     const int r = threadIdx.x % 32 / 4, part = int(threadIdx.x / 32) % kSplit;
-    unsigned polls = 0;
+    volatile uint32_t* const over = gave_up;
+    unsigned polls = kPolls && *over != 0 ? patience.polls : 0;
     FRNN_UNROLL
     for (int tile = 0; tile < kTiles; tile += kChunk) {
       float d[kChunk][kOwn][4];
@@ -171,7 +162,7 @@ struct ResidentProduct {
             ready = ready && v.x != kUnwritten && v.y != kUnwritten && v.z != kUnwritten &&
                     v.w != kUnwritten;
           }
-        } while (!ready && !patience.IsOver(++polls, gave_up));
+        } while (!ready && ++polls < patience.polls);
         __syncwarp();
         FRNN_UNROLL
         for (int i = 0; i < kLoad; i++) {
@@ -191,6 +182,10 @@ struct ResidentProduct {
         const int c = i / (kOwn * 4), m = i / 4 % kOwn, j = i % 4;
         sums[SumAt(part, FirstTile() + m, tile + c, j)] = d[c][m][j];
       }
+    }
+    if (kPolls && polls >= patience.polls) {
+      *over = 1;
+      *static_cast<volatile uint32_t*>(patience.alarm) = 1;
     }
   }
 
