@@ -54,7 +54,9 @@ WIDER = {"GateForward<PeepholeLSTM": 72}
 SPILLS = {
     ("sm_80", "ResidentForward"): 8,
     ("sm_80", "ResidentBackward<PeepholeLSTM"): 48,
-    ("sm_90a", "ResidentForward<PeepholeLSTM"): 8,
+    ("sm_80", "ResidentBackward<LSTM, __nv_bfloat16, 16, 1, 4"): 32,
+    ("sm_90a", "ResidentForward<PeepholeLSTM"): 16,
+    ("sm_90a", "ResidentForward<LSTM, __nv_bfloat16, 4, 1, 4"): 16,
     ("sm_90a", "ResidentBackward<LSTM, float, 16, 1, 4"): 8,
     ("sm_90a", "ResidentBackward<PeepholeLSTM"): 24,
 }
