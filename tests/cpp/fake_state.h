@@ -19,9 +19,9 @@ struct State {
   std::vector<std::string> log;       // the first of their names
   std::vector<std::string> faults;    // what was done that must not be done
   std::map<std::string, int> live;    // what was made and is not freed, by kind
-  int64_t blocks_at_once = -1;       // what the card says; -1: as many as there are multiprocessors
-  int64_t room = -1;                 // and how many it takes
-  int multiprocessors = 132;         // of the card
+  int64_t blocks_at_once = -1;  // what the card says; -1: as many as there are multiprocessors
+  int64_t room = -1;            // and how many it takes
+  int multiprocessors = 132;    // of the card
   std::function<int(runtime::Stream)> limit;  // of a stream
 };
 State& GetState();
