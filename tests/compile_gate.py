@@ -53,7 +53,7 @@ FEWER_THREADS = ("sm_86", "sm_89", "sm_120a")
 # Of a cell whose parameters take registers of their own.
 WIDER = {"GateForward<PeepholeLSTM": 72}
 # Bytes that may be spilled all the same, of a cell whose parameters take registers as weights do.
-SPILLS = {("sm_90a", "ResidentForward<PeepholeLSTM"): 8}
+SPILLS = {(arch, "ResidentForward<PeepholeLSTM"): 8 for arch in ("sm_80", "sm_90a")}
 # Where the instructions of resident kernels are looked at.
 LOOKED_AT = ("sm_80", "sm_90a")
 # What is compiled unless --all says all: types, of all cells or of one.
