@@ -9,7 +9,8 @@ in one type, a different one. --all leaves out nothing and takes ten times as lo
 sm_86, leaves out the others.
 
 A kernel that spills registers, has a stack, or takes more registers than the table allows is an
-error: on a card it would be slow without being wrong.
+error: on a card it would be slow without being wrong. So is a resident kernel whose steps wait for
+longer than they must: where nvdisasm is found, sass.py looks at its instructions.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 # Registers per thread, in single and double precision. With 64, 1024 threads live on a
@@ -49,17 +52,10 @@ REGISTERS = {
 FEWER_THREADS = ("sm_86", "sm_89", "sm_120a")
 # Of a cell whose parameters take registers of their own.
 WIDER = {"GateForward<PeepholeLSTM": 72}
-# Bytes that may be spilled all the same, at the largest shape on the smaller card; and of a cell
-# whose parameters take registers beside the weights.
-SPILLS = {
-    ("sm_80", "ResidentForward"): 8,
-    ("sm_80", "ResidentBackward<PeepholeLSTM"): 48,
-    ("sm_80", "ResidentBackward<LSTM, __nv_bfloat16, 16, 1, 4"): 32,
-    ("sm_90a", "ResidentForward<PeepholeLSTM"): 16,
-    ("sm_90a", "ResidentForward<LSTM, __nv_bfloat16, 4, 1, 4"): 16,
-    ("sm_90a", "ResidentBackward<LSTM, float, 16, 1, 4"): 8,
-    ("sm_90a", "ResidentBackward<PeepholeLSTM"): 24,
-}
+# Bytes that may be spilled all the same, of a cell whose parameters take registers as weights do.
+SPILLS = {(arch, "ResidentForward<PeepholeLSTM"): 8 for arch in ("sm_80", "sm_90a")}
+# Where the instructions of resident kernels are looked at.
+LOOKED_AT = ("sm_80", "sm_90a")
 # What is compiled unless --all says all: types, of all cells or of one.
 WANTED = {
     "sm_75": ("half",),
@@ -86,14 +82,28 @@ def demangle(names: list[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def compile_kernels(nvcc: str, flags: list[str], source: Path, arch: str) -> str:
-    """What ptxas says about the kernels of one source."""
-    command = [nvcc, *flags, f"-arch={arch}", "-Xptxas", "-v", "-cubin"]
-    command += ["-o", str(source.with_suffix(f".{arch}.cubin")), str(source)]
+def shorten(name: str) -> str:
+    return re.sub(r"^void |frnn::cuda::|frnn::", "", name).partition("(")[0]
+
+
+def compile_kernels(
+    nvcc: str, flags: list[str], source: Path, arch: str, disassembler: str | None
+) -> tuple[str, list[str]]:
+    """What ptxas says about the kernels of a source, and what is wrong with their instructions."""
+    cubin = source.with_suffix(f".{arch}.cubin")
+    command = [nvcc, *flags, f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-o", str(cubin)]
+    command += [str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+    errors = []
+    if disassembler and arch in LOOKED_AT:
+        kernels = sass.disassemble(disassembler, cubin)
+        for name, code in zip(map(shorten, demangle(list(kernels))), kernels.values(), strict=True):
+            if name.startswith("Resident"):
+                found = sass.look(code, waits=name.endswith("false>"))
+                errors += [f"{arch} {name}: {error}" for error in found.errors]
+    return done.stdout + done.stderr, errors
 
 
 def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
@@ -106,7 +116,7 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
     registers, errors = {}, []
     for name, (_, *numbers) in zip(demangle([f[0] for f in found]), found, strict=True):
         stack, stores, loads, used = map(int, numbers)
-        short = re.sub(r"^void |frnn::cuda::|frnn::", "", name).partition("(")[0]
+        short = shorten(name)
         kind = short.partition("<")[0]
         if kind not in REGISTERS:
             errors.append(f"{arch} {short}: not in the table of kernels")
@@ -136,11 +146,12 @@ def main() -> None:
         sys.exit(f"unknown: {' '.join(sorted(unknown))}; there are {' '.join(WANTED)}")
     target = load_builder().CUDA
     nvcc = shutil.which("nvcc") or sys.exit("nvcc was not found")
+    disassembler = sass.find_disassembler()
     flags = [*target.kernel_flags, f"-I{target.csrc}"]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            (arch, pool.submit(compile_kernels, nvcc, flags, source, arch))
+            (arch, pool.submit(compile_kernels, nvcc, flags, source, arch, disassembler))
             for source, variant in target.instances(Path(folder))
             for arch in chosen
             if "--all" in sys.argv[1:]
@@ -148,8 +159,9 @@ def main() -> None:
         ]
         errors, most, kernels = [], {}, 0
         for arch, job in jobs:
-            registers, wrong = check(job.result(), arch)
-            errors += wrong
+            report, waits = job.result()
+            registers, wrong = check(report, arch)
+            errors += wrong + waits
             kernels += len(registers)
             for name, used in registers.items():
                 kind = name.partition("<")[0]
@@ -158,7 +170,9 @@ def main() -> None:
         print(f"{arch:7} {kind:16} at most {used:3} registers")
     missing = REGISTERS.keys() - {kind for kind, _ in most}
     errors += [f"{kind}: was not compiled" for kind in sorted(missing)]
-    print(f"{kernels} kernels in {time.monotonic() - start:.0f} s, {len(errors)} over the budget")
+    print(f"{kernels} kernels in {time.monotonic() - start:.0f} s, {len(errors)} errors")
+    if disassembler is None:
+        print("nvdisasm was not found: the instructions of resident kernels were not looked at")
     if errors:
         sys.exit("\n".join(errors))
 

@@ -246,6 +246,28 @@ def test_block_that_does_not_come() -> None:
     assert kernels.backward() == (1, [1, 1, 1, 0])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_banks_of_local_kernels(size: int) -> None:
+    """What lanes read or write at once in shared memory is in different banks, or in one word."""
+    local_place = emulation("bind_cuda_patience").local_place
+    unit = 16 // size  # elements that a lane reads at once
+
+    def conflicts(width: int, elements: list[tuple[int, int]]) -> int:
+        words = {local_place(size, width, row, k) * size // 4 for row, k in elements}
+        return len(words) - len({word % 32 for word in words})
+
+    for width in range(unit, 4 * 32 + 1, unit):
+        places = {local_place(size, width, row, k) for row in range(8) for k in range(width)}
+        assert len(places) == 8 * width and max(places) < 8 * (width + 128 // size)
+        for k in range(0, width - 4 * unit + 1, 4 * unit):  # eight lanes: two rows of a block of k
+            for row in (0, 2, 4, 6):
+                block = itertools.product((row, row + 1), range(k, k + 4 * unit))
+                assert conflicts(width, list(block)) == 0
+        for k in range(0, width - 7, 8):  # a warp: 8 units of every other row
+            for rows in (range(0, 8, 2), range(1, 8, 2)):
+                assert conflicts(width, list(itertools.product(rows, range(k, k + 8)))) == 0
+
+
 def test_more_than_2_31_elements() -> None:
     steps = emulation("bind_cuda_steps")
     # A matrix whose second row begins there.

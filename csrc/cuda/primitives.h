@@ -20,6 +20,13 @@ __device__ __forceinline__ T* DynamicShared() {
   return reinterpret_cast<T*>(dynamic_shared);
 }
 
+// A value that is the same for a whole warp, in a register. What launches carry is otherwise read again
+// wherever it is needed, from memory for constants, which costs as much as shared memory does. The
+// compiler must not see where it comes from: from lane 0, while others seem to have something else.
+__device__ __forceinline__ uint32_t InRegister(uint32_t v) {
+  return __shfl_sync(~0u, threadIdx.x % 2 == 0 ? v : 0, 0);
+}
+
 // ---- global memory ----
 
 // Four words, each atomic by itself.

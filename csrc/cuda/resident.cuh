@@ -31,11 +31,9 @@ constexpr int kSplitOf = kLocal ? kWarps / (kM % 8 == 0   ? 8
                                                           : 1)
                                 : kWarps;
 
-// What a local kernel keeps in shared memory of what it published: [2][kTiles * 8 rows][stride].
-template <class T>
-FRNN_HD int64_t LocalStride(int64_t width) {  // + 16 bytes: rows begin in different banks
-  return RoundUp(width, 16 / sizeof(T)) + 16 / sizeof(T);
-}
+// How many loads of a product are under way at once. Parameters of a cell take their registers.
+template <class C>
+constexpr int kLoadsOf = C::kParams > 0 ? 4 : 8;
 
 // Steps [begin, end) of both directions. Step s of a direction is time start + s * way.
 struct ResidentSteps {
@@ -45,15 +43,24 @@ struct ResidentSteps {
   Patience patience;
 };
 
-// The rows of a time: from `first` on, one for each running sequence.
+// The rows of a time: from `first` on, one for each running sequence. And as they are loaded, before
+// anything waits for them.
 struct TimeRows {
   int64_t first;
   int running;
 };
+struct LoadedRows {
+  int64_t first, end;
+  __device__ __forceinline__ TimeRows Count() const { return {first, int(end - first)}; }
+};
+__device__ __forceinline__ LoadedRows LoadRows(const ResidentSteps& n, int64_t time) {
+  const bool exists = time >= 0 && time < n.T;
+  LoadedRows rows{exists ? time * n.B : 0, exists ? time * n.B + n.B : 0};
+  if (exists && n.offsets != nullptr) rows = {n.offsets[time], n.offsets[time + 1]};
+  return rows;
+}
 __device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time) {
-  if (time < 0 || time >= n.T) return {0, 0};
-  if (n.offsets == nullptr) return {time * n.B, int(n.B)};
-  return {n.offsets[time], int(n.offsets[time + 1] - n.offsets[time])};
+  return LoadRows(n, time).Count();
 }
 
 // What a block works on: its direction, its units and its rows of the batch. Of these a thread does the
@@ -62,8 +69,12 @@ __device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time)
 template <int kGroups, int kTiles>
 struct ResidentBlock {
   static constexpr int kAll = kGroups * kTiles * 4, kItems = (kAll + kWarps - 1) / kWarps;
+  // Different units among a thread's items: one, unless they are of several groups.
+  static constexpr int kColumns = kGroups > 1 ? kItems : 1;
+  static_assert(kWarps % 4 == 0, "a thread's items are the same element of their fragments");
 
-  __device__ __forceinline__ ResidentBlock(const ResidentSteps& n) : H(n.H), B(n.B) {
+  __device__ __forceinline__ ResidentBlock(const ResidentSteps& n)
+      : H(InRegister(uint32_t(n.H))), B(n.B) {
     const int blocks = int(BlocksOfCopy(n.H, kGroups));
     const int copy = blockIdx.x / blocks;
     dir = copy / n.copies;
@@ -78,6 +89,7 @@ struct ResidentBlock {
     return Exists(i) && Batch(i) < rows.running;
   }
 
+  __device__ static int Column(int i) { return i % kColumns; }
   __device__ static int J(int i) { return Index(i) % 4; }
   __device__ static int Tile(int i) { return Index(i) / 4 % kTiles; }
   __device__ static int Group(int i) { return Index(i) / 4 / kTiles; }
@@ -173,13 +185,14 @@ struct ResidentForwardArgs {
 // Views of an item, as core/step.h asks for them: what lies in registers, and what goes to memory.
 template <class C, class SumH>
 struct ResidentInputs {
-  const float* gx;  // with biases
+  const float* gx;
+  const Pack<float, C::kX>& b_ih;
   const SumH& gate_h;
   const Pack<float, C::kParams>& params;
   const float& h;
   const Pack<float, States<C>::kExtra>& c;
 
-  FRNN_HD Quick GateX(int q) const { return gx[q]; }
+  FRNN_HD Quick GateX(int q) const { return gx[q] + b_ih[q]; }
   FRNN_HD Quick GateH(int q) const { return gate_h(q); }
   FRNN_HD Quick Param(int k) const { return params[k]; }
   FRNN_HD Quick H() const { return h; }
@@ -211,16 +224,18 @@ template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentForward(const __grid_constant__ ResidentForwardArgs<T> args) {
   constexpr int kM = kGroups * C::kH;
-  using Product = ResidentProduct<T, kM, kBlocks, kTiles, kSplitOf<kM, kLocal>>;
+  using Product = ResidentProduct<T, kM, kBlocks, kTiles, kSplitOf<kM, kLocal>, kLoadsOf<C>>;
   using Block = ResidentBlock<kGroups, kTiles>;
-  constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra;
-  float* sums = DynamicShared<float>();                            // [2][kSums]
-  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel; of others
-  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);      // what Multiply wants
+  constexpr int kItems = Block::kItems, kColumns = Block::kColumns, kExtra = States<C>::kExtra;
+  float* sums = DynamicShared<float>();  // [2][kSums]
+  // What a local kernel has published: [2][kTiles * kTileRows][stride], in the order of LocalPlace.
+  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);
+  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);  // of others: what Multiply wants
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentForwardDirection<T>& a = args.dir[at.dir];
-  const int64_t H = n.H;
+  T* const hs = a.hs;
+  const int64_t H = at.H;
 
   Product product;
   product.Load(
@@ -236,32 +251,38 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     return a.h0 ? Widen(a.h0[b * H + u]) : 0;
   };
 
-  int64_t place[kItems];  // row * H + unit, of the rows of a step
-  float gx[kItems][C::kX] = {}, b_hh[kItems][C::kH], h[kItems];
+  float gx[kItems][C::kX] = {}, h[kItems];
   Pack<float, kExtra> c[kItems];
-  Pack<float, C::kParams> params[kItems];
-  const auto fetch = [&] {  // does not depend on other blocks
+  Pack<float, C::kX> b_ih[kColumns];
+  Pack<float, C::kH> b_hh[kColumns];
+  Pack<float, C::kParams> params[kColumns];
+  // What does not depend on other blocks is loaded ahead of the wait for them, and not looked at before
+  // that is over: a warp that waits for one load waits for all.
+  const auto fetch = [&] {
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
-      const float* from = a.gx + at.Wide(place[i] - a.gx_row * H, i, C::kX);
+      const float* from = a.gx + at.Wide(at.Place(rows, i) - a.gx_row * H, i, C::kX);
       FRNN_UNROLL
-      for (int q = 0; q < C::kX; q++)
-        gx[i][q] = from[q * H] + (a.b_ih ? Widen(a.b_ih[q * H + at.Unit(i)]) : 0);
+      for (int q = 0; q < C::kX; q++) gx[i][q] = from[q * H];
     }
   };
   FRNN_UNROLL
-  for (int i = 0; i < kItems; i++) {
-    place[i] = at.Place(rows, i);
+  for (int i = 0; i < kColumns; i++) {
+    const int64_t unit = at.Unit(i);
+    const bool exists = unit < H;
     FRNN_UNROLL
-    for (int q = 0; q < C::kH; q++)
-      b_hh[i][q] = at.Exists(i) && a.b_hh ? Widen(a.b_hh[q * H + at.Unit(i)]) : 0;
+    for (int q = 0; q < C::kX; q++) b_ih[i][q] = exists && a.b_ih ? Widen(a.b_ih[q * H + unit]) : 0;
+    FRNN_UNROLL
+    for (int q = 0; q < C::kH; q++) b_hh[i][q] = exists && a.b_hh ? Widen(a.b_hh[q * H + unit]) : 0;
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++) params[i][k] = exists ? Widen(a.params[k][unit]) : 0;
+  }
+  FRNN_UNROLL
+  for (int i = 0; i < kItems; i++) {
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
       c[i][j] = at.Exists(i) ? a.c[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
-    FRNN_UNROLL
-    for (int k = 0; k < C::kParams; k++)
-      params[i][k] = at.Exists(i) ? Widen(a.params[k][at.Unit(i)]) : 0;
     h[i] = States<C>::kReadsH && at.Exists(i) ? start(at.Batch(i), at.Unit(i)) : 0;
   }
   const int stride = int(LocalStride<T>(H)), half = kTiles * kTileRows * stride;
@@ -269,36 +290,38 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     for (int k = threadIdx.x; k < kTiles * kTileRows * int(H); k += kWarps * 32) {
       const int row = k / int(H), u = k % int(H);
       const T v = Narrow<T>(at.first_row + row < n.B ? start(at.first_row + row, u) : 0);
-      published[row * stride + u] = published[half + row * stride + u] = v;
+      const int place = row * stride + LocalPlace<T>(row, u);
+      published[place] = published[half + place] = v;
     }
-  } else {
-    if (threadIdx.x == 0) *gave_up = 0;
   }
+  if (!kLocal && threadIdx.x == 0) *gave_up = 0;
   __syncthreads();
-  fetch();
 
   for (int64_t s = n.begin; s < n.end; s++) {
-    const TimeRows next = RowsOf(n, a.start + (s + 1) * a.way);
-    const int64_t step = (next.first - rows.first) * H;
+    fetch();
+    const LoadedRows loaded = LoadRows(n, a.start + (s + 1) * a.way);
+    if constexpr (kLocal) __syncthreads();
     // Two sets of sums in turn: a warp that is ahead writes the one that no other still reads.
     float* now = sums + (s & 1) * Product::kSums;
     product.template Multiply<!kLocal>(
-        kLocal ? published + (s & 1) * half : a.hs + (rows.first + at.first_row) * H,
-        kLocal ? stride : H, rows.running - at.first_row, int(H), now, args.steps.patience,
-        gave_up);
+        kLocal ? published + (s & 1) * half : hs + (rows.first + at.first_row) * H,
+        kLocal ? stride : H, rows.running - at.first_row, int(H), now, n.patience, gave_up);
     __syncthreads();
 
+    const TimeRows next = loaded.Count();
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
     ForwardStep<C, Quick> unit[kItems];
     T h_new[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
+      const int column = Block::Column(i);
       const auto gate_h = [&](int q) {
         return Product::Sum(now, Block::Group(i) * C::kH + q, Block::Tile(i), Block::J(i)) +
-               b_hh[i][q];
+               b_hh[column][q];
       };
-      unit[i].Load(ResidentInputs<C, decltype(gate_h)>{gx[i], gate_h, params[i], h[i], c[i]});
+      unit[i].Load(ResidentInputs<C, decltype(gate_h)>{gx[i], b_ih[column], gate_h, params[column],
+                                                       h[i], c[i]});
       unit[i].Compute();
       h_new[i] = Narrow<T>(unit[i].s_new[C::kRecurrent].v);
     }
@@ -306,9 +329,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
       const bool runs = at.Runs(i, rows);
-      PublishUnit(a.hs + place[i] + step, h_new[i], runs && at.Batch(i) < next.running);
+      PublishUnit(hs + at.Place(next, i), h_new[i], runs && at.Batch(i) < next.running);
+      T* own = published + Block::Row(i) * stride;
       if (kLocal && runs)
-        published[(~s & 1) * half + Block::Row(i) * stride + at.Unit(i)] = h_new[i];
+        own[(~s & 1) * half + LocalPlace<T>(Block::Row(i), at.Unit(i))] = h_new[i];
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
@@ -318,20 +342,17 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
                                      h[i],
                                      c[i],
                                      H,
-                                     a.y + at.Wide(place[i], i, n.dirs),
+                                     a.y + at.Wide(at.Place(rows, i), i, n.dirs),
                                      ends ? a.h_last + at.Batch(i) * H + at.Unit(i) : nullptr,
                                      a.c_last + at.Batch(i) * kExtra * H + at.Unit(i),
-                                     a.tape + at.Wide(place[i], i, Tape<C>::kSize)};
+                                     a.tape + at.Wide(at.Place(rows, i), i, Tape<C>::kSize)};
+      if (a.tape) {
+        unit[i].StoreTape(to);
+        if (C::kReadsNewH) to.Keep(Tape<C>::kNewH, Widen(h_new[i]));
+      }
       unit[i].StoreStates(to);
-      if (!a.tape) continue;
-      unit[i].StoreTape(to);
-      if (C::kReadsNewH) to.Keep(Tape<C>::kNewH, h[i]);
     }
-    FRNN_UNROLL
-    for (int i = 0; i < kItems; i++) place[i] += step;
     rows = next;
-    if (s + 1 < n.end) fetch();  // ahead of the wait for other blocks
-    if constexpr (kLocal) __syncthreads();
   }
 
   FRNN_UNROLL
@@ -366,9 +387,10 @@ template <class C>
 struct ResidentGrads {
   const float* tape;
   const Pack<float, C::kParams>& params;
-  const float &h, &dh;
+  const float h;
+  const float& dh;
   const Pack<float, States<C>::kExtra>& dc;
-  const float& dy;
+  const float dy;
 
   FRNN_HD Quick Kept(int k) const { return tape[k]; }
   FRNN_HD Quick KeptExtra(int e) const { return tape[Tape<C>::kC + e]; }
@@ -398,16 +420,20 @@ struct ResidentCarry {
 template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentBackward(const __grid_constant__ ResidentBackwardArgs<T> args) {
-  using Product = ResidentProduct<T, kGroups, kBlocks, kTiles, kSplitOf<kGroups, kLocal>>;
+  using Product =
+      ResidentProduct<T, kGroups, kBlocks, kTiles, kSplitOf<kGroups, kLocal>, kLoadsOf<C>>;
   using Block = ResidentBlock<kGroups, kTiles>;
-  constexpr int kItems = Block::kItems, kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
-  float* sums = DynamicShared<float>();                            // [2][kSums]
-  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);  // of a local kernel; of others
-  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);      // what Multiply wants
+  constexpr int kItems = Block::kItems, kColumns = Block::kColumns, kExtra = States<C>::kExtra,
+                kTape = Tape<C>::kSize;
+  float* sums = DynamicShared<float>();  // [2][kSums]
+  // What a local kernel has published: [2][kTiles * kTileRows][stride], in the order of LocalPlace.
+  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);
+  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);  // of others: what Multiply wants
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentBackwardDirection<T>& a = args.dir[at.dir];
-  const int64_t H = n.H;
+  T* const dgh = a.dgh;
+  const int64_t H = at.H;
 
   Product product;
   product.Load(
@@ -417,88 +443,91 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       },
       int(C::kH * H));
 
-  int64_t time = a.start + (n.end - 1) * a.way;
-  TimeRows rows = RowsOf(n, time);
+  const auto time = [&](int64_t s) { return a.start + s * a.way; };
+  TimeRows rows = RowsOf(n, time(n.end - 1)), next = RowsOf(n, time(n.end - 2));
 
-  int64_t place[kItems];
-  float dh[kItems], dy[kItems] = {}, h_prev[kItems] = {}, tape[kItems][kTape] = {};
+  float dh[kItems];
   Pack<float, kExtra> dc[kItems];
-  Pack<float, C::kParams> params[kItems], dparams[kItems];
-  const auto fetch = [&] {
-    const int64_t dy_at = n.offsets ? rows.first * a.dy_b_stride : time * a.dy_t_stride;
+  Pack<float, C::kParams> params[kColumns], dparams[kItems];
+  T dy[kItems] = {}, h_prev[kItems] = {};
+  float tape[kItems][kTape] = {};
+  const auto fetch = [&](int64_t s) {  // as in the forward
+    const int64_t dy_at = n.offsets ? rows.first * a.dy_b_stride : time(s) * a.dy_t_stride;
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
-      if (a.dy) dy[i] = Widen(a.dy[dy_at + at.Batch(i) * a.dy_b_stride + at.Unit(i)]);
-      if constexpr (States<C>::kReadsH) h_prev[i] = Widen(a.hs[place[i]]);
-      const float* from = a.tape + at.Wide(place[i], i, kTape);
+      if (a.dy) dy[i] = a.dy[dy_at + at.Batch(i) * a.dy_b_stride + at.Unit(i)];
+      if constexpr (States<C>::kReadsH) h_prev[i] = a.hs[at.Place(rows, i)];
+      const float* from = a.tape + at.Wide(at.Place(rows, i), i, kTape);
       FRNN_UNROLL
       for (int k = 0; k < kTape; k++) tape[i][k] = from[k * H];
     }
   };
   FRNN_UNROLL
+  for (int i = 0; i < kColumns; i++) {
+    FRNN_UNROLL
+    for (int k = 0; k < C::kParams; k++)
+      params[i][k] = at.Unit(i) < H ? Widen(a.params[k][at.Unit(i)]) : 0;
+  }
+  FRNN_UNROLL
   for (int i = 0; i < kItems; i++) {
-    place[i] = at.Place(rows, i);
     dh[i] = at.Exists(i) ? a.dh[at.Batch(i) * H + at.Unit(i)] : 0;
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
       dc[i][j] = at.Exists(i) ? a.dc[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
     FRNN_UNROLL
-    for (int k = 0; k < C::kParams; k++) {
-      params[i][k] = at.Exists(i) ? Widen(a.params[k][at.Unit(i)]) : 0;
-      dparams[i][k] = 0;
-    }
+    for (int k = 0; k < C::kParams; k++) dparams[i][k] = 0;
   }
   const int stride = int(LocalStride<T>(C::kH * H)), half = kTiles * kTileRows * stride;
   if (!kLocal && threadIdx.x == 0) *gave_up = 0;
   __syncthreads();
-  fetch();
+  fetch(n.end - 1);
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
     BackwardStep<C, Quick> unit[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
-      unit[i].Load(ResidentGrads<C>{tape[i], params[i], h_prev[i], dh[i], dc[i], dy[i]});
+      unit[i].Load(ResidentGrads<C>{tape[i], params[Block::Column(i)], Widen(h_prev[i]), dh[i],
+                                    dc[i], Widen(dy[i])});
       unit[i].Compute();
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
       const bool runs = at.Runs(i, rows);
-      T* dgh = a.dgh + at.Wide(place[i], i, C::kH);
-      T* own = published + (s & 1) * half + Block::Row(i) * stride + at.Unit(i);
+      T* to = dgh + at.Wide(at.Place(rows, i), i, C::kH);
+      T* own = published + (s & 1) * half + Block::Row(i) * stride;
       FRNN_UNROLL
       for (int g = 0; g < C::kD; g++)
         ForGatesH<C>(g, [&](int q) {
           const T v = Narrow<T>(unit[i].d[g].v);
-          PublishUnit(dgh + q * H, v, runs);
-          if (kLocal && runs) own[q * H] = v;
+          PublishUnit(to + q * H, v, runs);
+          if (kLocal && runs) own[LocalPlace<T>(Block::Row(i), int(q * H) + at.Unit(i))] = v;
         });
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
-      T* dgx = a.dgx == a.dgh ? nullptr : a.dgx + at.Wide(place[i], i, C::kX);
+      T* dgx = a.dgx == dgh ? nullptr : a.dgx + at.Wide(at.Place(rows, i), i, C::kX);
       const ResidentCarry<C, T> to{dh[i], dc[i], dparams[i], dgx, H};
       unit[i].Store(to);
     }
     const TimeRows seen = rows;
-    time -= a.way;
-    rows = RowsOf(n, time);
-    FRNN_UNROLL
-    for (int i = 0; i < kItems; i++) place[i] += (rows.first - seen.first) * H;
-    if (s > n.begin) fetch();
+    rows = next;
+    if (s > n.begin) fetch(s - 1);
+    const LoadedRows loaded = LoadRows(n, time(s - 2));
     float* now = sums + (s & 1) * Product::kSums;
     if constexpr (kLocal) __syncthreads();
     product.template Multiply<!kLocal>(
-        kLocal ? published + (s & 1) * half : a.dgh + (seen.first + at.first_row) * C::kH * H,
-        kLocal ? stride : C::kH * H, seen.running - at.first_row, int(C::kH * H), now,
-        args.steps.patience, gave_up);
+        kLocal ? published + (s & 1) * half : dgh + (seen.first + at.first_row) * C::kH * H,
+        kLocal ? stride : C::kH * H, seen.running - at.first_row, int(C::kH * H), now, n.patience,
+        gave_up);
     __syncthreads();
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
       if (Block::Has(i)) dh[i] += Product::Sum(now, Block::Group(i), Block::Tile(i), Block::J(i));
+    next = loaded.Count();
   }
 
   FRNN_UNROLL
@@ -521,8 +550,8 @@ struct ResidentInstance {
   static constexpr int kOwn = kLocal ? (kBlocks + kSplit - 1) / kSplit : kBlocks;
   static constexpr int kOwnBack =
       kLocal ? (C::kH * kBlocks + kSplitBack - 1) / kSplitBack : C::kH * kBlocks;
-  using Product = ResidentProduct<T, kM, kOwn, kTiles, kSplit>;
-  using ProductBack = ResidentProduct<T, kGroups, kOwnBack, kTiles, kSplitBack>;
+  using Product = ResidentProduct<T, kM, kOwn, kTiles, kSplit, kLoadsOf<C>>;
+  using ProductBack = ResidentProduct<T, kGroups, kOwnBack, kTiles, kSplitBack, kLoadsOf<C>>;
 
   static constexpr auto kForward = &ResidentForward<C, T, kOwn, kGroups, kTiles, kLocal>;
   static constexpr auto kBackward = &ResidentBackward<C, T, kOwnBack, kGroups, kTiles, kLocal>;

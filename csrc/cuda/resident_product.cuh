@@ -78,20 +78,36 @@ __device__ __forceinline__ void PublishUnit(T* p, T v, bool valid) {
   if (writes) StoreRelaxed(reinterpret_cast<uint32_t*>(p), word);
 }
 
+// Where a local kernel has element k of a row in shared memory: rows begin at multiples of 128 bytes,
+// and of each 128 bytes pieces change places, so that no two lanes meet in a bank that read rows 2i and
+// 2i + 1 (64 bytes of each) or write 8 units of rows 0, 2, 4 and 6, or 1, 3, 5 and 7.
+template <class T>
+FRNN_HD int LocalPlace(int row, int k) {
+  return k ^ ((row / 2 % 4) ^ (row % 2 * 2)) * 2 * int(16 / sizeof(T));
+}
+template <class T>
+FRNN_HD int64_t LocalStride(int64_t width) {
+  return RoundUp(width, 128 / sizeof(T));
+}
+
 // D [16 kM, 8 kTiles] = A B by all warps: kSplit of them share the blocks of k, kBlocks each, the
 // others the tiles of A. A is in registers.
-template <class T, int kM, int kBlocks, int kTiles, int kSplit>
+template <class T, int kM, int kBlocks, int kTiles, int kSplit, int kLoads>
 struct ResidentProduct {
   using O = Operand<T>;
   static constexpr int kOwn = kM * kSplit / kWarps;  // tiles of A of a warp
   static constexpr int kSums = int(SumsOf(kSplit, kM* kTiles));
   static_assert(kOwn * kWarps == kM * kSplit, "every warp has as many");
-  // What is under way at once: kLoad blocks of kChunk tiles, at most 8 loads of 16 bytes and 64 sums.
-  static constexpr int Divisor(int of, int most) {
-    return of % most == 0 ? most : Divisor(of, most - 1);
-  }
-  static constexpr int kLoad = Divisor(kBlocks, 8);
-  static constexpr int kChunk = Divisor(kTiles, std::max(1, std::min(8 / kLoad, 16 / kOwn)));
+  // Sums of so many products are under way at once, as the next product of a sum waits for the last:
+  // of all tiles of A, of kChunk tiles of rows, and where these are few, kWays of each.
+  static constexpr int kChains = 4;
+  static constexpr int kChunk = std::min(kTiles, std::max(1, kChains / kOwn));
+  static constexpr int kWays =
+      std::min(2 * kBlocks, (kChains + kOwn * kChunk - 1) / (kOwn * kChunk));
+  static_assert(kTiles % kChunk == 0, "tiles are a power of two");
+  // What is read at once, up to kLoads times 16 bytes: kRound pieces, a block of k of kChunk tiles each.
+  static constexpr int kPieces = kBlocks * kTiles / kChunk;
+  static constexpr int kRound = std::min(kPieces, std::max(1, kLoads / kChunk));
 
   uint32_t w[kOwn][kBlocks][2][4];
 
@@ -126,61 +142,81 @@ struct ResidentProduct {
   }
 
   // sums = A B, B[k][row] = from[row * stride + k]. Rows and k beyond `rows` and `depth` count as
-  // zero. kPolls: other blocks write it, wait until they have. gave_up: of the block, in shared memory,
-  // 0 at first.
+  // zero. kPolls: other blocks write it, wait until they have; else it is what a local kernel has.
+  // gave_up: of the block, in shared memory, 0 at first.
   template <bool kPolls>
   __device__ __forceinline__ void Multiply(const T* from, int64_t stride, int rows, int depth,
                                            float* sums, const Patience& patience,
                                            uint32_t* gave_up) const {
     const int r = threadIdx.x % 32 / 4, part = int(threadIdx.x / 32) % kSplit;
+    const T* own = from + r * stride + (kPolls ? K(0) : 0);
+    uint4 b[kRound][kChunk];
+    const auto load = [&](int first, int i) {
+      const int piece = first + i, block = piece % kBlocks;
+      FRNN_UNROLL
+      for (int c = 0; c < kChunk; c++) {
+        const int row = (piece / kBlocks * kChunk + c) * kTileRows;
+        uint4 v{};
+        if (piece < kPieces && row + r < rows && K(block) < depth) {
+          const int place = kPolls ? block * O::kBlock : LocalPlace<T>(r, K(block));
+          const auto* at = reinterpret_cast<const uint4*>(own + row * stride + place);
+          v = kPolls ? LoadRelaxed(at) : *at;
+        }
+        b[i][c] = v;
+      }
+    };
+    const auto is_written = [&] {  // without branches: what is loaded ahead would be waited for
+      unsigned unwritten = 0;
+      FRNN_UNROLL
+      for (int i = 0; i < kRound * kChunk; i++) {
+        const uint4& v = b[i / kChunk][i % kChunk];
+        unwritten |=
+            (v.x == kUnwritten) | (v.y == kUnwritten) | (v.z == kUnwritten) | (v.w == kUnwritten);
+      }
+      return unwritten == 0;
+    };
+
     volatile uint32_t* const over = gave_up;
     unsigned polls = kPolls && *over != 0 ? patience.polls : 0;
+    float d[kWays][kChunk][kOwn][4];
     FRNN_UNROLL
-    for (int tile = 0; tile < kTiles; tile += kChunk) {
-      float d[kChunk][kOwn][4];
-      FRNN_UNROLL
-      for (int i = 0; i < kChunk * kOwn * 4; i++) d[i / (kOwn * 4)][i / 4 % kOwn][i % 4] = 0;
-      FRNN_UNROLL
-      for (int first = 0; first < kBlocks; first += kLoad) {
-        uint4 b[kChunk][kLoad];
-        bool ready;
+    for (int first = 0; first < kPieces; first += kRound) {
+      if (first == 0 || (kPolls && !is_written())) {
         do {
-          ready = true;
           FRNN_UNROLL
-          for (int i = 0; i < kChunk * kLoad; i++) {
-            const int row = (tile + i / kLoad) * kTileRows + r, k = K(first + i % kLoad);
-            uint4 v{};
-            if (row < rows && k < depth) {
-              const uint4* at = reinterpret_cast<const uint4*>(from + row * stride + k);
-              v = kPolls ? LoadRelaxed(at) : *at;
-            }
-            b[i / kLoad][i % kLoad] = v;
-          }
-          FRNN_UNROLL
-          for (int i = 0; kPolls && i < kChunk * kLoad; i++) {
-            const uint4& v = b[i / kLoad][i % kLoad];
-            ready = ready && v.x != kUnwritten && v.y != kUnwritten && v.z != kUnwritten &&
-                    v.w != kUnwritten;
-          }
-        } while (!ready && ++polls < patience.polls);
-        __syncwarp();
+          for (int i = 0; i < kRound; i++) load(first, i);
+        } while (kPolls && !is_written() && ++polls < patience.polls);
+      }
+      __syncwarp();
+      FRNN_UNROLL
+      for (int i = 0; i < kRound; i++) {
+        const int piece = first + i, block = piece % kBlocks;
+        if (piece >= kPieces) break;
         FRNN_UNROLL
-        for (int i = 0; i < kLoad; i++) {
+        for (int k = 0; k < kWays * kChunk * kOwn * 4 && block == 0; k++)
+          d[k / 4 / kOwn / kChunk][k / 4 / kOwn % kChunk][k / 4 % kOwn][k % 4] = 0;
+        FRNN_UNROLL
+        for (int half = 0; half < 2; half++) {
           FRNN_UNROLL
           for (int c = 0; c < kChunk; c++) {
-            const uint4& v = b[c][i];
+            const uint4& v = b[i][c];
             FRNN_UNROLL
-            for (int m = 0; m < kOwn; m++) {
-              O::Multiply(d[c][m], w[m][first + i][0], O::Word(v.x), O::Word(v.y));
-              O::Multiply(d[c][m], w[m][first + i][1], O::Word(v.z), O::Word(v.w));
-            }
+            for (int m = 0; m < kOwn; m++)
+              O::Multiply(d[(block * 2 + half) % kWays][c][m], w[m][block][half],
+                          O::Word(half ? v.z : v.x), O::Word(half ? v.w : v.y));
           }
         }
-      }
-      FRNN_UNROLL
-      for (int i = 0; i < kChunk * kOwn * 4; i++) {
-        const int c = i / (kOwn * 4), m = i / 4 % kOwn, j = i % 4;
-        sums[SumAt(part, FirstTile() + m, tile + c, j)] = d[c][m][j];
+        if (first + kRound < kPieces) load(first + kRound, i);  // while others are multiplied
+        FRNN_UNROLL
+        for (int k = 0; k < kChunk * kOwn * 4 && block == kBlocks - 1; k++) {
+          const int c = k / 4 / kOwn, m = k / 4 % kOwn, j = k % 4;
+          FRNN_UNROLL
+          for (int ways = kWays / 2; ways > 0; ways /= 2) {
+            FRNN_UNROLL
+            for (int way = 0; way < ways; way++) d[way][c][m][j] += d[way + ways][c][m][j];
+          }
+          sums[SumAt(part, FirstTile() + m, piece / kBlocks * kChunk + c, j)] = d[0][c][m][j];
+        }
       }
     }
     if (kPolls && polls >= patience.polls) {

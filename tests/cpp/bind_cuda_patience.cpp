@@ -1,5 +1,6 @@
 // csrc/cuda/resident.cuh, emulated, for tests/test_cuda_engine.py: kernels that wait for a block that
-// does not come. Of the two blocks of a layer one is not launched.
+// does not come (of the two blocks of a layer one is not launched), and where local kernels put what
+// they share.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -79,4 +80,8 @@ Result Backward() {
 PYBIND11_MODULE(bind_cuda_patience, m) {
   m.def("forward", &Forward);
   m.def("backward", &Backward);
+  m.def("local_place", [](int size, int64_t width, int row, int k) {
+    return size == 4 ? row * LocalStride<float>(width) + LocalPlace<float>(row, k)
+                     : row * LocalStride<T>(width) + LocalPlace<T>(row, k);
+  });
 }

@@ -7,6 +7,7 @@
 //   -------------------------  --------------------------------------------------
 //   FRNN_SHARED(name, type);   .shared variable (static; one per CTA)
 //   DynamicShared<T>()         extern .shared, 16-byte aligned
+//   InRegister(v)              v, of every lane the same
 //   LoadRelaxed(p)             ld.relaxed.gpu.global.v4.u32, atomic per word
 //   StoreRelaxed(p, v)         st.relaxed.gpu.global.u32
 //   MmaBf16(d, a, b0, b1)      mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
@@ -198,6 +199,8 @@ template <class T>
 T* DynamicShared() {
   return reinterpret_cast<T*>(emulate::DynamicShared());
 }
+
+inline uint32_t InRegister(uint32_t v) { return v; }
 
 inline uint4 LoadRelaxed(const uint4* p) {
   emulate::CheckAligned(p);
