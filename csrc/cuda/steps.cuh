@@ -222,7 +222,7 @@ class Steps {
 
     void ForwardSteps(const ForwardBuffers& w, int64_t first, int64_t begin, int64_t end) const {
       for (int64_t s = begin; s < end; s++)
-        ForwardStep(w, s, w.gx + (Row(s) - first) * C::kX * p.H);
+        LaunchForward(w, s, w.gx + (Row(s) - first) * C::kX * p.H);
     }
 
     // What resident kernels start from, and the words by which they see what is not written yet.
@@ -240,7 +240,7 @@ class Steps {
       runtime::Fill(queue.stream, data, 0xFF, size_t(n) * sizeof(T));
     }
 
-    void ForwardStep(const ForwardBuffers& w, int64_t s, const A* gx) const {
+    void LaunchForward(const ForwardBuffers& w, int64_t s, const A* gx) const {
       const int64_t batch = Batch(s), next = std::min(batch, Batch(s + 1));
       const Rows<T> h_prev = HPrev(w, s), y = Y(s);
       const Rows<A> c_prev = CPrev(w, s);
@@ -316,10 +316,10 @@ class Steps {
     }
 
     void BackwardChunk(const BackwardBuffers& w, int64_t begin, int64_t end) const {
-      for (int64_t s = end - 1; s >= begin; s--) BackwardStep(w, s);
+      for (int64_t s = end - 1; s >= begin; s--) LaunchBackward(w, s);
     }
 
-    void BackwardStep(const BackwardBuffers& w, int64_t s) const {
+    void LaunchBackward(const BackwardBuffers& w, int64_t s) const {
       const int64_t batch = this->Batch(s), row = Row(s);
       const Rows<const T> dy = Dy(s);
       GateBackwardArgs<T> a{};
