@@ -62,7 +62,8 @@ examples: setup
 #   native     all the rest
 #   reference  the reference path, on what it could change
 RUNS := examples compiling emulated native reference
-PYTEST := $(BIN)/python -m pytest -q --roles
+# --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
+PYTEST := $(BIN)/python -m pytest -q
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
 TWO_AT_A_TIME = $(MAKE) --jobs=2 --keep-going $(SYNC) --no-print-directory
 
@@ -74,15 +75,15 @@ test: setup
 	$(TWO_AT_A_TIME) $(RUNS:%=test-%)
 
 test-examples: setup
-	$(PYTEST) examples
+	$(PYTEST) --roles=examples
 test-compiling: setup
-	$(PYTEST) compiling
+	$(PYTEST) --roles=compiling
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) parity
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity
 test-native: setup
-	$(PYTEST) unit,parity,module,engine,tools,cuda
+	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda
 test-reference: setup
-	FUSED_RNN_BACKEND=reference $(PYTEST) parity,module,engine
+	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine
 
 # For every day: one case of each test, another each time; no examples and few compilers.
 QUICK := results rest
@@ -92,9 +93,9 @@ test-quick: setup
 	$(BIN)/python -m fused_rnn build
 	$(TWO_AT_A_TIME) $(QUICK:%=test-quick-%)
 test-quick-results: setup
-	$(PYTEST) parity,engine --quick 1
+	$(PYTEST) --roles=parity,engine --quick 1
 test-quick-rest: setup
-	$(PYTEST) unit,module,tools,cuda --quick 1
+	$(PYTEST) --roles=unit,module,tools,cuda --quick 1
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.

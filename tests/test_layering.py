@@ -166,5 +166,5 @@ def test_every_file_of_tests_has_one_role(request: pytest.FixtureRequest) -> Non
     }
     assert not {name: roles for name, roles in found.items() if len(roles) != 1}
     makefile = (ROOT / "Makefile").read_text()
-    runs = re.findall(r"^\t.*\$\(PYTEST\) ([\w,]+)", makefile, re.M)
+    runs = re.findall(r"^\t.*\$\(PYTEST\) --roles=([\w,]+)", makefile, re.M)
     assert {role for names in runs for role in names.split(",")} == known
