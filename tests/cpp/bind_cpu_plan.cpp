@@ -8,7 +8,7 @@ using namespace frnn;
 using namespace frnn::cpu;
 
 PYBIND11_MODULE(bind_cpu_plan, m) {
-  py::enum_<Storage>(m, "Storage")
+  py::enum_<Storage>(m, "Storage", py::module_local())
       .value("float32", Storage::kFloat)
       .value("float64", Storage::kDouble)
       .value("bfloat16", Storage::kBFloat16)

@@ -9,7 +9,7 @@ using namespace frnn;
 using namespace frnn::cuda;
 
 PYBIND11_MODULE(bind_cuda_plan, m) {
-  py::enum_<Storage>(m, "Storage")
+  py::enum_<Storage>(m, "Storage", py::module_local())
       .value("float32", Storage::kFloat)
       .value("float64", Storage::kDouble)
       .value("bfloat16", Storage::kBFloat16)
