@@ -53,7 +53,11 @@ FEWER_THREADS = ("sm_86", "sm_89", "sm_120a")
 # Of a cell whose parameters take registers of their own.
 WIDER = {"GateForward<PeepholeLSTM": 72}
 # Bytes that may be spilled all the same, of a cell whose parameters take registers as weights do.
-SPILLS = {(arch, "ResidentForward<PeepholeLSTM"): 8 for arch in ("sm_80", "sm_90a")}
+SPILLS = {
+    ("sm_80", "ResidentForward<PeepholeLSTM"): 8,
+    ("sm_90a", "ResidentForward<PeepholeLSTM"): 16,
+    ("sm_120a", "ResidentBackward<GRU"): 8,
+}
 # Where the instructions of resident kernels are looked at.
 LOOKED_AT = ("sm_80", "sm_90a")
 # What is compiled unless --all says all: types, of all cells or of one.
