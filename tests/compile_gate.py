@@ -52,7 +52,7 @@ REGISTERS = {
 FEWER_THREADS = ("sm_86", "sm_89", "sm_120a")
 # Of a cell whose parameters take registers of their own.
 WIDER = {"GateForward<PeepholeLSTM": 72}
-# Bytes that may be spilled all the same, of a cell whose parameters take registers as weights do.
+# Bytes that may be spilled all the same, by kernels that have as many registers as there are.
 SPILLS = {
     ("sm_80", "ResidentForward<PeepholeLSTM"): 8,
     ("sm_90a", "ResidentForward<PeepholeLSTM"): 16,
