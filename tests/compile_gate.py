@@ -58,7 +58,7 @@ SPILLS = {
     ("sm_90a", "ResidentForward<PeepholeLSTM"): 16,
     ("sm_120a", "ResidentBackward<GRU"): 8,
 }
-# The compiler compares the h of a relu with 0 where it is loaded, which need not be before the poll.
+# The compiler compares the h of a relu with 0 where it is loaded, and so waits for it too early.
 COMPARES_EARLY = "ResidentBackward<Rnn<ReluFn>", "is waited for by FSETP"
 # Where the instructions of resident kernels are looked at.
 LOOKED_AT = ("sm_80", "sm_90a")
