@@ -95,7 +95,7 @@ class Batch:
 
 def direct_call_facts() -> tuple[Any, ...]:
     """What the direct calls compare with and call, see Setup in csrc/ops/direct.cpp: by what a call
-    of a module is more than one of its forward, forward mode, a method, the address of how
+    of a module is more than one of its forward, forward mode, the address of how
     extensions get from a tensor of Python to that of C++ (0 if there is none), a dispatch key."""
     load = "_ZN8pybind116detail11type_casterIN2at6TensorEvE4loadENS_6handleEb"
     there = getattr(ctypes.PyDLL(torch._C.__file__), load, None)
@@ -111,7 +111,6 @@ def direct_call_facts() -> tuple[Any, ...]:
         nn.Module._call_impl,
         global_hooks,
         vars(forward_ad),
-        Tensor().storage_offset,
         ctypes.cast(there, ctypes.c_void_p).value if there else 0,
         int(torch._C.DispatchKey.AutogradFunctionality),  # type: ignore[call-overload]
     )

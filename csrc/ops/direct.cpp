@@ -24,9 +24,6 @@
 
 // Python itself has these. Weak, so that the linker still refuses a symbol of ours that is missing.
 // clang-format off
-#pragma weak PyCFunction_GetFlags
-#pragma weak PyCFunction_GetFunction
-#pragma weak PyCFunction_Type
 #pragma weak PyCapsule_GetPointer
 #pragma weak PyDict_GetItemWithError
 #pragma weak PyDict_Size
@@ -104,7 +101,6 @@ struct Raised {};       // thrown where Python's error is for the caller
 // Set once, by Setup.
 const dlpack::Exchange* exchange = nullptr;
 PyObject *tensor_type, *parameter_type;
-PyCFunction storage_offset;      // of torch.Tensor
 AtenTensorHandle seen, nothing;  // the tensor that is looked at, see IsNegative; an undefined one
 // How every extension of torch gets from a tensor of Python to that of C++: a member function of
 // pybind11::detail::type_caster<at::Tensor>, whose one member is the tensor.
@@ -189,7 +185,7 @@ class Borrowed {
     dims_ = t.dims;
     std::copy(t.shape, t.shape + dims_, shape_);
     std::copy(t.strides, t.strides + dims_, strides_);
-    if (numel() == 0 ? !may_be_empty : !HasMemory(object)) throw Unsupported();
+    if (numel() == 0 ? !may_be_empty : !HasMemory()) throw Unsupported();
   }
   // Contiguous.
   Borrowed(void* data, ScalarType dtype, const Dims& shape)
@@ -237,12 +233,11 @@ class Borrowed {
 
   // A storage that was resized to nothing, as FSDP does to save memory, begins at null, and this tensor
   // at its offset from there.
-  bool HasMemory(PyObject* object) const {
+  bool HasMemory() const {
     const auto address = int64_t(reinterpret_cast<uintptr_t>(data_));
     if (address >> 44 != 0) return true;  // offsets are not as large
-    const Owned offset(storage_offset(object, nullptr));
-    return offset.object != nullptr &&
-           PyLong_AsLongLong(offset.object) * BytesOf(dtype_) != address;
+    int64_t offset = 0;
+    return aoti_torch_get_storage_offset(seen, &offset) == 0 && offset * BytesOf(dtype_) != address;
   }
 
   static ScalarType TypeOf(dlpack::DataType t) {
@@ -905,13 +900,6 @@ PyObject* CallModule(Reader& arguments) {
                   weights);
 }
 
-// A method without arguments, of some object, as the C function that it is; null if it is more.
-PyCFunction FunctionOf(PyObject* method) {
-  const bool is_c = Py_TYPE(method) == &PyCFunction_Type;
-  return is_c && PyCFunction_GetFlags(method) == METH_NOARGS ? PyCFunction_GetFunction(method)
-                                                             : nullptr;
-}
-
 // Whether this torch has all that is declared at the head of this file.
 bool TorchTells() {
   return c10::impl::TorchDispatchModeTLS::stack_len && c10::impl::tls_is_dispatch_key_excluded &&
@@ -930,8 +918,6 @@ PyObject* Setup(Reader& arguments) {
   for (PyObject** field : {&tensor_type, &parameter_type, &record_step, &module_type, &module_call,
                            &module_call_impl, &global_hooks, &forward_mode})
     *field = Owned::Another(arguments.Object());
-  storage_offset = FunctionOf(arguments.Object());
-  if (storage_offset == nullptr) return nullptr;
   look_at = reinterpret_cast<decltype(look_at)>(arguments.Integer());
   if (look_at == nullptr) return nullptr;
   for (AtenTensorHandle* tensor : {&nothing, &seen})
