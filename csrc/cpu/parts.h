@@ -37,7 +37,7 @@ constexpr int kRows = 16, kDepth = 32;
 enum class Cut { kOne = 1, kTwo, kThree, kFixed };
 constexpr int TilesOf(Cut cut) { return cut == Cut::kFixed ? 3 : int(cut); }
 constexpr int DepthOf(Cut cut) { return cut == Cut::kFixed ? 2 * kDepth : kDepth; }
-constexpr int kTile = kRows * kDepth;  // Parts of a tile, of 64 bytes a row
+constexpr int kTile = kRows * kDepth;  // words of a tile, of 64 bytes a row
 constexpr float kLargest = 16777216;   // of an element, in magnitude
 
 // An operand: [block of kRows rows or columns][block of the depth][part][kTile].

@@ -86,11 +86,11 @@ bool TurnsRows(const Problem& p, int gates) {
 // So few rows in all read w [K, cols] as it lies, at a stride that caches do not like twice. Those of
 // one step do if w stays in the second-level cache, for which its lines must not be in the same
 // places of all pages; else they use once what is packed.
-Packing PackingOfColumns(const Problem& p, const Machine& m, int64_t K, int64_t cols, bool tiled) {
+Packing PackingOfColumns(const Problem& p, const Machine& m, int64_t K, int64_t cols,
+                         bool one_step) {
   constexpr int64_t kPage = 4096;
   const int64_t alike = std::gcd(cols * p.scalar_bytes, kPage);
   const bool stays = K * alike * (128 / p.vector_bytes) <= m.l2_bytes;
-  const bool one_step = p.T == 1 && p.rows <= kOneStepRows && !tiled;
   if (IsPlain(p) && (p.rows <= 12 || (one_step && stays))) return Packing::kNone;
   return one_step && p.rows > 12 ? Packing::kEachUse : Packing::kOnce;
 }
@@ -130,9 +130,9 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
 BackwardPlan PlanBackward(const Problem& p, const Machine& m) {
   BackwardPlan plan{};
   static_cast<Plan&>(plan) = PlanOfBoth(p, m, 2);
-  plan.w_ih = PackingOfColumns(p, m, p.H, p.I, plan.tiled);
-  plan.w_hh = PackingOfColumns(p, m, p.H, p.Hout, plan.tiled);
   const bool one_step = p.T == 1 && p.rows <= kOneStepRows && !plan.tiled;
+  plan.w_ih = PackingOfColumns(p, m, p.H, p.I, one_step);
+  plan.w_hh = PackingOfColumns(p, m, p.H, p.Hout, one_step);
   plan.dx_rows = one_step ? p.rows : (p.rows < 768 ? 48 : 96) * (plan.tiled ? 2 : 1);
   plan.cut = CutOf(m.unit, p.storage, p.H);
   plan.d_cut = CutBeside(m.unit, p.storage, p.H);
