@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
@@ -20,6 +22,7 @@ from fused_rnn.build import Unit
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build"  # of all that is compiled for tests
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler")
 
 
 def digest_of(sources: Sequence[Path], facts: str = "") -> str:

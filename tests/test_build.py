@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bound import needs_compiler
 
 from fused_rnn import build
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
     pytest.mark.compiling,
-    pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler"),
+    needs_compiler,
 ]
 
 SOURCES = {

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from typing import Any
 
 import pytest
-from bound import bound
+from bound import bound, needs_compiler
 
 from fused_rnn import reference
 
 pytestmark = [
     pytest.mark.compiling,
-    pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler"),
+    needs_compiler,
 ]
 
 STORAGES = {"float32": 4, "float64": 8, "bfloat16": 4, "float16": 4}  # bytes of the computing type

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import emulated
 import pytest
-from bound import bound
+from bound import bound, needs_compiler
 
 from fused_rnn import reference
 
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
     pytest.mark.compiling,
-    pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler"),
+    needs_compiler,
 ]
 
 # Multiprocessors, compute capability (major), bytes of second-level cache and of shared memory of a

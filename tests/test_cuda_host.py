@@ -8,17 +8,16 @@ it in test_cuda_failures.py.
 from __future__ import annotations
 
 import itertools
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from bound import bound
+from bound import bound, needs_compiler
 
 pytestmark = [
     pytest.mark.compiling,
-    pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler"),
+    needs_compiler,
 ]
 
 DEVICES = itertools.count()  # of which each test takes new ones: what is known of one stays

@@ -5,16 +5,15 @@ The sweep (tests/cpp/math_sweep.cpp) is compiled for every vector width there is
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bound import bound
+from bound import bound, needs_compiler
 
 pytestmark = [
     pytest.mark.compiling,
-    pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler"),
+    needs_compiler,
 ]
 
 # The bounds that csrc/core/math.h states.

@@ -23,12 +23,10 @@ struct Contexts {
 };
 
 constexpr const char* kGaveUp =
-    "fused_rnn: a kernel of an earlier call gave up waiting for blocks of its own that did not get "
-    "onto the card within a minute. What that call returned is NaN from some step on, and so is "
-    "what "
-    "was computed from it: repeat it. From here on layers on this device take a product and a "
-    "kernel "
-    "per step; FUSED_RNN_VARIANT=graph has them do so from the start.";
+    "fused_rnn: a kernel of an earlier call gave up waiting for blocks of its own that did "
+    "not get onto the card within a minute. What that call returned is NaN from some step on,"
+    " and so is what was computed from it: repeat it. From here on layers on this device take"
+    " a product and a kernel per step; FUSED_RNN_VARIANT=graph has them do so from the start.";
 
 }  // namespace
 

@@ -1,6 +1,7 @@
 // csrc/cpu/plan.h for tests/test_cpu_plan.py.
 #include <pybind11/pybind11.h>
 
+#include "bind_storage.h"
 #include "cpu/plan.h"
 
 namespace py = pybind11;
@@ -8,11 +9,7 @@ using namespace frnn;
 using namespace frnn::cpu;
 
 PYBIND11_MODULE(bind_cpu_plan, m) {
-  py::enum_<Storage>(m, "Storage", py::module_local())
-      .value("float32", Storage::kFloat)
-      .value("float64", Storage::kDouble)
-      .value("bfloat16", Storage::kBFloat16)
-      .value("float16", Storage::kHalf);
+  BindStorage(m);
   py::enum_<parts::MatrixUnit>(m, "MatrixUnit")
       .value("none", parts::MatrixUnit::kNone)
       .value("vectors", parts::MatrixUnit::kVectors)

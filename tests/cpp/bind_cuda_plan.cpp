@@ -2,6 +2,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 
+#include "bind_storage.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -9,11 +10,7 @@ using namespace frnn;
 using namespace frnn::cuda;
 
 PYBIND11_MODULE(bind_cuda_plan, m) {
-  py::enum_<Storage>(m, "Storage", py::module_local())
-      .value("float32", Storage::kFloat)
-      .value("float64", Storage::kDouble)
-      .value("bfloat16", Storage::kBFloat16)
-      .value("float16", Storage::kHalf);
+  BindStorage(m);
   py::enum_<Variant>(m, "Variant")
       .value("steps", Variant::kSteps)
       .value("graph", Variant::kGraph)
