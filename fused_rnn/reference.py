@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,31 @@ CELLS: dict[str, Cell] = {
 }
 
 
+# --- What happens between two steps --------------------------------------------------------------
+
+
+class Stages(NamedTuple):
+    """What happens to the states beside the cell, in every layer and direction.
+
+    reset: [T, B] (packed: [R]) bool. Where true, the states before that step become zeros. The
+        second direction is cut at the same places: between that step and the one before it.
+    zoneout: [L*D, rows or 1, S*H], the fraction z in [0, 1] of its old value that a unit keeps in a
+        step, for each of the S states: ``s' + z (s - s')`` takes the place of the cell's s'. Not
+        with a projection.
+    h_mask: [L*D, B, P], which multiplies h where it goes into W_hh.
+    blocks: W_hh is block-diagonal of so many blocks, and has P / blocks columns: row q*H + u
+        multiplies the h of u's block.
+    """
+
+    reset: Tensor | None = None
+    zoneout: Tensor | None = None
+    h_mask: Tensor | None = None
+    blocks: int = 1
+
+
+NO_STAGES = Stages()
+
+
 # --- Which tensors there are ---------------------------------------------------------------------
 
 BIASES, PROJECTION = 0b1100, 1 << 4  # the bits of b_ih and b_hh, and of w_hr
@@ -145,6 +170,8 @@ def recurrent(
     directions: int,
     present: int,
     recompute: bool = False,
+    stages: Stages = NO_STAGES,
+    every_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of layers over a whole sequence.
 
@@ -159,18 +186,25 @@ def recurrent(
         layers, directions: L and D; the second direction runs backwards in time.
         present: which of ``Cell.tensors`` there are, see ``present_bits``.
         recompute: the backward runs each layer again instead of keeping what it computed.
+        stages: what happens between two steps.
+        every_state: return the states after every step for the last ones.
 
     Returns:
-        y [T, B, D*P] (packed: [R, D*P]), h_n [L*D, B, P] and c_n [L*D, B, C] or None.
+        y [T, B, D*P] (packed: [R, D*P]), h_n [L*D, B, P] and c_n [L*D, B, C] or None. With
+        ``every_state`` h_n and c_n have the rows of x, T*B or R of them, in the place of B.
     """
     runs = by_name(cell, present, weights)
-    h0, c0 = initial_states(cell, x, h0, c0, weights, batch_sizes, present)
+    h0, c0 = initial_states(cell, x, h0, c0, weights, batch_sizes, present, stages.blocks)
     run_layer = _layer_again if recompute else _layer
     h_n, c_n = [], []
     for i in range(layers):
         part = slice(i * directions, (i + 1) * directions)
         c0_i = None if c0 is None else c0[part]
-        x, h, c = run_layer(cell, x, h0[part], c0_i, runs[part], batch_sizes)
+        own = stages._replace(
+            zoneout=None if stages.zoneout is None else stages.zoneout[part],
+            h_mask=None if stages.h_mask is None else stages.h_mask[part],
+        )
+        x, h, c = run_layer(cell, x, h0[part], c0_i, runs[part], batch_sizes, own, every_state)
         if masks is not None and i + 1 < layers:
             x = x * masks[i][: x.shape[0]]
         h_n.append(h)
@@ -188,6 +222,7 @@ def initial_states(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     present: int,
+    blocks: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """The states given, or zeros; for the arguments of ``recurrent``."""
     others = len(CELLS[cell].states) - 1
@@ -199,7 +234,7 @@ def initial_states(
     if batch_sizes is not None:
         batch = batch_sizes[0]  # type: ignore[assignment]
     units = run["w_ih"].shape[0] // CELLS[cell].gates
-    width = run["w_hh"].shape[1] if "w_hh" in run else units
+    width = run["w_hh"].shape[1] * blocks if "w_hh" in run else units
     if h0 is None:
         h0 = torch.zeros(runs, batch, width, dtype=x.dtype, device=x.device)
     if c0 is None and others:
@@ -219,6 +254,8 @@ def _layer(
     c0: Tensor | None,
     runs: Sequence[Weights],
     batch_sizes: Tensor | None,
+    stages: Stages,
+    every_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer of D = ``len(runs)`` directions."""
     dtype = x.dtype
@@ -241,6 +278,11 @@ def _layer(
             None if c0 is None else c0[d].to(wide),
             {name: w.to(wide) for name, w in run.items()},
             sizes,
+            stages._replace(
+                zoneout=None if stages.zoneout is None else stages.zoneout[d].to(wide),
+                h_mask=None if stages.h_mask is None else stages.h_mask[d].to(wide),
+            ),
+            every_state,
             reverse=d == 1,
         )
         ys.append(y)
@@ -257,6 +299,8 @@ def _layer_again(
     c0: Tensor | None,
     runs: Sequence[Weights],
     batch_sizes: Tensor | None,
+    stages: Stages,
+    every_state: bool,
 ) -> Any:
     """``_layer``, but the backward runs the forward again instead of keeping what it computed."""
     names = list(runs[0])
@@ -266,7 +310,7 @@ def _layer_again(
             dict(zip(names, flat[i : i + len(names)], strict=True))
             for i in range(0, len(flat), len(names))
         ]
-        return _layer(cell, x, h0, c0, again, batch_sizes)
+        return _layer(cell, x, h0, c0, again, batch_sizes, stages, every_state)
 
     # Tensors in a list would be held past autograd, which then could not see them change.
     flat = [run[name] for run in runs for name in names]
@@ -280,32 +324,81 @@ def _direction(
     c: Tensor | None,
     weights: Weights,
     sizes: list[int] | None,
+    stages: Stages,
+    every_state: bool,
     *,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run over time from the states h [B, P], c [B, C]; return the outputs and the last states."""
+    """Run over time from the states h [B, P], c [B, C]; return the outputs and the last states, or
+    those of all rows."""
     w_hh, b_hh, w_hr = weights.get("w_hh"), weights.get("b_hh"), weights.get("w_hr")
     params = [weights[name] for name in cell.params]
     gx = F.linear(x, weights["w_ih"], weights.get("b_ih"))  # one product for all steps
     steps = gx.unbind(0) if sizes is None else gx.split(sizes)  # step t: [b_t, G*H]
-    outputs = []
-    for g in reversed(steps) if reverse else steps:
+    counts = [len(g) for g in steps]
+    cuts = _cuts(stages.reset, counts, reverse=reverse)
+    kept = _of_steps(stages.zoneout, counts)
+    outputs, hs, cs = [], [], []
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
         # Sequences are sorted by length, so the first b_t rows are running. The rows below keep
         # what they have: forwards the last state of a sequence that has ended, backwards the first
         # state of one that is still to begin.
-        b = g.shape[0]
+        b = counts[t]
         h_t, c_t = h[:b], None if c is None else c[:b]
-        gh = None if w_hh is None else F.linear(h_t, w_hh, b_hh)
-        h_new, c_new = cell.step(g, gh, h_t, c_t, *params)
+        if (cut := cuts[t]) is not None:
+            h_t = h_t.masked_fill(cut, 0)
+            c_t = None if c_t is None else c_t.masked_fill(cut, 0)
+        into = h_t if stages.h_mask is None else h_t * stages.h_mask[:b]
+        gh = None if w_hh is None else _recurrent_gates(into, w_hh, b_hh, stages.blocks)
+        h_new, c_new = cell.step(steps[t], gh, h_t, c_t, *params)
         if w_hr is not None:
             h_new = F.linear(h_new, w_hr)
+        if (z := kept[t]) is not None:
+            h_new = torch.lerp(h_new, h_t, z[:, : h_t.shape[1]].expand_as(h_t))
+            if c_t is not None and c_new is not None:
+                c_new = torch.lerp(c_new, c_t, z[:, h_t.shape[1] :].expand_as(c_t))
         if cell.output == 0:
             outputs.append(h_new)
         elif c_new is not None:
             outputs.append(c_new.chunk(len(cell.states) - 1, -1)[cell.output - 1])
+        hs.append(h_new)
         h = h_new if sizes is None else torch.cat([h_new, h[b:]])
         if c is not None and c_new is not None:
+            cs.append(c_new)
             c = c_new if sizes is None else torch.cat([c_new, c[b:]])
     if reverse:
-        outputs.reverse()
-    return torch.stack(outputs) if sizes is None else torch.cat(outputs), h, c
+        for each in (outputs, hs, cs):
+            each.reverse()
+    y = torch.stack(outputs) if sizes is None else torch.cat(outputs)
+    return (y, torch.cat(hs), torch.cat(cs) if cs else None) if every_state else (y, h, c)
+
+
+def _recurrent_gates(h: Tensor, w_hh: Tensor, b_hh: Tensor | None, blocks: int) -> Tensor:
+    """h W_hh^T + b_hh [b, G*H], W_hh being block-diagonal."""
+    if blocks == 1:
+        return F.linear(h, w_hh, b_hh)
+    width = w_hh.shape[1]
+    each = w_hh.unflatten(0, (-1, blocks, h.shape[1] // blocks))  # [G, blocks, units, width]
+    gates = torch.einsum("bnk,gnuk->bgnu", h.unflatten(1, (blocks, width)), each).flatten(1)
+    return gates if b_hh is None else gates + b_hh
+
+
+def _cuts(reset: Tensor | None, counts: list[int], *, reverse: bool) -> list[Tensor | None]:
+    """For each step t the rows [b_t, 1] whose states before it become zeros, or None."""
+    if reset is None:
+        return [None] * len(counts)
+    steps = list(reset.reshape(-1)[: sum(counts)].split(counts))
+    if reverse:  # the state before step t is that of t + 1, of as many rows as go on to there
+        nothing = reset.new_zeros(counts[-1])
+        steps = [
+            F.pad(after, (0, count - len(after)))
+            for after, count in zip([*steps[1:], nothing], counts, strict=True)
+        ]
+    return [step.unsqueeze(1) for step in steps]
+
+
+def _of_steps(rows: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
+    """The rows of each step; one row is that of all."""
+    if rows is None or rows.shape[0] == 1:
+        return [rows] * len(counts)
+    return rows.split(counts)
