@@ -117,9 +117,9 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
               : TurnsRows(p, p.gates_x) ? Packing::kTurned
               : one_chunk               ? Packing::kEachUse
                                         : Packing::kOnce;
-  plan.w_hh = ReadsRecurrentWeights(p)  ? Packing::kNone
-              : TurnsRows(p, p.gates_h) ? Packing::kTurned
-                                        : Packing::kOnce;
+  plan.w_hh = ReadsRecurrentWeights(p)                  ? Packing::kNone
+              : TurnsRows(p, p.gates_h) && !p.h_changes ? Packing::kTurned
+                                                        : Packing::kOnce;
   const bool odd = p.gates_x * p.panel_vecs % 2 || p.gates_h * p.panel_vecs % 2;
   plan.paired = plan.tiled && odd;
   plan.x_cut = CutOf(m.unit, p.storage, p.I);
