@@ -128,12 +128,18 @@ def supports(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def takes(
-    stages: reference.Stages, every_state: bool, cell: str, device: torch.device, *, train: bool
+    stages: reference.Stages,
+    every_state: bool,
+    cell: str,
+    hidden: int,
+    device: torch.device,
+    *,
+    train: bool,
 ) -> bool:
-    """Whether the native kernels have what is to happen between two steps of this cell."""
+    """Whether the native kernels have what is to happen between two steps of this cell's layers."""
     if stages == reference.NO_STAGES and not every_state:
         return True
-    if device.type == "cuda" or stages.blocks > 1:
+    if device.type == "cuda" or hidden % (stages.blocks * _facts("cpu", cell).block_units) != 0:
         return False
     # The derivative of such a cell is that at the new h, which a part of the old one is mixed into.
     mixes = stages.zoneout is not None and stages.zoneout.shape[1] == 1
@@ -275,6 +281,7 @@ class _Facts(ctypes.Structure):
             "tape",
             "reads_h",
             "reads_new_h",
+            "block_units",
         )
     ]
 

@@ -55,7 +55,7 @@ struct LayerParams {
   int threads;      // at most this many
   int ragged;       // 0 or 1
   int every_state;  // 0 or 1: h_n and c_n have the states after every step, `rows` for B
-  int blocks;       // W_hh is block-diagonal, of so many blocks
+  int blocks;       // W_hh is block-diagonal, of so many blocks of whole kAlign units
   int64_t T, B, I, H, Hout, rows;
   const int64_t* batch_sizes;  // [T], decreasing
   const int64_t* offsets;      // [T + 1]

@@ -84,7 +84,7 @@ class Layer<C>::BackwardPass {
     ColumnWeights<1> weights;
     weights.w = my.w->w_hr;
     weights.storage = p.storage;
-    weights.K = p.Hout;
+    weights.K = weights.gate_rows = p.Hout;
     weights.cols = p.H;
     weights.packing = cpu::Packing::kOnce;
     weights.packed = my.w_hr;
@@ -126,7 +126,9 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
   const int64_t grad_rows = Gradients::Block(p.rows);
   h_common.storage = x_common.storage = p.storage;
-  h_common.K = x_common.K = h_common.left.K = p.H;
+  x_common.K = p.H;
+  h_common.K = h_common.left.K = p.blocks > 1 ? BlockWidth(p) : p.H;
+  h_common.blocks = p.blocks > 1 ? p.blocks : 1;
   h_common.packing = plan.w_hh;
   x_common.packing = plan.w_ih;
   h_common.tiled = x_common.tiled = h_common.left.tiled = plan.tiled;
@@ -582,8 +584,23 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
     WeightGrad::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
   } else {
     x_grad.Run(team, load_x);
-    if (C::kH > 0) h_grad.Run(team, load_h);
+    if (C::kH > 0 && p.blocks <= 1) h_grad.Run(team, load_h);
   }
+  // Of a block-diagonal W_hh one gate and block after the other: a block of d with its columns of h.
+  const int64_t width = BlockWidth(p);
+  for (int q = 0; q < C::kH && p.blocks > 1 && my.dw->w_hh; q++)
+    for (int64_t block = 0; block < p.blocks; block++) {
+      const int64_t first = block * width;
+      WeightGrad block_grad = h_grad;
+      block_grad.gates = 1;
+      block_grad.column = &C::kDh[q];
+      block_grad.left.d = d + first;
+      block_grad.left.H = block_grad.cols = width;
+      block_grad.dw = At(my.dw->w_hh, p.storage, (q * p.H + first) * width);
+      block_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
+        load_h(r0, n, first + col, nv, dst);
+      });
+    }
   if (projected) {
     WeightGrad projection_grad = h_grad;
     projection_grad.gates = 1;

@@ -175,7 +175,8 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
   x_common.packing = plan.w_ih;
   x_common.tiled = plan.tiled;
   x_common.cut = plan.x_cut;
-  h_common.K = h_common.left.K = p.Hout;
+  h_common.K = h_common.left.K = BlockWidth(p);
+  h_common.block_units = p.blocks > 1 ? BlockWidth(p) : 0;
   h_common.packing = plan.w_hh;
   h_common.tiled = h_common.left.tiled = plan.tiled && C::kH > 0;
   h_common.cut = h_common.left.cut = plan.h_cut;

@@ -81,7 +81,8 @@ class Layer {
     problem.B = p.B;
     problem.I = p.I;
     problem.H = p.H;
-    problem.Hout = p.Hout;
+    problem.Hout = BlockWidth(p);
+    problem.in_blocks = p.blocks > 1;
     problem.rows = p.rows;
     problem.gates_x = C::kX;
     problem.gates_h = C::kH;
@@ -99,6 +100,10 @@ class Layer {
     machine.l2_bytes = L2Bytes();
     machine.crowded = Crowd::Here();
     return machine;
+  }
+  // Of a block of W_hh: the units that it has, and as many columns of h.
+  static int64_t BlockWidth(const LayerParams& p) {
+    return p.blocks > 1 ? p.Hout / p.blocks : p.Hout;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   // How many units a vector of them has from `unit` on: N, fewer at the end, or none past it.

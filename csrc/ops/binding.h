@@ -261,6 +261,7 @@ class Arguments {
 extern "C" {
 struct frnn_cell_t {
   int gates_x, gates_h, extra_states, tape, reads_h, reads_new_h;
+  int block_units;  // a block of a block-diagonal W_hh has a multiple of so many
 };
 struct frnn_tape_t {
   int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
@@ -488,8 +489,9 @@ struct Call {
                                       !stages.h_mask.has_value() && !p.every_state),
                "reset, zoneout, h_mask, every_state: no kernels for ", Device::kName);
     FRNN_CHECK(p.blocks == 1 || (Device::kHasBlocks && p.H == p.Hout && kernels.gates_h > 0 &&
-                                 p.H % p.blocks == 0),
-               "blocks: expected 1, got ", p.blocks);
+                                 p.H % (p.blocks * kAlign) == 0),
+               "blocks: expected 1, or blocks of a multiple of ", kAlign, " units, got ", p.blocks,
+               " of ", p.H, " units");
     if (stages.reset.has_value()) p.reset = TakeResets(*stages.reset, x);
     if (stages.zoneout.has_value()) {
       FRNN_CHECK(p.H == p.Hout, "zoneout: expected no projection");
@@ -707,8 +709,8 @@ template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const auto* found = Device::Find(cell, Storage::kFloat);
   if (found == nullptr) return false;
-  *facts = {found->gates_x, found->gates_h, found->extra_states,
-            found->tape,    found->reads_h, found->reads_new_h};
+  *facts = {found->gates_x,     found->gates_h, found->extra_states, found->tape, found->reads_h,
+            found->reads_new_h, kAlign};
   return true;
 }
 template <class Device>
