@@ -35,10 +35,11 @@ class Layer<C>::ForwardPass {
   // finished rows beside it, and resets change h after it was an output.
   const bool in_place = p.hs != nullptr && !p.ragged && p.reset == nullptr;
   const bool direct_y = p.storage == kPlain && !projected;
+  const bool states_change = p.reset != nullptr || p.h_mask != nullptr, zones_vary = ZonesVary(p);
   // One step reads h0 and writes h_n in place: nobody waits for what another thread writes, but for
   // rows that are turned.
   const bool in_one = p.T == 1 && p.hs == nullptr && p.h0 != nullptr && direct_y && !plan.tiled &&
-                      p.Hout % kUnits == 0 && p.reset == nullptr && p.h_mask == nullptr;
+                      p.Hout % kUnits == 0 && !states_change;
 
   // A thread's memory, its slice of the layer, and the direction it is at.
   struct Thread : Slice {
@@ -238,14 +239,15 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
     for (int64_t k = 0; k < chunk.end - chunk.begin; k++, number++) {
       const int64_t ahead = my.dir == 0 ? 1 : -1;
       const Step step = StepAt(my, number, my.dir == 0 ? chunk.begin + k : chunk.end - 1 - k);
-      for (int64_t at = 0; at < my.count && ZonesVary(p); at++)
+      for (int64_t at = 0; at < my.count && zones_vary; at++)
         LoadZones(p, my.dir, step.row, step.n, my.panels.begin + at, Zones(my, at));
       RecurrentGates(my, chunk, step);
       if (projected) Project(team, my, step);
       if (my.valid > 0 && !in_one) StoreOutputs(my, step);
       if (p.every_state) StoreExtraStates(my, step.n, step.row);
       if (number + 1 < p.T) {
-        ChangeStates(my, step.t + ahead, step.h_new, step.ldh, step.left_new, step.n);
+        if (states_change)
+          ChangeStates(my, step.t + ahead, step.h_new, step.ldh, step.left_new, step.n);
         my.h_product.Share(team, NumberOf(my, number + 1), step.n, my.first, my.last, step.left_new,
                            step.ld_left);
       }
