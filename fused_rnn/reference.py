@@ -189,6 +189,12 @@ class Stages(NamedTuple):
     blocks: int = 1
     norm: Norm | None = None
 
+    @property
+    def nothing(self) -> bool:
+        """Whether a layer is as torch.nn has it."""
+        tensors = (self.reset, self.zoneout, self.h_mask)
+        return self.blocks == 1 and self.norm is None and all(t is None for t in tensors)
+
 
 NO_STAGES = Stages()
 
