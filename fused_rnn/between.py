@@ -127,12 +127,12 @@ class BetweenSteps:
             raise ValueError(f'norm_at: expected "sum" without "input" and "recurrent", got {at}')
 
     @classmethod
-    def of(cls, owner: str, options: Options, **layer: Any) -> BetweenSteps:
-        """From the keywords of a constructor; ``layer`` is what ``fitting`` takes."""
+    def of(cls, owner: str, options: Options) -> BetweenSteps:
+        """From the keywords of a constructor of ``owner``."""
         for name in options:
             if name not in cls.__dataclass_fields__:
                 raise TypeError(f"{owner}.__init__() got an unexpected keyword argument '{name}'")
-        return cls(**options).fitting(owner, **layer)  # type: ignore[arg-type]
+        return cls(**options)  # type: ignore[arg-type]
 
     def fitting(self, owner: str, cell: str, hidden_size: int, proj_size: int) -> BetweenSteps:
         """For a layer; raises ValueError where it does not fit."""

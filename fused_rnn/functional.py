@@ -26,13 +26,13 @@ from torch.nn import Parameter
 
 from . import onnx, ops, reference, segments
 from .between import NOTHING, BetweenSteps
-from .reference import BIASES, CELLS, PROJECTION, Stages, present_bits
+from .reference import BIASES, CELLS, PROJECTION, Stages
 from .torch_internals import dispatch_modes, transformed
 
 __all__ = [
+    "TORCH_CELLS",
     "called_directly",
     "check_packed",
-    "present_bits",
     "recurrent",
     "recurrent_directly",
     "step",
@@ -50,6 +50,7 @@ _TORCH_CELL: dict[str, Any] = {
     "lstm": _VF.lstm_cell,
     "gru": _VF.gru_cell,
 }
+TORCH_CELLS = tuple(_TORCH_STACK)  # those of torch.nn
 
 
 # --- The choice of an engine ---------------------------------------------------------------------

@@ -425,7 +425,7 @@ def _direction(
     if norm is not None and "cell" in at:
         how["seen"] = partial(norm, gain=weights["g_c"], shift=weights["s_c"])
     steps = gx.unbind(0) if sizes is None else gx.split(sizes)  # step t: [b_t, G*H]
-    counts = [len(g) for g in steps]
+    counts = [g.shape[0] for g in steps]
     cuts = _cuts(stages.reset, counts, reverse=reverse)
     kept = _of_steps(stages.zoneout, counts)
     outputs, hs, cs = [], [], []
