@@ -113,6 +113,8 @@ def _takes(engine: Any, stages: Stages, x: Tensor, present: int, *, every_state:
     """Whether an engine has what is to happen between two steps; the reference has all."""
     if engine is not ops or (stages.nothing and not every_state):
         return True
+    if stages.reset_to is not None:
+        return False
     # Stand-in until ops has it: the native kernels have nothing but the usual.
     takes = getattr(ops, "takes", lambda *_: False)
     return bool(takes(stages, every_state, x.device.type, bool(present & PROJECTION)))
@@ -410,15 +412,16 @@ def _run(
 
     found: tuple[Tensor, Tensor, Tensor | None]
     if how.reset is not None:
-        whole = stages._replace(reset=how.reset)
-        if anew[0] is None and _takes(engine, whole, x, present, every_state=how.every_state):
-            stages = whole
-        else:
+        whole = stages._replace(
+            reset=how.reset, reset_to=None if anew[0] is None else (anew[0], anew[1])
+        )
+        if not _takes(engine, whole, x, present, every_state=how.every_state):
             h0, c0 = reference.initial_states(
                 cell, x, h0, c0, weights, batch_sizes, present, between.blocks
             )
             found = _by_segments(call, how, x, (h0, c0), (anew[0], anew[1]), masks, stages)
             return found
+        stages = whole
     found = call(x, h0, c0, masks, batch_sizes, stages)
     return found
 

@@ -174,6 +174,8 @@ class Stages(NamedTuple):
 
     reset: [T, B] (packed: [R]) bool. Where true, the states before that step become zeros. The
         second direction is cut at the same places: between that step and the one before it.
+    reset_to: the states h and c that they become instead of zeros, [L*D, B, P] and [L*D, B, C] or,
+        for each step, [T, L*D, B, ..]. The native kernels do not know it.
     zoneout: [L*D, rows or 1, S*H], the fraction z in [0, 1] of its old value that a unit keeps in a
         step, for each of the S states: ``s' + z (s - s')`` takes the place of the cell's s'. Not
         with a projection.
@@ -184,6 +186,7 @@ class Stages(NamedTuple):
     """
 
     reset: Tensor | None = None
+    reset_to: tuple[Tensor, Tensor | None] | None = None
     zoneout: Tensor | None = None
     h_mask: Tensor | None = None
     blocks: int = 1
@@ -194,6 +197,15 @@ class Stages(NamedTuple):
         """Whether a layer is as torch.nn has it."""
         tensors = (self.reset, self.zoneout, self.h_mask)
         return self.blocks == 1 and self.norm is None and all(t is None for t in tensors)
+
+    def of_states(self, fn: Callable[[Tensor], Tensor]) -> Stages:
+        """With what ``fn`` makes of all tensors that are about states, [.., L*D, rows, ..]."""
+
+        def made(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else fn(tensor)
+
+        to = self.reset_to and (fn(self.reset_to[0]), made(self.reset_to[1]))
+        return self._replace(reset_to=to, zoneout=made(self.zoneout), h_mask=made(self.h_mask))
 
 
 NO_STAGES = Stages()
@@ -278,10 +290,7 @@ def recurrent(
     for i in range(layers):
         part = slice(i * directions, (i + 1) * directions)
         c0_i = None if c0 is None else c0[part]
-        own = stages._replace(
-            zoneout=None if stages.zoneout is None else stages.zoneout[part],
-            h_mask=None if stages.h_mask is None else stages.h_mask[part],
-        )
+        own = stages.of_states(lambda t, part=part: t[..., part, :, :])  # type: ignore[misc]
         x, h, c = run_layer(cell, x, h0[part], c0_i, runs[part], batch_sizes, own, every_state)
         if masks is not None and i + 1 < layers:
             x = x * masks[i][: x.shape[0]]
@@ -360,10 +369,7 @@ def _layer(
             None if c0 is None else c0[d].to(wide),
             {name: w.to(wide) for name, w in run.items()},
             sizes,
-            stages._replace(
-                zoneout=None if stages.zoneout is None else stages.zoneout[d].to(wide),
-                h_mask=None if stages.h_mask is None else stages.h_mask[d].to(wide),
-            ),
+            stages.of_states(lambda t, d=d: t.select(-3, d).to(wide)),  # type: ignore[misc]
             every_state,
             reverse=d == 1,
         )
@@ -436,8 +442,8 @@ def _direction(
         b = counts[t]
         h_t, c_t = h[:b], None if c is None else c[:b]
         if (cut := cuts[t]) is not None:
-            h_t = h_t.masked_fill(cut, 0)
-            c_t = None if c_t is None else c_t.masked_fill(cut, 0)
+            place = t + 1 if reverse else t
+            h_t, c_t = _begun_anew(cut, h_t, c_t, stages.reset_to, place)
         into = h_t if stages.h_mask is None else h_t * stages.h_mask[:b]
         g, gh = steps[t], None
         if w_hh is not None:
@@ -493,6 +499,24 @@ def _cuts(reset: Tensor | None, counts: list[int], *, reverse: bool) -> list[Ten
             for after, count in zip([*steps[1:], nothing], counts, strict=True)
         ]
     return [step.unsqueeze(1) for step in steps]
+
+
+def _begun_anew(
+    cut: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    to: tuple[Tensor, Tensor | None] | None,
+    step: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The states h [b, P] and c with those of ``to``, [B, ..] or [T, B, ..], in the rows cut."""
+    if to is None:
+        return h.masked_fill(cut, 0), None if c is None else c.masked_fill(cut, 0)
+    if to[0].dim() == 3:  # past the end nothing is cut
+        step = min(step, to[0].shape[0] - 1)
+    own = [s if s is None or s.dim() == 2 else s[step] for s in to]
+    b = h.shape[0]
+    h = torch.where(cut, own[0][:b], h)  # type: ignore[index]
+    return h, c if c is None else torch.where(cut, own[1][:b], c)  # type: ignore[index]
 
 
 def _of_steps(rows: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
