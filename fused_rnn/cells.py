@@ -6,13 +6,15 @@ sequences, ``recompute``. ``docs/adding-a-cell.md`` says how a cell comes in.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from .recurrent import PairLayers, Recurrent
+from .reference import CELLS
 
-from .modules import PairLayers, Recurrent
-from .reference import CELLS, present_bits, present_names
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .between import Options
 
 __all__ = ["PeepholeLSTM"]
 
@@ -37,6 +39,7 @@ class CustomLayer(Recurrent):
         dtype: Any = None,
         *,
         recompute: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         known = CELLS[self.cell]
         if proj_size and (known.reads_h or known.output or not known.recurrent_gates):
@@ -44,10 +47,8 @@ class CustomLayer(Recurrent):
                 f"proj_size: expected 0, since {type(self).__name__} reads h unit by unit, or has "
                 f"another output, got {proj_size}"
             )
-        # The checks of torch.nn's classes, and their attributes. It knows four modes, none of which
-        # is ours; its parameters, which take no memory and no random numbers, go at once.
         super().__init__(
-            "RNN_TANH",
+            self.cell,
             input_size,
             hidden_size,
             num_layers,
@@ -56,43 +57,11 @@ class CustomLayer(Recurrent):
             dropout,
             bidirectional,
             proj_size,
-            device="meta",
+            device,
+            dtype,
             recompute=recompute,
+            options=options,
         )
-        self.mode = self.cell.upper()
-        for name in list(self._parameters):
-            delattr(self, name)
-        self._all_weights = [
-            self._add_run(layer, suffix, device, dtype)
-            for layer in range(num_layers)
-            for suffix in ("", "_reverse")[: 1 + bidirectional]
-        ]
-        self._flat_weights_names = [name for run in self._all_weights for name in run]
-        self._init_flat_weights()
-        self.reset_parameters()
-
-    def _add_run(self, layer: int, suffix: str, device: Any, dtype: Any) -> list[str]:
-        """Make the parameters of one direction of a layer; their names, as torch.nn forms them."""
-        known, hidden = CELLS[self.cell], self.hidden_size
-        rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
-        width = self.proj_size or hidden
-        inputs = self.input_size if layer == 0 else width * (1 + self.bidirectional)
-        shapes: dict[str, tuple[int, ...]] = {
-            "w_ih": (rows, inputs),
-            "w_hh": (rows_h, width),
-            "b_ih": (rows,),
-            "b_hh": (rows_h,),
-            "w_hr": (width, hidden),
-        }
-        present = present_bits(self.cell, biases=self.bias, projection=self.proj_size > 0)
-        names = []
-        for short in present_names(self.cell, present):
-            long = short.replace("w_", "weight_", 1) if short.startswith("w_") else short
-            long = long.replace("b_", "bias_", 1) if short.startswith("b_") else long
-            names.append(f"{long}_l{layer}{suffix}")
-            empty: Tensor = torch.empty(*shapes.get(short, (hidden,)), device=device, dtype=dtype)
-            setattr(self, names[-1], nn.Parameter(empty))
-        return names
 
 
 class PeepholeLSTM(CustomLayer, PairLayers):

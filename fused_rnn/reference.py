@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # The tensors of one direction of a layer, by name: w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh
-# [G*H], w_hr [P, H], and the cell's parameters [H]. Some may be missing.
+# [G*H], w_hr [P, H], the cell's parameters [H], and those of NORM_TENSORS. Some may be missing.
 Weights = Mapping[str, Tensor]
 Step = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -33,6 +34,7 @@ class Cell:
     ``step(gx, gh, h, c, *params) -> (h_new, c_new)`` is pointwise in the batch and the unit:
     ``gx = x W_ih^T + b_ih`` is [B, gates * H], ``gh = h W_hh^T + b_hh`` [B, recurrent_gates * H] or
     None, ``h`` is [B, P], ``c`` [B, C] holds the other states or is None, and parameters are [H].
+    Where ``shows_c``, the step takes ``seen``, a function: its output shows seen(c') for c'.
     """
 
     step: Step
@@ -42,6 +44,8 @@ class Cell:
     output: int = 0  # the state that is the layer's output
     gates_h: int | None = None  # with a part of W_hh; None: all. With 0 there is no W_hh
     reads_h: bool = False  # whether the step reads h itself, beside its product with W_hh
+    adds: bool = True  # whether the step reads gx and gh by nothing but their sum
+    shows_c: bool = False  # whether the output is a function of the new c
 
     @property
     def recurrent_gates(self) -> int:
@@ -52,6 +56,31 @@ class Cell:
         """The names of all tensors that a direction of a layer may have, in their order."""
         return ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", *self.params)
 
+    @property
+    def norm_places(self) -> tuple[str, ...]:
+        """Of NORM_TENSORS: what of this cell can be normalised."""
+        has = {
+            "input": True,
+            "recurrent": self.recurrent_gates > 0,
+            "sum": self.adds and self.recurrent_gates == self.gates,
+            "cell": self.shows_c,
+        }
+        return tuple(place for place in NORM_TENSORS if has[place])
+
+
+# What is normalised, see ``Norm``, and the tensors of a direction that come with it: gains of all
+# rows of W, [G*H], or of all units, [H], and shifts. They stand behind those of ``Cell.tensors``.
+NORM_TENSORS: dict[str, tuple[str, ...]] = {
+    "input": ("g_ih",),
+    "recurrent": ("g_hh",),
+    "sum": ("g",),
+    "cell": ("g_c", "s_c"),
+}
+
+
+def _as_is(c: Tensor) -> Tensor:
+    return c
+
 
 def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
     def step(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
@@ -61,7 +90,9 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def _lstm(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def _lstm(
+    gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, seen: Callable[[Tensor], Tensor] = _as_is
+) -> tuple[Tensor, Tensor]:
     """Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000.
 
     ``i, f, o = sigmoid(gx + gh)   g = tanh(gx + gh)   c' = f c + i g   h' = o tanh(c')``
@@ -69,7 +100,7 @@ def _lstm(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]
     """
     i, f, g, o = (gx + gh).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    return o.sigmoid() * seen(c).tanh(), c
 
 
 def _gru(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
@@ -86,24 +117,56 @@ def _gru(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
 
 
 def _peephole_lstm(
-    gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, p_i: Tensor, p_f: Tensor, p_o: Tensor
+    gx: Tensor,
+    gh: Tensor,
+    h: Tensor,
+    c: Tensor,
+    p_i: Tensor,
+    p_f: Tensor,
+    p_o: Tensor,
+    seen: Callable[[Tensor], Tensor] = _as_is,
 ) -> tuple[Tensor, Tensor]:
     """Gers & Schmidhuber 2000: ``_lstm``, whose gates see c (i, f) and c' (o) of their unit."""
     i, f, g, o = (gx + gh).chunk(4, -1)
     c = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
-    return (o + p_o * c).sigmoid() * c.tanh(), c
+    return (o + p_o * c).sigmoid() * seen(c).tanh(), c
 
 
 CELLS: dict[str, Cell] = {
     "rnn_tanh": Cell(_rnn(torch.tanh), gates=1),
     "rnn_relu": Cell(_rnn(torch.relu), gates=1),
-    "lstm": Cell(_lstm, gates=4, states=("h", "c")),
-    "gru": Cell(_gru, gates=3, reads_h=True),
-    "peephole_lstm": Cell(_peephole_lstm, gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o")),
+    "lstm": Cell(_lstm, gates=4, states=("h", "c"), shows_c=True),
+    "gru": Cell(_gru, gates=3, reads_h=True, adds=False),
+    "peephole_lstm": Cell(
+        _peephole_lstm, gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o"), shows_c=True
+    ),
 }
 
 
 # --- What happens between two steps --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What is normalised in each step, row by row: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+
+    kind: "layer", ``(v - mean(v)) / sqrt(var(v) + eps)``, or "rms" (Zhang & Sennrich 2019,
+        arXiv:1910.07467), ``v / sqrt(mean(v^2) + eps)``.
+    at: places of NORM_TENSORS. In "input" v is x W_ih^T, in "recurrent" h W_hh^T, in "sum" both
+        together, each with all gates and before biases, and ``gain * normalised v`` takes its
+        place. In "cell" it is c, as the output shows it: ``g_c * normalised c + s_c``.
+    """
+
+    kind: str
+    at: tuple[str, ...]
+    eps: float = 1e-5
+
+    def __call__(self, v: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+        """``gain * normalised v + shift``."""
+        if self.kind == "layer":
+            return F.layer_norm(v, v.shape[-1:], gain, shift, self.eps)
+        scaled = gain * (v * (v.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+        return scaled if shift is None else scaled + shift
 
 
 class Stages(NamedTuple):
@@ -111,18 +174,38 @@ class Stages(NamedTuple):
 
     reset: [T, B] (packed: [R]) bool. Where true, the states before that step become zeros. The
         second direction is cut at the same places: between that step and the one before it.
+    reset_to: the states h and c that they become instead of zeros, [L*D, B, P] and [L*D, B, C] or,
+        for each step, [T, L*D, B, ..]. The native kernels do not know it.
     zoneout: [L*D, rows or 1, S*H], the fraction z in [0, 1] of its old value that a unit keeps in a
         step, for each of the S states: ``s' + z (s - s')`` takes the place of the cell's s'. Not
         with a projection.
     h_mask: [L*D, B, P], which multiplies h where it goes into W_hh.
     blocks: W_hh is block-diagonal of so many blocks, and has P / blocks columns: row q*H + u
         multiplies the h of u's block.
+    norm: what is normalised; the weights then have the tensors of it.
     """
 
     reset: Tensor | None = None
+    reset_to: tuple[Tensor, Tensor | None] | None = None
     zoneout: Tensor | None = None
     h_mask: Tensor | None = None
     blocks: int = 1
+    norm: Norm | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether a layer is as torch.nn has it."""
+        tensors = (self.reset, self.zoneout, self.h_mask)
+        return self.blocks == 1 and self.norm is None and all(t is None for t in tensors)
+
+    def of_states(self, fn: Callable[[Tensor], Tensor]) -> Stages:
+        """With what ``fn`` makes of all tensors that are about states, [.., L*D, rows, ..]."""
+
+        def made(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else fn(tensor)
+
+        to = self.reset_to and (fn(self.reset_to[0]), made(self.reset_to[1]))
+        return self._replace(reset_to=to, zoneout=made(self.zoneout), h_mask=made(self.h_mask))
 
 
 NO_STAGES = Stages()
@@ -133,17 +216,24 @@ NO_STAGES = Stages()
 BIASES, PROJECTION = 0b1100, 1 << 4  # the bits of b_ih and b_hh, and of w_hr
 
 
-def present_bits(cell: str, *, biases: bool, projection: bool) -> int:
-    """Bit i for tensor i of ``Cell.tensors``: those that a layer has."""
+def _all_tensors(cell: str) -> list[str]:
+    return [*CELLS[cell].tensors, *(name for names in NORM_TENSORS.values() for name in names)]
+
+
+def present_bits(cell: str, *, biases: bool, projection: bool, norm_at: Sequence[str] = ()) -> int:
+    """Bit i for tensor i of ``Cell.tensors``, then NORM_TENSORS: those that a layer has."""
     known = CELLS[cell]
     matrices = 0b11 if known.recurrent_gates else 0b01
     vectors = BIASES & matrices << 2 if biases else 0
     params = (1 << len(known.params)) - 1
-    return matrices | vectors | PROJECTION * projection | params << 5
+    found = matrices | vectors | PROJECTION * projection | params << 5
+    for i, name in enumerate(_all_tensors(cell)):
+        found |= any(name in NORM_TENSORS[place] for place in norm_at) << i
+    return found
 
 
 def present_names(cell: str, present: int) -> list[str]:
-    return [name for i, name in enumerate(CELLS[cell].tensors) if present >> i & 1]
+    return [name for i, name in enumerate(_all_tensors(cell)) if present >> i & 1]
 
 
 def by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
@@ -200,10 +290,7 @@ def recurrent(
     for i in range(layers):
         part = slice(i * directions, (i + 1) * directions)
         c0_i = None if c0 is None else c0[part]
-        own = stages._replace(
-            zoneout=None if stages.zoneout is None else stages.zoneout[part],
-            h_mask=None if stages.h_mask is None else stages.h_mask[part],
-        )
+        own = stages.of_states(lambda t, part=part: t[..., part, :, :])  # type: ignore[misc]
         x, h, c = run_layer(cell, x, h0[part], c0_i, runs[part], batch_sizes, own, every_state)
         if masks is not None and i + 1 < layers:
             x = x * masks[i][: x.shape[0]]
@@ -228,18 +315,22 @@ def initial_states(
     others = len(CELLS[cell].states) - 1
     if h0 is not None and (c0 is not None or not others):
         return h0, c0
-    names = present_names(cell, present)
-    run = dict(zip(names, weights[: len(names)], strict=True))
-    runs, batch = len(weights) // len(names), x.shape[1]
+    runs, batch = len(weights) // present.bit_count(), x.shape[1]
     if batch_sizes is not None:
         batch = batch_sizes[0]  # type: ignore[assignment]
-    units = run["w_ih"].shape[0] // CELLS[cell].gates
-    width = run["w_hh"].shape[1] * blocks if "w_hh" in run else units
+    width, units = widths(cell, weights, present, blocks)
     if h0 is None:
         h0 = torch.zeros(runs, batch, width, dtype=x.dtype, device=x.device)
     if c0 is None and others:
         c0 = torch.zeros(runs, batch, others * units, dtype=x.dtype, device=x.device)
     return h0, c0
+
+
+def widths(cell: str, weights: Sequence[Tensor], present: int, blocks: int = 1) -> tuple[int, int]:
+    """P and H."""
+    run = dict(zip(present_names(cell, present), weights, strict=False))
+    units = run["w_ih"].shape[0] // CELLS[cell].gates
+    return run["w_hh"].shape[1] * blocks if "w_hh" in run else units, units
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -278,10 +369,7 @@ def _layer(
             None if c0 is None else c0[d].to(wide),
             {name: w.to(wide) for name, w in run.items()},
             sizes,
-            stages._replace(
-                zoneout=None if stages.zoneout is None else stages.zoneout[d].to(wide),
-                h_mask=None if stages.h_mask is None else stages.h_mask[d].to(wide),
-            ),
+            stages.of_states(lambda t, d=d: t.select(-3, d).to(wide)),  # type: ignore[misc]
             every_state,
             reverse=d == 1,
         )
@@ -331,11 +419,19 @@ def _direction(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run over time from the states h [B, P], c [B, C]; return the outputs and the last states, or
     those of all rows."""
-    w_hh, b_hh, w_hr = weights.get("w_hh"), weights.get("b_hh"), weights.get("w_hr")
+    w_hh, w_hr = weights.get("w_hh"), weights.get("w_hr")
+    b_ih, b_hh = weights.get("b_ih"), weights.get("b_hh")
     params = [weights[name] for name in cell.params]
-    gx = F.linear(x, weights["w_ih"], weights.get("b_ih"))  # one product for all steps
+    norm, how = stages.norm, {}
+    at = () if norm is None else norm.at
+    # One product for all steps.
+    gx = F.linear(x, weights["w_ih"], None if {"input", "sum"}.intersection(at) else b_ih)
+    if norm is not None and "input" in at:
+        gx = norm(gx, weights["g_ih"], b_ih)
+    if norm is not None and "cell" in at:
+        how["seen"] = partial(norm, gain=weights["g_c"], shift=weights["s_c"])
     steps = gx.unbind(0) if sizes is None else gx.split(sizes)  # step t: [b_t, G*H]
-    counts = [len(g) for g in steps]
+    counts = [g.shape[0] for g in steps]
     cuts = _cuts(stages.reset, counts, reverse=reverse)
     kept = _of_steps(stages.zoneout, counts)
     outputs, hs, cs = [], [], []
@@ -346,11 +442,19 @@ def _direction(
         b = counts[t]
         h_t, c_t = h[:b], None if c is None else c[:b]
         if (cut := cuts[t]) is not None:
-            h_t = h_t.masked_fill(cut, 0)
-            c_t = None if c_t is None else c_t.masked_fill(cut, 0)
+            place = t + 1 if reverse else t
+            h_t, c_t = _begun_anew(cut, h_t, c_t, stages.reset_to, place)
         into = h_t if stages.h_mask is None else h_t * stages.h_mask[:b]
-        gh = None if w_hh is None else _recurrent_gates(into, w_hh, b_hh, stages.blocks)
-        h_new, c_new = cell.step(steps[t], gh, h_t, c_t, *params)
+        g, gh = steps[t], None
+        if w_hh is not None:
+            late = {"recurrent", "sum"}.intersection(at)
+            gh = _recurrent_gates(into, w_hh, None if late else b_hh, stages.blocks)
+            if norm is not None and "recurrent" in at:
+                gh = norm(gh, weights["g_hh"], b_hh)
+            if norm is not None and "sum" in at:
+                g = norm(g + gh, weights["g"], b_ih)
+                gh = torch.zeros_like(g) if b_hh is None else b_hh.expand_as(g)
+        h_new, c_new = cell.step(g, gh, h_t, c_t, *params, **how)
         if w_hr is not None:
             h_new = F.linear(h_new, w_hr)
         if (z := kept[t]) is not None:
@@ -395,6 +499,24 @@ def _cuts(reset: Tensor | None, counts: list[int], *, reverse: bool) -> list[Ten
             for after, count in zip([*steps[1:], nothing], counts, strict=True)
         ]
     return [step.unsqueeze(1) for step in steps]
+
+
+def _begun_anew(
+    cut: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    to: tuple[Tensor, Tensor | None] | None,
+    step: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The states h [b, P] and c with those of ``to``, [B, ..] or [T, B, ..], in the rows cut."""
+    if to is None:
+        return h.masked_fill(cut, 0), None if c is None else c.masked_fill(cut, 0)
+    if to[0].dim() == 3:  # past the end nothing is cut
+        step = min(step, to[0].shape[0] - 1)
+    own = [s if s is None or s.dim() == 2 else s[step] for s in to]
+    b = h.shape[0]
+    h = torch.where(cut, own[0][:b], h)  # type: ignore[index]
+    return h, c if c is None else torch.where(cut, own[1][:b], c)  # type: ignore[index]
 
 
 def _of_steps(rows: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
