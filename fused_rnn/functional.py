@@ -109,17 +109,6 @@ def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> A
     return reference
 
 
-def _takes(engine: Any, stages: Stages, x: Tensor, present: int, *, every_state: bool) -> bool:
-    """Whether an engine has what is to happen between two steps; the reference has all."""
-    if engine is not ops or (stages.nothing and not every_state):
-        return True
-    if stages.reset_to is not None:
-        return False
-    # Stand-in until ops has it: the native kernels have nothing but the usual.
-    takes = getattr(ops, "takes", lambda *_: False)
-    return bool(takes(stages, every_state, x.device.type, bool(present & PROJECTION)))
-
-
 def _type_name(tensor: Tensor) -> str:
     """The name that torch's own messages use, such as Float or BFloat16."""
     return tensor.type().rpartition(".")[2].removesuffix("Tensor")
@@ -399,7 +388,17 @@ def _run(
         x, batch_sizes, batch, layers, directions * widths[0], how.dropout
     )
     stages = between.stages(cell, x, batch, layers * directions, widths, training=how.training)
-    if not _takes(engine, stages, x, present, every_state=how.every_state):
+    train = ops.wants_grad((x, *_present(states), *weights))
+
+    def has(stages: Stages) -> bool:
+        """Whether the engine has what is to happen between two steps; the reference has all."""
+        if engine is not ops or (stages.nothing and not how.every_state):
+            return True
+        return ops.takes(stages, how.every_state, cell, widths[1], x.device, train=train)
+
+    if not has(Stages(blocks=stages.blocks)):
+        weights, stages = reference.without_blocks(cell, weights, present, stages)
+    if not has(stages):
         engine = reference
 
     def call(x: Tensor, h0: Any, c0: Any, masks: Any, batch_sizes: Any, stages: Stages) -> Any:
@@ -415,9 +414,9 @@ def _run(
         whole = stages._replace(
             reset=how.reset, reset_to=None if anew[0] is None else (anew[0], anew[1])
         )
-        if not _takes(engine, whole, x, present, every_state=how.every_state):
+        if not has(whole):
             h0, c0 = reference.initial_states(
-                cell, x, h0, c0, weights, batch_sizes, present, between.blocks
+                cell, x, h0, c0, weights, batch_sizes, present, stages.blocks
             )
             found = _by_segments(call, how, x, (h0, c0), (anew[0], anew[1]), masks, stages)
             return found

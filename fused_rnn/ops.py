@@ -78,7 +78,7 @@ _NO_STAGES: StageTensors = (None, None, None)
 
 def _stages_of(call: Call, tensors: Sequence[Tensor | None]) -> reference.Stages:
     reset, zoneout, h_mask = tensors
-    return reference.Stages(reset, zoneout, h_mask, call.blocks)
+    return reference.Stages(reset=reset, zoneout=zoneout, h_mask=h_mask, blocks=call.blocks)
 
 
 # A namespace is torch's to give away once. Another copy of this module in the process, as what
@@ -137,13 +137,16 @@ def takes(
     train: bool,
 ) -> bool:
     """Whether the native kernels have what is to happen between two steps of this cell's layers."""
-    if stages == reference.NO_STAGES and not every_state:
-        return True
-    if device.type == "cuda" or hidden % (stages.blocks * _facts("cpu", cell).block_units) != 0:
+    if stages.reset_to is not None or stages.norm is not None:
         return False
+    has_stages, units_of_block, reads_new_h = _stages_of_library(_target(device), cell)
+    if stages.blocks > 1 and (not units_of_block or hidden % (stages.blocks * units_of_block)):
+        return False
+    if not has_stages:
+        return stages._replace(blocks=1).nothing and not every_state
     # The derivative of such a cell is that at the new h, which a part of the old one is mixed into.
     mixes = stages.zoneout is not None and stages.zoneout.shape[1] == 1
-    return not (mixes and train and _facts(_target(device), cell).reads_new_h)
+    return not (mixes and train and reads_new_h)
 
 
 def _target(device: torch.device) -> str:
@@ -281,6 +284,7 @@ class _Facts(ctypes.Structure):
             "tape",
             "reads_h",
             "reads_new_h",
+            "has_stages",
             "block_units",
         )
     ]
@@ -311,6 +315,12 @@ def _tape(target: str, hidden: int, width: int) -> Any:
     find = build.library(target).frnn_tape
     find.restype, find.argtypes = _Tape, (ctypes.c_int64, ctypes.c_int64)
     return find(hidden, width)
+
+
+@constant
+def _stages_of_library(target: str, cell: str) -> tuple[bool, int, bool]:
+    facts = _facts(target, cell)
+    return bool(facts.has_stages), facts.block_units, bool(facts.reads_new_h)
 
 
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:

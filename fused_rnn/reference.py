@@ -333,6 +333,25 @@ def widths(cell: str, weights: Sequence[Tensor], present: int, blocks: int = 1) 
     return run["w_hh"].shape[1] * blocks if "w_hh" in run else units, units
 
 
+def without_blocks(
+    cell: str, weights: Sequence[Tensor], present: int, stages: Stages
+) -> tuple[list[Tensor], Stages]:
+    """The same layers with whole matrices W_hh [G*H, P], which are zero beside the blocks."""
+    names, n = present_names(cell, present), stages.blocks
+
+    def whole(w_hh: Tensor) -> Tensor:
+        blocks = w_hh.unflatten(0, (-1, n, w_hh.shape[1]))  # [G, n, units of a block, columns]
+        return (
+            torch.diag_embed(blocks.movedim(1, -1))
+            .permute(0, 3, 1, 4, 2)
+            .reshape(w_hh.shape[0], -1)
+        )
+
+    return [
+        whole(w) if names[i % len(names)] == "w_hh" else w for i, w in enumerate(weights)
+    ], stages._replace(blocks=1)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """16-bit types are computed in float32 and rounded once at the end."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
