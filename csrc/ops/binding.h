@@ -261,7 +261,8 @@ class Arguments {
 extern "C" {
 struct frnn_cell_t {
   int gates_x, gates_h, extra_states, tape, reads_h, reads_new_h;
-  int block_units;  // a block of a block-diagonal W_hh has a multiple of so many
+  int has_stages;   // whether there are kernels for Stages
+  int block_units;  // a block of a block-diagonal W_hh has a multiple of so many; 0: there are none
 };
 struct frnn_tape_t {
   int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
@@ -709,8 +710,9 @@ template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const auto* found = Device::Find(cell, Storage::kFloat);
   if (found == nullptr) return false;
-  *facts = {found->gates_x,     found->gates_h, found->extra_states, found->tape, found->reads_h,
-            found->reads_new_h, kAlign};
+  *facts = {
+      found->gates_x, found->gates_h,     found->extra_states, found->tape,
+      found->reads_h, found->reads_new_h, Device::kHasStages,  Device::kHasBlocks ? kAlign : 0};
   return true;
 }
 template <class Device>
