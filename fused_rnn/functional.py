@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from . import onnx, ops, reference, segments
 from .between import NOTHING, BetweenSteps
-from .reference import BIASES, CELLS, PROJECTION, Stages
+from .reference import BIASES, CELLS, NO_STAGES, PROJECTION, Stages
 from .torch_internals import dispatch_modes, transformed
 
 __all__ = [
@@ -107,6 +107,17 @@ def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> A
                 f"{_type_name(operand)} and {_type_name(weights[0])}"
             )
     return reference
+
+
+def _takes(
+    engine: Any, how: _How, x: Tensor, states: States, weights: Sequence[Tensor], stages: Stages
+) -> bool:
+    """Whether an engine has what is to happen between two steps; the reference has all."""
+    if engine is not ops or (stages.nothing and not how.every_state):
+        return True
+    _, units = reference.widths(how.cell, weights, how.shape[2])
+    train = ops.wants_grad((x, *_present(states), *weights))
+    return ops.takes(stages, how.every_state, how.cell, units, x.device, train=train)
 
 
 def _type_name(tensor: Tensor) -> str:
@@ -372,33 +383,19 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``recurrent`` for tensors of one dtype."""
     cell, batch_sizes, between = how.cell, how.batch_sizes, how.between
-    layers, directions, present = how.shape
+    present = how.shape[2]
     engine = _engine(x, _present(states), weights)
     if _kept_for_backward(x, _present(states), weights):
         x = x.contiguous()
         states = tuple(None if s is None else s.contiguous() for s in states)
     h0, c0, *anew = states
-    weights = between.weights_of_call(cell, weights, present, training=how.training)
-    widths = reference.widths(cell, weights, present, between.blocks)
-    if h0 is not None:
-        batch: Any = h0.shape[1]
-    else:
-        batch = x.shape[1] if batch_sizes is None else batch_sizes[0]
-    masks = between.masks_between(
-        x, batch_sizes, batch, layers, directions * widths[0], how.dropout
-    )
-    stages = between.stages(cell, x, batch, layers * directions, widths, training=how.training)
-    train = ops.wants_grad((x, *_present(states), *weights))
-
-    def has(stages: Stages) -> bool:
-        """Whether the engine has what is to happen between two steps; the reference has all."""
-        if engine is not ops or (stages.nothing and not how.every_state):
-            return True
-        return ops.takes(stages, how.every_state, cell, widths[1], x.device, train=train)
-
-    if not has(Stages(blocks=stages.blocks)):
+    masks, stages = None, NO_STAGES
+    if between is not NOTHING or how.dropout > 0:
+        weights, masks, stages = _drawn(how, x, h0, weights)
+    takes = functools.partial(_takes, engine, how, x, states, weights)
+    if stages.blocks > 1 and not takes(Stages(blocks=stages.blocks)):
         weights, stages = reference.without_blocks(cell, weights, present, stages)
-    if not has(stages):
+    if not takes(stages):
         engine = reference
 
     def call(x: Tensor, h0: Any, c0: Any, masks: Any, batch_sizes: Any, stages: Stages) -> Any:
@@ -410,19 +407,41 @@ def _run(
         )
 
     found: tuple[Tensor, Tensor, Tensor | None]
-    if how.reset is not None:
-        whole = stages._replace(
-            reset=how.reset, reset_to=None if anew[0] is None else (anew[0], anew[1])
-        )
-        if not has(whole):
-            h0, c0 = reference.initial_states(
+    if how.reset is not None and how.reset.numel() > 0:
+        to = None if anew[0] is None else (anew[0], anew[1])
+        whole = stages._replace(reset=how.reset, reset_to=to)
+        if not takes(whole):
+            initial = reference.initial_states(
                 cell, x, h0, c0, weights, batch_sizes, present, stages.blocks
             )
-            found = _by_segments(call, how, x, (h0, c0), (anew[0], anew[1]), masks, stages)
+            found = _by_segments(call, how, x, initial, to or (None, None), masks, stages)
             return found
         stages = whole
     found = call(x, h0, c0, masks, batch_sizes, stages)
     return found
+
+
+def _drawn(
+    how: _How, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Tensor | None, Stages]:
+    """The weights of this call, what layers give to the next one, and what happens between steps.
+
+    Random numbers come in this order.
+    """
+    cell, between, training = how.cell, how.between, how.training
+    layers, directions, present = how.shape
+    weights = between.weights_of_call(cell, weights, present, training=training)
+    widths = reference.widths(cell, weights, present, between.blocks)
+    batch: Any
+    if h0 is not None:
+        batch = h0.shape[1]
+    else:
+        batch = x.shape[1] if how.batch_sizes is None else how.batch_sizes[0]
+    masks = between.masks_between(
+        x, how.batch_sizes, batch, layers, directions * widths[0], how.dropout
+    )
+    runs = layers * directions
+    return weights, masks, between.stages(cell, x, batch, runs, widths, training=training)
 
 
 def _by_segments(

@@ -364,17 +364,15 @@ class Recurrent(TorchShaped, nn.RNNBase):
         return_states: bool = False,
     ) -> Any:
         """Return the outputs of the last layer and the last states; the class says which shapes."""
-        given = {"lengths": lengths, "reset": reset, "reset_to": reset_to}
-        given = {name: value for name, value in given.items() if value is not None}
-        if return_states is not False:
-            given["return_states"] = return_states
-        if not given:
+        asked = NOTHING_ASKED
+        if lengths is None and reset is None and reset_to is None and return_states is False:
             found = self._run_directly(input, hx)
             if found is not None:
                 return found
-        if (node := self._fx_node(input, hx, **given)) is not None:
+        if (node := self._fx_node(input, hx, lengths, reset, reset_to, return_states)) is not None:
             return node
-        asked = self._asked(input, reset, reset_to, return_states) if given else NOTHING_ASKED
+        if not (reset is None and reset_to is None and return_states is False):
+            asked = self._asked(input, reset, reset_to, return_states)
         if lengths is not None:
             return self._forward_lengths(input, hx, lengths, asked)
         if isinstance(input, PackedSequence):

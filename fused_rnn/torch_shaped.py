@@ -68,7 +68,15 @@ class TorchShaped(nn.Module):
         parameter = self._parameters.get(name)
         return getattr(self, name) if parameter is None else parameter
 
-    def _fx_node(self, input: Any, hx: Any, **given: Any) -> Any:
+    def _fx_node(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Any = None,
+        reset: Any = None,
+        reset_to: Any = None,
+        return_states: Any = False,
+    ) -> Any:
         """The call as one node, if torch.fx is tracing a model that we are in; otherwise None.
 
         Its tracers take modules of torch.nn, known by their names, for leaves, and go into ours. As
@@ -82,6 +90,10 @@ class TorchShaped(nn.Module):
         tracer: Any = input.tracer
         path = tracer.path_of_module(self)  # "" for what is traced itself, which is no node of it
         args = (input,) if hx is None else (input, hx)
+        given = {"lengths": lengths, "reset": reset, "reset_to": reset_to}
+        given = {name: value for name, value in given.items() if value is not None}
+        if return_states is not False:
+            given["return_states"] = return_states
         return tracer.create_proxy("call_module", path, args, given) if path else None
 
     def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor | None]:
