@@ -410,7 +410,7 @@ def _run(
     if how.reset is not None and how.reset.numel() > 0:
         to = None if anew[0] is None else (anew[0], anew[1])
         whole = stages._replace(reset=how.reset, reset_to=to)
-        if not takes(whole):
+        if engine is ops and not takes(whole):
             initial = reference.initial_states(
                 cell, x, h0, c0, weights, batch_sizes, present, stages.blocks
             )
