@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 from helpers import cpu_engine_only
 
 import fused_rnn
@@ -15,8 +14,10 @@ pytestmark = pytest.mark.module
 
 # Both the package's way for single calls and what is registered with torch: fakes, autograd.
 PRELUDE = """
-import gc, importlib, pickle, sys, weakref
+import gc, importlib, pickle, sys, warnings, weakref
 import torch
+
+warnings.simplefilter("ignore")
 
 def use(library):
     cell, steps = library.LSTMCell(3, 4), torch.randn(5, 2, 3)
@@ -125,10 +126,5 @@ else:
 @cpu_engine_only  # the processes load the package's own library
 @pytest.mark.parametrize("way", WAYS)
 def test_import_again(way: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PRELUDE + WAYS[way]],
-        cwd=Path(fused_rnn.__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", PRELUDE + WAYS[way], cwd=Path(fused_rnn.__file__).parents[1])
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CELLS, CLASSES, Case, pair, small
+from forked import python
 from helpers import (
     assert_all_close,
     assert_close,
@@ -626,12 +627,10 @@ def test_exported_programs_run_elsewhere(fresh_dynamo: Any, tmp_path: Path, back
     output.sum().backward()
     torch.save((x, output.detach(), ours.weight_hh_l0.grad), tmp_path / "values")
     trains = "yes" if backend == "auto" else ""
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, tmp_path, trains],
+    done = python(
+        *["-c", ELSEWHERE, str(tmp_path), trains],
         cwd=Path(fused_rnn.__file__).parents[1],
         env={**os.environ, "FUSED_RNN_BACKEND": backend},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
 
