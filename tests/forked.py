@@ -6,6 +6,7 @@ and OpenMP, when they are loaded, and the system's loader.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -47,9 +48,10 @@ else:
 
 @functools.cache
 def server() -> subprocess.Popen[str]:
-    """It ends when its input does, with this process."""
     command = [sys.executable, "-c", SERVER]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)  # it ends when its input does
+    return process
 
 
 def python(
