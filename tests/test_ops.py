@@ -218,16 +218,16 @@ OPCHECK = [
 def test_opcheck(case: Case, dropout: bool, seed: int) -> None:
     tensors, batch_sizes = case.arguments()
     x, h0, c0, *weights = leaves(tensors, case.dtype)
-    masks, *rest = case.rest(batch_sizes)
+    masks, *rest = case.rest_of_schema(batch_sizes)
     if dropout:
         shape = (case.num_layers - 1, *x.shape[:-1], case.directions * case.width)
         masks = torch.rand(shape).to(case.dtype)
-    arguments = (case.kernel, x, h0, c0, weights, masks, *rest, False)
+    arguments = (case.kernel, x, h0, c0, weights, masks, *rest)
     operators = torch.ops.fused_rnn
     torch.library.opcheck(operators.recurrent.default, arguments)
     torch.library.opcheck(operators.recurrent_recomputed.default, arguments)
     x, h0, c0, *weights = tensors
-    plain = (case.kernel, x, h0, c0, weights, masks, *rest, False)
+    plain = (case.kernel, x, h0, c0, weights, masks, *rest)
     torch.library.opcheck(operators.recurrent_infer.default, plain)
     y, h_n, c_n, *kept = operators.recurrent.default(*plain)
     needs = [i for i, t in enumerate(tensors) if t is not None]
@@ -318,8 +318,11 @@ def test_no_grad_saves_nothing(seed: int) -> None:
 def test_saved_tensors_are_defined_to_the_last_value(seed: int) -> None:
     """No uninitialised memory in what the forward returns, padding included."""
 
-    def saving(*arguments: Any) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.fused_rnn.recurrent.default(*arguments, False)
+    def saving(case: Case, tensors: Any, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
+        (x, h0, c0, *weights), rest = tensors, case.rest_of_schema(batch_sizes)
+        found: tuple[Tensor, ...] = torch.ops.fused_rnn.recurrent.default(
+            case.kernel, x, h0, c0, weights, *rest
+        )
         return found
 
     for case in (
@@ -329,11 +332,11 @@ def test_saved_tensors_are_defined_to_the_last_value(seed: int) -> None:
     ):
         tensors, batch_sizes = case.arguments()
         with torch.no_grad():
-            first = case.call(saving, tensors, batch_sizes)
+            first = saving(case, tensors, batch_sizes)
             # Memory that a careless kernel would be handed again.
             junk = [torch.full_like(t, float("nan")) for t in first]
             del junk
-            second = case.call(saving, tensors, batch_sizes)
+            second = saving(case, tensors, batch_sizes)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case
 
 
@@ -399,7 +402,7 @@ def test_bad_arguments_are_refused(name: str, seed: int) -> None:
     case = Case(cell.split()[0], input_size=4, hidden_size=6, time=5, layout=layout)
     (x, h0, c0, *weights), batch_sizes = case.arguments()
     operator = torch.ops.fused_rnn.recurrent_infer.default
-    values = (case.kernel, x, h0, c0, weights, *case.rest(batch_sizes), False)
+    values = (case.kernel, x, h0, c0, weights, *case.rest_of_schema(batch_sizes))
     arguments = dict(zip((a.name for a in operator._schema.arguments), values, strict=True))
     operator(**arguments)
     with pytest.raises(RuntimeError, match=message):

@@ -118,9 +118,7 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
               : one_chunk               ? Packing::kEachUse
                                         : Packing::kOnce;
   const bool turns = TurnsRows(p, p.gates_h) && !p.h_changes && !p.in_blocks;
-  plan.w_hh = ReadsRecurrentWeights(p) ? Packing::kNone
-              : turns                  ? Packing::kTurned
-                                       : Packing::kOnce;
+  plan.w_hh = ReadsRecurrentWeights(p) ? Packing::kNone : turns ? Packing::kTurned : Packing::kOnce;
   const bool odd = p.gates_x * p.panel_vecs % 2 || p.gates_h * p.panel_vecs % 2;
   plan.paired = plan.tiled && odd;
   plan.x_cut = CutOf(m.unit, p.storage, p.I);
