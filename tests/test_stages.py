@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
+from fused_rnn import segments
 
 pytestmark = pytest.mark.parity
 
@@ -508,3 +509,40 @@ def test_without_a_reset_as_without_the_argument() -> None:
     from_the_first[0] = True
     one_way = fused_rnn.GRU(4, 6, dtype=x.dtype)
     assert_all_close(one_way(x, hx[0][:1], reset=from_the_first), one_way(x))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments(packed: bool, seed: int) -> None:
+    """Where rows go when a batch is cut, found by going through it row by row."""
+    rng = random.Random(f"{seed} {packed}")
+    for _ in range(50):
+        T, B = rng.randint(1, 6), rng.randint(1, 6)
+        lengths = sorted([T, *(rng.randint(1, T) for _ in range(B - 1))], reverse=True)
+        lengths = lengths if packed else [T] * B
+        sizes = [sum(n > t for n in lengths) for t in range(T)]
+        rows = [(t, b) for t in range(T) for b in range(sizes[t])]
+        reset = torch.rand(len(rows)) < 0.3
+        parts: list[list[int]] = []  # the rows of each segment
+        for b in range(B):
+            for i, (t, sequence) in enumerate(rows):
+                if sequence == b:
+                    if t == 0 or reset[i]:
+                        parts.append([])
+                    parts[-1].append(i)
+        parts.sort(key=len, reverse=True)
+        steps = range(len(parts[0]))
+        given = reset if packed else reset.view(T, B)
+        cut = segments.find(given, torch.tensor(sizes) if packed else None, B)
+        assert cut.origin.tolist() == [p[k] for k in steps for p in parts if len(p) > k]
+        assert cut.origin[cut.place].tolist() == list(range(len(rows)))
+        assert cut.batch_sizes.tolist() == [sum(len(p) > k for p in parts) for k in steps]
+        assert cut.sequence.tolist() == [rows[p[0]][1] for p in parts]
+        assert cut.begin.tolist() == [rows[p[0]][0] for p in parts]
+        assert cut.anew.tolist() == [bool(reset[p[0]]) for p in parts]
+        ends = [rows[p[-1]] for p in parts]
+        assert cut.final.tolist() == [t + 1 == lengths[b] for t, b in ends]
+        for end, final, (t, _) in zip(cut.end.tolist(), cut.final.tolist(), ends, strict=True):
+            assert final or end == t + 1
+        for b in range(B):
+            first, last = parts[int(cut.first[b])], parts[int(cut.last[b])]
+            assert rows[first[0]] == (0, b) and rows[last[-1]] == (lengths[b] - 1, b)
