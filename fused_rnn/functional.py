@@ -296,7 +296,7 @@ def recurrent(
             f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
             "at every call"
         )
-    usual = between == NOTHING and reset is None and not every_state
+    usual = between is NOTHING and reset is None and not every_state
     if usual and _wants_torch_operator(x, weights) and cell in _TORCH_STACK:
         config = (num_layers, dropout, training, bool(bidirectional))
         return _by_torch(cell, x, h0, c0, weights, present, config, batch_first, batch_sizes)
