@@ -308,7 +308,7 @@ def recurrent(
     how = _How(
         cell,
         (num_layers, directions, present),
-        dropout if training else 0.0,
+        dropout if training and num_layers > 1 else 0.0,
         training,
         batch_sizes,
         recompute,

@@ -83,42 +83,44 @@ def _find(reset: Tensor, batch_sizes: Tensor | None, batch: int) -> Segments:
     return Segments(origin.to(device), place.to(device), sizes, *on_device)
 
 
-# A compiler sees one operator, whose results have sizes that are in the data.
-@torch.library.custom_op(
-    "fused_rnn::segments",
-    mutates_args=(),
-    schema="(Tensor reset, Tensor? batch_sizes, SymInt batch) -> (Tensor origin, Tensor place, "
-    "Tensor batch_sizes, Tensor sequence, Tensor begin, Tensor end, Tensor anew, Tensor final, "
-    "Tensor first, Tensor last)",
-)
-def _segments(reset: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[Tensor, ...]:
-    return tuple(_find(reset, batch_sizes, batch))
+# A compiler sees one operator, whose results have sizes that are in the data. Another copy of this
+# module in the process works with that of the first.
+if not hasattr(torch.ops.fused_rnn, "segments"):
 
-
-@_segments.register_fake
-def _(reset: Tensor, batch_sizes: Tensor | None, batch: Any) -> tuple[Tensor, ...]:
-    sizes = torch.library.get_ctx()
-    segments, steps = sizes.new_dynamic_size(), sizes.new_dynamic_size()
-
-    def made(*size: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-        return reset.new_empty(size, dtype=dtype)
-
-    rows = reset.numel()
-    return (
-        made(rows),
-        made(rows),
-        torch.empty(steps, dtype=torch.int64, device="cpu"),
-        *(made(segments) for _ in range(3)),
-        *(made(segments, dtype=torch.bool) for _ in range(2)),
-        made(batch),
-        made(batch),
+    @torch.library.custom_op(
+        "fused_rnn::segments",
+        mutates_args=(),
+        schema="(Tensor reset, Tensor? batch_sizes, SymInt batch) -> (Tensor origin, Tensor place, "
+        "Tensor batch_sizes, Tensor sequence, Tensor begin, Tensor end, Tensor anew, Tensor final, "
+        "Tensor first, Tensor last)",
     )
+    def _segments(reset: Tensor, batch_sizes: Tensor | None, batch: int) -> tuple[Tensor, ...]:
+        return tuple(_find(reset, batch_sizes, batch))
+
+    @_segments.register_fake
+    def _(reset: Tensor, batch_sizes: Tensor | None, batch: Any) -> tuple[Tensor, ...]:
+        sizes = torch.library.get_ctx()
+        segments, steps = sizes.new_dynamic_size(), sizes.new_dynamic_size()
+
+        def made(*size: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+            return reset.new_empty(size, dtype=dtype)
+
+        rows = reset.numel()
+        return (
+            made(rows),
+            made(rows),
+            torch.empty(steps, dtype=torch.int64, device="cpu"),
+            *(made(segments) for _ in range(3)),
+            *(made(segments, dtype=torch.bool) for _ in range(2)),
+            made(batch),
+            made(batch),
+        )
 
 
 def find(reset: Tensor, batch_sizes: Tensor | None, batch: Any) -> Segments:
     """The segments of B sequences that ``reset`` cuts: [T, B], or packed [R] with batch_sizes."""
     if torch.compiler.is_compiling():
-        return Segments(*_segments(reset, batch_sizes, batch))
+        return Segments(*torch.ops.fused_rnn.segments.default(reset, batch_sizes, batch))
     return _find(reset, batch_sizes, batch)
 
 
