@@ -48,6 +48,12 @@ SHAPES = [
     Shape("local", 16, 1),
     Shape("local", 24, 9),  # part of a block, two copies
     Shape("local", 32, 3),
+    Shape("local", 40, 3),  # four groups of units
+    Shape("local", 72, 9),  # eight, of which TF32 has one gate only
+    Shape("cluster", 40, 9),  # two blocks, of which one is there in part, two copies
+    Shape("cluster", 48, 13, 2),  # two tiles
+    Shape("cluster", 72, 9, 2),  # four groups
+    Shape("cluster", 136, 3),  # five blocks
 ]
 
 

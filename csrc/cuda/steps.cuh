@@ -236,7 +236,7 @@ class Steps {
     }
     T* States(const ForwardBuffers& w) const { return p.hs ? Hs() : w.hs; }
     void Unwritten(T* data, int64_t n) const {
-      if (plan.variant == Variant::kLocal) return;  // nobody waits for it
+      if (plan.variant != Variant::kResident) return;  // nobody polls it
       runtime::Fill(queue.stream, data, 0xFF, size_t(n) * sizeof(T));
     }
 

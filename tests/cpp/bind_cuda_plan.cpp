@@ -15,6 +15,7 @@ PYBIND11_MODULE(bind_cuda_plan, m) {
       .value("steps", Variant::kSteps)
       .value("graph", Variant::kGraph)
       .value("resident", Variant::kResident)
+      .value("cluster", Variant::kCluster)
       .value("local", Variant::kLocal);
   py::class_<CudaDevice>(m, "Device")
       .def(py::init<>())

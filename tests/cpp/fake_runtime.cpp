@@ -188,7 +188,7 @@ void Start(const runtime::Shape& shape, const runtime::Grid& grid, Stream stream
   Called("Start");
   const auto& state = The().state;
   const int64_t room = state.room >= 0 ? state.room : LimitOf(stream);
-  if (shape.together && int64_t{grid.x} * grid.y > room)
+  if ((shape.together && int64_t{grid.x} * grid.y > room) || shape.cluster > room)
     throw runtime::DoesNotFit("fused_rnn: too many blocks", shape);
   Enqueue(stream, {std::move(work), nullptr});
 }
@@ -231,11 +231,11 @@ int Multiprocessors(Stream stream, int all) {
   const Lock lock(Mutex());
   return std::min(all, LimitOf(stream));
 }
-int64_t BlocksAtOnce(const Shape&, Stream, int multiprocessors) {
+int64_t BlocksAtOnce(const Shape& shape, Stream, int multiprocessors) {
   const Lock lock(Mutex());
   Called("BlocksAtOnce");
   const int64_t told = The().state.blocks_at_once;
-  return told >= 0 ? told : multiprocessors;
+  return told >= 0 ? told : multiprocessors / shape.cluster * shape.cluster;
 }
 
 uint32_t* NewSharedWord() {
