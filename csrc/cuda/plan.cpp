@@ -48,6 +48,8 @@ bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
 
 int64_t TilesOf(const Problem& problem) { return (problem.B + kTileRows - 1) / kTileRows; }
 
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
 // The kernels that keep their weights. Each gives its plan, if there is one.
 struct Shapes {
   const CudaDevice& device;
@@ -99,7 +101,7 @@ struct Shapes {
   bool Cluster(Plan* plan) const {
     if (device.major < 9 || !device.together) return false;
     const int64_t blocks = BlocksOfWarp();
-    double least = std::numeric_limits<double>::infinity();
+    double least = kNever;
     for (int64_t tiles = 1; tiles <= kBlockRows; tiles *= 2)
       for (int64_t groups = 1; groups <= kBlockRows; groups *= 2) {
         const int64_t of_copy = BlocksOfCopy(problem.H, groups);
@@ -111,10 +113,19 @@ struct Shapes {
         const double time = StepTime(one);
         if (time < least) *plan = one, least = time;
       }
-    return std::isfinite(least);
+    return least < kNever;
   }
 
-  // About how many nanoseconds a step takes, for all copies if they must take turns. Measured on an H200:
+  // About how many nanoseconds a step takes as a product and a kernel, from a graph: two launches, what
+  // they read and write in the second-level cache, 300 operations a picosecond.
+  double GraphTime() const {
+    const double rows = double(problem.B * problem.dirs), units = double(problem.H);
+    const double values = double(problem.gates_x + 2 * problem.gates_h + 4);
+    return 4000 + rows * units * values * 4 / 5500 +
+           rows * 2 * double(problem.gates_h) * units * units / 3e5;
+  }
+
+  // And in one of these kernels, all copies together if they must take turns. Measured on an H200:
   // what is published through memory is there after 660, by an asynchronous store into the shared memory
   // of a peer after 153. From a data sheet or another's measurement: a multiprocessor reads 42 bytes a
   // nanosecond from the second-level cache, 20 from its peers (arXiv 2402.13499), 128 a cycle from its
@@ -134,8 +145,7 @@ struct Shapes {
         160 + 7 * products + (add + (memory ? 0 : read * kWarps / split)) / 128 + 80 * items;
     const double exchange = memory ? 660 + read / 42 : local ? 0 : 153 + read / 20;
     const int64_t at_once = local ? device.multiprocessors : together(plan);
-    if (at_once < (local ? 1 : BlocksOfCopy(problem.H, plan.groups)))
-      return std::numeric_limits<double>::infinity();
+    if (at_once < (local ? 1 : BlocksOfCopy(problem.H, plan.groups))) return kNever;
     return (exchange + cycles / 1.7) * double((Blocks(plan) + at_once - 1) / at_once);
   }
 };
@@ -174,7 +184,7 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
   if (FitsTensorCores(device, problem)) {
     const Shapes shapes{device, problem, together};
     const Plan base = plan;
-    double least = std::numeric_limits<double>::infinity();
+    double least = forced.empty() ? shapes.GraphTime() : kNever;
     const auto offer = [&](bool wanted, bool (Shapes::*fit)(Plan*) const) {
       Plan fitted = base;
       if (!wanted || !(shapes.*fit)(&fitted)) return;

@@ -21,7 +21,8 @@ struct State {
   std::map<std::string, int> live;    // what was made and is not freed, by kind
   int64_t blocks_at_once = -1;  // what the card says; -1: as many as there are multiprocessors
   int64_t room = -1;            // and how many it takes
-  int multiprocessors = 132;    // of the card
+  unsigned cluster = 16, taken_cluster = 16;  // the largest: what the card says, and what it takes
+  int multiprocessors = 132;                  // of the card
   std::function<int(runtime::Stream)> limit;  // of a stream
 };
 State& GetState();
