@@ -54,12 +54,9 @@ class Mailbox {
   __device__ __forceinline__ void Expect(int mail) const {
     if (kCluster && threadIdx.x == 0) ExpectBytes(Barrier(mail), unsigned(bytes_));
   }
-  // `p` is where it belongs in this block's own box.
+  // `p` is where it belongs in this block's own box. Of a cluster alone: others write there.
   __device__ __forceinline__ void Send(int mail, void* p, const uint4& v, unsigned to) const {
-    if constexpr (kCluster)
-      StoreAsync(static_cast<uint4*>(p), v, Barrier(mail), to);
-    else
-      *static_cast<uint4*>(p) = v;
+    StoreAsync(static_cast<uint4*>(p), v, Barrier(mail), to);
   }
   __device__ __forceinline__ void Wait(int mail) const {
     if constexpr (kCluster)

@@ -54,8 +54,8 @@ struct ResidentProducts {
   using Backward = ResidentProduct<T, kTilesBack, DivideUp(kDeepBack, kSplitBack), kTiles,
                                    kSplitBack, kLoadsOf<C>>;
   // What a block adds up then.
-  using Sums = PartialSums<kTilesOfW, kTiles>;
-  using SumsBack = PartialSums<kGroups, kTiles>;
+  using Sums = PartialSums<kTilesOfW, kTiles, E::kShared>;
+  using SumsBack = PartialSums<kGroups, kTiles, E::kShared>;
   static constexpr int kPartsBack = E::kCluster ? int(kClusterBlocks) : kSplitBack;
 };
 
@@ -67,24 +67,34 @@ struct ResidentSteps {
   Patience patience;
 };
 
-// The rows of a time: from `first` on, one for each running sequence. And as they are loaded, before
-// anything waits for them.
+// The rows of a time: from `first` on, one for each running sequence.
 struct TimeRows {
   int64_t first;
   int running;
 };
+// The same in two parts, so that nothing waits for the load in between. Compilers move what is the same
+// for all lanes to registers of the warp, at once: where that would make others wait, every other lane
+// loads where the rows end. (Where registers are few, those of the warp are welcome.)
+template <bool kByLanes>
 struct LoadedRows {
-  int64_t first, end;
-  __device__ __forceinline__ TimeRows Count() const { return {first, int(end - first)}; }
+  int64_t first, end;  // by lanes: one or the other in `first`
+  __device__ __forceinline__ LoadedRows(const ResidentSteps& n, int64_t time) : first(0), end(0) {
+    if (time < 0 || time >= n.T) return;
+    if (kByLanes) time += threadIdx.x % 2;
+    first = n.offsets != nullptr ? n.offsets[time] : time * n.B;
+    if (!kByLanes) end = n.offsets != nullptr ? n.offsets[time + 1] : first + n.B;
+  }
+  __device__ __forceinline__ TimeRows Count() const {
+    if constexpr (kByLanes) {
+      const int64_t other = __shfl_xor_sync(~0u, first, 1);
+      const bool last = threadIdx.x % 2 != 0;
+      return {last ? other : first, int(last ? first - other : other - first)};
+    }
+    return {first, int(end - first)};
+  }
 };
-__device__ __forceinline__ LoadedRows LoadRows(const ResidentSteps& n, int64_t time) {
-  const bool exists = time >= 0 && time < n.T;
-  LoadedRows rows{exists ? time * n.B : 0, exists ? time * n.B + n.B : 0};
-  if (exists && n.offsets != nullptr) rows = {n.offsets[time], n.offsets[time + 1]};
-  return rows;
-}
 __device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time) {
-  return LoadRows(n, time).Count();
+  return LoadedRows<false>(n, time).Count();
 }
 
 // What a block works on: its direction, its units and its rows of the batch. Of these a thread does the
@@ -329,11 +339,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     __syncthreads();
   }
 
-  int mail = 0;
-  for (int64_t s = n.begin; s < n.end; s++, mail++) {
+  for (int64_t s = n.begin; s < n.end; s++) {
+    const int mail = int(s - (E::kShared ? n.begin : 0));
     const bool last = s + 1 == n.end;
     fetch();
-    const LoadedRows loaded = LoadRows(n, a.start + (s + 1) * a.way);
+    const LoadedRows<E::kShared> loaded(n, a.start + (s + 1) * a.way);
     if constexpr (E::kShared) {
       if (mail > 0) box.Wait(mail);
       if (!last) box.Expect(mail + 1);
@@ -343,9 +353,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     product.template Multiply<!E::kShared>(
         E::kShared ? h_of(mail) : hs + (rows.first + at.first_row) * H, E::kShared ? stride : H,
         rows.running - at.first_row, int(H), n.patience, gave_up,
-        [&](int m, int tile, const float (&d)[4]) {
-          *reinterpret_cast<uint4*>(now.At(Product::Part(), m, tile)) = Sums::Turned(d);
-        });
+        [&](int m, int tile, const float (&d)[4]) { now.Put(Product::Part(), m, tile, d); });
     __syncthreads();
 
     const TimeRows next = loaded.Count();
@@ -549,8 +557,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   box.Open();
   fetch(n.end - 1);
 
-  int mail = 1;
-  for (int64_t s = n.end - 1; s >= n.begin; s--, mail++) {
+  for (int64_t s = n.end - 1; s >= n.begin; s--) {
+    const int mail = int(n.end - s);
     T* const own = own_dgh + (mail & 1) * kOwnHalf;
     BackwardStep<C, Quick> unit[kItems];
     FRNN_UNROLL
@@ -586,7 +594,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const TimeRows seen = rows;
     rows = next;
     if (s > n.begin) fetch(s - 1);
-    const LoadedRows loaded = LoadRows(n, time(s - 2));
+    const LoadedRows<E::kShared> loaded(n, time(s - 2));
     const Sums now{reinterpret_cast<float*>(box.Half(mail))};
     box.Expect(mail);
     if constexpr (E::kShared) __syncthreads();
@@ -595,10 +603,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         E::kShared ? kStride : C::kH * H, seen.running - at.first_row,
         E::kShared ? kDepth : int(C::kH * H), n.patience, gave_up,
         [&](int m, int tile, const float (&d)[4]) {
-          const int to = E::kCluster ? m / kGroups : 0;
-          if (E::kCluster && to >= at.blocks) return;
-          const int part = E::kCluster ? at.rank : Product::Part();
-          box.Send(mail, now.At(part, m - to * kGroups, tile), Sums::Turned(d), to);
+          if constexpr (E::kCluster) {
+            const int to = m / kGroups;
+            if (to >= at.blocks) return;
+            box.Send(mail, now.At(at.rank, m % kGroups, tile), Sums::Turned(d), to);
+          } else {
+            now.Put(Product::Part(), m, tile, d);
+          }
         });
     box.Wait(mail);
     FRNN_UNROLL

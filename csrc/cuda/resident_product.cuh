@@ -91,28 +91,37 @@ FRNN_HD constexpr int64_t LocalStride(int64_t width) {
 }
 
 // Sums that are added up from several parts in their order: of kM tiles of 16 units by kTiles of 8 rows,
-// as lanes have them in the fragments of a product. Of its four elements a lane keeps the one with
-// number j at j ^ lane / 8, so that lanes that read the same one meet in no bank.
-template <int kM, int kTiles>
+// as lanes have them in the fragments of a product, four elements each.
+template <int kM, int kTiles, bool kWhole>
 struct PartialSums {
-  float* data;                                                    // [parts][kM][kTiles][32][4]
+  float* data;  // [parts][kM][kTiles][4][32]; or, so that a lane's are 16 bytes, [32][4] at the end
   static constexpr int kSize = kM * kTiles * kUnits * kTileRows;  // of a part
 
-  __device__ __forceinline__ static int Turn() { return int(threadIdx.x % 32 / 8); }
   __device__ __forceinline__ float* At(int part, int m, int tile) const {
-    return data + part * kSize + ((m * kTiles + tile) * 32 + int(threadIdx.x % 32)) * 4;
+    const int lane = int(threadIdx.x % 32) * (kWhole ? 4 : 1);
+    return data + part * kSize + (m * kTiles + tile) * kUnits * kTileRows + lane;
   }
+  // Element j is at j ^ lane / 8 of 16 bytes, so that lanes that read the same one meet in no bank.
+  __device__ __forceinline__ static int Turn() { return int(threadIdx.x % 32 / 8); }
   __device__ __forceinline__ static uint4 Turned(const float (&d)[4]) {
+    const uint32_t a = __float_as_uint(d[0]), b = __float_as_uint(d[1]);
+    const uint32_t c = __float_as_uint(d[2]), e = __float_as_uint(d[3]);
     const bool one = Turn() & 1, two = Turn() & 2;
-    const float a = one ? d[1] : d[0], b = one ? d[0] : d[1];
-    const float c = one ? d[3] : d[2], e = one ? d[2] : d[3];
-    return {__float_as_uint(two ? c : a), __float_as_uint(two ? e : b),
-            __float_as_uint(two ? a : c), __float_as_uint(two ? b : e)};
+    const uint4 v{one ? b : a, one ? a : b, one ? e : c, one ? c : e};
+    return {two ? v.z : v.x, two ? v.w : v.y, two ? v.x : v.z, two ? v.y : v.w};
+  }
+  __device__ __forceinline__ void Put(int part, int m, int tile, const float (&d)[4]) const {
+    if constexpr (kWhole) {
+      *reinterpret_cast<uint4*>(At(part, m, tile)) = Turned(d);
+    } else {
+      FRNN_UNROLL
+      for (int j = 0; j < 4; j++) At(part, m, tile)[j * 32] = d[j];
+    }
   }
   // Of `parts`, which are kMost at most.
   template <int kMost>
   __device__ __forceinline__ float Sum(int parts, int m, int tile, int j) const {
-    const float* at = At(0, m, tile) + (j ^ Turn());
+    const float* at = At(0, m, tile) + (kWhole ? j ^ Turn() : j * 32);
     float sum = 0;
     FRNN_UNROLL
     for (int part = 0; part < kMost; part++) sum += part < parts ? at[part * kSize] : 0;
@@ -238,10 +247,12 @@ struct ResidentProduct {
         for (int k = 0; k < kChunk * kOwn && block == kBlocks - 1; k++) {
           const int c = k / kOwn, m = k % kOwn;
           FRNN_UNROLL
-          for (int ways = kWays / 2; ways > 0; ways /= 2) {
+          for (int j = 0; j < 4; j++) {
             FRNN_UNROLL
-            for (int i = 0; i < ways * 4; i++)
-              d[i / 4][c][m][i % 4] += d[i / 4 + ways][c][m][i % 4];
+            for (int ways = kWays / 2; ways > 0; ways /= 2) {
+              FRNN_UNROLL
+              for (int way = 0; way < ways; way++) d[way][c][m][j] += d[way + ways][c][m][j];
+            }
           }
           put(TileOf(m), piece / kBlocks * kChunk + c, d[0][c][m]);
         }
