@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REGISTERS = {
     "GateForward": (64, 104),
     "GateBackward": (64, 104),
+    # A few warps on a multiprocessor, each with a step's weights of a unit on their way.
+    "OneStep": (128, 128),
     "Convert": (32, 32),
     "Publish": (32, 32),
     "ScaleBy": (32, 32),

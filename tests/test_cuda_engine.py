@@ -56,6 +56,7 @@ class Problem(NamedTuple):
     force: str | None = None
     at_once: int | None = None  # blocks, if not one for each multiprocessor
     largest_cluster: int = 16
+    kept: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def plan(engine: Any, problem: Problem) -> Any:
     p, device = engine.Problem(), engine.Device()
     device.multiprocessors, device.major, device.l2_bytes, device.shared_bytes = CARDS[problem.card]
     p.gates_x = p.gates_h = reference.CELLS[problem.cell].gates
-    for name in ("H", "B", "T", "dirs", "projected", "allow_tf32"):
+    for name in ("H", "B", "T", "dirs", "projected", "allow_tf32", "kept"):
         setattr(p, name, getattr(problem, name))
     p.storage = getattr(engine.Storage, problem.storage)
     p.aligned = True
@@ -97,9 +98,10 @@ def test_plans_are_possible(engine: Any) -> None:
     )
     flags = itertools.product(CARDS, CELLS, STORAGES, (1, 2), *[(False, True)] * 2)
     problems = [
-        Problem(card, cell, *random.choice(shapes), storage, *flags, force)
+        Problem(card, cell, *random.choice(shapes), storage, *flags, force, kept=kept)
         for card, cell, storage, *flags in flags
         for force in (None, None, None, "resident", "cluster", "local")
+        for kept in (False, True)
     ]
     variants, seen = engine.Variant, set()
     for problem in problems:
@@ -154,6 +156,12 @@ def test_plans_of_known_shapes(engine: Any) -> None:
 
     # A single step is launched as it is; a sequence is worth a graph, or one kernel.
     assert variant(T=1) == "steps"
+    # Where nothing is kept of it, one kernel does it, of a few rows, as each four read the weights.
+    assert variant(T=1, kept=False, B=16) == variant(T=1, kept=False, B=4, H=4096) == "one"
+    assert variant(T=1, kept=False, B=17) == variant(T=1, kept=False, B=5, H=4096) == "steps"
+    assert variant(T=1, kept=False, B=1, storage="float64") == "one"
+    assert variant(T=1, kept=False, B=1, projected=True) == "steps"
+    assert variant(T=2, kept=False, B=1, force="one") == "graph"
     assert variant(T=256) == "resident" and variant(T=256, storage="float64") == "graph"
     assert variant(B=16) == "cluster" and variant(B=16, T=7) == "graph"
     # Exact float32 products are no work for tensor cores, nor are large layers for registers.
@@ -261,10 +269,11 @@ def test_variant_can_be_forced(engine: Any) -> None:
 
     found = {name: forced(name) for name in ("steps", "graph", "resident", "local")}
     found["cluster"] = plan(engine, Problem(H=264, force="cluster"))
+    found["one"] = plan(engine, Problem(B=1, T=1, kept=False, force="one"))
     assert all(plan.variant.name == name for name, plan in found.items())
     for name in ("threads_x", "threads_y", "streams", "chunk_steps", "copies"):
         assert getattr(found["steps"], name) == getattr(found["graph"], name)
-    message = "FUSED_RNN_VARIANT is 'fast': use steps, graph, resident, cluster or local"
+    message = "FUSED_RNN_VARIANT is 'fast': use steps, graph, one, resident, cluster or local"
     with pytest.raises(ValueError, match=message):
         forced("fast")
     assert forced("local", H=129).variant.name == forced("cluster").variant.name == "graph"

@@ -131,6 +131,15 @@ def test_no_room(variant: str, fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
         assert count(fake, "BlocksAtOnce") == asked
 
 
+def test_one_step_is_one_launch(fake: ctypes.CDLL) -> None:
+    module = fused_rnn.LSTM(5, 7, bidirectional=True, dtype=torch.float64)
+    with torch.no_grad():
+        before = [count(fake, name) for name in ("Start", "Multiply", "Launch")]
+        module(torch.randn(1, 3, 5, dtype=torch.float64))
+    after = [count(fake, name) for name in ("Start", "Multiply", "Launch")]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 0, 0]
+
+
 def test_resident_in_place_of_a_cluster(fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the card refuses as a cluster may well be there as blocks that poll."""
     module = fused_rnn.LSTM(5, 144, dtype=torch.bfloat16)  # too large for a local kernel

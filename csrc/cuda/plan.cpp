@@ -169,18 +169,25 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
 
   const int64_t launches = (problem.gates_h > 0 ? 2 : 1) * problem.T * problem.dirs;
   plan.variant = launches >= kGraphLaunches ? Variant::kGraph : Variant::kSteps;
+  // A third of the launches or less. Each kOneStepRows rows read the weights anew.
+  const int64_t weights =
+      (problem.gates_x + problem.gates_h) * problem.H * problem.H * StorageSize(problem.storage);
+  const bool single = problem.T == 1 && !problem.kept && !problem.projected &&
+                      problem.B <= (weights <= device.l2_bytes / 2 ? 4 : 1) * kOneStepRows;
   const std::string forced = force == nullptr ? "" : force;
   const auto may = [&](const char* variant) {
     return forced.empty() ? problem.T >= kResidentSteps : forced == variant;
   };
+  const bool one = forced.empty() || forced == "one";
   const bool local = may("local"), cluster = may("cluster"), resident = may("resident");
   if (forced == "steps")
     plan.variant = Variant::kSteps;
-  else if (forced == "graph" || (!forced.empty() && (local || cluster || resident)))
+  else if (forced == "graph" || (!forced.empty() && (one || local || cluster || resident)))
     plan.variant = Variant::kGraph;
   else if (!forced.empty())
     throw std::invalid_argument("FUSED_RNN_VARIANT is '" + forced +
-                                "': use steps, graph, resident, cluster or local");
+                                "': use steps, graph, one, resident, cluster or local");
+  if (one && single) plan.variant = Variant::kOne;
   if (FitsTensorCores(device, problem)) {
     const Shapes shapes{device, problem, together};
     const Plan base = plan;

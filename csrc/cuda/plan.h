@@ -11,6 +11,7 @@ namespace frnn {
 namespace cuda {
 
 enum class Variant {
+  kOne,    // one launch: a single step, of which nothing is kept
   kSteps,  // launch every step
   kGraph,  // replay them from a CUDA graph
   // One launch with the weights in registers (resident.cuh), replayed from a graph, too.
@@ -26,8 +27,11 @@ struct Problem {
   int dirs;
   bool projected = false, output_is_h = true, allow_tf32 = false;
   bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
+  bool kept = true;      // for a backward, or it is one
 };
 
+// Rows of the batch that a kernel of one step does at once.
+constexpr int kOneStepRows = 4;
 // Kernels that keep their weights: warps of a block, units of a group, rows of the batch of a tile,
 // bytes of a row in a block of k.
 constexpr int kWarps = 8, kUnits = 16, kTileRows = 8, kBlockBytes = 64;
@@ -85,8 +89,8 @@ struct Plan {
 static_assert(std::has_unique_object_representations_v<Plan>);  // compared byte by byte
 
 // together: how many blocks of the plan's kernel can be on the card at once.
-// `force`: "steps", "graph", "resident", "cluster" or "local" (FUSED_RNN_VARIANT), or null. Where the
-// last three cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
+// `force`: "steps", "graph", "one", "resident", "cluster" or "local" (FUSED_RNN_VARIANT), or null. Where
+// the last four cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
 Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
               const std::function<int64_t(const Plan&)>& together);
 
