@@ -150,7 +150,7 @@ def test_resident_in_place_of_a_cluster(fake: ctypes.CDLL, monkeypatch: pytest.M
     polled = results(module, x)
     assert not equal(polled, in_clusters)  # who sums up in another order gives other bits
     monkeypatch.delenv("FUSED_RNN_VARIANT")
-    for multiprocessors, told, taken in ((129, 8, 8), (128, 1, 8), (127, 8, 4)):
+    for multiprocessors, told, taken in ((129, 8, 8), (128, 1, 8), (127, 8, 2)):
         monkeypatch.setenv("FUSED_RNN_EMULATE_MULTIPROCESSORS", str(multiprocessors))
         fake.frnn_fake_clusters(told, taken)
         expected = in_clusters if min(told, taken) >= 5 else polled

@@ -188,8 +188,9 @@ void Start(const runtime::Shape& shape, const runtime::Grid& grid, Stream stream
   Called("Start");
   const auto& state = The().state;
   const int64_t room = state.room >= 0 ? state.room : LimitOf(stream);
-  const bool whole = shape.cluster <= room && shape.cluster <= state.taken_cluster;
-  if (!whole || (shape.together && int64_t{grid.x} * grid.y > room))
+  const bool refused =
+      shape.cluster > 1 && (shape.cluster > room || shape.cluster > state.taken_cluster);
+  if (refused || (shape.together && int64_t{grid.x} * grid.y > room))
     throw runtime::DoesNotFit("fused_rnn: too many blocks", shape);
   Enqueue(stream, {std::move(work), nullptr});
 }
