@@ -144,17 +144,18 @@ def test_resident_in_place_of_a_cluster(fake: ctypes.CDLL, monkeypatch: pytest.M
     """What the card refuses as a cluster may well be there as blocks that poll."""
     module = fused_rnn.LSTM(5, 144, dtype=torch.bfloat16)  # too large for a local kernel
     x = torch.randn(9, 3, 5, dtype=torch.bfloat16)
-    monkeypatch.setenv("FUSED_RNN_VARIANT", "cluster")
-    in_clusters = results(module, x)
-    monkeypatch.setenv("FUSED_RNN_VARIANT", "resident")
-    polled = results(module, x)
-    assert not equal(polled, in_clusters)  # who sums up in another order gives other bits
-    monkeypatch.delenv("FUSED_RNN_VARIANT")
-    for multiprocessors, told, taken in ((129, 8, 8), (128, 1, 8), (127, 8, 2)):
+    for multiprocessors, told, taken, wanted in (
+        (129, 8, 8, "clusters"),
+        (128, 1, 8, "together"),
+        (127, 8, 2, "together"),
+    ):
         monkeypatch.setenv("FUSED_RNN_EMULATE_MULTIPROCESSORS", str(multiprocessors))
         fake.frnn_fake_clusters(told, taken)
-        expected = in_clusters if min(told, taken) >= 5 else polled
-        assert equal(results(module, x), expected), (told, taken)
+        kinds = ("clusters", "together")
+        before = {kind: count(fake, kind) for kind in kinds}
+        run(module, x)
+        launches = {kind: count(fake, kind) - before[kind] for kind in kinds}
+        assert launches == {kind: 2 * (kind == wanted) for kind in kinds}, (told, taken)
 
 
 def test_kernel_that_gave_up() -> None:

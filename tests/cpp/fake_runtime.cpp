@@ -192,6 +192,8 @@ void Start(const runtime::Shape& shape, const runtime::Grid& grid, Stream stream
       shape.cluster > 1 && (shape.cluster > room || shape.cluster > state.taken_cluster);
   if (refused || (shape.together && int64_t{grid.x} * grid.y > room))
     throw runtime::DoesNotFit("fused_rnn: too many blocks", shape);
+  if (shape.cluster > 1) The().state.counts["clusters"]++;
+  if (shape.together) The().state.counts["together"]++;
   Enqueue(stream, {std::move(work), nullptr});
 }
 
