@@ -94,9 +94,9 @@ def test_equal_to_the_cpu(case: Case) -> None:
     assert_all_close({name: t.cpu() for name, t in card.items()}, expected)
 
 
-# Hidden sizes and types that take another variant each: a graph of steps, a local kernel and a
-# resident one, of which test_resident.py has more.
-KINDS = [(7, torch.float32), (32, torch.bfloat16), (80, torch.bfloat16)]
+# Hidden sizes and types that take another variant each: a graph of steps, a local kernel, one for
+# clusters, where there are any, and a resident one. test_resident.py has more of them.
+KINDS = [(7, torch.float32), (32, torch.bfloat16), (144, torch.bfloat16), (528, torch.bfloat16)]
 
 
 @pytest.mark.parametrize(("hidden", "dtype"), KINDS)

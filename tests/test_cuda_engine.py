@@ -55,6 +55,8 @@ class Problem(NamedTuple):
     allow_tf32: bool = True
     force: str | None = None
     at_once: int | None = None  # blocks, if not one for each multiprocessor
+    largest_cluster: int = 16
+    kept: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +68,22 @@ def plan(engine: Any, problem: Problem) -> Any:
     p, device = engine.Problem(), engine.Device()
     device.multiprocessors, device.major, device.l2_bytes, device.shared_bytes = CARDS[problem.card]
     p.gates_x = p.gates_h = reference.CELLS[problem.cell].gates
-    for name in ("H", "B", "T", "dirs", "projected", "allow_tf32"):
+    for name in ("H", "B", "T", "dirs", "projected", "allow_tf32", "kept"):
         setattr(p, name, getattr(problem, name))
     p.storage = getattr(engine.Storage, problem.storage)
     p.aligned = True
     at_once = device.multiprocessors if problem.at_once is None else problem.at_once
-    return engine.make_plan(device, p, problem.force, lambda plan: at_once)
+
+    def together(plan: Any) -> int:
+        if plan.variant != engine.Variant.cluster:
+            return at_once
+        blocks = ceil(problem.H, 16 * plan.groups)
+        if blocks > problem.largest_cluster:
+            return 0
+        # Of a large card some multiprocessors lie where a cluster has no place.
+        return (at_once - at_once // 9) // blocks * blocks
+
+    return engine.make_plan(device, p, problem.force, together)
 
 
 def ceil(a: int, b: int) -> int:
@@ -86,9 +98,10 @@ def test_plans_are_possible(engine: Any) -> None:
     )
     flags = itertools.product(CARDS, CELLS, STORAGES, (1, 2), *[(False, True)] * 2)
     problems = [
-        Problem(card, cell, *random.choice(shapes), storage, *flags, force)
+        Problem(card, cell, *random.choice(shapes), storage, *flags, force, kept=kept)
         for card, cell, storage, *flags in flags
-        for force in (None, None, None, "resident", "local")
+        for force in (None, None, None, "resident", "cluster", "local")
+        for kept in (False, True)
     ]
     variants, seen = engine.Variant, set()
     for problem in problems:
@@ -98,7 +111,7 @@ def test_plans_are_possible(engine: Any) -> None:
         assert 1 <= found.streams <= problem.dirs, problem
         assert 1 <= found.chunk_steps <= problem.T, problem
         seen.add(found.variant)
-        if found.variant not in (variants.resident, variants.local):
+        if found.variant not in (variants.resident, variants.cluster, variants.local):
             continue
         multiprocessors, major, _, shared = CARDS[problem.card]
         size = {"float32": 4, "bfloat16": 2, "float16": 2}[problem.storage]  # never float64
@@ -106,16 +119,24 @@ def test_plans_are_possible(engine: Any) -> None:
         assert major >= 8 and not problem.projected and problem.H * size % 16 == 0, problem
         assert size == 2 or problem.allow_tf32, problem
         assert (found.copies - 1) * found.tiles * 8 < problem.B <= found.copies * found.tiles * 8
+        of_copy = ceil(problem.H, 16 * found.groups)
         if found.variant == variants.local:
-            assert found.groups in (1, 2) and problem.H <= 16 * found.groups, problem
+            assert found.groups in (1, 2, 4, 8) and of_copy == 1, problem
+            deep = ceil(16 * found.groups * size, 64)
+            assert found.tiles == 1 and gates * found.groups * deep <= 16 * 8, problem
+        elif found.variant == variants.cluster:
+            assert major >= 9 and 2 <= of_copy <= 16, problem
+            assert found.blocks * 8 * 64 >= problem.H * size, problem
+            shape = (found.blocks, found.groups, found.tiles)
+            assert shape in [(1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 2, 1), (2, 2, 2)], problem
         else:
             assert found.blocks in (1, 2, 4, 8) and found.tiles in (1, 2, 4), problem
             assert found.blocks * 8 * 64 >= problem.H * size, problem
             assert gates * found.blocks * found.groups <= 16, problem
-            blocks = ceil(problem.H, 16 * found.groups) * found.copies * problem.dirs
+            blocks = of_copy * found.copies * problem.dirs
             assert blocks <= multiprocessors, problem
             assert 8192 * gates * found.groups * found.tiles <= shared, problem
-    assert seen == {variants.steps, variants.graph, variants.resident, variants.local}
+    assert seen == set(variants.__members__.values())
 
 
 def test_plans_of_known_shapes(engine: Any) -> None:
@@ -135,19 +156,32 @@ def test_plans_of_known_shapes(engine: Any) -> None:
 
     # A single step is launched as it is; a sequence is worth a graph, or one kernel.
     assert variant(T=1) == "steps"
+    # Where nothing is kept of it, one kernel does it, of a few rows, as each four read the weights.
+    assert variant(T=1, kept=False, B=16) == variant(T=1, kept=False, B=4, H=4096) == "one"
+    assert variant(T=1, kept=False, B=17) == variant(T=1, kept=False, B=5, H=4096) == "steps"
+    assert variant(T=1, kept=False, B=1, storage="float64") == "one"
+    assert variant(T=1, kept=False, B=1, projected=True) == "steps"
+    assert variant(T=2, kept=False, B=1, force="one") == "graph"
     assert variant(T=256) == "resident" and variant(T=256, storage="float64") == "graph"
+    assert variant(B=16) == "cluster" and variant(B=16, T=7) == "graph"
     # Exact float32 products are no work for tensor cores, nor are large layers for registers.
-    assert variant(storage="float32", H=256) == "resident"
+    assert variant(storage="float32", H=256) == "cluster"
     assert variant(storage="float32", H=256, allow_tf32=False) == "graph"
     assert variant(H=2048) == "graph" and variant(H=2048, cell="rnn_tanh", B=16) == "resident"
     assert variant(card="V100") == "graph" and variant(projected=True) == "graph"
-    # Small layers need one block for some rows of the batch.
-    assert variant(H=32, storage="float32") == "local" and variant(H=40) == "resident"
+    # Small layers need one block for some rows of the batch, as far as their weights fit into it.
+    for cell, most in (("rnn_tanh", 128), ("gru", 64), ("lstm", 64)):
+        for storage in ("bfloat16", "float32"):
+            units = 128 if storage == "bfloat16" else most
+            assert variant(cell=cell, H=units, storage=storage) == "local"
+            assert variant(cell=cell, H=units + 8, storage=storage) == "cluster"
+            assert variant(card="A100", cell=cell, H=units + 8, storage=storage) == "resident"
     # Rows that cannot be read 16 bytes at a time.
     assert variant(H=28) == "graph" and variant(H=28, storage="float32") == "local"
     # More rows of the batch: more copies, then more units in a block, then more rows.
-    assert blocks(B=8) == (1, 1, 1) and blocks(B=32) == (1, 1, 4)
-    assert blocks(B=64) == (2, 1, 8) and blocks(B=128) == (2, 2, 8)
+    polled = {"force": "resident"}
+    assert blocks(B=8, **polled) == (1, 1, 1) and blocks(B=32, **polled) == (1, 1, 4)
+    assert blocks(B=64, **polled) == (2, 1, 8) and blocks(B=128, **polled) == (2, 2, 8)
     # Two directions run side by side unless one fills the card.
     steps = {"force": "graph", "dirs": 2}
     assert one(**steps).streams == 2 and one(**steps, H=2048, B=512).streams == 1
@@ -167,6 +201,7 @@ def test_blocks_that_cannot_be_there_at_once(engine: Any) -> None:
     """What the card has room for, less than its size says, decides."""
 
     def blocks(at_once: int, B: int, **arguments: Any) -> tuple[int, int, int] | str:
+        arguments = {"force": "resident", **arguments}
         found = plan(engine, Problem(B=B, at_once=at_once, **arguments))
         shape = (found.groups, found.tiles, found.copies)
         return shape if found.variant.name == "resident" else found.variant.name
@@ -175,9 +210,39 @@ def test_blocks_that_cannot_be_there_at_once(engine: Any) -> None:
     assert blocks(132, 32) == (1, 1, 4) and blocks(64, 32) == (2, 1, 4)
     assert blocks(63, 32) == blocks(32, 32) == (2, 2, 2)
     assert blocks(31, 16) == (2, 2, 1) and blocks(31, 32) == "graph"
-    assert blocks(15, 1) == blocks(0, 1) == blocks(0, 1, force="resident") == "graph"
+    assert blocks(15, 1) == blocks(0, 1, force=None) == "graph"
     # Local kernels wait for nobody.
-    assert blocks(0, 64, H=32) == "local"
+    assert blocks(0, 64, H=32, force=None) == "local"
+
+
+def test_clusters(engine: Any) -> None:
+    def one(H: int, B: int, **arguments: Any) -> tuple[str, int, int, int]:
+        found = plan(engine, Problem(H=H, B=B, **arguments))
+        return found.variant.name, found.groups, found.tiles, found.copies
+
+    # Blocks of 32 units; where that are more clusters than there can be, larger ones, or more rows.
+    assert one(256, 16) == ("cluster", 2, 1, 2) and one(512, 16) == ("cluster", 2, 1, 2)
+    assert one(256, 200) == ("cluster", 4, 1, 25) and one(512, 100) == ("cluster", 2, 2, 7)
+    # More than 16 blocks are no cluster, nor are more than the card takes.
+    assert one(520, 16)[0] == one(264, 16, storage="float32")[0] == "resident"
+    assert one(512, 16, largest_cluster=8)[0] == "resident"
+    assert one(256, 16, largest_cluster=8)[0] == "cluster"
+    assert one(256, 16, largest_cluster=4) == ("cluster", 4, 1, 2)
+    assert one(256, 16, card="RTX 4090")[0] == one(256, 16, card="A100")[0] == "resident"
+    assert one(256, 16, card="RTX 5090")[0] == one(256, 16, card="B200")[0] == "cluster"
+    # Clusters need not be on the card at the same time, but when they take turns, polling may be
+    # faster, and at last a product and a kernel per step.
+    assert one(512, 8, at_once=17)[0] == "cluster" and one(512, 8, at_once=15)[0] == "graph"
+    assert one(512, 128) == ("resident", 2, 2, 8) and one(512, 1000)[0] == "graph"
+    assert one(512, 1000, force="cluster") == ("cluster", 2, 2, 63)
+    # As test_resident.py has them.
+    for storage, cell in itertools.product(("bfloat16", "float32"), CELLS):
+        forced = {"storage": storage, "cell": cell, "force": "cluster"}
+        few = {**forced, "at_once": 2}
+        assert one(40, 9, **forced) == ("cluster", 2, 1, 2)
+        assert one(136, 3, **forced) == ("cluster", 2, 1, 1)
+        assert one(48, 13, **few) == ("cluster", 2, 2, 1)
+        assert one(72, 9, **few) == ("cluster", 4, 1, 2)
 
 
 def test_small_shared_memory(engine: Any) -> None:
@@ -185,16 +250,17 @@ def test_small_shared_memory(engine: Any) -> None:
     cards = ("RTX 3060", "RTX 3090", "RTX 4090", "RTX 5090")
     seen = set()
     for size in itertools.product(cards, CELLS, (64, 128, 256, 512), (1, 16, 64, 128)):
-        found = plan(engine, Problem(*size))
+        found = plan(engine, Problem(*size, force="resident"))
         if found.variant == engine.Variant.resident:
             gates = reference.CELLS[size[1]].gates
             assert 8192 * gates * found.groups * found.tiles <= 99 << 10, size
             seen.add(size[0])
     assert seen == set(cards)
     # Of two groups by two tiles; else of more copies than fit the card.
-    large = plan(engine, Problem("H200", H=512, B=96))
+    large = plan(engine, Problem("H200", H=512, B=96, force="resident"))
     assert (large.groups, large.tiles, large.copies) == (2, 2, 6)
-    assert plan(engine, Problem("RTX 5090", H=512, B=96)).variant == engine.Variant.graph
+    small = plan(engine, Problem("RTX 5090", H=512, B=96, force="resident"))
+    assert small.variant == engine.Variant.graph
 
 
 def test_variant_can_be_forced(engine: Any) -> None:
@@ -202,13 +268,15 @@ def test_variant_can_be_forced(engine: Any) -> None:
         return plan(engine, Problem("A100", "gru", H, 8, 100, "float16", force=force))
 
     found = {name: forced(name) for name in ("steps", "graph", "resident", "local")}
+    found["cluster"] = plan(engine, Problem(H=264, force="cluster"))
+    found["one"] = plan(engine, Problem(B=1, T=1, kept=False, force="one"))
     assert all(plan.variant.name == name for name, plan in found.items())
     for name in ("threads_x", "threads_y", "streams", "chunk_steps", "copies"):
         assert getattr(found["steps"], name) == getattr(found["graph"], name)
-    message = "FUSED_RNN_VARIANT is 'fast': use steps, graph, resident or local"
+    message = "FUSED_RNN_VARIANT is 'fast': use steps, graph, one, resident, cluster or local"
     with pytest.raises(ValueError, match=message):
         forced("fast")
-    assert forced("local", H=65).variant.name == "graph"
+    assert forced("local", H=129).variant.name == forced("cluster").variant.name == "graph"
 
 
 def test_stays_in_bounds() -> None:

@@ -29,7 +29,7 @@ pytestmark = [
 
 KINDS = ("word", "stream", "event", "blas", "drawing")
 # A variant, and a size for which it is possible.
-VARIANTS = {"steps": 7, "graph": 7, "resident": 48, "local": 24}
+VARIANTS = {"steps": 7, "graph": 7, "resident": 48, "cluster": 48, "local": 24}
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def fake() -> Iterator[ctypes.CDLL]:
     yield library
     library.frnn_fake_fail_at(0)
     library.frnn_fake_blocks(-1, -1)
+    library.frnn_fake_clusters(16, 16)
     assert library.frnn_fake_faults() == 0
 
 
@@ -111,13 +112,14 @@ def test_graphs_are_replayed(fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch)
             assert count(fake, "Launch") >= wanted
 
 
-def test_no_room(fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", ["resident", "cluster"])
+def test_no_room(variant: str, fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the card says that blocks do not fit, and where it finds out when they are launched, a
-    graph does the work."""
-    module, x = layer("resident", monkeypatch)
+    graph does the work. So it does where the card refuses clusters of that size, or has none."""
+    module, x = layer(variant, monkeypatch)
     monkeypatch.setenv("FUSED_RNN_VARIANT", "graph")
     expected = results(module, x)
-    monkeypatch.setenv("FUSED_RNN_VARIANT", "resident")
+    monkeypatch.setenv("FUSED_RNN_VARIANT", variant)
     # A number that no other test has: what is known of a card stays.
     for multiprocessors, told, room in ((131, 0, 132), (130, 132, 0)):
         monkeypatch.setenv("FUSED_RNN_EMULATE_MULTIPROCESSORS", str(multiprocessors))
@@ -127,6 +129,33 @@ def test_no_room(fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
             asked = count(fake, "BlocksAtOnce")
         assert equal(results(module, x), expected)
         assert count(fake, "BlocksAtOnce") == asked
+
+
+def test_one_step_is_one_launch(fake: ctypes.CDLL) -> None:
+    module = fused_rnn.LSTM(5, 7, bidirectional=True, dtype=torch.float64)
+    with torch.no_grad():
+        before = [count(fake, name) for name in ("Start", "Multiply", "Launch")]
+        module(torch.randn(1, 3, 5, dtype=torch.float64))
+    after = [count(fake, name) for name in ("Start", "Multiply", "Launch")]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 0, 0]
+
+
+def test_resident_in_place_of_a_cluster(fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the card refuses as a cluster may well be there as blocks that poll."""
+    module = fused_rnn.LSTM(5, 144, dtype=torch.bfloat16)  # too large for a local kernel
+    x = torch.randn(9, 3, 5, dtype=torch.bfloat16)
+    for multiprocessors, told, taken, wanted in (
+        (129, 8, 8, "clusters"),
+        (128, 1, 8, "together"),
+        (127, 8, 2, "together"),
+    ):
+        monkeypatch.setenv("FUSED_RNN_EMULATE_MULTIPROCESSORS", str(multiprocessors))
+        fake.frnn_fake_clusters(told, taken)
+        kinds = ("clusters", "together")
+        before = {kind: count(fake, kind) for kind in kinds}
+        run(module, x)
+        launches = {kind: count(fake, kind) - before[kind] for kind in kinds}
+        assert launches == {kind: 2 * (kind == wanted) for kind in kinds}, (told, taken)
 
 
 def test_kernel_that_gave_up() -> None:

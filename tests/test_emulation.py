@@ -18,7 +18,16 @@ pytestmark = pytest.mark.compiling
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "cpp"
-CASES = ["conversions", "coordinates", "matrices", "reduction", "reports", "warp", "words"]
+CASES = [
+    "clusters",
+    "conversions",
+    "coordinates",
+    "matrices",
+    "reduction",
+    "reports",
+    "warp",
+    "words",
+]
 
 try:
     COMPILER = list(build.find_compiler().command)

@@ -1,7 +1,8 @@
 """CUDA kernels that keep their weights for a whole sequence: on a card, or emulated.
 
 They are held to what the variant with a product per step makes of the same numbers. `resident`
-kernels share the units among blocks, `local` ones have them all in one.
+kernels share the units among blocks, which are a cluster in those of `cluster`; `local` ones have
+them all in one. And a kernel for a single step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import emulated
 import pytest
 import torch
 from cases import LAYERS, OWN_LAYERS, Case
-from helpers import Named, assert_all_close, assert_no_worse, leave_kink, map_tensors, run
+from helpers import Named, assert_all_close, assert_no_worse, flatten, leave_kink, map_tensors, run
 from torch import Tensor
 
 import fused_rnn
@@ -48,6 +49,12 @@ SHAPES = [
     Shape("local", 16, 1),
     Shape("local", 24, 9),  # part of a block, two copies
     Shape("local", 32, 3),
+    Shape("local", 40, 3),  # four groups of units
+    Shape("local", 72, 9),  # eight, of which TF32 has one gate only
+    Shape("cluster", 40, 9),  # two blocks, of which one is there in part, two copies
+    Shape("cluster", 48, 13, 2),  # two tiles
+    Shape("cluster", 72, 9, 2),  # four groups
+    Shape("cluster", 136, 3),  # five blocks
 ]
 
 
@@ -113,16 +120,58 @@ def test_as_good_as_steps(
         assert_no_worse(ours, steps, exact, max(4 * shape.hidden, case.batch * case.time))
 
 
-@pytest.mark.parametrize("variant", ["resident", "local"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("inputs", "hidden", "batch"), [(5, 7, 1), (16, 40, 5), (16, 33, 3), (1000, 8, 4)]
+)
+def test_one_step(
+    inputs: int,
+    hidden: int,
+    batch: int,
+    cell: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of sizes that are, and are not, read 16 bytes at a time; more than a warp reads at once."""
+    case = Case(
+        cell,
+        input_size=inputs,
+        hidden_size=hidden,
+        batch=batch,
+        time=1,
+        layout="packed" if batch == 3 else "padded",
+        bidirectional=batch != 1,
+        bias=batch != 4,
+        hx=batch != 3,
+    )
+    _, module = case.modules(dtype)
+    module = module.to(DEVICE)
+    x, hx = case.inputs(dtype)
+    x, hx = x.to(DEVICE), map_tensors(hx, lambda t: t.to(DEVICE))
+
+    def infer(variant: str, module: Any, *inputs: Any) -> Named:
+        monkeypatch.setenv("FUSED_RNN_VARIANT", variant)
+        with torch.no_grad():
+            return {str(i): t for i, t in enumerate(flatten(module(*inputs)))}
+
+    double = copy.deepcopy(module).double()
+    exact = infer("steps", double, *map_tensors((x, hx), lambda t: t.double()))
+    ours, steps = infer("one", module, x, hx), infer("steps", module, x, hx)
+    assert_no_worse(ours, steps, exact, inputs + hidden)
+
+
+@pytest.mark.parametrize("variant", ["resident", "cluster", "local"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_is_not_waited_for(
     dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The words that mean "not written yet" are NaNs: those of users must not look like them."""
     monkeypatch.setenv("FUSED_RNN_VARIANT", variant)
-    module = fused_rnn.GRU(4, 32).to(DEVICE, dtype)
-    ones = torch.full((32,), -1, dtype=torch.int32 if dtype == torch.float32 else torch.int16)
-    h = torch.zeros(1, 3, 32, dtype=dtype)
+    size = 40 if variant == "cluster" else 32
+    module = fused_rnn.GRU(4, size).to(DEVICE, dtype)
+    ones = torch.full((size,), -1, dtype=torch.int32 if dtype == torch.float32 else torch.int16)
+    h = torch.zeros(1, 3, size, dtype=dtype)
     h[0, 1] = ones.view(dtype)
     x = torch.randn(5, 3, 4, dtype=dtype)
     x[2, 2] = float("nan")
@@ -150,11 +199,12 @@ def test_weights_that_are_not_aligned(variant: str, monkeypatch: pytest.MonkeyPa
         assert torch.equal(module(x)[0], expected)
 
 
-@pytest.mark.parametrize("variant", ["resident", "local"])
+@pytest.mark.parametrize("variant", ["resident", "cluster", "local"])
 def test_long_and_empty(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More lengths than one launch carries (they are its arguments); no sequences at all."""
     monkeypatch.setenv("FUSED_RNN_VARIANT", variant)
-    module = fused_rnn.LSTM(3, 16).to(DEVICE, torch.float16)
+    size = 40 if variant == "cluster" else 16
+    module = fused_rnn.LSTM(3, size).to(DEVICE, torch.float16)
     x = torch.randn(500, 2, 3, dtype=torch.float16, device=DEVICE)
     with torch.no_grad():
         packed = torch.nn.utils.rnn.pack_padded_sequence(x, [500, 3])
@@ -164,4 +214,4 @@ def test_long_and_empty(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(y[[0, 2, 4, *range(6, 503)]], whole[:, 0])
         assert torch.equal(y[[1, 3, 5]], part[:, 0])
         assert torch.equal(h, torch.cat([h_0, h_1], 1)) and torch.equal(c, torch.cat([c_0, c_1], 1))
-        assert module(x[:, :0])[0].shape == (500, 0, 16)
+        assert module(x[:, :0])[0].shape == (500, 0, size)

@@ -22,7 +22,7 @@ TOOLS = {
     "memcheck": ["--leak-check", "no"],
     "racecheck": ["--kernel-regex", "kns=frnn"],
 }
-VARIANTS = ("resident", "local", "steps")
+VARIANTS = ("resident", "cluster", "local", "steps")
 ENVIRONMENT = {"FUSED_RNN_BACKEND": "native", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 

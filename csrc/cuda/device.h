@@ -36,6 +36,7 @@ void Start(void (*kernel)(P...), const runtime::Shape& shape, const runtime::Gri
     LaunchConfig config;
     config.grid = dim3(grid.x, grid.y), config.block = dim3(shape.block_x, shape.block_y);
     config.shared = shape.shared, config.cooperative = shape.together;
+    config.cluster = shape.cluster;
     Launch(kernel, config, nullptr, args...);
   });
 #else

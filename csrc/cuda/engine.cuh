@@ -21,6 +21,7 @@ struct Engine {
     problem.output_is_h = States<C>::kOutputExtra < 0;
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;
+    problem.kept = kBackward<P> || p.hs != nullptr || p.saved != nullptr;
     for (int d = 0; d < p.dirs; d++)
       problem.aligned &= reinterpret_cast<uintptr_t>(p.w[d].w_hh) % 16 == 0;
     const auto at_once = [&](const Plan& plan) {
@@ -68,7 +69,8 @@ struct Engine {
   template <class P>
   static void RunPlan(const P& p, const Plan& plan, const Call& call,
                       void (*work)(const P&, const Plan&, const Call&)) {
-    if (plan.variant == Variant::kSteps) return work(p, plan, call);
+    if (plan.variant == Variant::kSteps || plan.variant == Variant::kOne)
+      return work(p, plan, call);
     LayerGradParams all{};
     static_cast<P&>(all) = p;
     call.context.graphs.Run(Key(all, plan, call, reinterpret_cast<const void*>(work)),

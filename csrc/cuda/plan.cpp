@@ -1,7 +1,8 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -47,39 +48,107 @@ bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
 
 int64_t TilesOf(const Problem& problem) { return (problem.B + kTileRows - 1) / kTileRows; }
 
-// The shape of a local kernel, if there is one. With 64 units, a block that has all of them was slower
-// than four that share them.
-bool FitLocal(const CudaDevice& device, const Problem& problem, Plan* plan) {
-  if (problem.H > 2 * kUnits || !FitsTensorCores(device, problem)) return false;
-  plan->variant = Variant::kLocal;
-  plan->groups = problem.H > kUnits ? 2 : 1, plan->tiles = 1;
-  plan->copies = int(TilesOf(problem));
-  return true;
-}
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
-// The shape of a resident kernel, if there is one: as few tiles as can be, since a block reads and adds
-// up each in turn, then as few units.
-bool FitResident(const CudaDevice& device, const Problem& problem,
-                 const std::function<int64_t(const Plan&)>& together, Plan* plan) {
-  if (!device.together || !FitsTensorCores(device, problem)) return false;
-  int64_t blocks = 1;
-  while (blocks * kWarps * kBlockBytes < problem.H * StorageSize(problem.storage)) blocks *= 2;
-  if (blocks > kResidentBlocks) return false;
-  plan->variant = Variant::kResident;
-  plan->blocks = int(blocks);
-  for (int64_t tiles = 1; tiles <= kResidentRows; tiles *= 2)
-    for (int64_t groups = 1; groups <= 2 && groups * tiles <= kResidentRows; groups++) {
-      if (problem.gates_h * blocks * groups > kResidentTiles) continue;
-      const int64_t shared = 2 * sizeof(float) * SumsOf(kWarps, problem.gates_h * groups * tiles);
-      const int64_t copies = (TilesOf(problem) + tiles - 1) / tiles;
-      const int64_t ctas = BlocksOfCopy(problem.H, groups) * problem.dirs * copies;
-      plan->groups = int(groups), plan->tiles = int(tiles), plan->copies = int(copies);
-      if (shared <= device.shared_bytes && ctas <= device.multiprocessors &&
-          ctas <= together(*plan))
-        return true;
-    }
-  return false;
-}
+// The kernels that keep their weights. Each gives its plan, if there is one.
+struct Shapes {
+  const CudaDevice& device;
+  const Problem& problem;
+  const std::function<int64_t(const Plan&)>& together;
+
+  int64_t size() const { return StorageSize(problem.storage); }
+  int64_t Blocks(const Plan& plan) const {
+    return BlocksOfCopy(problem.H, plan.groups) * plan.copies * problem.dirs;
+  }
+  // A warp's blocks of k where all warps share them: a power of two.
+  int64_t BlocksOfWarp() const {
+    int64_t blocks = 1;
+    while (blocks * kWarps * kBlockBytes < problem.H * size()) blocks *= 2;
+    return blocks;
+  }
+  void Set(Plan* plan, Variant variant, int64_t blocks, int64_t groups, int64_t tiles) const {
+    plan->variant = variant;
+    plan->blocks = int(blocks), plan->groups = int(groups), plan->tiles = int(tiles);
+    plan->copies = int((TilesOf(problem) + tiles - 1) / tiles);
+  }
+
+  bool Local(Plan* plan) const {
+    int64_t groups = 1;
+    while (groups * kUnits < problem.H) groups *= 2;
+    const int64_t blocks = (groups * kUnits * size() + kBlockBytes - 1) / kBlockBytes;
+    if (groups > kLocalGroups || !IsLocalShape(problem.gates_h, blocks, groups)) return false;
+    Set(plan, Variant::kLocal, blocks, groups, 1);
+    return true;
+  }
+
+  // As few tiles as can be, since a block reads and adds up each in turn, then as few units.
+  bool Resident(Plan* plan) const {
+    if (!device.together) return false;
+    const int64_t blocks = BlocksOfWarp();
+    for (int64_t tiles = 1; tiles <= kBlockRows; tiles *= 2)
+      for (int64_t groups = 1; groups <= 2; groups++) {
+        if (!IsResidentShape(problem.gates_h, blocks, groups, tiles)) continue;
+        Set(plan, Variant::kResident, blocks, groups, tiles);
+        const int64_t sums = SumsOf(kWarps, problem.gates_h * groups * tiles);
+        if (2 * int64_t(sizeof(float)) * sums <= device.shared_bytes &&
+            Blocks(*plan) <= device.multiprocessors && Blocks(*plan) <= together(*plan))
+          return true;
+      }
+    return false;
+  }
+
+  // The fastest.
+  bool Cluster(Plan* plan) const {
+    if (device.major < 9 || !device.together) return false;
+    const int64_t blocks = BlocksOfWarp();
+    double least = kNever;
+    for (int64_t tiles = 1; tiles <= kBlockRows; tiles *= 2)
+      for (int64_t groups = 1; groups <= kBlockRows; groups *= 2) {
+        const int64_t of_copy = BlocksOfCopy(problem.H, groups);
+        if (of_copy < 2 || of_copy > kClusterBlocks ||
+            !IsClusterShape(problem.gates_h, blocks, groups, tiles))
+          continue;
+        Plan one = *plan;
+        Set(&one, Variant::kCluster, blocks, groups, tiles);
+        const double time = StepTime(one);
+        if (time < least) *plan = one, least = time;
+      }
+    return least < kNever;
+  }
+
+  // About how many nanoseconds a step takes as a product and a kernel, from a graph: two launches, what
+  // they read and write in the second-level cache, 300 operations a picosecond.
+  double GraphTime() const {
+    const double rows = double(problem.B * problem.dirs), units = double(problem.H);
+    const double values = double(problem.gates_x + 2 * problem.gates_h + 4);
+    return 4000 + rows * units * values * 4 / 5500 +
+           rows * 2 * double(problem.gates_h) * units * units / 3e5;
+  }
+
+  // And in one of these kernels, all copies together if they must take turns. Measured on an H200:
+  // what is published through memory is there after 660, by an asynchronous store into the shared memory
+  // of a peer after 153. From a data sheet or another's measurement: a multiprocessor reads 42 bytes a
+  // nanosecond from the second-level cache, 20 from its peers (arXiv 2402.13499), 128 a cycle from its
+  // shared memory. The others are estimates.
+  double StepTime(const Plan& plan) const {
+    const bool memory = plan.variant == Variant::kResident;
+    const bool local = plan.variant == Variant::kLocal;
+    const double tiles = plan.tiles;
+    const int64_t weights = problem.gates_h * plan.groups;
+    const int64_t deep = local ? plan.blocks : kWarps * plan.blocks;
+    const int split = memory ? kWarps : SplitOf(weights, deep);
+    const double read = tiles * double(deep * kBlockBytes * kTileRows);  // by all warps together
+    const double add = 2 * tiles * double(SumsOf(split, weights) * int64_t(sizeof(float)));
+    const double products = 2 * tiles * double(weights * deep) / 4;  // of each of four tensor cores
+    const double items = std::ceil(tiles * plan.groups * 4 / kWarps);
+    const double cycles =
+        160 + 7 * products + (add + (memory ? 0 : read * kWarps / split)) / 128 + 80 * items;
+    const double exchange = memory ? 660 + read / 42 : local ? 0 : 153 + read / 20;
+    const int64_t at_once = local ? device.multiprocessors : together(plan);
+    if (at_once < (local ? 1 : BlocksOfCopy(problem.H, plan.groups))) return kNever;
+    return (exchange + cycles / 1.7) * double((Blocks(plan) + at_once - 1) / at_once);
+  }
+};
 
 }  // namespace
 
@@ -100,21 +169,39 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
 
   const int64_t launches = (problem.gates_h > 0 ? 2 : 1) * problem.T * problem.dirs;
   plan.variant = launches >= kGraphLaunches ? Variant::kGraph : Variant::kSteps;
-  bool resident = problem.T >= kResidentSteps, local = resident;
-  if (force != nullptr && *force != '\0') {
-    resident = !std::strcmp(force, "resident"), local = !std::strcmp(force, "local");
-    if (!std::strcmp(force, "steps"))
-      plan.variant = Variant::kSteps;
-    else if (resident || local || !std::strcmp(force, "graph"))
-      plan.variant = Variant::kGraph;
-    else
-      throw std::invalid_argument(std::string("FUSED_RNN_VARIANT is '") + force +
-                                  "': use steps, graph, resident or local");
+  // A third of the launches or less. Each kOneStepRows rows read the weights anew.
+  const int64_t weights =
+      (problem.gates_x + problem.gates_h) * problem.H * problem.H * StorageSize(problem.storage);
+  const bool single = problem.T == 1 && !problem.kept && !problem.projected &&
+                      problem.B <= (weights <= device.l2_bytes / 2 ? 4 : 1) * kOneStepRows;
+  const std::string forced = force == nullptr ? "" : force;
+  const auto may = [&](const char* variant) {
+    return forced.empty() ? problem.T >= kResidentSteps : forced == variant;
+  };
+  const bool one = forced.empty() || forced == "one";
+  const bool local = may("local"), cluster = may("cluster"), resident = may("resident");
+  if (forced == "steps")
+    plan.variant = Variant::kSteps;
+  else if (forced == "graph" || (!forced.empty() && (one || local || cluster || resident)))
+    plan.variant = Variant::kGraph;
+  else if (!forced.empty())
+    throw std::invalid_argument("FUSED_RNN_VARIANT is '" + forced +
+                                "': use steps, graph, one, resident, cluster or local");
+  if (one && single) plan.variant = Variant::kOne;
+  if (FitsTensorCores(device, problem)) {
+    const Shapes shapes{device, problem, together};
+    const Plan base = plan;
+    double least = forced.empty() ? shapes.GraphTime() : kNever;
+    const auto offer = [&](bool wanted, bool (Shapes::*fit)(Plan*) const) {
+      Plan fitted = base;
+      if (!wanted || !(shapes.*fit)(&fitted)) return;
+      const double time = shapes.StepTime(fitted);
+      if (time < least) plan = fitted, least = time;
+    };
+    offer(local, &Shapes::Local);
+    offer(cluster, &Shapes::Cluster);
+    offer(resident, &Shapes::Resident);
   }
-  Plan fitted = plan;
-  if ((local && FitLocal(device, problem, &fitted)) ||
-      (resident && FitResident(device, problem, together, &fitted)))
-    plan = fitted;
   if (plan.keeps_weights()) {
     plan.streams = 1;
     const int64_t step_bytes = problem.gates_x * problem.H * problem.B * problem.dirs * 4;

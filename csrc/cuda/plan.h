@@ -11,10 +11,12 @@ namespace frnn {
 namespace cuda {
 
 enum class Variant {
+  kOne,    // one launch: a single step, of which nothing is kept
   kSteps,  // launch every step
   kGraph,  // replay them from a CUDA graph
   // One launch with the weights in registers (resident.cuh), replayed from a graph, too.
   kResident,  // blocks share the units and talk through memory
+  kCluster,   // or through each other's shared memory
   kLocal,     // a block has all units
 };
 
@@ -25,14 +27,33 @@ struct Problem {
   int dirs;
   bool projected = false, output_is_h = true, allow_tf32 = false;
   bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
+  bool kept = true;      // for a backward, or it is one
 };
 
+// Rows of the batch that a kernel of one step does at once.
+constexpr int kOneStepRows = 4;
 // Kernels that keep their weights: warps of a block, units of a group, rows of the batch of a tile,
 // bytes of a row in a block of k.
 constexpr int kWarps = 8, kUnits = 16, kTileRows = 8, kBlockBytes = 64;
-// Of a resident kernel, at most: blocks of k of a warp, tiles of weights that it holds (a group by a
-// block of k), and of a block groups times tiles of rows.
-constexpr int64_t kResidentBlocks = 8, kResidentTiles = 16, kResidentRows = 4;
+// Blocks of a cluster at most; up to 8 every card with clusters takes.
+constexpr int64_t kClusterBlocks = 16;
+// Weights that a warp holds at most, in tiles of 16 rows by a block of k; a tile takes 8 registers of
+// each lane. And of a block groups times tiles of rows.
+constexpr int64_t kWarpTiles = 16, kBlockRows = 4;
+// Groups of a local kernel at most.
+constexpr int64_t kLocalGroups = 8;
+
+// The kernels there are, by gates, a warp's blocks of k (of a local one: all), groups and tiles of rows.
+constexpr bool IsResidentShape(int64_t gates, int64_t blocks, int64_t groups, int64_t tiles) {
+  return groups <= 2 && gates * blocks * groups <= kWarpTiles && groups * tiles <= kBlockRows;
+}
+constexpr bool IsClusterShape(int64_t gates, int64_t blocks, int64_t groups, int64_t tiles) {
+  return groups >= 2 && blocks * groups <= 4 && gates * blocks * groups <= kWarpTiles &&
+         groups * tiles <= kBlockRows;
+}
+constexpr bool IsLocalShape(int64_t gates, int64_t blocks, int64_t groups) {
+  return gates * blocks * groups <= kWarpTiles * kWarps;
+}
 
 // Blocks that hold all units once, and floats that a block's warps add up for a product of `tiles` tiles
 // of weights by one of rows, where `split` of them share k.
@@ -41,6 +62,17 @@ constexpr int64_t BlocksOfCopy(int64_t H, int64_t groups) {
 }
 constexpr int64_t SumsOf(int64_t split, int64_t tiles) {
   return split * tiles * kUnits * kTileRows;
+}
+
+// How many warps share the blocks of k, where these are in shared memory: so that what they read, each
+// its own blocks, and what they add up are the least.
+constexpr int SplitOf(int64_t tiles, int64_t deep) {
+  int best = kWarps;
+  for (int split = kWarps; split > 0; split /= 2)
+    if (tiles * split % kWarps == 0 &&
+        4 * deep / split + split * tiles <= 4 * deep / best + best * tiles)
+      best = split;
+  return best;
 }
 
 struct Plan {
@@ -52,13 +84,13 @@ struct Plan {
   // and tiles of rows, and copies of all units, each with its part of the batch.
   int blocks, groups, tiles, copies;
 
-  bool keeps_weights() const { return variant == Variant::kResident || variant == Variant::kLocal; }
+  bool keeps_weights() const { return variant > Variant::kGraph; }
 };
 static_assert(std::has_unique_object_representations_v<Plan>);  // compared byte by byte
 
 // together: how many blocks of the plan's kernel can be on the card at once.
-// `force`: "steps", "graph", "resident" or "local" (FUSED_RNN_VARIANT), or null. Where the last two
-// cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
+// `force`: "steps", "graph", "one", "resident", "cluster" or "local" (FUSED_RNN_VARIANT), or null. Where
+// the last four cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
 Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
               const std::function<int64_t(const Plan&)>& together);
 

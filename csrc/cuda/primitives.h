@@ -1,7 +1,7 @@
 // Device primitives that CUDA C++ has no short name for, as inline PTX. tests/cpp/emulate.h gives
 // the same names on the CPU; whoever adds to one adds to the other.
 //
-// All of it is there from sm_80 on. Scope is the GPU (.gpu). Weak accesses around a relaxed one are
+// All of it is there from sm_80 on, clusters from sm_90 on. Scope is the GPU (.gpu). Weak accesses around a relaxed one are
 // ordered by nothing: what a relaxed load may conclude is the word that it read.
 #pragma once
 #include <cstdint>
@@ -80,4 +80,74 @@ __device__ __forceinline__ uint32_t ToTf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(v) : "f"(x));
   return v;
 }
+
+// ---- clusters ----
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+namespace detail {
+__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ uint32_t PeerAddress(const void* p, unsigned rank) {
+  uint32_t at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(SharedAddress(p)), "r"(rank));
+  return at;
+}
+}  // namespace detail
+
+// All threads of the cluster, and what they wrote before. It waits for stores to global memory, too:
+// too slow for every step.
+__device__ __forceinline__ void ClusterSync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// An mbarrier in shared memory, whose phase is over when one ExpectBytes and as many bytes have come.
+// Before others store to it: ClusterSync.
+__device__ __forceinline__ void InitBarrier(uint64_t* barrier) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(detail::SharedAddress(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void ExpectBytes(uint64_t* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   detail::SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Until the phase of this parity is over; the first has parity 0. What came is in shared memory, which
+// has no cache before it, so that the scope of the block does.
+__device__ __forceinline__ void WaitForBytes(uint64_t* barrier, unsigned parity) {
+  uint32_t over;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(over)
+        : "r"(detail::SharedAddress(barrier)), "r"(parity)
+        : "memory");
+  } while (over == 0);
+}
+// To where block `rank` of the cluster has p; counts at the barrier of that block.
+__device__ __forceinline__ void StoreAsync(uint4* p, const uint4& v, uint64_t* barrier,
+                                           unsigned rank) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(detail::PeerAddress(p, rank)),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(detail::PeerAddress(barrier, rank))
+      : "memory");
+}
+#else  // No plan sends a kernel with them here.
+__device__ __forceinline__ void ClusterSync() { __trap(); }
+__device__ __forceinline__ void InitBarrier(uint64_t*) { __trap(); }
+__device__ __forceinline__ void ExpectBytes(uint64_t*, unsigned) { __trap(); }
+__device__ __forceinline__ void WaitForBytes(uint64_t*, unsigned) { __trap(); }
+__device__ __forceinline__ void StoreAsync(uint4*, const uint4&, uint64_t*, unsigned) { __trap(); }
+#endif
 }  // namespace frnn::cuda

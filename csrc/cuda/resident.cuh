@@ -8,32 +8,56 @@
 // word vouches for itself alone, so relaxed accesses do. All blocks must be resident: a cooperative
 // launch.
 //
-// Where a block has all units it talks to itself alone, through shared memory: a local kernel, whose
-// copies need not be resident together.
+// Where the blocks of a copy are a cluster they store what they publish into each other's shared memory,
+// and where a block has all units it talks to itself alone: a local kernel. Copies need not be resident
+// together then.
 //
 //   forward   a block has kGroups * 16 units; h_{t-1} [B, H] by W_hh [kH H, H], all gates of a unit
 //             in one block. Published: h_t, into the rows that the backward reads.
-//   backward  the same units; dgh_t [B, kH H] by W_hh^T [H, kH H]. Published: the gate gradients.
+//   backward  the same units; dgh_t [B, kH H] by W_hh^T [H, kH H]. Published: the gate gradients. Or
+//             in shared memory, of which there is less traffic: dgh_t of the block's own units by the
+//             W_hh that it has in the forward, too. Published: these parts of dh_{t-1}, to the blocks
+//             that have those units, who add them up.
 #pragma once
+#include "cuda/exchange.cuh"
 #include "cuda/kernels.cuh"
 #include "cuda/quick.h"
-#include "cuda/resident_product.cuh"
 
 namespace frnn {
 namespace cuda {
 
-// How many warps share the blocks of k: all, or in a local kernel, where what is read lies in shared
-// memory, as few as can be.
-template <int kM, bool kLocal>
-constexpr int kSplitOf = kLocal ? kWarps / (kM % 8 == 0   ? 8
-                                            : kM % 4 == 0 ? 4
-                                            : kM % 2 == 0 ? 2
-                                                          : 1)
-                                : kWarps;
-
 // How many loads of a product are under way at once. Parameters of a cell take their registers.
 template <class C>
 constexpr int kLoadsOf = C::kParams > 0 ? 4 : 8;
+
+constexpr int DivideUp(int a, int b) { return (a + b - 1) / b; }
+
+// The products of a kernel. kBlocks: of k in h W_hh^T, in a local kernel all, else of one warp where they
+// are shared by all.
+template <class C, class T, int kBlocks, int kGroups, int kTiles, class E>
+struct ResidentProducts {
+  static constexpr int kTilesOfW = C::kH * kGroups, kWidth = C::kH * kGroups * kUnits;
+  static constexpr int kDeep = E::kShared && !E::kCluster ? kBlocks : kWarps * kBlocks;
+  static constexpr int kSplit = E::kShared ? SplitOf(kTilesOfW, kDeep) : kWarps;
+  using Forward =
+      ResidentProduct<T, kTilesOfW, DivideUp(kDeep, kSplit), kTiles, kSplit, kLoadsOf<C>>;
+
+  // Backward: all k and the units of a block; or the k of a block, and in a cluster all units.
+  static constexpr int kDeepBack =
+      E::kShared ? DivideUp(kWidth * int(sizeof(T)), kBlockBytes) : C::kH * kDeep;
+  static constexpr int kMostUnits = kDeep * kBlockBytes / int(sizeof(T));
+  static constexpr int kTilesBack =
+      E::kCluster ? kWarps * DivideUp(kMostUnits, kWarps* kUnits) : kGroups;
+  static constexpr int kSplitBack = E::kCluster  ? 1
+                                    : E::kShared ? SplitOf(kTilesBack, kDeepBack)
+                                                 : kWarps;
+  using Backward = ResidentProduct<T, kTilesBack, DivideUp(kDeepBack, kSplitBack), kTiles,
+                                   kSplitBack, kLoadsOf<C>>;
+  // What a block adds up then.
+  using Sums = PartialSums<kTilesOfW, kTiles, E::kShared>;
+  using SumsBack = PartialSums<kGroups, kTiles, E::kShared>;
+  static constexpr int kPartsBack = E::kCluster ? int(kClusterBlocks) : kSplitBack;
+};
 
 // Steps [begin, end) of both directions. Step s of a direction is time start + s * way.
 struct ResidentSteps {
@@ -43,24 +67,34 @@ struct ResidentSteps {
   Patience patience;
 };
 
-// The rows of a time: from `first` on, one for each running sequence. And as they are loaded, before
-// anything waits for them.
+// The rows of a time: from `first` on, one for each running sequence.
 struct TimeRows {
   int64_t first;
   int running;
 };
+// The same in two parts, so that nothing waits for the load in between. Compilers move what is the same
+// for all lanes to registers of the warp, at once: where that would make others wait, every other lane
+// loads where the rows end. (Where registers are few, those of the warp are welcome.)
+template <bool kByLanes>
 struct LoadedRows {
-  int64_t first, end;
-  __device__ __forceinline__ TimeRows Count() const { return {first, int(end - first)}; }
+  int64_t first, end;  // by lanes: one or the other in `first`
+  __device__ __forceinline__ LoadedRows(const ResidentSteps& n, int64_t time) : first(0), end(0) {
+    if (time < 0 || time >= n.T) return;
+    if (kByLanes) time += threadIdx.x % 2;
+    first = n.offsets != nullptr ? n.offsets[time] : time * n.B;
+    if (!kByLanes) end = n.offsets != nullptr ? n.offsets[time + 1] : first + n.B;
+  }
+  __device__ __forceinline__ TimeRows Count() const {
+    if constexpr (kByLanes) {
+      const int64_t other = __shfl_xor_sync(~0u, first, 1);
+      const bool last = threadIdx.x % 2 != 0;
+      return {last ? other : first, int(last ? first - other : other - first)};
+    }
+    return {first, int(end - first)};
+  }
 };
-__device__ __forceinline__ LoadedRows LoadRows(const ResidentSteps& n, int64_t time) {
-  const bool exists = time >= 0 && time < n.T;
-  LoadedRows rows{exists ? time * n.B : 0, exists ? time * n.B + n.B : 0};
-  if (exists && n.offsets != nullptr) rows = {n.offsets[time], n.offsets[time + 1]};
-  return rows;
-}
 __device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time) {
-  return LoadRows(n, time).Count();
+  return LoadedRows<false>(n, time).Count();
 }
 
 // What a block works on: its direction, its units and its rows of the batch. Of these a thread does the
@@ -75,10 +109,11 @@ struct ResidentBlock {
 
   __device__ __forceinline__ ResidentBlock(const ResidentSteps& n)
       : H(InRegister(uint32_t(n.H))), B(n.B) {
-    const int blocks = int(BlocksOfCopy(n.H, kGroups));
+    blocks = int(BlocksOfCopy(n.H, kGroups));
+    rank = int(blockIdx.x) % blocks;
     const int copy = blockIdx.x / blocks;
     dir = copy / n.copies;
-    first_unit = int(blockIdx.x) % blocks * kGroups * kUnits;
+    first_unit = rank * kGroups * kUnits;
     first_row = copy % n.copies * kTiles * kTileRows;
   }
 
@@ -110,6 +145,7 @@ struct ResidentBlock {
   }
 
   int64_t H, B;
+  int blocks, rank;  // of a copy, and which of them this is
   int dir, first_unit, first_row;
 
  private:
@@ -220,17 +256,18 @@ struct ResidentResults {
   FRNN_HD void KeepExtra(int e, Quick v) const { Keep(Tape<C>::kC + e, v); }
 };
 
-template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
+template <class C, class T, int kBlocks, int kGroups, int kTiles, class E>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentForward(const __grid_constant__ ResidentForwardArgs<T> args) {
-  constexpr int kM = kGroups * C::kH;
-  using Product = ResidentProduct<T, kM, kBlocks, kTiles, kSplitOf<kM, kLocal>, kLoadsOf<C>>;
+  if constexpr (E::kCluster && !kHasClusters) return;
+  using Products = ResidentProducts<C, T, kBlocks, kGroups, kTiles, E>;
+  using Product = typename Products::Forward;
+  using Sums = typename Products::Sums;
   using Block = ResidentBlock<kGroups, kTiles>;
   constexpr int kItems = Block::kItems, kColumns = Block::kColumns, kExtra = States<C>::kExtra;
-  float* sums = DynamicShared<float>();  // [2][kSums]
-  // What a local kernel has published: [2][kTiles * kTileRows][stride], in the order of LocalPlace.
-  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);
-  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);  // of others: what Multiply wants
+  float* sums = DynamicShared<float>();  // [2][kParts][Sums::kSize]
+  void* rest = sums + 2 * Product::kParts * Sums::kSize;
+  uint32_t* gave_up = static_cast<uint32_t*>(rest);  // of a kernel that polls: what Multiply wants
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentForwardDirection<T>& a = args.dir[at.dir];
@@ -238,12 +275,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const int64_t H = at.H;
 
   Product product;
-  product.Load(
-      [&](int m, int row) -> const T* {
-        const int64_t unit = at.first_unit + m / C::kH * kUnits + row;
-        return unit < H ? a.w_hh + (m % C::kH * H + unit) * H : nullptr;
-      },
-      int(H));
+  product.Load([&](int m, int row, int k) -> const T* {
+    const int64_t unit = at.first_unit + m / C::kH * kUnits + row;
+    return unit < H && k < H ? a.w_hh + (m % C::kH * H + unit) * H + k : nullptr;
+  });
 
   TimeRows rows = RowsOf(n, a.start + n.begin * a.way);
   const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
@@ -285,27 +320,40 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       c[i][j] = at.Exists(i) ? a.c[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
     h[i] = States<C>::kReadsH && at.Exists(i) ? start(at.Batch(i), at.Unit(i)) : 0;
   }
-  const int stride = int(LocalStride<T>(H)), half = kTiles * kTileRows * stride;
-  if constexpr (kLocal) {
+  // In shared memory: h of the rows of this block, [kTiles * kTileRows][stride], as LocalPlace says.
+  using Box = Mailbox<E::kCluster>;
+  const int width = at.blocks * kGroups * kUnits, stride = int(LocalStride<T>(width));
+  constexpr int kRowsSize = kTiles * kTileRows * int(sizeof(T));
+  const Box box(rest, kRowsSize * stride, kRowsSize * width);
+  const auto h_of = [&](int mail) { return reinterpret_cast<T*>(box.Half(mail)); };
+  if constexpr (E::kShared) {
     for (int k = threadIdx.x; k < kTiles * kTileRows * int(H); k += kWarps * 32) {
       const int row = k / int(H), u = k % int(H);
       const T v = Narrow<T>(at.first_row + row < n.B ? start(at.first_row + row, u) : 0);
       const int place = row * stride + LocalPlace<T>(row, u);
-      published[place] = published[half + place] = v;
+      h_of(0)[place] = h_of(1)[place] = v;
     }
+    box.Open();
+  } else {
+    if (threadIdx.x == 0) *gave_up = 0;
+    __syncthreads();
   }
-  if (!kLocal && threadIdx.x == 0) *gave_up = 0;
-  __syncthreads();
 
   for (int64_t s = n.begin; s < n.end; s++) {
+    const int mail = int(s - (E::kShared ? n.begin : 0));
+    const bool last = s + 1 == n.end;
     fetch();
-    const LoadedRows loaded = LoadRows(n, a.start + (s + 1) * a.way);
-    if constexpr (kLocal) __syncthreads();
+    const LoadedRows<E::kShared> loaded(n, a.start + (s + 1) * a.way);
+    if constexpr (E::kShared) {
+      if (mail > 0) box.Wait(mail);
+      if (!last) box.Expect(mail + 1);
+    }
     // Two sets of sums in turn: a warp that is ahead writes the one that no other still reads.
-    float* now = sums + (s & 1) * Product::kSums;
-    product.template Multiply<!kLocal>(
-        kLocal ? published + (s & 1) * half : hs + (rows.first + at.first_row) * H,
-        kLocal ? stride : H, rows.running - at.first_row, int(H), now, n.patience, gave_up);
+    const Sums now{sums + (mail & 1) * Product::kParts * Sums::kSize};
+    product.template Multiply<!E::kShared>(
+        E::kShared ? h_of(mail) : hs + (rows.first + at.first_row) * H, E::kShared ? stride : H,
+        rows.running - at.first_row, int(H), n.patience, gave_up,
+        [&](int m, int tile, const float (&d)[4]) { now.Put(Product::Part(), m, tile, d); });
     __syncthreads();
 
     const TimeRows next = loaded.Count();
@@ -317,7 +365,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       if (!Block::Has(i)) continue;
       const int column = Block::Column(i);
       const auto gate_h = [&](int q) {
-        return Product::Sum(now, Block::Group(i) * C::kH + q, Block::Tile(i), Block::J(i)) +
+        return now.template Sum<Product::kParts>(Product::kParts, Block::Group(i) * C::kH + q,
+                                                 Block::Tile(i), Block::J(i)) +
                b_hh[column][q];
       };
       unit[i].Load(ResidentInputs<C, decltype(gate_h)>{gx[i], b_ih[column], gate_h, params[column],
@@ -329,10 +378,22 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
       const bool runs = at.Runs(i, rows);
+      const int row = Block::Row(i) * stride;
+      if constexpr (E::kCluster) {
+        // All rows are sent, so that as many bytes come each time: of those that are yet to start h_0.
+        T v = h_new[i];
+        if (n.offsets != nullptr && !runs)
+          v = h_of(mail)[row + LocalPlace<T>(Block::Row(i), at.Unit(i))];
+        const uint4 units = JoinUnits(v);
+        constexpr int kUnitsOf16 = Operand<T>::kLane;
+        const int number = threadIdx.x % 32 / 4 % kUnitsOf16;  // of the lanes that have these
+        const int place = row + LocalPlace<T>(Block::Row(i), at.Unit(i) - number);
+        for (int to = last ? at.blocks : number; to < at.blocks; to += kUnitsOf16)
+          box.Send(mail + 1, h_of(mail + 1) + place, units, to);
+      } else if (E::kShared && runs) {
+        h_of(mail + 1)[row + LocalPlace<T>(Block::Row(i), at.Unit(i))] = h_new[i];
+      }
       PublishUnit(hs + at.Place(next, i), h_new[i], runs && at.Batch(i) < next.running);
-      T* own = published + Block::Row(i) * stride;
-      if (kLocal && runs)
-        own[(~s & 1) * half + LocalPlace<T>(Block::Row(i), at.Unit(i))] = h_new[i];
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
@@ -417,31 +478,41 @@ struct ResidentCarry {
   FRNN_HD void AddGradParam(int k, Quick d) const { dparams[k] += d.v; }
 };
 
-template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
+template <class C, class T, int kBlocks, int kGroups, int kTiles, class E>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentBackward(const __grid_constant__ ResidentBackwardArgs<T> args) {
-  using Product =
-      ResidentProduct<T, kGroups, kBlocks, kTiles, kSplitOf<kGroups, kLocal>, kLoadsOf<C>>;
+  if constexpr (E::kCluster && !kHasClusters) return;
+  using Products = ResidentProducts<C, T, kBlocks, kGroups, kTiles, E>;
+  using Product = typename Products::Backward;
+  using Sums = typename Products::SumsBack;
   using Block = ResidentBlock<kGroups, kTiles>;
   constexpr int kItems = Block::kItems, kColumns = Block::kColumns, kExtra = States<C>::kExtra,
                 kTape = Tape<C>::kSize;
-  float* sums = DynamicShared<float>();  // [2][kSums]
-  // What a local kernel has published: [2][kTiles * kTileRows][stride], in the order of LocalPlace.
-  T* published = reinterpret_cast<T*>(sums + 2 * Product::kSums);
-  uint32_t* gave_up = reinterpret_cast<uint32_t*>(published);  // of others: what Multiply wants
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentBackwardDirection<T>& a = args.dir[at.dir];
   T* const dgh = a.dgh;
   const int64_t H = at.H;
 
+  // In shared memory: parts of dh, from other blocks or from the warps of this one; then where it is
+  // not published the dgh of this block, [2][kTiles * kTileRows][kStride], as LocalPlace says.
+  using Box = Mailbox<E::kCluster>;
+  constexpr int kOwn = kGroups * kUnits, kDepth = C::kH * kOwn;
+  constexpr int kStride = int(LocalStride<T>(kDepth)), kOwnHalf = kTiles * kTileRows * kStride;
+  const int parts = E::kCluster ? at.blocks : Products::kPartsBack;
+  const int half = parts * Sums::kSize * int(sizeof(float));
+  const Box box(DynamicShared<float>(), half, half);
+  T* const own_dgh = reinterpret_cast<T*>(DynamicShared<char>() + Box::Bytes(half));
+  uint32_t* gave_up = reinterpret_cast<uint32_t*>(own_dgh);  // of a kernel that polls
+
   Product product;
-  product.Load(
-      [&](int m, int row) -> const T* {
-        const int64_t unit = at.first_unit + m * kUnits + row;
-        return unit < H ? a.w_hh_t + unit * C::kH * H : nullptr;
-      },
-      int(C::kH * H));
+  product.Load([&](int m, int row, int k) -> const T* {
+    const int64_t unit = (E::kCluster ? 0 : at.first_unit) + m * kUnits + row;
+    // k: of all gate gradients, or of those of this block.
+    const int64_t own = at.first_unit + k % kOwn;
+    if (unit >= H || (E::kShared ? k >= kDepth || own >= H : k >= C::kH * H)) return nullptr;
+    return a.w_hh_t + unit * C::kH * H + (E::kShared ? k / kOwn * H + own : k);
+  });
 
   const auto time = [&](int64_t s) { return a.start + s * a.way; };
   TimeRows rows = RowsOf(n, time(n.end - 1)), next = RowsOf(n, time(n.end - 2));
@@ -478,12 +549,17 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int k = 0; k < C::kParams; k++) dparams[i][k] = 0;
   }
-  const int stride = int(LocalStride<T>(C::kH * H)), half = kTiles * kTileRows * stride;
-  if (!kLocal && threadIdx.x == 0) *gave_up = 0;
-  __syncthreads();
+  if constexpr (E::kShared) {  // zero for units that are not there
+    for (int k = threadIdx.x; k < 2 * kOwnHalf; k += kWarps * 32) own_dgh[k] = Narrow<T>(0);
+  } else {
+    if (threadIdx.x == 0) *gave_up = 0;
+  }
+  box.Open();
   fetch(n.end - 1);
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
+    const int mail = int(n.end - s);
+    T* const own = own_dgh + (mail & 1) * kOwnHalf;
     BackwardStep<C, Quick> unit[kItems];
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
@@ -497,13 +573,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       if (!Block::Has(i)) continue;
       const bool runs = at.Runs(i, rows);
       T* to = dgh + at.Wide(at.Place(rows, i), i, C::kH);
-      T* own = published + (s & 1) * half + Block::Row(i) * stride;
       FRNN_UNROLL
       for (int g = 0; g < C::kD; g++)
         ForGatesH<C>(g, [&](int q) {
           const T v = Narrow<T>(unit[i].d[g].v);
+          if (E::kShared && runs) {
+            const int k = q * kOwn + at.Unit(i) - at.first_unit;
+            own[Block::Row(i) * kStride + LocalPlace<T>(Block::Row(i), k)] = v;
+          }
           PublishUnit(to + q * H, v, runs);
-          if (kLocal && runs) own[LocalPlace<T>(Block::Row(i), int(q * H) + at.Unit(i))] = v;
         });
     }
     FRNN_UNROLL
@@ -516,17 +594,29 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const TimeRows seen = rows;
     rows = next;
     if (s > n.begin) fetch(s - 1);
-    const LoadedRows loaded = LoadRows(n, time(s - 2));
-    float* now = sums + (s & 1) * Product::kSums;
-    if constexpr (kLocal) __syncthreads();
-    product.template Multiply<!kLocal>(
-        kLocal ? published + (s & 1) * half : dgh + (seen.first + at.first_row) * C::kH * H,
-        kLocal ? stride : C::kH * H, seen.running - at.first_row, int(C::kH * H), now, n.patience,
-        gave_up);
-    __syncthreads();
+    const LoadedRows<E::kShared> loaded(n, time(s - 2));
+    const Sums now{reinterpret_cast<float*>(box.Half(mail))};
+    box.Expect(mail);
+    if constexpr (E::kShared) __syncthreads();
+    product.template Multiply<!E::kShared>(
+        E::kShared ? own : dgh + (seen.first + at.first_row) * C::kH * H,
+        E::kShared ? kStride : C::kH * H, seen.running - at.first_row,
+        E::kShared ? kDepth : int(C::kH * H), n.patience, gave_up,
+        [&](int m, int tile, const float (&d)[4]) {
+          if constexpr (E::kCluster) {
+            const int to = m / kGroups;
+            if (to >= at.blocks) return;
+            box.Send(mail, now.At(at.rank, m % kGroups, tile), Sums::Turned(d), to);
+          } else {
+            now.Put(Product::Part(), m, tile, d);
+          }
+        });
+    box.Wait(mail);
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
-      if (Block::Has(i)) dh[i] += Product::Sum(now, Block::Group(i), Block::Tile(i), Block::J(i));
+      if (Block::Has(i))
+        dh[i] += now.template Sum<Products::kPartsBack>(parts, Block::Group(i), Block::Tile(i),
+                                                        Block::J(i));
     next = loaded.Count();
   }
 
@@ -542,28 +632,31 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   }
 }
 
-// The instances: what a plan may ask for. blocks: of k in h W_hh^T, of a warp; of a local kernel, all.
-template <class C, class T, int kBlocks, int kGroups, int kTiles, bool kLocal>
+// The instances: what a plan may ask for.
+template <class C, class T, int kBlocks, int kGroups, int kTiles, class E>
 struct ResidentInstance {
-  static constexpr int kM = C::kH * kGroups, kSplit = kSplitOf<kM, kLocal>,
-                       kSplitBack = kSplitOf<kGroups, kLocal>;
-  static constexpr int kOwn = kLocal ? (kBlocks + kSplit - 1) / kSplit : kBlocks;
-  static constexpr int kOwnBack =
-      kLocal ? (C::kH * kBlocks + kSplitBack - 1) / kSplitBack : C::kH * kBlocks;
-  using Product = ResidentProduct<T, kM, kOwn, kTiles, kSplit, kLoadsOf<C>>;
-  using ProductBack = ResidentProduct<T, kGroups, kOwnBack, kTiles, kSplitBack, kLoadsOf<C>>;
-
-  static constexpr auto kForward = &ResidentForward<C, T, kOwn, kGroups, kTiles, kLocal>;
-  static constexpr auto kBackward = &ResidentBackward<C, T, kOwnBack, kGroups, kTiles, kLocal>;
+  using Products = ResidentProducts<C, T, kBlocks, kGroups, kTiles, E>;
+  static constexpr auto kForward = &ResidentForward<C, T, kBlocks, kGroups, kTiles, E>;
+  static constexpr auto kBackward = &ResidentBackward<C, T, kBlocks, kGroups, kTiles, E>;
 
   static runtime::Shape Shape(bool backward, int64_t H) {
     runtime::Shape shape =
         backward ? ShapeOf(kBackward, kWarps * 32) : ShapeOf(kForward, kWarps * 32);
-    const int sums = backward ? ProductBack::kSums : Product::kSums;
-    const int64_t width = (backward ? C::kH : 1) * H;
-    shape.shared = 2 * sums * sizeof(float);
-    shape.shared += kLocal ? 2 * kTiles * kTileRows * LocalStride<T>(width) * sizeof(T) : 16;
-    shape.together = !kLocal;
+    const int64_t blocks = BlocksOfCopy(H, kGroups), rows = kTiles * kTileRows;
+    using Box = Mailbox<E::kCluster>;
+    constexpr int64_t kFloat = sizeof(float), kGaveUp = 16;
+    if (backward) {
+      const int64_t parts = E::kCluster ? blocks : Products::kPartsBack;
+      shape.shared = Box::Bytes(parts * Products::SumsBack::kSize * kFloat);
+      const int64_t own = 2 * rows * LocalStride<T>(Products::kWidth) * sizeof(T);
+      shape.shared += E::kShared ? own : kGaveUp;
+    } else {
+      shape.shared = 2 * Products::Forward::kParts * Products::Sums::kSize * kFloat;
+      const int64_t h = rows * LocalStride<T>(blocks * kGroups * kUnits) * sizeof(T);
+      shape.shared += E::kShared ? Box::Bytes(h) : kGaveUp;
+    }
+    shape.together = !E::kShared;
+    if (E::kCluster) shape.cluster = unsigned(blocks);
     return shape;
   }
   static void Forward(unsigned copies, const ResidentForwardArgs<T>& args, runtime::Stream stream) {
@@ -593,19 +686,24 @@ void WithResidentInstance(const Plan& plan, const F& f) {
     f(instance);
   };
   ForEachOf<1, 2, 4, 8>([&](auto blocks) {
-    ForEachOf<1, 2>([&](auto groups) {
+    ForEachOf<1, 2, 4>([&](auto groups) {
       ForEachOf<1, 2, 4>([&](auto tiles) {
-        if constexpr (C::kH * blocks * groups <= kResidentTiles && groups * tiles <= kResidentRows)
+        if constexpr (IsResidentShape(C::kH, blocks, groups, tiles))
           offer(plan.variant == Variant::kResident && plan.blocks == blocks &&
                     plan.groups == groups && plan.tiles == tiles,
-                ResidentInstance<C, T, blocks, groups, tiles, false>());
+                ResidentInstance<C, T, blocks, groups, tiles, InMemory>());
+        if constexpr (IsClusterShape(C::kH, blocks, groups, tiles))
+          offer(plan.variant == Variant::kCluster && plan.blocks == blocks &&
+                    plan.groups == groups && plan.tiles == tiles,
+                ResidentInstance<C, T, blocks, groups, tiles, InCluster>());
       });
     });
   });
-  ForEachOf<1, 2>([&](auto groups) {
-    constexpr int kBlocks = (groups * kUnits * int(sizeof(T)) + kBlockBytes - 1) / kBlockBytes;
-    offer(plan.variant == Variant::kLocal && plan.groups == groups,
-          ResidentInstance<C, T, kBlocks, groups, 1, true>());
+  ForEachOf<1, 2, 4, 8>([&](auto groups) {
+    constexpr int kBlocks = DivideUp(groups * kUnits * int(sizeof(T)), kBlockBytes);
+    if constexpr (IsLocalShape(C::kH, kBlocks, groups))
+      offer(plan.variant == Variant::kLocal && plan.groups == groups,
+            ResidentInstance<C, T, kBlocks, groups, 1, InBlock>());
   });
   if (!found) throw std::logic_error("fused_rnn: a plan without a kernel");
 }

@@ -1,6 +1,6 @@
 // The product of a step in kernels that keep their weights (resident.cuh): D [16 units, 8 rows] += A B
-// with mma.sync, A from the weights, B from what is published, its sums split over the warps of a block
-// and added up in shared memory in the order of the warps.
+// with mma.sync, A from the weights, B from what is published, its sums split over the warps of a block,
+// or the blocks of a cluster, and added up in shared memory in their order.
 #pragma once
 #include <algorithm>
 
@@ -86,17 +86,56 @@ FRNN_HD int LocalPlace(int row, int k) {
   return k ^ ((row / 2 % 4) ^ (row % 2 * 2)) * 2 * int(16 / sizeof(T));
 }
 template <class T>
-FRNN_HD int64_t LocalStride(int64_t width) {
+FRNN_HD constexpr int64_t LocalStride(int64_t width) {
   return RoundUp(width, 128 / sizeof(T));
 }
+
+// Sums that are added up from several parts in their order: of kM tiles of 16 units by kTiles of 8 rows,
+// as lanes have them in the fragments of a product, four elements each.
+template <int kM, int kTiles, bool kWhole>
+struct PartialSums {
+  float* data;  // [parts][kM][kTiles][4][32]; or, so that a lane's are 16 bytes, [32][4] at the end
+  static constexpr int kSize = kM * kTiles * kUnits * kTileRows;  // of a part
+
+  __device__ __forceinline__ float* At(int part, int m, int tile) const {
+    const int lane = int(threadIdx.x % 32) * (kWhole ? 4 : 1);
+    return data + part * kSize + (m * kTiles + tile) * kUnits * kTileRows + lane;
+  }
+  // Element j is at j ^ lane / 8 of 16 bytes, so that lanes that read the same one meet in no bank.
+  __device__ __forceinline__ static int Turn() { return int(threadIdx.x % 32 / 8); }
+  __device__ __forceinline__ static uint4 Turned(const float (&d)[4]) {
+    const uint32_t a = __float_as_uint(d[0]), b = __float_as_uint(d[1]);
+    const uint32_t c = __float_as_uint(d[2]), e = __float_as_uint(d[3]);
+    const bool one = Turn() & 1, two = Turn() & 2;
+    const uint4 v{one ? b : a, one ? a : b, one ? e : c, one ? c : e};
+    return {two ? v.z : v.x, two ? v.w : v.y, two ? v.x : v.z, two ? v.y : v.w};
+  }
+  __device__ __forceinline__ void Put(int part, int m, int tile, const float (&d)[4]) const {
+    if constexpr (kWhole) {
+      *reinterpret_cast<uint4*>(At(part, m, tile)) = Turned(d);
+    } else {
+      FRNN_UNROLL
+      for (int j = 0; j < 4; j++) At(part, m, tile)[j * 32] = d[j];
+    }
+  }
+  // Of `parts`, which are kMost at most.
+  template <int kMost>
+  __device__ __forceinline__ float Sum(int parts, int m, int tile, int j) const {
+    const float* at = At(0, m, tile) + (kWhole ? j ^ Turn() : j * 32);
+    float sum = 0;
+    FRNN_UNROLL
+    for (int part = 0; part < kMost; part++) sum += part < parts ? at[part * kSize] : 0;
+    return sum;
+  }
+};
 
 // D [16 kM, 8 kTiles] = A B by all warps: kSplit of them share the blocks of k, kBlocks each, the
 // others the tiles of A. A is in registers.
 template <class T, int kM, int kBlocks, int kTiles, int kSplit, int kLoads>
 struct ResidentProduct {
   using O = Operand<T>;
+  static constexpr int kParts = kSplit;
   static constexpr int kOwn = kM * kSplit / kWarps;  // tiles of A of a warp
-  static constexpr int kSums = int(SumsOf(kSplit, kM* kTiles));
   static_assert(kOwn * kWarps == kM * kSplit, "every warp has as many");
   // Sums of so many products are under way at once, as the next product of a sum waits for the last:
   // of all tiles of A, of kChunk tiles of rows, and where these are few, kWays of each.
@@ -111,29 +150,25 @@ struct ResidentProduct {
 
   uint32_t w[kOwn][kBlocks][2][4];
 
-  __device__ static int FirstTile() { return int(threadIdx.x / 32) / kSplit * kOwn; }
+  // Which of those that share k a warp is, and its tile i of A.
+  __device__ static int Part() { return int(threadIdx.x / 32) % kSplit; }
+  __device__ static int TileOf(int i) { return int(threadIdx.x / 32) / kSplit + i * (kM / kOwn); }
   __device__ static int K(int block) {  // of this lane's 16 bytes
-    return (int(threadIdx.x / 32) % kSplit * kBlocks + block) * O::kBlock +
-           int(threadIdx.x % 4) * O::kLane;
-  }
-  // Of the sums of warp `part` of those that share k.
-  __device__ static int SumAt(int part, int m, int tile, int j) {
-    return (((part * kM + m) * kTiles + tile) * 4 + j) * 32 + int(threadIdx.x % 32);
+    return (Part() * kBlocks + block) * O::kBlock + int(threadIdx.x % 4) * O::kLane;
   }
 
-  // row_of(m, row): where that row of A begins, or null for zeros. `depth` of them exist.
+  // at(m, row, k): where that of A lies, with what comes after it in its 16 bytes; or null for zeros.
   template <class F>
-  __device__ __forceinline__ void Load(const F& row_of, int depth) {
+  __device__ __forceinline__ void Load(const F& at) {
     const int r = threadIdx.x % 32 / 4;
     FRNN_UNROLL
     for (int m = 0; m < kOwn; m++) {
-      const T *low = row_of(FirstTile() + m, r), *high = row_of(FirstTile() + m, r + 8);
       FRNN_UNROLL
       for (int block = 0; block < kBlocks; block++) {
-        const int k = K(block);
+        const T *low = at(TileOf(m), r, K(block)), *high = at(TileOf(m), r + 8, K(block));
         uint4 a{}, b{};
-        if (low && k < depth) a = *reinterpret_cast<const uint4*>(low + k);
-        if (high && k < depth) b = *reinterpret_cast<const uint4*>(high + k);
+        if (low) a = *reinterpret_cast<const uint4*>(low);
+        if (high) b = *reinterpret_cast<const uint4*>(high);
         const uint32_t words[8] = {a.x, b.x, a.y, b.y, a.z, b.z, a.w, b.w};
         FRNN_UNROLL
         for (int i = 0; i < 8; i++) w[m][block][i / 4][i % 4] = O::Word(words[i]);
@@ -141,14 +176,15 @@ struct ResidentProduct {
     }
   }
 
-  // sums = A B, B[k][row] = from[row * stride + k]. Rows and k beyond `rows` and `depth` count as
-  // zero. kPolls: other blocks write it, wait until they have; else it is what a local kernel has.
+  // put(m, tile, d): a lane's four of A B, of a tile of A and one of rows, over the k of this part.
+  // B[k][row] = from[row * stride + k]. Rows and k beyond `rows` and `depth` count as zero. kPolls:
+  // other blocks write it, wait until they have; else it is in shared memory, as LocalPlace says.
   // gave_up: of the block, in shared memory, 0 at first.
-  template <bool kPolls>
+  template <bool kPolls, class F>
   __device__ __forceinline__ void Multiply(const T* from, int64_t stride, int rows, int depth,
-                                           float* sums, const Patience& patience,
-                                           uint32_t* gave_up) const {
-    const int r = threadIdx.x % 32 / 4, part = int(threadIdx.x / 32) % kSplit;
+                                           const Patience& patience, uint32_t* gave_up,
+                                           const F& put) const {
+    const int r = threadIdx.x % 32 / 4;
     const T* own = from + r * stride + (kPolls ? K(0) : 0);
     uint4 b[kRound][kChunk];
     const auto load = [&](int first, int i) {
@@ -208,14 +244,17 @@ struct ResidentProduct {
         }
         if (first + kRound < kPieces) load(first + kRound, i);  // while others are multiplied
         FRNN_UNROLL
-        for (int k = 0; k < kChunk * kOwn * 4 && block == kBlocks - 1; k++) {
-          const int c = k / 4 / kOwn, m = k / 4 % kOwn, j = k % 4;
+        for (int k = 0; k < kChunk * kOwn && block == kBlocks - 1; k++) {
+          const int c = k / kOwn, m = k % kOwn;
           FRNN_UNROLL
-          for (int ways = kWays / 2; ways > 0; ways /= 2) {
+          for (int j = 0; j < 4; j++) {
             FRNN_UNROLL
-            for (int way = 0; way < ways; way++) d[way][c][m][j] += d[way + ways][c][m][j];
+            for (int ways = kWays / 2; ways > 0; ways /= 2) {
+              FRNN_UNROLL
+              for (int way = 0; way < ways; way++) d[way][c][m][j] += d[way + ways][c][m][j];
+            }
           }
-          sums[SumAt(part, FirstTile() + m, piece / kBlocks * kChunk + c, j)] = d[0][c][m][j];
+          put(TileOf(m), piece / kBlocks * kChunk + c, d[0][c][m]);
         }
       }
     }
@@ -223,14 +262,6 @@ struct ResidentProduct {
       *over = 1;
       *static_cast<volatile uint32_t*>(patience.alarm) = 1;
     }
-  }
-
-  // Element j of this lane's fragment, over all warps.
-  __device__ __forceinline__ static float Sum(const float* sums, int m, int tile, int j) {
-    float sum = 0;
-    FRNN_UNROLL
-    for (int part = 0; part < kSplit; part++) sum += sums[SumAt(part, m, tile, j)];
-    return sum;
   }
 };
 

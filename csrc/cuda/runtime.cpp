@@ -57,14 +57,15 @@ class Aside {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-void Allow(const Shape& shape) {
+// Whether the card takes blocks and clusters like these.
+cudaError_t Allow(const Shape& shape) {
+  cudaError_t status = cudaSuccess;
   if (shape.shared > 0)
-    Check(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(shape.shared)),
-          "asking for shared memory");
-  if (shape.cluster > 8)
-    Check(cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "asking for a large cluster");
+    status = cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  int(shape.shared));
+  if (shape.cluster > 8 && status == cudaSuccess)
+    status = cudaFuncSetAttribute(shape.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return status;
 }
 
 struct Config {
@@ -132,17 +133,20 @@ int Multiprocessors(Stream stream, int all) {
 }
 
 int64_t BlocksAtOnce(const Shape& shape, Stream stream, int multiprocessors) {
-  Allow(shape);
-  int on_one = 0;
-  Check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-            &on_one, shape.kernel, int(shape.block_x * shape.block_y), shape.shared),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  int on_one = 0, clusters = 0;
+  cudaError_t status = Allow(shape);
+  if (status == cudaSuccess)
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &on_one, shape.kernel, int(shape.block_x * shape.block_y), shape.shared);
   const int64_t blocks = int64_t(on_one) * multiprocessors;
-  if (shape.cluster == 1) return blocks;
-  int clusters = 0;
+  if (shape.cluster == 1) {
+    Check(status, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks;
+  }
   const Config config(shape, {shape.cluster}, stream);
-  Check(cudaOccupancyMaxActiveClusters(&clusters, shape.kernel, &config.value),
-        "cudaOccupancyMaxActiveClusters");
+  if (status == cudaSuccess)
+    status = cudaOccupancyMaxActiveClusters(&clusters, shape.kernel, &config.value);
+  Ignore(status);  // a card that refuses such clusters has none
   return std::min(blocks, int64_t(clusters) * shape.cluster);
 }
 
@@ -178,10 +182,12 @@ void Wait(Stream stream, Event event) {
 void Synchronize(Stream stream) noexcept { Ignore(cudaStreamSynchronize(Of(stream))); }
 
 void Start(const Shape& shape, const Grid& grid, Stream stream, void** arguments) {
-  Allow(shape);
+  cudaError_t status = Allow(shape);
   const Config config(shape, grid, stream);
-  const cudaError_t status = cudaLaunchKernelExC(&config.value, shape.kernel, arguments);
-  if (status == cudaErrorCooperativeLaunchTooLarge) {
+  if (status == cudaSuccess) status = cudaLaunchKernelExC(&config.value, shape.kernel, arguments);
+  const bool refused = status == cudaErrorInvalidClusterSize || status == cudaErrorInvalidValue ||
+                       status == cudaErrorInvalidConfiguration;
+  if (status == cudaErrorCooperativeLaunchTooLarge || (shape.cluster > 1 && refused)) {
     cudaGetLastError();
     throw DoesNotFit(Text("launching a kernel", status), shape);
   }

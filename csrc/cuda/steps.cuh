@@ -43,6 +43,7 @@ class Steps {
 
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
+    if (plan.variant == Variant::kOne) return 0;
     for (int d = 0; d < p.dirs; d++) ForwardBuffers(p, plan, count);
     TakeOffsets(p, plan, count);
     return count.used();
@@ -55,6 +56,7 @@ class Steps {
   }
 
   static void Forward(const LayerParams& p, const Plan& plan, const Call& call) {
+    if (plan.variant == Variant::kOne) return OneStep(p, plan, call);
     Beside beside(call, plan.streams == 2);
     Workspace workspace(call.workspace);
     ForwardBuffers buffers[2] = {{p, plan, workspace}, {}};
@@ -236,12 +238,26 @@ class Steps {
     }
     T* States(const ForwardBuffers& w) const { return p.hs ? Hs() : w.hs; }
     void Unwritten(T* data, int64_t n) const {
-      if (plan.variant == Variant::kLocal) return;  // nobody waits for it
+      if (plan.variant != Variant::kResident) return;  // nobody polls it
       runtime::Fill(queue.stream, data, 0xFF, size_t(n) * sizeof(T));
     }
 
+    // What the gate math of a step takes from the layer, and where it goes.
+    GateForwardArgs<T> GatesOf(int64_t s) const {
+      GateForwardArgs<T> a{};
+      a.rows = Batch(s), a.next_rows = std::min(Batch(s), Batch(s + 1)), a.H = p.H;
+      a.b_ih = static_cast<const T*>(p.w[d].b_ih);
+      a.b_hh = static_cast<const T*>(p.w[d].b_hh);
+      for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
+      a.output = Y(s);
+      a.publish = true;
+      a.h_last = {State(static_cast<T*>(p.h_n), p.Hout), p.Hout};
+      a.c_last = {State(static_cast<T*>(p.c_n), kExtra * p.H), kExtra * p.H};
+      return a;
+    }
+
     void LaunchForward(const ForwardBuffers& w, int64_t s, const A* gx) const {
-      const int64_t batch = Batch(s), next = std::min(batch, Batch(s + 1));
+      const int64_t batch = Batch(s);
       const Rows<T> h_prev = HPrev(w, s), y = Y(s);
       const Rows<A> c_prev = CPrev(w, s);
       // Sequences that start here: all at the first step; backwards in time the shorter ones later.
@@ -256,31 +272,26 @@ class Steps {
         Product({kStorage<T>, kStorage<A>, false, true, batch, C::kH * p.H, p.Hout, h_prev.data,
                  p.Hout, p.w[d].w_hh, p.Hout, false, w.gh, C::kH * p.H});
 
-      const bool projected = Projected(p), goes_on = s + 1 < p.T;
-      const Rows<T> h_next = goes_on ? HPrev(w, s + 1) : Rows<T>{nullptr, p.Hout};
-      const Rows<T> h_last{State(static_cast<T*>(p.h_n), p.Hout), p.Hout};
+      const bool projected = Projected(p);
+      GateForwardArgs<T> a = GatesOf(s);
       const Rows<T> full{p.hs ? HsFull() + Row(s) * p.H : w.h_full, p.H};
-      GateForwardArgs<T> a{};
-      a.rows = batch, a.next_rows = next, a.H = p.H;
       a.gx = {gx, C::kX * p.H};
       a.gh = {w.gh, C::kH * p.H};
-      a.b_ih = static_cast<const T*>(p.w[d].b_ih);
-      a.b_hh = static_cast<const T*>(p.w[d].b_hh);
       a.h_prev = {h_prev.data, h_prev.stride};
       a.c_prev = {c_prev.data, c_prev.stride};
-      for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
-      a.output = projected ? full : y;
+      if (projected) a.output = full;
       a.publish = !projected;
-      a.h_next = h_next;
-      a.h_last = h_last;
-      if (kExtra > 0 && goes_on) a.c_next = CPrev(w, s + 1);
-      a.c_last = {State(static_cast<T*>(p.c_n), kExtra * p.H), kExtra * p.H};
+      if (s + 1 < p.T) {
+        a.h_next = HPrev(w, s + 1);
+        if (kExtra > 0) a.c_next = CPrev(w, s + 1);
+      }
       if (p.saved) a.tape = {TapeOf(s), kTape * p.H};
       Run(GateForward<C, T>, batch, p.H, a);
       if (!projected) return;
       Product({kStorage<T>, kStorage<T>, false, true, batch, p.Hout, p.H, full.data, p.H,
                p.w[d].w_hr, p.H, false, y.data, y.stride});
-      Run(Publish<T>, batch, p.Hout, batch, next, p.Hout, {y.data, y.stride}, h_next, h_last);
+      Run(Publish<T>, batch, p.Hout, batch, a.next_rows, p.Hout, {y.data, y.stride}, a.h_next,
+          a.h_last);
     }
 
     // The binding sees to it that rows of x lie evenly spaced.
@@ -414,6 +425,32 @@ class Steps {
     }
     const Patience patience{call.context.device.alarm(), Patience::kPolls};
     return {p.H, p.B, p.T, 0, p.T, offsets, plan.copies, p.dirs, patience};
+  }
+
+  static void OneStep(const LayerParams& p, const Plan& plan, const Call& call) {
+    OneStepArgs<T> args{};
+    constexpr int64_t kAtOnce = 16 / sizeof(T);
+    args.I = p.I, args.x_stride = Direction(p, plan, call, 0).XStride();
+    bool whole = p.I % kAtOnce == 0 && p.H % kAtOnce == 0 && args.x_stride % kAtOnce == 0;
+    for (int d = 0; d < p.dirs; d++) {
+      const Direction on(p, plan, call, d);
+      OneStepDirection<T>& a = args.dir[d];
+      a.x = static_cast<const T*>(p.x);
+      a.w_ih = static_cast<const T*>(p.w[d].w_ih), a.w_hh = static_cast<const T*>(p.w[d].w_hh);
+      a.c_prev = on.State(static_cast<const T*>(p.c0), kExtra * p.H);
+      a.gates = on.GatesOf(0);
+      a.gates.h_prev = {on.State(static_cast<const T*>(p.h0), p.H), p.H};
+      for (const void* operand : {a.x, a.w_ih, a.w_hh, a.gates.h_prev.data})
+        whole &= reinterpret_cast<uintptr_t>(operand) % 16 == 0;
+    }
+    const int64_t groups = (p.B + kOneStepRows - 1) / kOneStepRows;
+    const runtime::Grid grid{unsigned((p.H * 32 + kOneStepThreads - 1) / kOneStepThreads),
+                             unsigned(groups * p.dirs)};
+    const auto run = [&](auto kernel) {
+      if (p.B > 0 && p.H > 0)
+        Start(kernel, ShapeOf(kernel, kOneStepThreads), grid, call.streams[0], args, groups);
+    };
+    whole ? run(cuda::OneStep<C, T, kAtOnce>) : run(cuda::OneStep<C, T, 1>);
   }
 
   // first[d]: the row that gx of direction d begins with.

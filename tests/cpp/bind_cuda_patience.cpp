@@ -15,7 +15,7 @@
 using namespace frnn;
 using namespace frnn::cuda;
 using T = __nv_bfloat16;
-using Instance = ResidentInstance<RnnTanh, T, 1, 1, 1, false>;
+using Instance = ResidentInstance<RnnTanh, T, 1, 1, 1, InMemory>;
 
 namespace {
 

@@ -12,9 +12,11 @@ using namespace frnn::cuda;
 PYBIND11_MODULE(bind_cuda_plan, m) {
   BindStorage(m);
   py::enum_<Variant>(m, "Variant")
+      .value("one", Variant::kOne)
       .value("steps", Variant::kSteps)
       .value("graph", Variant::kGraph)
       .value("resident", Variant::kResident)
+      .value("cluster", Variant::kCluster)
       .value("local", Variant::kLocal);
   py::class_<CudaDevice>(m, "Device")
       .def(py::init<>())
@@ -34,7 +36,8 @@ PYBIND11_MODULE(bind_cuda_plan, m) {
       .def_readwrite("projected", &Problem::projected)
       .def_readwrite("output_is_h", &Problem::output_is_h)
       .def_readwrite("allow_tf32", &Problem::allow_tf32)
-      .def_readwrite("aligned", &Problem::aligned);
+      .def_readwrite("aligned", &Problem::aligned)
+      .def_readwrite("kept", &Problem::kept);
   py::class_<Plan>(m, "Plan")
       .def_readonly("variant", &Plan::variant)
       .def_readonly("threads_x", &Plan::threads_x)

@@ -50,7 +50,7 @@ constexpr size_t kShared = 227 << 10;           // most shared memory of a CTA, 
 constexpr size_t kArena = (kShared + kPage - 1) / kPage * kPage;
 constexpr size_t kGap = 64;        // unused bytes after each shared variable
 constexpr int kPatience = 5000;    // rounds without progress until a launch is given up
-constexpr unsigned kResident = 2;  // CTAs at a time in a launch that is not cooperative
+constexpr unsigned kResident = 2;  // clusters at a time in a launch that is not cooperative
 // Most threads of a launch whose blocks are all resident: each has a stack.
 constexpr unsigned kThreads = 16384;
 
@@ -176,14 +176,34 @@ struct Warp {
   bool listed = false;  // in Grid::active
 };
 
+struct Barrier {
+  unsigned arrived = 0;
+  Thread* waiters = nullptr;
+};
+
+struct Cluster;
 struct Cta {
+  Cluster* cluster = nullptr;
   uint3 index;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned alive = 0;
-  unsigned arrived = 0;       // at __syncthreads
-  Thread* waiters = nullptr;  // there
-  char* arena = nullptr;      // shared memory: static from the start, dynamic against the end
+  Barrier barrier;        // of __syncthreads
+  char* arena = nullptr;  // shared memory: static from the start, dynamic against the end
+};
+
+// CTAs that are resident together and know each other's shared memory. Most have one.
+struct Cluster {
+  std::vector<Cta> ctas;
+  unsigned alive = 0;  // threads
+  Barrier barrier;
+};
+
+struct Delivery {  // of StoreAsync
+  const Cta* to;
+  uint4* address;
+  uint4 value;
+  uint64_t* barrier;
 };
 
 struct Site {
@@ -198,11 +218,12 @@ struct Grid {
   void* arguments;
   uint64_t random, round = 0;
   std::string error;
-  std::vector<std::unique_ptr<Cta>> ctas, spare;  // resident, to be used again
-  std::vector<uint64_t> order;                    // of CTAs, for a seed
-  uint64_t next_cta = 0;
-  std::vector<Cta*> done;
-  std::vector<Warp*> active;  // all warps that may have a ready lane
+  std::vector<std::unique_ptr<Cluster>> clusters, spare;  // resident, to be used again
+  std::vector<uint64_t> order;                            // of clusters, for a seed
+  uint64_t next_cluster = 0;
+  std::vector<Cluster*> done;
+  std::vector<Warp*> active;                     // all warps that may have a ready lane
+  std::multimap<uint64_t, Delivery> deliveries;  // by the round of their arrival
   std::vector<Site> sites;
   size_t static_bytes = 0;
 
@@ -277,14 +298,15 @@ std::string Distance(const char* p, const char* begin, size_t bytes) {
   const char* p = static_cast<const char*>(address);
   std::string text = Format("address %p", address);
   if (!p) return text + ", null, or a 16-byte access that is not aligned";
-  for (auto& cta : grid->ctas)
-    if (cta->arena && p >= cta->arena - kPage && p < cta->arena + kArena + kPage) {
-      const size_t bytes = grid->config.shared;
-      const std::string place = "shared memory of block " + Name(cta->index);
-      if (!bytes) return text + ", outside of the " + place;
-      return text + ", " + Distance(p, cta->arena + DynamicOffset(), bytes) +
-             Format(" the %zu bytes of dynamic ", bytes) + place;
-    }
+  for (auto& cluster : grid->clusters)
+    for (const Cta& cta : cluster->ctas)
+      if (cta.arena && p >= cta.arena - kPage && p < cta.arena + kArena + kPage) {
+        const size_t bytes = grid->config.shared;
+        const std::string place = "shared memory of block " + Name(cta.index);
+        if (!bytes) return text + ", outside of the " + place;
+        return text + ", " + Distance(p, cta.arena + DynamicOffset(), bytes) +
+               Format(" the %zu bytes of dynamic ", bytes) + place;
+      }
   for (auto& fiber : fibers)
     if (p >= fiber->stack - kPage && p < fiber->stack) return text + ", the stack has overflowed";
   return text;
@@ -317,10 +339,17 @@ void Block(const char* where) {
 }
 
 // All threads that have not exited are there.
-void Complete(Cta& cta) {
+void Complete(Barrier& b) {
   ++progress;
-  cta.arrived = 0;
-  for (Thread* t = std::exchange(cta.waiters, nullptr); t; t = t->next) MakeReady(t);
+  b.arrived = 0;
+  for (Thread* t = std::exchange(b.waiters, nullptr); t; t = t->next) MakeReady(t);
+}
+// Waits for `alive` threads.
+void Sync(Barrier& b, unsigned alive, const char* where) {
+  if (++b.arrived == alive) return Complete(b);
+  current->next = b.waiters;
+  b.waiters = current;
+  Block(where);
 }
 
 Cta& MyCta() { return *current->warp->cta; }
@@ -350,7 +379,70 @@ void CheckShared(Cta& cta) {
     Report(Format("the block wrote outside of its %zu bytes of dynamic shared memory", bytes));
 }
 
-// ---- threads and CTAs ----
+// Where the CTA of that rank has what this one has at p.
+Cta& Peer(unsigned rank) {
+  Cluster& cluster = *MyCta().cluster;
+  if (rank >= cluster.ctas.size())
+    Fail(Format("rank %u in a cluster of %zu", rank, cluster.ctas.size()));
+  Cta& peer = cluster.ctas[rank];
+  if (!peer.alive) Fail("a store to a block that has exited");
+  return peer;
+}
+// In arenas; of dynamic shared memory.
+size_t SharedOffset(const void* p, size_t bytes) {
+  const size_t at = size_t(static_cast<const char*>(p) - MyCta().arena);
+  if (at < DynamicOffset() || at + bytes > DynamicOffset() + grid->config.shared)
+    Fail(Format("%zu bytes at %p are not in the shared memory of this block", bytes, p));
+  return at;
+}
+
+// ---- mbarriers ----
+
+// In the barrier's own 64 bits. Poison reads as uninitialised.
+struct MbarrierState {
+  uint64_t pending : 20, expected : 20, phase : 1;
+  int64_t bytes : 23;
+};
+static_assert(sizeof(MbarrierState) == 8);
+constexpr unsigned kMbarrierLimit = (1 << 20) - 1;
+
+// Reports and gives false when the barrier cannot take the event.
+bool Update(uint64_t* barrier, unsigned arrivals, int64_t bytes) {
+  MbarrierState s;
+  std::memcpy(static_cast<void*>(&s), barrier, sizeof(s));
+  const char* wrong = nullptr;
+  if (s.expected == kMbarrierLimit)
+    wrong = "an mbarrier that was not initialised";
+  else if (arrivals > s.pending)
+    wrong = "more arrivals at an mbarrier than it was initialised for";
+  else if (std::abs(s.bytes + bytes) > int64_t(kMbarrierLimit))
+    wrong = "too many bytes at an mbarrier";
+  if (wrong) {
+    Report(wrong);
+    return false;
+  }
+  s.pending -= arrivals;
+  s.bytes += bytes;
+  if (s.pending == 0 && s.bytes == 0) {
+    s.pending = s.expected;
+    s.phase ^= 1;
+  }
+  std::memcpy(barrier, static_cast<void*>(&s), sizeof(s));
+  ++progress;
+  return true;
+}
+
+void Deliver() {
+  auto& all = grid->deliveries;
+  while (!all.empty() && all.begin()->first <= grid->round && grid->error.empty()) {
+    const Delivery& d = all.begin()->second;
+    *d.address = d.value;
+    Update(d.barrier, 0, -int64_t(sizeof(d.value)));
+    all.erase(all.begin());
+  }
+}
+
+// ---- threads, CTAs, clusters ----
 
 void Enter(Thread* t) {
   current = t;
@@ -376,12 +468,18 @@ void Exit() {
     if (other.mask >> t->lane & 1)
       return Report(Format("exits while lane %d waits for it in %s", other.lane, other.where));
   }
+  Cluster& cluster = *cta.cluster;
   --cta.alive;
-  if (cta.arrived && cta.arrived == cta.alive) Complete(cta);
+  --cluster.alive;
+  if (cta.barrier.arrived && cta.barrier.arrived == cta.alive) Complete(cta.barrier);
+  if (cluster.barrier.arrived && cluster.barrier.arrived == cluster.alive)
+    Complete(cluster.barrier);
   if (cta.alive == 0) {
+    for (const auto& [due, d] : grid->deliveries)
+      if (d.to == &cta) return Report("the block exits while stores to it are under way");
     if (cta.arena) CheckShared(cta);
-    grid->done.push_back(&cta);
   }
+  if (cluster.alive == 0) grid->done.push_back(&cluster);
 }
 
 // The next ready lane of the warp that has its turn, or null.
@@ -469,63 +567,73 @@ void Turn(Warp& w) {
   } while (g.error.empty() && w.ready && !g.paused && !Chance(8));
 }
 
-std::unique_ptr<Cta> MakeCta() {
+std::unique_ptr<Cluster> MakeCluster() {
   const dim3 block = grid->config.block;
   const unsigned threads = block.x * block.y * block.z;
-  auto cta = std::make_unique<Cta>();
-  cta->threads = std::vector<Thread>(threads);
-  cta->warps = std::vector<Warp>((threads + 31) / 32);
-  for (unsigned i = 0; i < threads; i++) {
-    Thread& t = cta->threads[i];
-    Warp& w = cta->warps[i / 32];
-    t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-    t.warp = &w;
-    t.lane = int(i % 32);
-    if (t.lane == 0) w.lanes = &t;
-    w.cta = cta.get();
-    w.exist |= 1u << t.lane;
+  auto cluster = std::make_unique<Cluster>();
+  cluster->ctas = std::vector<Cta>(grid->config.cluster);
+  for (Cta& cta : cluster->ctas) {
+    cta.cluster = cluster.get();
+    cta.threads = std::vector<Thread>(threads);
+    cta.warps = std::vector<Warp>((threads + 31) / 32);
+    for (unsigned i = 0; i < threads; i++) {
+      Thread& t = cta.threads[i];
+      Warp& w = cta.warps[i / 32];
+      t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+      t.warp = &w;
+      t.lane = int(i % 32);
+      if (t.lane == 0) w.lanes = &t;
+      w.cta = &cta;
+      w.exist |= 1u << t.lane;
+    }
   }
-  return cta;
+  return cluster;
 }
 
 void Admit() {
   Grid& g = *grid;
-  if (g.spare.empty()) g.spare.push_back(MakeCta());
-  g.ctas.push_back(std::move(g.spare.back()));
+  if (g.spare.empty()) g.spare.push_back(MakeCluster());
+  g.clusters.push_back(std::move(g.spare.back()));
   g.spare.pop_back();
-  Cta& cta = *g.ctas.back();
-  const uint64_t i = g.order.empty() ? g.next_cta : g.order[g.next_cta];
-  g.next_cta++;
+  Cluster& cluster = *g.clusters.back();
+  uint64_t i = g.order.empty() ? g.next_cluster : g.order[g.next_cluster];
+  g.next_cluster++;
+  i *= g.config.cluster;
   const dim3 n = g.config.grid;
-  cta.index = {unsigned(i % n.x), unsigned(i / n.x % n.y), unsigned(i / n.x / n.y)};
-  cta.alive = unsigned(cta.threads.size());
-  cta.arrived = 0;
-  for (Thread& t : cta.threads) {
-    t.fiber = nullptr;
-    t.exited = false;
-    t.mask = 0;
-  }
-  if (g.config.shared) PrepareShared(cta);
-  for (Warp& w : cta.warps) {
-    w.exited = w.meeting = 0;
-    w.frozen_until = 0;
-    w.ready = w.exist & ~1u;
-    MakeReady(&w.lanes[0]);
+  cluster.alive = 0;
+  for (Cta& cta : cluster.ctas) {
+    cta.index = {unsigned(i % n.x), unsigned(i / n.x % n.y), unsigned(i / n.x / n.y)};
+    i++;
+    cta.alive = unsigned(cta.threads.size());
+    cluster.alive += cta.alive;
+    for (Thread& t : cta.threads) {
+      t.fiber = nullptr;
+      t.exited = false;
+      t.mask = 0;
+    }
+    if (g.config.shared) PrepareShared(cta);
+    for (Warp& w : cta.warps) {
+      w.exited = w.meeting = 0;
+      w.frozen_until = 0;
+      w.ready = w.exist & ~1u;
+      MakeReady(&w.lanes[0]);
+    }
   }
 }
 
-void FreeArena(Cta& cta) {
-  if (cta.arena) idle_arenas.push_back(std::exchange(cta.arena, nullptr));
+void FreeArenas(Cluster& cluster) {
+  for (Cta& cta : cluster.ctas)
+    if (cta.arena) idle_arenas.push_back(std::exchange(cta.arena, nullptr));
 }
 
 void Retire() {
   Grid& g = *grid;
-  for (Cta* done : g.done) {
-    FreeArena(*done);
-    auto it =
-        std::find_if(g.ctas.begin(), g.ctas.end(), [&](auto& cta) { return cta.get() == done; });
+  for (Cluster* done : g.done) {
+    FreeArenas(*done);
+    auto it = std::find_if(g.clusters.begin(), g.clusters.end(),
+                           [&](auto& cluster) { return cluster.get() == done; });
     g.spare.push_back(std::move(*it));
-    g.ctas.erase(it);
+    g.clusters.erase(it);
   }
   g.done.clear();
 }
@@ -539,29 +647,31 @@ uint64_t CtasOfGrid() {
 void ReportDeadlock(const char* what) {
   std::string text = what;
   int lines = 0;
-  for (auto& cta : grid->ctas) {
-    std::map<std::string, std::pair<unsigned, uint3>> groups;
-    for (Thread& t : cta->threads)
-      if (!t.exited) {
-        auto [it, fresh] = groups.try_emplace(t.where ? t.where : "the kernel", 0u, t.index);
-        it->second.first++;
-      }
-    for (auto& [where, group] : groups)
-      if (++lines <= 12)
-        text +=
-            Format("\n  block %s: %u threads of %zu, the first %s, in %s", Name(cta->index).c_str(),
-                   group.first, cta->threads.size(), Name(group.second).c_str(), where.c_str());
-  }
+  for (auto& cluster : grid->clusters)
+    for (const Cta& cta : cluster->ctas) {
+      std::map<std::string, std::pair<unsigned, uint3>> groups;
+      for (const Thread& t : cta.threads)
+        if (!t.exited) {
+          auto [it, fresh] = groups.try_emplace(t.where ? t.where : "the kernel", 0u, t.index);
+          it->second.first++;
+        }
+      for (auto& [where, group] : groups)
+        if (++lines <= 12)
+          text += Format("\n  block %s: %u threads of %zu, the first %s, in %s",
+                         Name(cta.index).c_str(), group.first, cta.threads.size(),
+                         Name(group.second).c_str(), where.c_str());
+    }
   if (lines > 12) text += Format("\n  and %d lines more", lines - 12);
-  if (grid->next_cta < CtasOfGrid())
+  const uint64_t absent = CtasOfGrid() - grid->next_cluster * grid->config.cluster;
+  if (absent > 0)
     text += Format("\n  %llu blocks were not resident: the launch is not cooperative",
-                   (unsigned long long)(CtasOfGrid() - grid->next_cta));
+                   (unsigned long long)absent);
   Report(text);
 }
 
 void Schedule() {
   Grid& g = *grid;
-  const uint64_t total = CtasOfGrid();
+  const uint64_t total = CtasOfGrid() / g.config.cluster;
   const uint64_t resident = g.config.cooperative ? total : kResident;
   if (Seeded() && !g.config.cooperative) {
     g.order.resize(total);
@@ -569,12 +679,13 @@ void Schedule() {
     for (uint64_t i = total; i > 1; i--) std::swap(g.order[i - 1], g.order[Random(unsigned(i))]);
   }
   const dim3 block = g.config.block;
-  g.active.reserve(std::min(total, resident) * ((block.x * block.y * block.z + 31) / 32));
+  g.active.reserve(std::min(total, resident) * g.config.cluster *
+                   ((block.x * block.y * block.z + 31) / 32));
   uint64_t seen = progress;
   int patience = kPatience;
   while (g.error.empty()) {
-    while (g.ctas.size() < resident && g.next_cta < total) Admit();
-    if (g.ctas.empty()) return;
+    while (g.clusters.size() < resident && g.next_cluster < total) Admit();
+    if (g.clusters.empty()) return;
     ++g.round;
     bool ran = false;
     uint64_t thaw = UINT64_MAX;
@@ -598,7 +709,9 @@ void Schedule() {
       ran = true;
     }
     Retire();
-    if (!ran && g.error.empty() && !g.ctas.empty()) {  // nothing happens until then
+    Deliver();
+    if (!ran && g.error.empty() && !g.clusters.empty()) {  // nothing happens until then
+      if (!g.deliveries.empty()) thaw = std::min(thaw, g.deliveries.begin()->first);
       if (thaw == UINT64_MAX) {
         if (g.active.empty()) ReportDeadlock("deadlock, all threads wait");
       } else if (thaw > g.round) {
@@ -625,6 +738,8 @@ void CheckConfig() {
     Report(Format("a block of %u threads, z = %u", threads, c.block.z));
   else if (c.shared > kShared)
     Report(Format("%zu bytes of shared memory, of %zu", c.shared, kShared));
+  else if (c.cluster == 0 || c.cluster > 16 || c.grid.x % c.cluster)
+    Report(Format("clusters of %u in a grid of %u", c.cluster, c.grid.x));
   else if (c.cooperative && ctas * threads > kThreads)
     Report(Format("more than %u threads, too many for the emulation", kThreads));
   else if (c.cooperative) {
@@ -705,13 +820,7 @@ void Pause(const char* where) {
 
 int Lane() { return current->lane; }
 
-void SyncThreads() {
-  Cta& cta = MyCta();
-  if (++cta.arrived == cta.alive) return Complete(cta);
-  current->next = cta.waiters;
-  cta.waiters = current;
-  Block("__syncthreads");
-}
+void SyncThreads() { Sync(MyCta().barrier, MyCta().alive, "__syncthreads"); }
 
 void Meet(const char* where, unsigned mask, void* slot, FinishMeeting finish) {
   Thread* t = current;
@@ -781,8 +890,9 @@ char* StaticShared(const void* site, size_t bytes, size_t align) {
     if (offset + bytes + grid->config.shared > kShared || bytes > (48 << 10))
       Fail(Format("%zu bytes of static shared memory are too much", bytes));
     grid->sites.push_back({site, offset, bytes});
-    for (auto& cta : grid->ctas)
-      if (cta->arena) Poison(cta->arena + offset, bytes + kGap);
+    for (auto& cluster : grid->clusters)
+      for (const Cta& cta : cluster->ctas)
+        if (cta.arena) Poison(cta.arena + offset, bytes + kGap);
     it = grid->sites.end() - 1;
   }
   if (!mine.arena) PrepareShared(mine);
@@ -839,8 +949,8 @@ void Run(const void* kernel, const LaunchConfig& config, void (*body)(void*), vo
       const FaultHandlers handlers;
       Schedule();
     }
-    if (!g.ctas.empty()) RestartFibers();
-    for (auto& cta : g.ctas) FreeArena(*cta);
+    if (!g.clusters.empty()) RestartFibers();
+    for (auto& cluster : g.clusters) FreeArenas(*cluster);
   }
   grid = nullptr;
   if (!g.error.empty()) throw Error(g.error);
@@ -849,6 +959,42 @@ void Run(const void* kernel, const LaunchConfig& config, void (*body)(void*), vo
 
 namespace frnn::cuda {
 using namespace emulate;
+
+// ---- clusters ----
+
+void ClusterSync() {
+  Cluster& cluster = *MyCta().cluster;
+  Sync(cluster.barrier, cluster.alive, "ClusterSync");
+}
+void InitBarrier(uint64_t* barrier) {
+  CheckAligned(barrier);
+  SharedOffset(barrier, 8);
+  MbarrierState s{};
+  s.pending = s.expected = 1;
+  std::memcpy(barrier, static_cast<void*>(&s), sizeof(s));
+}
+void ExpectBytes(uint64_t* barrier, unsigned bytes) {
+  SharedOffset(barrier, 8);
+  if (!Update(barrier, 1, bytes)) Suspend();
+}
+void WaitForBytes(uint64_t* barrier, unsigned parity) {
+  for (SharedOffset(barrier, 8);;) {
+    MbarrierState s;
+    std::memcpy(static_cast<void*>(&s), barrier, sizeof(s));
+    if (s.expected == kMbarrierLimit) Fail("an mbarrier that was not initialised");
+    if (s.phase != parity) return;
+    Pause("WaitForBytes");
+  }
+}
+void StoreAsync(uint4* p, const uint4& v, uint64_t* barrier, unsigned rank) {
+  CheckAligned(p);
+  const size_t at = SharedOffset(p, sizeof(v)), bar = SharedOffset(barrier, 8);
+  const Cta& peer = Peer(rank);
+  const uint64_t due = grid->round + 1 + (Seeded() ? Random(settings.max_stall + 1) : 0);
+  grid->deliveries.insert({due,
+                           {&peer, reinterpret_cast<uint4*>(peer.arena + at), v,
+                            reinterpret_cast<uint64_t*>(peer.arena + bar)}});
+}
 
 // ---- matrices ----
 

@@ -14,10 +14,15 @@
 //   MmaF16(d, a, b0, b1)       mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32
 //   MmaTf32(d, a, b0, b1)      mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
 //   ToTf32(x)                  cvt.rna.tf32.f32
+//   ClusterSync()              barrier.cluster.arrive.release and .wait.acquire
+//   InitBarrier(b)             mbarrier.init of 1, fence.mbarrier_init.release.cluster
+//   ExpectBytes(b, bytes)      mbarrier.arrive.expect_tx
+//   WaitForBytes(b, parity)    mbarrier.try_wait.parity until it is true
+//   StoreAsync(p, v, b, rank)  st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32
 //
 // Two things a kernel must do for the emulation's sake: declare shared variables by FRNN_SHARED
-// (a function's static would be one for all CTAs), and poll through LoadRelaxed (it lets the other
-// threads run; a bare volatile read does not).
+// (a function's static would be one for all CTAs), and poll through LoadRelaxed or WaitForBytes
+// (they let the other threads run; a bare volatile read does not).
 //
 // What is checked: see Launch below. What is not: accesses to global memory (the address sanitizer
 // sees those), memory order (one host thread runs all fibers, so memory is sequentially
@@ -226,11 +231,18 @@ void MmaF16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void MmaTf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 inline uint32_t ToTf32(float x) { return (__float_as_uint(x) + 0x1000u) & ~0x1FFFu; }
 
+void ClusterSync();
+void InitBarrier(uint64_t* barrier);
+void ExpectBytes(uint64_t* barrier, unsigned bytes);
+void WaitForBytes(uint64_t* barrier, unsigned parity);
+void StoreAsync(uint4* p, const uint4& v, uint64_t* barrier, unsigned rank);  // arrives some time
+
 // ---- launch ----
 
 struct LaunchConfig {
   dim3 grid, block;
   size_t shared = 0;         // bytes of dynamic shared memory
+  unsigned cluster = 1;      // CTAs along x
   bool cooperative = false;  // all CTAs resident, so that one may poll what another writes
 };
 
@@ -241,7 +253,8 @@ void Run(const void* kernel, const LaunchConfig& config, void (*body)(void*), vo
 // Runs the kernel to its end, or throws Error, after which memory holds what was written so far.
 // Checked: the limits of a launch; accesses outside of shared memory; alignment in every primitive;
 // deadlock, with a list of who waits where; lanes that meet in different warp operations, or name
-// lanes that have exited. Only a cooperative launch has all CTAs resident: others run few at a time,
+// lanes that have exited; mbarriers without InitBarrier, with too many arrivals or bytes; stores to a
+// CTA that exits. Only a cooperative launch has all CTAs resident: others run few clusters at a time,
 // so that a kernel that polls another CTA without asking for residency hangs, and is told.
 template <class... P, class... A>
 void Launch(void (*kernel)(P...), const LaunchConfig& config, cudaStream_t, A... arguments) {

@@ -188,8 +188,12 @@ void Start(const runtime::Shape& shape, const runtime::Grid& grid, Stream stream
   Called("Start");
   const auto& state = The().state;
   const int64_t room = state.room >= 0 ? state.room : LimitOf(stream);
-  if (shape.together && int64_t{grid.x} * grid.y > room)
+  const bool refused =
+      shape.cluster > 1 && (shape.cluster > room || shape.cluster > state.taken_cluster);
+  if (refused || (shape.together && int64_t{grid.x} * grid.y > room))
     throw runtime::DoesNotFit("fused_rnn: too many blocks", shape);
+  if (shape.cluster > 1) The().state.counts["clusters"]++;
+  if (shape.together) The().state.counts["together"]++;
   Enqueue(stream, {std::move(work), nullptr});
 }
 
@@ -231,11 +235,12 @@ int Multiprocessors(Stream stream, int all) {
   const Lock lock(Mutex());
   return std::min(all, LimitOf(stream));
 }
-int64_t BlocksAtOnce(const Shape&, Stream, int multiprocessors) {
+int64_t BlocksAtOnce(const Shape& shape, Stream, int multiprocessors) {
   const Lock lock(Mutex());
   Called("BlocksAtOnce");
   const int64_t told = The().state.blocks_at_once;
-  return told >= 0 ? told : multiprocessors;
+  if (shape.cluster > The().state.cluster) return 0;
+  return told >= 0 ? told : multiprocessors / shape.cluster * shape.cluster;
 }
 
 uint32_t* NewSharedWord() {
@@ -440,6 +445,9 @@ EXPORTED int frnn_fake_live(const char* kind) { return GetState().live[kind]; }
 EXPORTED int frnn_fake_faults() { return int(GetState().faults.size()); }
 EXPORTED void frnn_fake_blocks(int told, int room) {
   GetState().blocks_at_once = told, GetState().room = room;
+}
+EXPORTED void frnn_fake_clusters(unsigned told, unsigned taken) {
+  GetState().cluster = told, GetState().taken_cluster = taken;
 }
 EXPORTED void frnn_fake_alarm() { frnn::cuda::fake::Alarm(); }
 EXPORTED int frnn_fake_count(const char* name) { return GetState().counts[name]; }

@@ -254,6 +254,71 @@ void TestWords() {
   Mutant("not cooperative", RunWords<kWordRight, false>);
 }
 
+// ---- clusters: a vector passes through all CTAs, by stores into each other's shared memory. All send
+// to all, so that nobody is two steps ahead of another ----
+
+enum ClusterMutation {
+  kClusterRight,
+  kNoStart,
+  kNoInit,
+  kNoWait,
+  kWrongParity,
+  kOneHalf,
+  kTooMany
+};
+template <int kMutation>
+__global__ void Ring(uint4* y, int steps) {
+  constexpr unsigned kCtas = 4;
+  const unsigned rank = blockIdx.x % kCtas, threads = blockDim.x, i = threadIdx.x;
+  uint4* halves = DynamicShared<uint4>();  // [2][kCtas][threads]
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(halves + 2 * kCtas * threads);
+  if (i < 2 && kMutation != kNoInit) InitBarrier(barriers + i);
+  if (kMutation != kNoStart) ClusterSync();
+  uint4 v{i, i + 1, i + 2, blockIdx.x};
+  for (int step = 1; step <= steps; step++) {
+    const unsigned half = kMutation == kOneHalf ? 0 : step % 2;
+    const unsigned bytes = unsigned(sizeof(v)) * threads * (kMutation == kTooMany ? 5 : kCtas);
+    if (i == 0) ExpectBytes(barriers + half, bytes);
+    uint4* to = halves + half * kCtas * threads;
+    for (unsigned peer = 0; peer < kCtas; peer++)
+      StoreAsync(to + rank * threads + i, v, barriers + half, peer);
+    const unsigned phase = (kMutation == kOneHalf ? step - 1 : (step - 1) / 2) % 2;
+    if (kMutation != kNoWait) WaitForBytes(barriers + half, phase ^ (kMutation == kWrongParity));
+    v = to[(rank + 1) % kCtas * threads + threads - 1 - i];
+    v = uint4{v.y, v.z, v.w, v.x};
+  }
+  y[blockIdx.x * threads + i] = v;
+}
+
+template <int kMutation>
+bool RunRing() {
+  constexpr unsigned kBlocks = 12, kThreads = 64;
+  constexpr int kSteps = 8;
+  Buffer<uint4> y(kBlocks * kThreads);
+  LaunchConfig config;
+  config.grid = kBlocks;
+  config.block = kThreads;
+  config.cluster = 4;
+  config.shared = 2 * 4 * kThreads * sizeof(uint4) + 2 * sizeof(uint64_t);
+  Launch(Ring<kMutation>, config, nullptr, y.data(), kSteps);
+  for (unsigned b = 0; b < kBlocks; b++)
+    for (unsigned i = 0; i < kThreads; i++) {  // eight turns: all is where it was
+      const uint4 want{i, i + 1, i + 2, b}, got = y[b * kThreads + i];
+      if (std::memcmp(&got, &want, sizeof(want)) != 0) return false;
+    }
+  return true;
+}
+
+void TestClusters() {
+  Right("ring", RunRing<kClusterRight>);
+  Mutant("stores to a block that has not started", RunRing<kNoStart>);
+  Mutant("no mbarrier", RunRing<kNoInit>);
+  Mutant("no wait", RunRing<kNoWait>);
+  Mutant("the other phase", RunRing<kWrongParity>);
+  Mutant("one half for all steps", RunRing<kOneHalf>);
+  Mutant("bytes that do not come", RunRing<kTooMany>);
+}
+
 // ---- matrices: one tile, against a plain loop ----
 
 enum MmaKind { kBf16, kF16, kTf32 };
@@ -438,6 +503,7 @@ void TestReports() {
 }
 
 const std::map<std::string, void (*)()> kCases = {
+    {"clusters", TestClusters},
     {"conversions", TestConversions},
     {"coordinates", TestCoordinates},
     {"matrices", TestMatrices},
