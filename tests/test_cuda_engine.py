@@ -123,7 +123,7 @@ def test_plans_are_possible(engine: Any) -> None:
         if found.variant == variants.local:
             assert found.groups in (1, 2, 4, 8) and of_copy == 1, problem
             deep = ceil(16 * found.groups * size, 64)
-            assert found.tiles == 1 and gates * found.groups * deep <= 16 * 8, problem
+            assert found.tiles == 1 and gates * found.groups * deep <= 12 * 8, problem
         elif found.variant == variants.cluster:
             assert major >= 9 and 2 <= of_copy <= 16, problem
             assert found.blocks * 8 * 64 >= problem.H * size, problem
@@ -172,7 +172,7 @@ def test_plans_of_known_shapes(engine: Any) -> None:
     # Small layers need one block for some rows of the batch, as far as their weights fit into it.
     for cell, most in (("rnn_tanh", 128), ("gru", 64), ("lstm", 64)):
         for storage in ("bfloat16", "float32"):
-            units = 128 if storage == "bfloat16" else most
+            units = 128 if storage == "bfloat16" and cell != "lstm" else most
             assert variant(cell=cell, H=units, storage=storage) == "local"
             assert variant(cell=cell, H=units + 8, storage=storage) == "cluster"
             assert variant(card="A100", cell=cell, H=units + 8, storage=storage) == "resident"

@@ -141,20 +141,18 @@ __device__ __forceinline__ void AddProducts(Pack<Wide<T>, kOneStepRows> (&sums)[
     T values[kAtOnce];
   };
   for (int64_t k = threadIdx.x % 32 * kAtOnce; k < depth; k += 32 * kAtOnce) {
-    Piece of_w[kGates], of_row[kOneStepRows];
+    Piece of_w[kGates];
     FRNN_UNROLL
     for (int q = 0; q < kGates; q++) of_w[q] = *reinterpret_cast<const Piece*>(w + q * gate + k);
     FRNN_UNROLL
-    for (int row = 0; row < kOneStepRows; row++)
-      if (row < rows) of_row[row] = *reinterpret_cast<const Piece*>(&from(row, k));
-    FRNN_UNROLL
     for (int row = 0; row < kOneStepRows; row++) {
       if (row >= rows) break;
+      const Piece of_row = *reinterpret_cast<const Piece*>(&from(row, k));
       FRNN_UNROLL
       for (int q = 0; q < kGates; q++) {
         FRNN_UNROLL
         for (int i = 0; i < kAtOnce; i++)
-          sums[q][row] += Widen(of_w[q].values[i]) * Widen(of_row[row].values[i]);
+          sums[q][row] += Widen(of_w[q].values[i]) * Widen(of_row.values[i]);
       }
     }
   }

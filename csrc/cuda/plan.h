@@ -40,8 +40,8 @@ constexpr int64_t kClusterBlocks = 16;
 // Weights that a warp holds at most, in tiles of 16 rows by a block of k; a tile takes 8 registers of
 // each lane. And of a block groups times tiles of rows.
 constexpr int64_t kWarpTiles = 16, kBlockRows = 4;
-// Groups of a local kernel at most.
-constexpr int64_t kLocalGroups = 8;
+// Groups of a local kernel at most, and tiles of a warp, which has much else to hold.
+constexpr int64_t kLocalGroups = 8, kLocalTiles = 12;
 
 // The kernels there are, by gates, a warp's blocks of k (of a local one: all), groups and tiles of rows.
 constexpr bool IsResidentShape(int64_t gates, int64_t blocks, int64_t groups, int64_t tiles) {
@@ -52,7 +52,7 @@ constexpr bool IsClusterShape(int64_t gates, int64_t blocks, int64_t groups, int
          groups * tiles <= kBlockRows;
 }
 constexpr bool IsLocalShape(int64_t gates, int64_t blocks, int64_t groups) {
-  return gates * blocks * groups <= kWarpTiles * kWarps;
+  return gates * blocks * groups <= kLocalTiles * kWarps;
 }
 
 // Blocks that hold all units once, and floats that a block's warps add up for a product of `tiles` tiles

@@ -78,11 +78,14 @@ struct TimeRows {
 template <bool kByLanes>
 struct LoadedRows {
   int64_t first, end;  // by lanes: one or the other in `first`
-  __device__ __forceinline__ LoadedRows(const ResidentSteps& n, int64_t time) : first(0), end(0) {
-    if (time < 0 || time >= n.T) return;
+  __device__ __forceinline__ LoadedRows(const ResidentSteps& n, int64_t time) {
+    const bool exists = time >= 0 && time < n.T;
     if (kByLanes) time += threadIdx.x % 2;
-    first = n.offsets != nullptr ? n.offsets[time] : time * n.B;
-    if (!kByLanes) end = n.offsets != nullptr ? n.offsets[time + 1] : first + n.B;
+    first = exists ? time * n.B : 0, end = exists ? time * n.B + n.B : 0;
+    if (exists && n.offsets != nullptr) {
+      first = n.offsets[time];
+      if (!kByLanes) end = n.offsets[time + 1];
+    }
   }
   __device__ __forceinline__ TimeRows Count() const {
     if constexpr (kByLanes) {
@@ -340,10 +343,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   }
 
   for (int64_t s = n.begin; s < n.end; s++) {
-    const int mail = int(s - (E::kShared ? n.begin : 0));
+    const int mail = int(E::kShared ? s - n.begin : s);
     const bool last = s + 1 == n.end;
     fetch();
-    const LoadedRows<E::kShared> loaded(n, a.start + (s + 1) * a.way);
+    const LoadedRows<E::kCluster> loaded(n, a.start + (s + 1) * a.way);
     if constexpr (E::kShared) {
       if (mail > 0) box.Wait(mail);
       if (!last) box.Expect(mail + 1);
@@ -558,7 +561,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   fetch(n.end - 1);
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
-    const int mail = int(n.end - s);
+    const int mail = int(E::kShared ? n.end - s : s);
     T* const own = own_dgh + (mail & 1) * kOwnHalf;
     BackwardStep<C, Quick> unit[kItems];
     FRNN_UNROLL
@@ -594,7 +597,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const TimeRows seen = rows;
     rows = next;
     if (s > n.begin) fetch(s - 1);
-    const LoadedRows<E::kShared> loaded(n, time(s - 2));
+    const LoadedRows<E::kCluster> loaded(n, time(s - 2));
     const Sums now{reinterpret_cast<float*>(box.Half(mail))};
     box.Expect(mail);
     if constexpr (E::kShared) __syncthreads();

@@ -152,7 +152,9 @@ struct ResidentProduct {
 
   // Which of those that share k a warp is, and its tile i of A.
   __device__ static int Part() { return int(threadIdx.x / 32) % kSplit; }
-  __device__ static int TileOf(int i) { return int(threadIdx.x / 32) / kSplit + i * (kM / kOwn); }
+  __device__ static int TileOf(int i) {
+    return (kSplit < kWarps ? int(threadIdx.x / 32) / kSplit : 0) + i * (kM / kOwn);
+  }
   __device__ static int K(int block) {  // of this lane's 16 bytes
     return (Part() * kBlocks + block) * O::kBlock + int(threadIdx.x % 4) * O::kLane;
   }
