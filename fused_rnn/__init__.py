@@ -16,6 +16,7 @@ build.check_torch_version()
 from . import flops, registries  # noqa: E402, F401
 from .cells import PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402
+from .custom import CellError, cell  # noqa: E402
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .patch import Patch, patch_torch  # noqa: E402
 
@@ -25,6 +26,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CellError",
     "Finding",
     "GRUCell",
     "LSTMCell",
@@ -32,6 +34,7 @@ __all__ = [
     "PeepholeLSTM",
     "RNNCell",
     "backend_info",
+    "cell",
     "patch_torch",
     "replace",
     "restore",

@@ -73,26 +73,33 @@ class CustomLayer(Recurrent):
 
     def _add_run(self, layer: int, suffix: str, device: Any, dtype: Any) -> list[str]:
         """Make the parameters of one direction of a layer; their names, as torch.nn forms them."""
-        known, hidden = CELLS[self.cell], self.hidden_size
-        rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
-        width = self.proj_size or hidden
+        width = self.proj_size or self.hidden_size
         inputs = self.input_size if layer == 0 else width * (1 + self.bidirectional)
-        shapes: dict[str, tuple[int, ...]] = {
-            "w_ih": (rows, inputs),
-            "w_hh": (rows_h, width),
-            "b_ih": (rows,),
-            "b_hh": (rows_h,),
-            "w_hr": (width, hidden),
-        }
-        present = present_bits(self.cell, biases=self.bias, projection=self.proj_size > 0)
         names = []
-        for short in present_names(self.cell, present):
-            long = short.replace("w_", "weight_", 1) if short.startswith("w_") else short
-            long = long.replace("b_", "bias_", 1) if short.startswith("b_") else long
-            names.append(f"{long}_l{layer}{suffix}")
-            empty: Tensor = torch.empty(*shapes.get(short, (hidden,)), device=device, dtype=dtype)
+        for name, shape in shapes_of(
+            self.cell, inputs, self.hidden_size, bias=self.bias, proj_size=self.proj_size
+        ).items():
+            names.append(f"{name}_l{layer}{suffix}")
+            empty: Tensor = torch.empty(*shape, device=device, dtype=dtype)
             setattr(self, names[-1], nn.Parameter(empty))
         return names
+
+
+def shapes_of(
+    cell: str, inputs: int, hidden: int, *, bias: bool, proj_size: int
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of a cell, in their order, by the names that torch.nn gives to parameters."""
+    known, width = CELLS[cell], proj_size or hidden
+    rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
+    named: dict[str, tuple[str, tuple[int, ...]]] = {
+        "w_ih": ("weight_ih", (rows, inputs)),
+        "w_hh": ("weight_hh", (rows_h, width)),
+        "b_ih": ("bias_ih", (rows,)),
+        "b_hh": ("bias_hh", (rows_h,)),
+        "w_hr": ("weight_hr", (width, hidden)),
+    }
+    present = present_bits(cell, biases=bias, projection=proj_size > 0)
+    return dict(named.get(name, (name, (hidden,))) for name in present_names(cell, present))
 
 
 class PeepholeLSTM(CustomLayer, PairLayers):

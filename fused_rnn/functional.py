@@ -80,7 +80,7 @@ def _answers_itself(weight: Tensor | None) -> bool:
     return getattr(answer, "__func__", answer) not in _USUAL_ANSWERS
 
 
-def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     """``ops``, ``reference`` or ``onnx``: all have ``recurrent``."""
     if onnx.exporting():
         return onnx
@@ -88,7 +88,7 @@ def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> A
     if (
         not _wants_torch_operator(x, weights)
         and not transformed()
-        and ops.supports([x, *states, *weights])
+        and ops.supports([x, *states, *weights], cell)
     ):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
@@ -353,7 +353,7 @@ def _run(
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, present)."""
-    engine = _engine(x, _present((h0, c0)), weights)
+    engine = _engine(cell, x, _present((h0, c0)), weights)
     if _kept_for_backward(x, _present((h0, c0)), weights):
         x = x.contiguous()
         h0, c0 = (None if s is None else s.contiguous() for s in (h0, c0))
@@ -432,7 +432,7 @@ def _step(
     cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], present: int
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    engine = _engine(x, states, weights)
+    engine = _engine(cell, x, states, weights)
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
     h, c = states[0], states[1] if len(states) > 1 else None

@@ -42,6 +42,7 @@ class Cell:
     output: int = 0  # the state that is the layer's output
     gates_h: int | None = None  # with a part of W_hh; None: all. With 0 there is no W_hh
     reads_h: bool = False  # whether the step reads h itself, beside its product with W_hh
+    source: Any = None  # of a cell that is not in csrc/cells, what its header is made by
 
     @property
     def recurrent_gates(self) -> int:
