@@ -346,10 +346,9 @@ class _Layer(_Compiled, CustomLayer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if "_all_weights" in self.__dict__:
-            for layer in range(self.num_layers):
-                for suffix in ("", "_reverse")[: 1 + self.bidirectional]:
-                    self._initialise(f"_l{layer}{suffix}")
+        if self.mode == self.cell.upper():  # not yet where torch.nn's constructor asks for it
+            for run in self._all_weights:
+                self._initialise(run[0].removeprefix("weight_ih"))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._shown()

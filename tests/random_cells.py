@@ -18,8 +18,9 @@ torch.sin({a});torch.cos(2 * {a});torch.erf({a});torch.relu({a});F.relu({a});tor
 F.softplus({a});F.softplus({a}, beta=2, threshold=3);F.logsigmoid({a});F.silu({a});F.gelu({a})
 F.gelu({a}, approximate="tanh");F.elu({a}, alpha=0.7);F.leaky_relu({a}, 0.1)
 F.hardtanh({a}, -0.5, 2.0);F.hardsigmoid({a});torch.clamp({a}, -0.7, 0.9);{a}.clamp(min=-0.3)
-(1.2 + torch.tanh({a})) ** 1.7;torch.tanh({a}) ** 3;torch.pow({a}.sigmoid(), 0.5);(2 + torch.tanh({a})) ** -2;1 - {a};{a} / 3
-F.softsign({a});F.mish({a});torch.where({a} > 0.1, {a}, 0.5 * {a});({a} > 0).float() * {a}
+(1.2 + torch.tanh({a})) ** 1.7;torch.tanh({a}) ** 3;torch.pow({a}.sigmoid(), 0.5)
+(2 + torch.tanh({a})) ** -2;1 - {a};{a} / 3;F.softsign({a});F.mish({a})
+torch.where({a} > 0.1, {a}, 0.5 * {a});({a} > 0).float() * {a}
 torch.special.expit({a});torch.special.log1p({a}.square());2.0 ** torch.tanh({a});0.3 - {a}
 F.selu({a});F.relu6({a})""".replace("\n", ";").split(";")
 BINARY = """{a} + {b};{a} - {b};{a} * {b};{a} / (1.5 + {b} * {b});torch.maximum({a}, {b})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import textwrap
@@ -48,15 +49,16 @@ class _Body:
     def __init__(self, inputs: Mapping[Node, str]) -> None:
         self.have = dict(inputs)  # the text of values that have a name
         self.lines: list[str] = []
-        self._names = set(_TAKEN)
+        self._names: set[str] = set()
 
     def name(self, wish: str) -> str:
         """A name that nobody has, as near to the wish as can be."""
         plain = re.sub(r"[^0-9A-Za-z_]", "_", wish)
-        while plain in self._names:
-            plain += "_"
-        self._names.add(plain)
-        return plain
+        plain = f"{plain}_" if plain in _TAKEN else plain
+        tries = (f"{plain}{number or ''}" for number in itertools.count())
+        found = next(name for name in tries if name not in self._names)
+        self._names.add(found)
+        return found
 
     def describe(self, node: Node) -> str:
         """A wish for what has no name: a function of something that has one, or anything."""
@@ -149,7 +151,7 @@ def _gate_names(trace: Trace, nodes: Iterable[Node]) -> dict[Node, str]:
     return found
 
 
-def _forward(trace: Trace, tape: Tape, inputs: Mapping[Node, str]) -> list[str]:
+def _forward(trace: Trace, tape: Tape, inputs: Mapping[Node, str]) -> _Body:
     new = list(trace.new.values())
     body, uses = _Body(inputs), _uses([*new, *tape.saved])
     names = {**_gate_names(trace, tape.saved), **trace.local}
@@ -161,16 +163,17 @@ def _forward(trace: Trace, tape: Tape, inputs: Mapping[Node, str]) -> list[str]:
     for i, node in enumerate(new):
         body.assign(f"s_new[{i}]", node)
     body.lines += _together(f"saved[{i}] = {body.value(node)}" for i, node in enumerate(tape.saved))
-    return body.lines
+    return body
 
 
 def _backward(
-    trace: Trace, gradients: Gradients, tape: Tape, inputs: Mapping[Node, str]
-) -> list[str]:
+    trace: Trace, gradients: Gradients, tape: Tape, inputs: Mapping[Node, str], forward: _Body
+) -> _Body:
     body = _Body(inputs)
     names = {**_gate_names(trace, tape.saved), **trace.local}
-    for i, node in enumerate(tape.saved):
-        body.have[node] = body.name(names.get(node, f"saved_{i}"))
+    for node in tape.saved:
+        own = forward.have[node] if node.op != "input" and node in forward.have else "u"
+        body.have[node] = body.name(names.get(node, own))
     if tape.saved:
         loads = [f"{body.have[node]} = saved[{i}]" for i, node in enumerate(tape.saved)]
         body.lines.append(f"const V {', '.join(loads)};")
@@ -197,7 +200,7 @@ def _backward(
     for name, nodes in (("ds", gradients.states), ("dp", gradients.params)):
         for i, node in enumerate(nodes):
             body.assign(f"{name}[{i}]", node)
-    return body.lines
+    return body
 
 
 def _needed(ends: Sequence[Node], known: Mapping[Node, str]) -> tuple[list[Node], dict[Node, int]]:
@@ -299,7 +302,9 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
         names = _list(f'"{name}"' for name in d.params)
         facts.append(f"const char* kParamNames[kParams] = {names}")
     declared = "\n".join(_filled(f"static constexpr {fact};", "  ", " " * 6) for fact in facts)
-    forward = _function(
+    forward = _forward(trace, tape, inputs)
+    backward = _backward(trace, gradients, tape, for_backward, forward)
+    forward_text = _function(
         "forward",
         [
             ("const Pack<V, kX>& ", "x"),
@@ -309,9 +314,9 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
             ("Pack<V, kStates>& ", "s_new"),
             ("Pack<V, kSaved>& ", "saved"),
         ],
-        _forward(trace, tape, inputs),
+        forward.lines,
     )
-    backward = _function(
+    backward_text = _function(
         "backward",
         [
             ("const Pack<V, kSaved>& ", "saved"),
@@ -323,7 +328,7 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
             ("Pack<V, kStates>& ", "ds"),
             ("Pack<V, kParams>& ", "dp"),
         ],
-        _backward(trace, gradients, tape, for_backward),
+        backward.lines,
     )
     name = type_name(d.name)
     described = [f"// {name}, written by fused_rnn/compiler. Gates: {', '.join(d.gates)}."]
@@ -339,8 +344,8 @@ namespace custom {{
 struct {name} : CellDefaults {{
 {declared}
 
-{forward}
-{backward}
+{forward_text}
+{backward_text}
 }};
 
 }}  // namespace custom

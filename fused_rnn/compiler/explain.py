@@ -9,6 +9,7 @@ from .derive import Gradients
 from .graph import Node, reachable
 from .trace import Trace
 
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 # Operations of a function, about as many as core/math.h has for it.
 _FUNCTION_FLOPS = 20
 
@@ -55,6 +56,10 @@ def _name(trace: Trace, node: Node) -> str:
         return f"{node.args[0]}.{node.args[1]}"
     if node.op == "const":
         return f"{node.args[0]:g}"
+    if node.op in _SIGNS:
+        return (
+            f"({f' {_SIGNS[node.op]} '.join(_name(trace, operand) for operand in node.operands)})"
+        )
     return f"{node.op}({', '.join(_name(trace, operand) for operand in node.operands)})"
 
 
