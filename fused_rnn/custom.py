@@ -361,7 +361,7 @@ class _StatesLayer(_Layer):
         """Of h among the states."""
         return self._made.declaration.states.index(CELLS[self.cell].states[0])
 
-    def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor]:
+    def _check_count(self, hx: Any) -> None:
         names = self._made.declaration.states
         if isinstance(hx, Tensor) or len(hx) != len(names):
             kind = "a tensor" if isinstance(hx, Tensor) else f"{len(hx)}"
@@ -369,6 +369,9 @@ class _StatesLayer(_Layer):
                 f"{type(self).__name__}: hx: expected a tuple of {len(names)} tensors "
                 f"({', '.join(names)}), got {kind}"
             )
+
+    def _split_hidden(self, hx: Any) -> tuple[Tensor, Tensor]:
+        self._check_count(hx)
         rest = list(hx)
         h = rest.pop(self._place())
         return h, torch.cat(rest, -1)
@@ -385,13 +388,13 @@ class _StatesLayer(_Layer):
         return self._join_hidden(h, h.new_zeros(*h.shape[:-1], others * self.hidden_size))
 
     def _check_hidden_dim(self, hx: Any, dim: int) -> None:
-        self._split_hidden(hx)
+        self._check_count(hx)
         for state in hx:
             super()._check_hidden_dim(state, dim)
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
         self.check_input(input, batch_sizes)
-        self._split_hidden(hidden)
+        self._check_count(hidden)
         layers, batch, width = self.get_expected_hidden_size(input, batch_sizes)
         for i, state in enumerate(hidden):
             expected = (layers, batch, width if i == self._place() else self.hidden_size)

@@ -204,7 +204,8 @@ def ATR(x: Any, r: Any, s: Any, p: Any) -> New:
     """Addition-subtraction twin-gated network: the sum and the difference are the gates.
 
     Zhang et al. 2018, "Simplifying neural machine translation with addition-subtraction twin-gated
-    recurrent networks" (arXiv:1810.12546): ``h' = σ(p + q) p + σ(p - q) h``.
+    recurrent networks" (arXiv:1810.12546): ``h' = σ(x + h_a) x + σ(x - h_a) h``,
+    where x is x_a.
     """
     i = torch.sigmoid(x.a + r.a)
     f = torch.sigmoid(x.a - r.a)
@@ -229,8 +230,8 @@ def FastGRNN(x: Any, r: Any, s: Any, p: Any) -> New:
 def CfC(x: Any, r: Any, s: Any, p: Any, elapsed: float = 1.0) -> New:
     """Closed-form continuous-time network without backbone, for steps of equal length.
 
-    Hasani et al. 2022, "Closed-form continuous-time neural networks" (arXiv:2106.13898), eq. 10 as
-    in its code: ``t = σ(a elapsed + b)``, ``h' = (1 - t) tanh(x_g + h_g) + t tanh(x_f + h_f)``.
+    Hasani et al. 2022, "Closed-form continuous-time neural networks" (arXiv:2106.13898), as in
+    its code: ``t = σ(a elapsed + b)``, ``h' = (1 - t) tanh(x_g + h_g) + t tanh(x_f + h_f)``.
     """
     t = torch.sigmoid((x.a + r.a) * elapsed + x.b + r.b)
     return dict(h=(1 - t) * torch.tanh(x.g + r.g) + t * torch.tanh(x.f + r.f))
