@@ -60,7 +60,9 @@ def _name(trace: Trace, node: Node) -> str:
         return (
             f"({f' {_SIGNS[node.op]} '.join(_name(trace, operand) for operand in node.operands)})"
         )
-    return f"{node.op}({', '.join(_name(trace, operand) for operand in node.operands)})"
+    inner = ", ".join(_name(trace, operand) for operand in node.operands)
+    alone = len(node.operands) == 1 and node.operands[0].op in _SIGNS and inner.startswith("(")
+    return f"{node.op}{inner if alone else f'({inner})'}"
 
 
 def _named(trace: Trace, nodes: Sequence[Node]) -> list[str]:
