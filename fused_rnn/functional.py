@@ -357,10 +357,11 @@ def _run(
     if _kept_for_backward(x, _present((h0, c0)), weights):
         x = x.contiguous()
         h0, c0 = (None if s is None else s.contiguous() for s in (h0, c0))
-    layers, directions, _ = shape
+    layers, directions, present = shape
     masks = None
     if layers > 1 and dropout > 0:  # torch.nn's numbers: layer by layer, in its shape
-        ones = x.new_ones((*x.shape[:-1], directions * weights[1].shape[1]))
+        _, width = reference.units_of(cell, present, weights)
+        ones = x.new_ones((*x.shape[:-1], directions * width))
         masks = torch.stack([F.dropout(ones, dropout, training=True) for _ in range(layers - 1)])
     found: tuple[Tensor, Tensor, Tensor | None] = engine.recurrent(
         cell, x, h0, c0, weights, masks, batch_sizes, *shape, recompute and not transformed()

@@ -308,9 +308,7 @@ def _sizes(
     present: int,
 ) -> _Sizes:
     found = reference.CELLS[cell]
-    run = dict(zip(reference.present_names(cell, present), weights, strict=False))
-    hidden = run["w_ih"].shape[0] // found.gates
-    width = run["w_hh"].shape[1] if "w_hh" in run else hidden
+    hidden, width = reference.units_of(cell, present, weights)
     batch: Any
     if h0 is not None:
         batch = h0.shape[1]

@@ -122,6 +122,13 @@ def present_names(cell: str, present: int) -> list[str]:
     return [name for i, name in enumerate(CELLS[cell].tensors) if present >> i & 1]
 
 
+def units_of(cell: str, present: int, weights: Sequence[Tensor]) -> tuple[Any, Any]:
+    """H and P, as the tensors of the first layer have them."""
+    run = dict(zip(present_names(cell, present), weights, strict=False))
+    units = run["w_ih"].shape[0] // CELLS[cell].gates
+    return units, run["w_hh"].shape[1] if "w_hh" in run else units
+
+
 def by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
     """The flat tensors of each layer and direction by themselves."""
     names = present_names(cell, present)
@@ -194,13 +201,10 @@ def initial_states(
     others = len(CELLS[cell].states) - 1
     if h0 is not None and (c0 is not None or not others):
         return h0, c0
-    names = present_names(cell, present)
-    run = dict(zip(names, weights[: len(names)], strict=True))
-    runs, batch = len(weights) // len(names), x.shape[1]
+    runs, batch = len(weights) // present.bit_count(), x.shape[1]
     if batch_sizes is not None:
         batch = batch_sizes[0]  # type: ignore[assignment]
-    units = run["w_ih"].shape[0] // CELLS[cell].gates
-    width = run["w_hh"].shape[1] if "w_hh" in run else units
+    units, width = units_of(cell, present, weights)
     if h0 is None:
         h0 = torch.zeros(runs, batch, width, dtype=x.dtype, device=x.device)
     if c0 is None and others:

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_map
 
 import fused_rnn
-from fused_rnn import CellError, build, ops, reference
+from fused_rnn import CellError, build, ops, reference, zoo
 from fused_rnn.reference import CELLS
 
 pytestmark = pytest.mark.compiling
@@ -257,6 +257,8 @@ def test_copies_and_pickles() -> None:
         assert_all_close(other(x), expected, tol=0)
         assert repr(other) == "Swapped(3, 4, leak=0.75)"
     assert error(Swapped(3, 4)(x)[0], expected[0]) > 1e-3
+    step = Swapped.Cell(3, 4, leak=0.75)
+    assert_all_close(pickle.loads(pickle.dumps(step))(x[0]), step(x[0]), tol=0)
     # What this process has not met yet: another had another hyperparameter.
     text = pickle.dumps(layer)
     name = CELLS[layer.cell]
@@ -312,6 +314,17 @@ def test_autocast_and_mixed_threads() -> None:
         assert torch.equal(found[1][key], value), key
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_dropout_between_layers_without_a_product(bias: bool) -> None:
+    layer = zoo.MinGRU(3, 4, 3, bias=bias, dropout=0.5, bidirectional=True)
+    x = torch.randn(5, 2, 3)
+    torch.manual_seed(1)
+    y, h_n = layer(x)
+    torch.manual_seed(1)
+    assert_all_close(layer(x), (y, h_n), tol=0)
+    assert error(layer.eval()(x)[0], y) > 0 and h_n.shape == (6, 2, 4)
+
+
 # --- Libraries ----------------------------------------------------------------------------------
 
 PROGRAM = """
@@ -327,7 +340,7 @@ print(y.sum().item(), fused_rnn.build.libraries.state().backend)
 """
 
 
-def fresh(number: float, **own: str) -> subprocess.CompletedProcess[str]:
+def fresh(number: str, **own: str) -> subprocess.CompletedProcess[str]:
     text = PROGRAM.format(tests=str(Path(__file__).parent), number=number)
     return subprocess.run(
         [sys.executable, "-c", text], env=os.environ | own, capture_output=True, text=True
@@ -346,19 +359,29 @@ def test_a_library_is_built_once_and_listed(tmp_path: Path) -> None:
     ).stdout
     assert "peephole_lstm" in listed and "Fresh" in listed
     # Without a compiler the function itself runs, and says so once.
-    missing = fresh(float(number) + 1, CXX="/nowhere/c++")
+    missing = fresh("1" + number, CXX="/nowhere/c++")
     assert missing.stderr.count("RuntimeWarning: fused_rnn has no Fresh (float) library") == 1
-    plain = fresh(float(number) + 1, FUSED_RNN_BACKEND="reference")
+    plain = fresh("1" + number, FUSED_RNN_BACKEND="reference")
     assert float(missing.stdout.split()[0]) == pytest.approx(
         float(plain.stdout.split()[0]), rel=1e-5
     )
     assert plain.stderr == ""
-    strict = fresh(float(number) + 1, CXX="/nowhere/c++", FUSED_RNN_BACKEND="native")
+    strict = fresh("1" + number, CXX="/nowhere/c++", FUSED_RNN_BACKEND="native")
     assert "RuntimeError: fused_rnn has no Fresh (float) library" in strict.stderr
     for facts in build.custom.found([build.cache_dir()]):
         if facts["type"] == "Fresh":
             facts["library"].unlink()
             facts["library"].with_suffix(".json").unlink()
+
+
+@needs_kernels
+@pytest.mark.parametrize("capability", ["generic", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    done = fresh("0.5", FUSED_RNN_CPU_CAPABILITY=capability)
+    assert "native" in done.stdout, done.stderr
+    assert "cell Fresh" not in done.stderr or f"(float, {capability})" in done.stderr
+    plain = fresh("0.5", FUSED_RNN_BACKEND="reference")
+    assert float(done.stdout.split()[0]) == pytest.approx(float(plain.stdout.split()[0]), rel=1e-5)
 
 
 @needs_kernels
