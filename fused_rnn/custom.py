@@ -350,6 +350,11 @@ class _Layer(_Compiled, CustomLayer):
             for run in self._all_weights:
                 self._initialise(run[0].removeprefix("weight_ih"))
 
+    def _has_usual_sizes(self) -> bool:
+        if CELLS[self.cell].recurrent_gates:
+            return super()._has_usual_sizes()
+        return self._width("weight_ih_l0") == self.input_size
+
     def extra_repr(self) -> str:
         return super().extra_repr() + self._shown()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -222,6 +223,21 @@ def test_hyperparameters_are_constants() -> None:
     assert layer.Cell(3, 4, leak=0.0)(torch.zeros(2, 3)).shape == (2, 4)
     with pytest.raises(TypeError, match="leaky: unexpected keyword argument 'lek'.* leak, deep"):
         layer(3, 4, lek=1)
+
+
+def test_threads_trace_one_after_another() -> None:
+    def leaky(x: Any, r: Any, s: Any, p: Any, leak: float = 0.0) -> dict[str, Any]:
+        n = s.h
+        for _ in range(50):
+            n = torch.tanh(n + leak * x.a)
+        return dict(h=n + r.a)
+
+    layer = of(leaky, "a")
+    wanted = {leak: layer(2, 3, leak=leak).cell for leak in (0.5, 0.25, 0.125, 2.0)}
+    layer._made._names.clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda leak: layer(2, 3, leak=leak).cell, wanted)
+    assert list(found) == list(wanted.values())
 
 
 # --- Mistakes -----------------------------------------------------------------------------------

@@ -225,6 +225,15 @@ def test_float32(name: str) -> None:
         assert error(ours[key], value) <= 2e-5 * max(1.0, magnitude(value)), key
 
 
+@pytest.mark.skipif(build.backend() != "native", reason="about direct calls")
+def test_a_cell_without_a_product_is_called_directly() -> None:
+    layer, x, hx = example("MinGRU")
+    with torch.no_grad():
+        expected = layer(x, hx)
+        assert layer._is_usual() and layer._run_directly(x, hx) is not None
+        assert_all_close(layer(x, hx), expected, tol=0)
+
+
 def test_slstm_from_zeros_and_far_out() -> None:
     """The stabiliser holds where the exponentials would overflow."""
     layer, x, _ = example("SLSTM", num_layers=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .errors import CellError, refuse
 from .graph import COMPARISONS, Graph, Node, reachable
 
 _graph = Graph()  # of the trace under way
+_one_at_a_time = threading.RLock()
 
 
 # --- What is declared, and what comes of it ---------------------------------------------------
@@ -517,6 +519,13 @@ def trace(
     fn: Callable[..., Any], declaration: Declaration, hyperparameters: Mapping[str, Any]
 ) -> Trace:
     """Run the function on symbols. Raises CellError."""
+    with _one_at_a_time:
+        return _trace(fn, declaration, hyperparameters)
+
+
+def _trace(
+    fn: Callable[..., Any], declaration: Declaration, hyperparameters: Mapping[str, Any]
+) -> Trace:
     global _graph
     d, outer = declaration, _graph
     _graph = graph = Graph()
