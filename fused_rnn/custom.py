@@ -151,6 +151,7 @@ class _Made:
         first, *rest = self._arguments()
         self.defaults = {p.name: p.default for p in rest}
         self._names: dict[tuple[Any, ...], str] = {}
+        self.recurrent = ""
 
     def _arguments(self) -> list[inspect.Parameter]:
         """x and, behind x, r, s and p, the hyperparameters."""
@@ -189,6 +190,12 @@ class _Made:
         if key not in self._names:
             compiled = Compiled(trace(self.fn, self.declaration, values))
             self._check_counts(compiled)
+            self.recurrent = self.recurrent or compiled.trace.recurrent
+            if compiled.trace.recurrent != self.recurrent:  # hx would have another form
+                raise CellError(
+                    f"{self.where}the state that W_hh multiplies depends on a hyperparameter: "
+                    f"{self.recurrent} or {compiled.trace.recurrent}"
+                )
             CELLS.setdefault(compiled.name, self._known(compiled, values))
             self._names[key] = compiled.name
         return self._names[key]

@@ -225,6 +225,15 @@ def test_hyperparameters_are_constants() -> None:
         layer(3, 4, lek=1)
 
 
+def test_the_state_of_the_product_is_one() -> None:
+    def either(x: Any, r: Any, s: Any, p: Any, second: bool = False) -> dict[str, Any]:
+        return dict(h=torch.tanh(x.a + r(s.c if second else s.h).a), c=s.c + s.h)
+
+    layer = of(either, "a", "h c")
+    with pytest.raises(CellError, match="depends on a hyperparameter: h or c"):
+        layer(2, 3, second=True)
+
+
 def test_threads_trace_one_after_another() -> None:
     def leaky(x: Any, r: Any, s: Any, p: Any, leak: float = 0.0) -> dict[str, Any]:
         n = s.h
