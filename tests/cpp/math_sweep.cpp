@@ -94,14 +94,24 @@ MathSweep Sweep(const char* type) {
       AT(abs, -inf) == inf && Eval<V>([](V v) { return frnn::maximum(v, V{}); }, -inf) == 0 &&
       Eval<V>([](V v) { return frnn::minimum(v, V{}); }, -inf) == -inf;
   bool nans = true;
-#define STAYS(name) nans = nans && std::isnan(AT(name, nan));
-  STAYS(tanh)
-  STAYS(sigmoid) STAYS(relu) STAYS(exp) STAYS(expm1) STAYS(log) STAYS(log1p) STAYS(softplus)
-      STAYS(erf) STAYS(sqrt) STAYS(sin) STAYS(cos) STAYS(abs) nans =
-          nans && std::isnan(Eval<V>([](V v) { return frnn::maximum(v, V{}); }, nan)) &&
-          std::isnan(Eval<V>([](V v) { return frnn::maximum(V{}, v); }, nan)) &&
-          std::isnan(Eval<V>([](V v) { return frnn::minimum(v, V{}); }, nan)) &&
-          std::isnan(Eval<V>([](V v) { return frnn::minimum(V{}, v); }, nan));
+#define STAYS(name) nans = nans && std::isnan(AT(name, nan))
+  STAYS(tanh);
+  STAYS(sigmoid);
+  STAYS(relu);
+  STAYS(exp);
+  STAYS(expm1);
+  STAYS(log);
+  STAYS(log1p);
+  STAYS(softplus);
+  STAYS(erf);
+  STAYS(sqrt);
+  STAYS(sin);
+  STAYS(cos);
+  STAYS(abs);
+  nans = nans && std::isnan(Eval<V>([](V v) { return frnn::maximum(v, V{}); }, nan)) &&
+         std::isnan(Eval<V>([](V v) { return frnn::maximum(V{}, v); }, nan)) &&
+         std::isnan(Eval<V>([](V v) { return frnn::minimum(v, V{}); }, nan)) &&
+         std::isnan(Eval<V>([](V v) { return frnn::minimum(V{}, v); }, nan));
   found.special = gates && powers && logs && others && nans;
   return found;
 }
