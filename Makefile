@@ -54,14 +54,14 @@ examples: setup
 
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
-# core busy. What a run says is shown when it ends; one that fails does not stop the others. Which
-# tests a run has, their roles say (pyproject.toml).
-#   examples   programs of examples/, which train: the longest first
+# core busy, the longest first. What a run says is shown when it ends; one that fails does not stop
+# the others. Which tests a run has, their roles say (pyproject.toml).
 #   compiling  what runs compilers and programs more than Python
+#   native     all that no other run has, on the CPU's engine
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
-#   native     all the rest
+#   examples   programs of examples/, which train
 #   reference  the reference path, on what it could change
-RUNS := examples compiling emulated native reference
+RUNS := compiling native emulated examples reference
 # --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
 PYTEST := $(BIN)/python -m pytest -q
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it

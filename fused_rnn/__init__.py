@@ -14,6 +14,7 @@ from . import build
 build.check_torch_version()
 
 from . import flops, registries  # noqa: E402, F401
+from .between import BetweenSteps  # noqa: E402
 from .cells import PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402
 from .custom import CellError, cell  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "BetweenSteps",
     "CellError",
     "Finding",
     "GRUCell",

@@ -6,13 +6,15 @@ sequences, ``recompute``. ``docs/adding-a-cell.md`` says how a cell comes in.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from .recurrent import PairLayers, Recurrent
+from .reference import CELLS
 
-from .modules import PairLayers, Recurrent
-from .reference import CELLS, present_bits, present_names
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .between import Options
 
 __all__ = ["PeepholeLSTM"]
 
@@ -37,6 +39,7 @@ class CustomLayer(Recurrent):
         dtype: Any = None,
         *,
         recompute: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         known = CELLS[self.cell]
         if proj_size and (known.reads_h or known.output or not known.recurrent_gates):
@@ -44,10 +47,8 @@ class CustomLayer(Recurrent):
                 f"proj_size: expected 0, since {type(self).__name__} reads h unit by unit, or has "
                 f"another output, got {proj_size}"
             )
-        # The checks of torch.nn's classes, and their attributes. It knows four modes, none of which
-        # is ours; its parameters, which take no memory and no random numbers, go at once.
         super().__init__(
-            "RNN_TANH",
+            self.cell,
             input_size,
             hidden_size,
             num_layers,
@@ -56,50 +57,11 @@ class CustomLayer(Recurrent):
             dropout,
             bidirectional,
             proj_size,
-            device="meta",
+            device,
+            dtype,
             recompute=recompute,
+            options=options,
         )
-        self.mode = self.cell.upper()
-        for name in list(self._parameters):
-            delattr(self, name)
-        self._all_weights = [
-            self._add_run(layer, suffix, device, dtype)
-            for layer in range(num_layers)
-            for suffix in ("", "_reverse")[: 1 + bidirectional]
-        ]
-        self._flat_weights_names = [name for run in self._all_weights for name in run]
-        self._init_flat_weights()
-        self.reset_parameters()
-
-    def _add_run(self, layer: int, suffix: str, device: Any, dtype: Any) -> list[str]:
-        """Make the parameters of one direction of a layer; their names, as torch.nn forms them."""
-        width = self.proj_size or self.hidden_size
-        inputs = self.input_size if layer == 0 else width * (1 + self.bidirectional)
-        names = []
-        for name, shape in shapes_of(
-            self.cell, inputs, self.hidden_size, bias=self.bias, proj_size=self.proj_size
-        ).items():
-            names.append(f"{name}_l{layer}{suffix}")
-            empty: Tensor = torch.empty(*shape, device=device, dtype=dtype)
-            setattr(self, names[-1], nn.Parameter(empty))
-        return names
-
-
-def shapes_of(
-    cell: str, inputs: int, hidden: int, *, bias: bool, proj_size: int
-) -> dict[str, tuple[int, ...]]:
-    """The tensors of a cell, in their order, by the names that torch.nn gives to parameters."""
-    known, width = CELLS[cell], proj_size or hidden
-    rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
-    named: dict[str, tuple[str, tuple[int, ...]]] = {
-        "w_ih": ("weight_ih", (rows, inputs)),
-        "w_hh": ("weight_hh", (rows_h, width)),
-        "b_ih": ("bias_ih", (rows,)),
-        "b_hh": ("bias_hh", (rows_h,)),
-        "w_hr": ("weight_hr", (width, hidden)),
-    }
-    present = present_bits(cell, biases=bias, projection=proj_size > 0)
-    return dict(named.get(name, (name, (hidden,))) for name in present_names(cell, present))
 
 
 class PeepholeLSTM(CustomLayer, PairLayers):

@@ -33,7 +33,7 @@ from .hybrid import (
     ours,
     path,
 )
-from .modules import Recurrent
+from .recurrent import Recurrent
 
 Filter = Callable[[str, nn.Module], bool]
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +93,8 @@ def replace(
 def restore(model: Model, filter_fn: Filter | None = None, *, inplace: bool = True) -> Model:
     """The inverse of ``replace``: turn our modules into what they stand for.
 
-    Warns of those that have to stay, because their ``forward`` was set on the instance meanwhile.
+    Warns of those that have to stay: their ``forward`` was set on the instance meanwhile, or they
+    have options that torch.nn has not.
     """
     return _swap(model, _theirs, filter_fn, inplace, warn=True)
 
@@ -168,7 +169,13 @@ def _ours(module: nn.Module, keep_isinstance: bool) -> Class | str | None:
 
 def _theirs(module: nn.Module) -> Class | str | None:
     theirs = original(parametrize.type_before_parametrizations(module))
-    return theirs and (_attribute(module) or theirs)
+    return theirs and (_attribute(module) or _options(module) or theirs)
+
+
+def _options(module: nn.Module) -> str:
+    """What only a layer of ours does."""
+    names = module.between_steps.changed if isinstance(module, Recurrent) else ()
+    return f"torch.nn has no {', '.join(names)}" if names else ""
 
 
 def _attribute(module: nn.Module, names: Iterable[str] = ()) -> str:

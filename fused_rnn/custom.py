@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .cells import CustomLayer, shapes_of
+from .between import Options
+from .cells import CustomLayer
 from .compiler import CellError, Compiled, Declaration, trace
-from .modules import PairLayers
-from .reference import CELLS, Cell, Step, present_bits
+from .recurrent import PairLayers
+from .reference import CELLS, Cell, Step, present_bits, present_names
 
 __all__ = ["CellError", "cell"]
 
+_OPTIONS = tuple(Options.__annotations__)  # arguments of all layers that are no hyperparameters
 MOST_GATES, MOST_PARAMS = 4, 16  # of csrc/cpu/layer.h and csrc/core/params.h
 
 Initialiser = Callable[[Tensor], Any] | float | None
@@ -175,7 +177,7 @@ class _Made:
     def full(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All hyperparameters."""
         for name in given:
-            if name not in self.defaults:
+            if name in _OPTIONS or name not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
                 raise TypeError(
                     f"{self.declaration.name}: unexpected keyword argument {name!r}; "
@@ -221,6 +223,7 @@ class _Made:
             output=states.index(d.output),
             gates_h=len(found.gates_h),
             reads_h=found.reads_h,
+            adds=found.adds,
             source=compiled,
         )
 
@@ -326,6 +329,7 @@ class _Layer(_Compiled, CustomLayer):
         recompute: bool = False,
         **hyperparameters: Any,
     ) -> None:
+        options = {n: hyperparameters.pop(n) for n in _OPTIONS if n in hyperparameters}
         self._choose(hyperparameters)
         source: Compiled = CELLS[self.cell].source
         if proj_size and source.tape.reads_new_h:
@@ -345,6 +349,7 @@ class _Layer(_Compiled, CustomLayer):
             device,
             dtype,
             recompute=recompute,
+            **options,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -418,6 +423,19 @@ class _StatesLayer(_Layer):
         return tuple(state.index_select(1, permutation) for state in hx)
 
 
+def _shapes(cell: str, inputs: int, hidden: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """The tensors of one step, by the names that torch.nn gives to parameters."""
+    rows, rows_h = CELLS[cell].gates * hidden, CELLS[cell].recurrent_gates * hidden
+    named: dict[str, tuple[str, tuple[int, ...]]] = {
+        "w_ih": ("weight_ih", (rows, inputs)),
+        "w_hh": ("weight_hh", (rows_h, hidden)),
+        "b_ih": ("bias_ih", (rows,)),
+        "b_hh": ("bias_hh", (rows_h,)),
+    }
+    present = present_bits(cell, biases=bias, projection=False)
+    return dict(named.get(name, (name, (hidden,))) for name in present_names(cell, present))
+
+
 class _Single(_Compiled, nn.Module):
     """One step, as ``torch.nn.LSTMCell`` is one of ``torch.nn.LSTM``.
 
@@ -440,7 +458,7 @@ class _Single(_Compiled, nn.Module):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size!r}")
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        shapes = shapes_of(self.cell, input_size, hidden_size, bias=bias, proj_size=0)
+        shapes = _shapes(self.cell, input_size, hidden_size, bias)
         self._names = list(shapes)
         for name, shape in shapes.items():
             empty = torch.empty(*shape, device=device, dtype=dtype)

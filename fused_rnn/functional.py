@@ -18,21 +18,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn import Parameter
 
-from . import onnx, ops, reference
-from .reference import BIASES, CELLS, PROJECTION, present_bits
+from . import onnx, ops, reference, segments
+from .between import NOTHING, BetweenSteps
+from .reference import BIASES, CELLS, NO_STAGES, PROJECTION, Stages
 from .torch_internals import dispatch_modes, transformed
 
 __all__ = [
+    "TORCH_CELLS",
     "called_directly",
     "check_packed",
-    "present_bits",
     "recurrent",
     "recurrent_directly",
     "step",
@@ -50,6 +50,7 @@ _TORCH_CELL: dict[str, Any] = {
     "lstm": _VF.lstm_cell,
     "gru": _VF.gru_cell,
 }
+TORCH_CELLS = tuple(_TORCH_STACK)  # those of torch.nn
 
 
 # --- The choice of an engine ---------------------------------------------------------------------
@@ -106,6 +107,17 @@ def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Te
                 f"{_type_name(operand)} and {_type_name(weights[0])}"
             )
     return reference
+
+
+def _takes(
+    engine: Any, how: _How, x: Tensor, states: States, weights: Sequence[Tensor], stages: Stages
+) -> bool:
+    """Whether an engine has what is to happen between two steps; the reference has all."""
+    if engine is not ops or (stages.nothing and not how.every_state):
+        return True
+    _, units = reference.widths(how.cell, weights, how.shape[2])
+    train = ops.wants_grad((x, *_present(states), *weights))
+    return ops.takes(stages, how.every_state, how.cell, units, x.device, train=train)
 
 
 def _type_name(tensor: Tensor) -> str:
@@ -250,6 +262,10 @@ def recurrent(
     training: bool = False,
     batch_sizes: Tensor | None = None,
     recompute: bool = False,
+    between: BetweenSteps = NOTHING,
+    reset: Tensor | None = None,
+    reset_to: tuple[Tensor, Tensor | None] | None = None,
+    every_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run L layers of D directions over a whole sequence.
 
@@ -264,9 +280,15 @@ def recurrent(
         dropout: probability of zeroing an output of any layer but the last, while ``training``.
         recompute: keep no more for the backward than the inputs of each layer, which runs again
             there. Torch's operators and transforms do not know it, and keep what they keep.
+        between: what happens between two steps.
+        reset: [T, B] bool, or packed rows [R]: where states begin anew before the step.
+        reset_to: h and c that they begin with, like h0 and c0, or for each step [T, L*D, B, ..];
+            None for zeros.
+        every_state: return the states after every step.
 
     Returns:
-        y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0.
+        y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0. With ``every_state`` h_n and c_n
+        have the rows of x, T*B or R of them, in the place of B.
     """
     directions = 2 if bidirectional else 1
     if len(weights) != num_layers * directions * present.bit_count():
@@ -274,7 +296,8 @@ def recurrent(
             f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
             "at every call"
         )
-    if _wants_torch_operator(x, weights) and cell in _TORCH_STACK:
+    usual = between is NOTHING and reset is None and not every_state
+    if usual and _wants_torch_operator(x, weights) and cell in _TORCH_STACK:
         config = (num_layers, dropout, training, bool(bidirectional))
         return _by_torch(cell, x, h0, c0, weights, present, config, batch_first, batch_sizes)
 
@@ -282,15 +305,41 @@ def recurrent(
         x = x.transpose(0, 1)
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    shape = (num_layers, directions, present)
-    low = _autocast_dtype(x, _present((h0, c0)), weights)
-    run = _run if low is None else functools.partial(_run_autocast, low)
-    y, h_n, c_n = run(
-        cell, x, h0, c0, weights, shape, dropout if training else 0.0, batch_sizes, recompute
+    how = _How(
+        cell,
+        (num_layers, directions, present),
+        dropout if training and num_layers > 1 else 0.0,
+        training,
+        batch_sizes,
+        recompute,
+        between,
+        reset,
+        every_state,
     )
+    states = (h0, c0, *(reset_to or (None, None)))
+    low = _autocast_dtype(x, _present(states), weights)
+    run = _run if low is None else functools.partial(_run_autocast, low)
+    y, h_n, c_n = run(how, x, states, weights)
     if batch_first:
         y = y.transpose_(0, 1) if reshapes_in_place(y) else y.transpose(0, 1)
     return y, h_n, c_n
+
+
+class _How(NamedTuple):
+    """What a call is about beside floating tensors."""
+
+    cell: str
+    shape: tuple[int, int, int]  # layers, directions, present
+    dropout: float
+    training: bool
+    batch_sizes: Tensor | None
+    recompute: bool
+    between: BetweenSteps
+    reset: Tensor | None
+    every_state: bool
+
+
+States = tuple[Tensor | None, ...]  # h0, c0, and the h and c after a reset
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -298,35 +347,23 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _run_autocast(
-    low: torch.dtype,
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    shape: tuple[int, int, int],
-    dropout: float,
-    batch_sizes: Tensor | None,
-    recompute: bool,
+    low: torch.dtype, how: _How, x: Tensor, states: States, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``_run`` under autocast to ``low``."""
-    states = _present((h0, c0))
-    fused = len(CELLS[cell].states) > 1 and _fused_by_torch(x, batch_sizes)
-    projected = bool(shape[2] & PROJECTION)
-    h_dtype, c_dtype = _autocast_results(cell, low, x, states, projected=projected, fused=fused)
+    cell, given = how.cell, _present(states)
+    fused = len(CELLS[cell].states) > 1 and _fused_by_torch(x, how.batch_sizes)
+    projected = bool(how.shape[2] & PROJECTION)
+    h_dtype, c_dtype = _autocast_results(
+        cell, low, x, _present(states[:2]), projected=projected, fused=fused
+    )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
-    kept = _kept_for_backward(x, states, weights)
+    kept = _kept_for_backward(x, given, weights)
     with torch.autocast(x.device.type, enabled=False):
         y, h_n, c_n = _run(
-            cell,
+            how,
             x.to(wide, copy=kept, memory_format=torch.contiguous_format),
-            None if h0 is None else h0.to(wide, copy=kept),
-            None if c0 is None else c0.to(wide, copy=kept),
+            tuple(None if s is None else s.to(wide, copy=kept) for s in states),
             [w.to(wide) for w in weights],
-            shape,
-            dropout,
-            batch_sizes,
-            recompute,
         )
         return y.to(h_dtype), h_n.to(h_dtype), None if c_n is None else c_n.to(c_dtype)
 
@@ -342,31 +379,116 @@ def _kept_for_backward(x: Tensor, states: Sequence[Tensor], weights: Sequence[Te
 
 
 def _run(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    shape: tuple[int, int, int],
-    dropout: float,
-    batch_sizes: Tensor | None,
-    recompute: bool,
+    how: _How, x: Tensor, states: States, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``recurrent`` for tensors of one dtype; ``shape`` is (layers, directions, present)."""
-    engine = _engine(cell, x, _present((h0, c0)), weights)
-    if _kept_for_backward(x, _present((h0, c0)), weights):
+    """``recurrent`` for tensors of one dtype."""
+    cell, batch_sizes, between = how.cell, how.batch_sizes, how.between
+    present = how.shape[2]
+    engine = _engine(cell, x, _present(states), weights)
+    if _kept_for_backward(x, _present(states), weights):
         x = x.contiguous()
-        h0, c0 = (None if s is None else s.contiguous() for s in (h0, c0))
-    layers, directions, present = shape
-    masks = None
-    if layers > 1 and dropout > 0:  # torch.nn's numbers: layer by layer, in its shape
-        _, width = reference.units_of(cell, present, weights)
-        ones = x.new_ones((*x.shape[:-1], directions * width))
-        masks = torch.stack([F.dropout(ones, dropout, training=True) for _ in range(layers - 1)])
-    found: tuple[Tensor, Tensor, Tensor | None] = engine.recurrent(
-        cell, x, h0, c0, weights, masks, batch_sizes, *shape, recompute and not transformed()
-    )
+        states = tuple(None if s is None else s.contiguous() for s in states)
+    h0, c0, *anew = states
+    masks, stages = None, NO_STAGES
+    if between is not NOTHING or how.dropout > 0:
+        weights, masks, stages = _drawn(how, x, h0, weights)
+    takes = functools.partial(_takes, engine, how, x, states, weights)
+    if stages.blocks > 1 and not takes(Stages(blocks=stages.blocks)):
+        weights, stages = reference.without_blocks(cell, weights, present, stages)
+    if not takes(stages):
+        engine = reference
+
+    def call(x: Tensor, h0: Any, c0: Any, masks: Any, batch_sizes: Any, stages: Stages) -> Any:
+        usual = stages.nothing and not how.every_state
+        extra = () if usual else (stages, how.every_state)
+        recompute = how.recompute and not transformed()
+        return engine.recurrent(
+            cell, x, h0, c0, weights, masks, batch_sizes, *how.shape, recompute, *extra
+        )
+
+    found: tuple[Tensor, Tensor, Tensor | None]
+    if how.reset is not None and how.reset.numel() > 0:
+        to = None if anew[0] is None else (anew[0], anew[1])
+        whole = stages._replace(reset=how.reset, reset_to=to)
+        if engine is ops and not takes(whole):
+            initial = reference.initial_states(
+                cell, x, h0, c0, weights, batch_sizes, present, stages.blocks
+            )
+            found = _by_segments(call, how, x, initial, to or (None, None), masks, stages)
+            return found
+        stages = whole
+    found = call(x, h0, c0, masks, batch_sizes, stages)
     return found
+
+
+def _drawn(
+    how: _How, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Tensor | None, Stages]:
+    """The weights of this call, what layers give to the next one, and what happens between steps.
+
+    Random numbers come in this order.
+    """
+    cell, between, training = how.cell, how.between, how.training
+    layers, directions, present = how.shape
+    weights = between.weights_of_call(cell, weights, present, training=training)
+    widths = reference.widths(cell, weights, present, between.blocks)
+    batch: Any
+    if h0 is not None:
+        batch = h0.shape[1]
+    else:
+        batch = x.shape[1] if how.batch_sizes is None else how.batch_sizes[0]
+    masks = between.masks_between(
+        x, how.batch_sizes, batch, layers, directions * widths[0], how.dropout
+    )
+    runs = layers * directions
+    return weights, masks, between.stages(cell, x, batch, runs, widths, training=training)
+
+
+def _by_segments(
+    call: Any,
+    how: _How,
+    x: Tensor,
+    initial: tuple[Tensor, Tensor | None],
+    anew: tuple[Tensor | None, Tensor | None],
+    masks: Tensor | None,
+    stages: Stages,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``call`` for a batch that is cut where states begin anew."""
+    assert how.reset is not None
+    cut = segments.find(how.reset, how.batch_sizes, initial[0].shape[1])
+    directions = how.shape[1]
+
+    def placed(rows: Tensor | None, at: Tensor = cut.origin) -> Tensor | None:
+        return None if rows is None else rows.index_select(1, at)
+
+    def together(rows: Tensor, dim: int = 1) -> Tensor:
+        return segments.reordered(rows, dim, cut.place, cut.origin)
+
+    lead, padded = x.shape[:-1], how.batch_sizes is None
+    if padded:
+        x, masks = x.flatten(0, 1), None if masks is None else masks.flatten(1, 2)
+    zoneout = stages.zoneout
+    if zoneout is not None and zoneout.shape[1] > 1:  # of each row
+        zoneout = placed(zoneout)
+    y, *last = call(
+        segments.reordered(x, 0, cut.origin, cut.place),
+        *(
+            None if first is None else segments.begun(cut, first, other, directions)
+            for first, other in zip(initial, anew, strict=True)
+        ),
+        placed(masks),
+        cut.batch_sizes,
+        stages._replace(zoneout=zoneout, h_mask=placed(stages.h_mask, cut.sequence)),
+    )
+    if how.every_state:
+        last = [None if s is None else together(s) for s in last]
+    else:
+        last = [
+            None if s is None else segments.by_direction(s, directions, cut.last, cut.first)
+            for s in last
+        ]
+    y = together(y, 0)
+    return y.unflatten(0, lead) if padded else y, last[0], last[1]
 
 
 def _by_torch(

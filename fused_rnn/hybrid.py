@@ -136,12 +136,13 @@ def obstacle(kind: Class) -> str:
 def names_of_ours(kind: Class) -> set[str]:
     """What our class has and torch.nn's has not, and what instances and subclasses must not have.
 
-    ``recompute`` is no such name: modules keep it when they become torch.nn's again.
+    ``recompute`` and ``between_steps`` are no such names: modules keep them when they become
+    torch.nn's again.
     """
     theirs = torch_class(kind)
     assert theirs is not None
     own = {n for cls in OURS[theirs].__mro__ if cls not in theirs.__mro__ for n in vars(cls)}
-    return own - set(dir(theirs)) - {"recompute"}
+    return own - set(dir(theirs)) - {"recompute", "between_steps"}
 
 
 def _goes_on(cls: Class, name: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import PROJECTION, Weights
+from .reference import NO_STAGES, PROJECTION, Stages, Weights
 
 # Operator, our gates in the order of its rows, and what else it has to be told.
 _OPERATORS: dict[str, tuple[str, list[int], dict[str, Any]]] = {
@@ -54,11 +54,26 @@ def recurrent(
     directions: int,
     present: int,
     recompute: bool = False,
+    stages: Stages = NO_STAGES,
+    every_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.recurrent``, which unrolls what ONNX has no operator for."""
-    shape = (layers, directions, present)
-    if cell not in _OPERATORS or present & PROJECTION or not (batch_sizes is None is masks):
-        return reference.recurrent(cell, x, h0, c0, weights, masks, batch_sizes, *shape)
+    usual = stages.nothing and not every_state and batch_sizes is None is masks
+    if not usual or cell not in _OPERATORS or present & PROJECTION:
+        return reference.recurrent(
+            cell,
+            x,
+            h0,
+            c0,
+            weights,
+            masks,
+            batch_sizes,
+            layers,
+            directions,
+            present,
+            stages=stages,
+            every_state=every_state,
+        )
     h0, c0 = reference.initial_states(cell, x, h0, c0, weights, batch_sizes, present)
     runs = reference.by_name(cell, present, weights)
     h_n, c_n = [], []

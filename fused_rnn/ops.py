@@ -43,7 +43,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # saved are the tape, whose layout is the engine's own.
 _INPUTS = (
     "str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? masks, "
-    "Tensor? batch_sizes, int layers, int directions, int present, bool allow_tf32"
+    "Tensor? batch_sizes, Tensor? reset, Tensor? zoneout, Tensor? h_mask, int layers, "
+    "int directions, int present, int blocks, bool every_state, bool allow_tf32"
 )
 _SCHEMAS = {
     "recurrent_infer": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
@@ -65,7 +66,19 @@ class Call(NamedTuple):
     layers: int
     directions: int
     present: int
+    blocks: int = 1
+    every_state: bool = False
     allow_tf32: bool = False
+
+
+# The tensors of ``reference.Stages``: reset, zoneout, h_mask.
+StageTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_STAGES: StageTensors = (None, None, None)
+
+
+def _stages_of(call: Call, tensors: Sequence[Tensor | None]) -> reference.Stages:
+    reset, zoneout, h_mask = tensors
+    return reference.Stages(reset=reset, zoneout=zoneout, h_mask=h_mask, blocks=call.blocks)
 
 
 # A namespace is torch's to give away once. Another copy of this module in the process, as what
@@ -125,6 +138,28 @@ def supports(tensors: Iterable[Tensor | None], cell: str) -> bool:
     return _is_native(target) and _has_cell(target, cell, dtype)
 
 
+def takes(
+    stages: reference.Stages,
+    every_state: bool,
+    cell: str,
+    hidden: int,
+    device: torch.device,
+    *,
+    train: bool,
+) -> bool:
+    """Whether the native kernels have what is to happen between two steps of this cell's layers."""
+    if stages.reset_to is not None or stages.norm is not None:
+        return False
+    has_stages, units_of_block, reads_new_h = _stages_of_library(_target(device), cell)
+    if stages.blocks > 1 and (not units_of_block or hidden % (stages.blocks * units_of_block)):
+        return False
+    if not has_stages:
+        return stages._replace(blocks=1).nothing and not every_state
+    # The derivative of such a cell is that at the new h, which a part of the old one is mixed into.
+    mixes = stages.zoneout is not None and stages.zoneout.shape[1] == 1
+    return not (mixes and train and reads_new_h)
+
+
 def _target(device: torch.device) -> str:
     """The library for a device: of build.TARGETS. Tensors without data have the CPU's shapes."""
     return "cuda" if device.type == "cuda" else "cpu"
@@ -159,16 +194,19 @@ def recurrent(
     directions: int,
     present: int,
     recompute: bool = False,
+    stages: reference.Stages = reference.NO_STAGES,
+    every_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.recurrent`` on the native kernels."""
-    call = Call(cell, layers, directions, present, _allow_tf32(x))
+    call = Call(cell, layers, directions, present, stages.blocks, every_state, _allow_tf32(x))
+    tensors: StageTensors = (stages.reset, stages.zoneout, stages.h_mask)
     train = wants_grad((x, h0, c0, *weights))
     compiling = torch.compiler.is_compiling()
     if train and not compiling:
         run = _EagerRecomputed if recompute else _EagerRecurrent
-        y, h_n, c_n = run.apply(call, x, h0, c0, masks, batch_sizes, *weights)
+        y, h_n, c_n = run.apply(call, tensors, x, h0, c0, masks, batch_sizes, *weights)
         return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
-    if not train and masks is None and (calls := direct_calls(x)):
+    if not train and masks is None and _is_plain(call, tensors) and (calls := direct_calls(x)):
         found: tuple[Tensor, Tensor, Tensor | None] | None = calls.forward(
             *call[:4], x, h0, c0, batch_sizes, tuple(weights), False
         )
@@ -176,12 +214,18 @@ def recurrent(
             return found
     name = "recurrent_recomputed" if recompute else "recurrent"
     op = getattr(_ops, name if train else "recurrent_infer").default
-    y, h_n, c_n = op(*_inputs(call, x, h0, c0, masks, batch_sizes, weights))[:3]
+    y, h_n, c_n = op(*_inputs(call, tensors, x, h0, c0, masks, batch_sizes, weights))[:3]
     return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
+
+
+def _is_plain(call: Call, stages: StageTensors) -> bool:
+    """Whether nothing happens between two steps: direct calls know nothing of it."""
+    return not any(t is not None for t in stages) and call.blocks == 1 and not call.every_state
 
 
 def _inputs(
     call: Call,
+    stages: StageTensors,
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -191,7 +235,7 @@ def _inputs(
 ) -> tuple[Any, ...]:
     """In the order of the schemas."""
     cell, *rest = call
-    return (cell, x, h0, c0, list(weights), masks, batch_sizes, *rest)
+    return (cell, x, h0, c0, list(weights), masks, batch_sizes, *stages, *rest)
 
 
 @constant
@@ -243,7 +287,17 @@ class _Facts(ctypes.Structure):
     """frnn_cell_t of csrc/ops/binding.h."""
 
     _fields_ = [
-        (name, ctypes.c_int) for name in ("gates_x", "gates_h", "extra_states", "tape", "reads_h")
+        (name, ctypes.c_int)
+        for name in (
+            "gates_x",
+            "gates_h",
+            "extra_states",
+            "tape",
+            "reads_h",
+            "reads_new_h",
+            "has_stages",
+            "block_units",
+        )
     ]
 
 
@@ -272,6 +326,12 @@ def _tape(target: str, hidden: int, width: int) -> Any:
     find = build.library(target).frnn_tape
     find.restype, find.argtypes = _Tape, (ctypes.c_int64, ctypes.c_int64)
     return find(hidden, width)
+
+
+@constant
+def _stages_of_library(target: str, cell: str) -> tuple[bool, int, bool]:
+    facts = _facts(target, cell)
+    return bool(facts.has_stages), facts.block_units, bool(facts.reads_new_h)
 
 
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:
@@ -306,9 +366,12 @@ def _sizes(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     present: int,
+    blocks: int,
 ) -> _Sizes:
     found = reference.CELLS[cell]
-    hidden, width = reference.units_of(cell, present, weights)
+    run = dict(zip(reference.present_names(cell, present), weights, strict=False))
+    hidden = run["w_ih"].shape[0] // found.gates
+    width = run["w_hh"].shape[1] * blocks if "w_hh" in run else hidden
     batch: Any
     if h0 is not None:
         batch = h0.shape[1]
@@ -328,29 +391,34 @@ def _infer_fake(
     weights: Sequence[Tensor],
     masks: Tensor | None,
     batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    zoneout: Tensor | None,
+    h_mask: Tensor | None,
     layers: int,
     directions: int,
     present: int,
+    blocks: int,
+    every_state: bool,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = _sizes(cell, x, h0, c0, weights, batch_sizes, present)
-    runs = layers * directions
+    n = _sizes(cell, x, h0, c0, weights, batch_sizes, present, blocks)
+    runs, states = layers * directions, n.rows if every_state else n.batch
     y = x.new_empty((*x.shape[:-1], directions * n.width))
-    return y, x.new_empty((runs, n.batch, n.width)), x.new_empty((runs, n.batch, n.extra))
+    return y, x.new_empty((runs, states, n.width)), x.new_empty((runs, states, n.extra))
 
 
 def _recomputed_fake(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     y, h_n, c_n = _infer_fake(cell, x, *rest)
-    layers, rows = rest[5], y.numel() // max(y.shape[-1], 1)
+    layers, rows = rest[8], y.numel() // max(y.shape[-1], 1)
     return y, h_n, c_n, x.new_empty((layers - 1, rows, y.shape[-1]))
 
 
 def _fake(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    h0, c0, weights, _, batch_sizes, layers, directions, present, *_ = rest
-    n, target = _sizes(cell, x, h0, c0, weights, batch_sizes, present), _target(x.device)
+    h0, c0, weights, _, batch_sizes, _, _, _, layers, directions, present, blocks, *_ = rest
+    n, target = _sizes(cell, x, h0, c0, weights, batch_sizes, present, blocks), _target(x.device)
     tape, runs, dtype = _tape(target, int(n.hidden), int(n.width)), layers * directions, x.dtype
     y, h_n, c_n, between = _recomputed_fake(cell, x, *rest)
-    hs = (runs, tape.hs_lead * h_n.shape[1] + n.rows, tape.hs_row)
+    hs = (runs, tape.hs_lead * n.batch + n.rows, tape.hs_row)
     saved = (runs, n.rows, _facts(target, cell).tape, tape.units)
     hs_dtype = dtype if tape.hs_as_x else _computing(dtype)
     return (
@@ -388,10 +456,17 @@ class _Saved(NamedTuple):
     c0: Tensor | None
     masks: Tensor | None
     batch_sizes: Tensor | None
+    reset: Tensor | None
+    zoneout: Tensor | None
+    h_mask: Tensor | None
     between: Tensor | None
     hs: Tensor | None
     saved: Tensor | None
     weights: tuple[Tensor, ...]
+
+    @property
+    def stages(self) -> StageTensors:
+        return self.reset, self.zoneout, self.h_mask
 
 
 def _save(ctx: Any, saved: _Saved) -> None:
@@ -421,11 +496,11 @@ def _gradients(
         return [None] * len(needed)
     if any(g is not None and is_legacy_batched(g) for g in grads):
         return _gradients_of_batch(call, saved, grads, needed, backward)
-    x, h0, c0, masks, batch_sizes, between, hs, tape, weights = saved
+    x, h0, c0, masks, batch_sizes, *_, weights = saved
     empty = x.new_empty(0)
-    kept = (empty if t is None else t for t in (between, hs, tape))
+    kept = (empty if t is None else t for t in (saved.between, saved.hs, saved.saved))
     needs = [i for i, need in enumerate(needed) if need]
-    inputs = _inputs(call, x, h0, c0, masks, batch_sizes, weights)
+    inputs = _inputs(call, saved.stages, x, h0, c0, masks, batch_sizes, weights)
     *first, dw = backward(*grads, *kept, needs, *inputs)
     return [g if need else None for g, need in zip((*first, *dw), needed, strict=True)]
 
@@ -481,21 +556,24 @@ class _EagerRecurrent(torch.autograd.Function):
     in a loop over short sequences that is most of the time."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, call: Call, stages: StageTensors, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, h0, c0, masks, batch_sizes, *weights = tensors
         ctx.call, found = call, None
-        if masks is None and (calls := direct_calls(x)):
+        if masks is None and _is_plain(call, stages) and (calls := direct_calls(x)):
             found = calls.forward(*call[:4], x, h0, c0, batch_sizes, tuple(weights), True)
         if found is None:
-            found = _plain(*_inputs(call, x, h0, c0, masks, batch_sizes, weights))
+            found = _plain(*_inputs(call, stages, x, h0, c0, masks, batch_sizes, weights))
         y, h_n, c_n, between, hs, tape = found
-        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, between, hs, tape, tuple(weights)))
+        kept = (between, hs, tape)
+        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, *stages, *kept, tuple(weights)))
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved, needed = _restore(ctx), ctx.needs_input_grad
-        wanted = tuple(_reached(ctx.call, saved, grads, (*needed[1:4], *needed[6:])))
+        wanted = tuple(_reached(ctx.call, saved, grads, (*needed[2:5], *needed[7:])))
         found: Sequence[Tensor | None] | None = None
         if torch.is_grad_enabled():  # create_graph=True
             run = _ops.recurrent_backward.default
@@ -504,7 +582,7 @@ class _EagerRecurrent(torch.autograd.Function):
             found = _direct_backward(ctx.call, saved, grads, wanted)
         if found is None:
             found = _gradients(ctx.call, saved, grads, wanted, run)
-        return (None, *found[:3], None, None, *found[3:])
+        return (None, None, *found[:3], None, None, *found[3:])
 
 
 def _direct_backward(
@@ -513,22 +591,27 @@ def _direct_backward(
     calls = direct_calls(saved.x)
     if not calls or saved.masks is not None or saved.hs is None or all(g is None for g in grads):
         return None
-    x, h0, c0, _, batch_sizes, between, hs, tape, weights = saved
+    if not _is_plain(call, saved.stages):
+        return None
+    x, h0, c0, _, batch_sizes, *_, weights = saved
     inputs = (*call[:4], x, h0, c0, batch_sizes, weights)
     found: tuple[Tensor | None, ...] | None = calls.backward(
-        *inputs, *grads, between, hs, tape, wanted
+        *inputs, *grads, saved.between, saved.hs, saved.saved, wanted
     )
     return found
 
 
 class _EagerRecomputed(_EagerRecurrent):
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, call: Call, stages: StageTensors, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, h0, c0, masks, batch_sizes, *weights = tensors
         ctx.call = call
-        inputs = _inputs(call, x, h0, c0, masks, batch_sizes, weights)
+        inputs = _inputs(call, stages, x, h0, c0, masks, batch_sizes, weights)
         y, h_n, c_n, between = _plain_recomputed(*inputs)
-        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, between, None, None, tuple(weights)))
+        tape = (between, None, None)
+        _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, *stages, *tape, tuple(weights)))
         return y, h_n, c_n
 
 
@@ -584,7 +667,8 @@ def _step_grad(
     call = Call(ctx.cell, 1, 1, present >> 6)
     if hs is None:
         hs, tape = _tape_of_step(call, x, h, h_n, tape)  # type: ignore[arg-type]
-    saved = _Saved(x, h, c, None, None, None, hs, tape, tuple(inputs[3:]))  # type: ignore[arg-type]
+    kept_tape, of_cell = (None, hs, tape), tuple(inputs[3:])
+    saved = _Saved(x, h, c, None, None, *_NO_STAGES, *kept_tape, of_cell)  # type: ignore[arg-type]
     wanted = [needed[i] for i in places]
     grads = iter(_gradients(call, saved, (None, dh, dc), wanted, backward))
     shaped = {
@@ -612,11 +696,13 @@ _record_step = apply_recorded(_EagerStep)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Of both operators: what ``_EagerRecurrent`` and ``_EagerRecomputed`` do."""
-    cell, x, h0, c0, weights, masks, batch_sizes, *rest = inputs
+    cell, x, h0, c0, weights, masks, batch_sizes, reset, zoneout, h_mask, *rest = inputs
     ctx.call = Call(cell, *rest)
+    stages = (reset, zoneout, h_mask)
     between, hs, tape = (*output[3:], None, None)[:3]
+    kept = (between, hs, tape)
     ctx.mark_non_differentiable(*output[3:])
-    _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, between, hs, tape, tuple(weights)))
+    _save(ctx, _Saved(x, h0, c0, masks, batch_sizes, *stages, *kept, tuple(weights)))
 
 
 def _grad(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> Gradients:
@@ -648,9 +734,20 @@ def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any
 def _reference_infer(
     cell: str, x: Tensor, h0: Any, c0: Any, weights: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    masks, batch_sizes, layers, directions, present, _allow_tf32 = rest
-    shape = (layers, directions, present)
-    y, h_n, c_n = reference.recurrent(cell, x, h0, c0, weights, masks, batch_sizes, *shape)
+    masks, batch_sizes, *stages = rest[:5]
+    call = Call(cell, *rest[5:])
+    y, h_n, c_n = reference.recurrent(
+        cell,
+        x,
+        h0,
+        c0,
+        weights,
+        masks,
+        batch_sizes,
+        *call[1:4],
+        stages=_stages_of(call, stages),
+        every_state=call.every_state,
+    )
     return y, h_n, x.new_empty((*h_n.shape[:2], 0)) if c_n is None else c_n
 
 
@@ -724,30 +821,40 @@ def _vjp_grads(
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     dy, dh_n, dc_n, _, _, _, needs, cell, x, h0, c0, weights, masks, batch_sizes, *rest = inputs
-    ctx.call, ctx.needs = Call(cell, *rest), needs
+    *stages, ctx.call = *rest[:3], Call(cell, *rest[3:])
+    ctx.needs = needs
     ctx.set_materialize_grads(False)
-    tensors = (dy, dh_n, dc_n, masks, batch_sizes, x, h0, c0, *weights)
+    tensors = (dy, dh_n, dc_n, masks, batch_sizes, *stages, x, h0, c0, *weights)
     ctx.there = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
 
 
 def _backward_grad(ctx: Any, *ggs: Any) -> Gradients:
     rest = iter(ctx.saved_tensors)
-    dy, dh_n, dc_n, masks, batch_sizes, *tensors = (
+    dy, dh_n, dc_n, masks, batch_sizes, reset, zoneout, h_mask, *tensors = (
         next(rest) if there else None for there in ctx.there
     )
-    cell, layers, directions, present, _ = ctx.call
+    call: Call = ctx.call
 
     def forward(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Any:
         return reference.recurrent(
-            cell, x, h0, c0, weights, masks, batch_sizes, layers, directions, present
+            call.cell,
+            x,
+            h0,
+            c0,
+            weights,
+            masks,
+            batch_sizes,
+            *call[1:4],
+            stages=_stages_of(call, (reset, zoneout, h_mask)),
+            every_state=call.every_state,
         )
 
     *first, dw = ggs
     wanted = [i in ctx.needs for i in range(len(tensors))]
     grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, (*first, *(dw or ())))
     cotangents, (dx, dh0, dc0, *ddw) = grads[:3], grads[3:]
-    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * 6)
+    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * 11)
 
 
 # ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # The tensors of one direction of a layer, by name: w_ih [G*H, I], w_hh [G*H, P], b_ih and b_hh
-# [G*H], w_hr [P, H], and the cell's parameters [H]. Some may be missing.
+# [G*H], w_hr [P, H], the cell's parameters [H], and those of NORM_TENSORS. Some may be missing.
 Weights = Mapping[str, Tensor]
 Step = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -33,6 +34,7 @@ class Cell:
     ``step(gx, gh, h, c, *params) -> (h_new, c_new)`` is pointwise in the batch and the unit:
     ``gx = x W_ih^T + b_ih`` is [B, gates * H], ``gh = h W_hh^T + b_hh`` [B, recurrent_gates * H] or
     None, ``h`` is [B, P], ``c`` [B, C] holds the other states or is None, and parameters are [H].
+    Where ``shows_c``, the step takes ``seen``, a function: its output shows seen(c') for c'.
     """
 
     step: Step
@@ -42,6 +44,8 @@ class Cell:
     output: int = 0  # the state that is the layer's output
     gates_h: int | None = None  # with a part of W_hh; None: all. With 0 there is no W_hh
     reads_h: bool = False  # whether the step reads h itself, beside its product with W_hh
+    adds: bool = True  # whether the step reads gx and gh by nothing but their sum
+    shows_c: bool = False  # whether the output is a function of the new c
     source: Any = None  # of a cell that is not in csrc/cells, what its header is made by
 
     @property
@@ -53,6 +57,31 @@ class Cell:
         """The names of all tensors that a direction of a layer may have, in their order."""
         return ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", *self.params)
 
+    @property
+    def norm_places(self) -> tuple[str, ...]:
+        """Of NORM_TENSORS: what of this cell can be normalised."""
+        has = {
+            "input": True,
+            "recurrent": self.recurrent_gates > 0,
+            "sum": self.adds and self.recurrent_gates == self.gates,
+            "cell": self.shows_c,
+        }
+        return tuple(place for place in NORM_TENSORS if has[place])
+
+
+# What is normalised, see ``Norm``, and the tensors of a direction that come with it: gains of all
+# rows of W, [G*H], or of all units, [H], and shifts. They stand behind those of ``Cell.tensors``.
+NORM_TENSORS: dict[str, tuple[str, ...]] = {
+    "input": ("g_ih",),
+    "recurrent": ("g_hh",),
+    "sum": ("g",),
+    "cell": ("g_c", "s_c"),
+}
+
+
+def _as_is(c: Tensor) -> Tensor:
+    return c
+
 
 def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
     def step(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
@@ -62,7 +91,9 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def _lstm(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def _lstm(
+    gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, seen: Callable[[Tensor], Tensor] = _as_is
+) -> tuple[Tensor, Tensor]:
     """Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000.
 
     ``i, f, o = sigmoid(gx + gh)   g = tanh(gx + gh)   c' = f c + i g   h' = o tanh(c')``
@@ -70,7 +101,7 @@ def _lstm(gx: Tensor, gh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]
     """
     i, f, g, o = (gx + gh).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    return o.sigmoid() * seen(c).tanh(), c
 
 
 def _gru(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
@@ -87,21 +118,98 @@ def _gru(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
 
 
 def _peephole_lstm(
-    gx: Tensor, gh: Tensor, h: Tensor, c: Tensor, p_i: Tensor, p_f: Tensor, p_o: Tensor
+    gx: Tensor,
+    gh: Tensor,
+    h: Tensor,
+    c: Tensor,
+    p_i: Tensor,
+    p_f: Tensor,
+    p_o: Tensor,
+    seen: Callable[[Tensor], Tensor] = _as_is,
 ) -> tuple[Tensor, Tensor]:
     """Gers & Schmidhuber 2000: ``_lstm``, whose gates see c (i, f) and c' (o) of their unit."""
     i, f, g, o = (gx + gh).chunk(4, -1)
     c = (f + p_f * c).sigmoid() * c + (i + p_i * c).sigmoid() * g.tanh()
-    return (o + p_o * c).sigmoid() * c.tanh(), c
+    return (o + p_o * c).sigmoid() * seen(c).tanh(), c
 
 
 CELLS: dict[str, Cell] = {
     "rnn_tanh": Cell(_rnn(torch.tanh), gates=1),
     "rnn_relu": Cell(_rnn(torch.relu), gates=1),
-    "lstm": Cell(_lstm, gates=4, states=("h", "c")),
-    "gru": Cell(_gru, gates=3, reads_h=True),
-    "peephole_lstm": Cell(_peephole_lstm, gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o")),
+    "lstm": Cell(_lstm, gates=4, states=("h", "c"), shows_c=True),
+    "gru": Cell(_gru, gates=3, reads_h=True, adds=False),
+    "peephole_lstm": Cell(
+        _peephole_lstm, gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o"), shows_c=True
+    ),
 }
+
+
+# --- What happens between two steps --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What is normalised in each step, row by row: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+
+    kind: "layer", ``(v - mean(v)) / sqrt(var(v) + eps)``, or "rms" (Zhang & Sennrich 2019,
+        arXiv:1910.07467), ``v / sqrt(mean(v^2) + eps)``.
+    at: places of NORM_TENSORS. In "input" v is x W_ih^T, in "recurrent" h W_hh^T, in "sum" both
+        together, each with all gates and before biases, and ``gain * normalised v`` takes its
+        place. In "cell" it is c, as the output shows it: ``g_c * normalised c + s_c``.
+    """
+
+    kind: str
+    at: tuple[str, ...]
+    eps: float = 1e-5
+
+    def __call__(self, v: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+        """``gain * normalised v + shift``."""
+        if self.kind == "layer":
+            return F.layer_norm(v, v.shape[-1:], gain, shift, self.eps)
+        scaled = gain * (v * (v.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+        return scaled if shift is None else scaled + shift
+
+
+class Stages(NamedTuple):
+    """What happens to the states beside the cell, in every layer and direction.
+
+    reset: [T, B] (packed: [R]) bool. Where true, the states before that step become zeros. The
+        second direction is cut at the same places: between that step and the one before it.
+    reset_to: the states h and c that they become instead of zeros, [L*D, B, P] and [L*D, B, C] or,
+        for each step, [T, L*D, B, ..]. The native kernels do not know it.
+    zoneout: [L*D, rows or 1, S*H], the fraction z in [0, 1] of its old value that a unit keeps in a
+        step, for each of the S states: ``s' + z (s - s')`` takes the place of the cell's s'. Not
+        with a projection.
+    h_mask: [L*D, B, P], which multiplies h where it goes into W_hh.
+    blocks: W_hh is block-diagonal of so many blocks, and has P / blocks columns: row q*H + u
+        multiplies the h of u's block.
+    norm: what is normalised; the weights then have the tensors of it.
+    """
+
+    reset: Tensor | None = None
+    reset_to: tuple[Tensor, Tensor | None] | None = None
+    zoneout: Tensor | None = None
+    h_mask: Tensor | None = None
+    blocks: int = 1
+    norm: Norm | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether a layer is as torch.nn has it."""
+        tensors = (self.reset, self.zoneout, self.h_mask)
+        return self.blocks == 1 and self.norm is None and all(t is None for t in tensors)
+
+    def of_states(self, fn: Callable[[Tensor], Tensor]) -> Stages:
+        """With what ``fn`` makes of all tensors that are about states, [.., L*D, rows, ..]."""
+
+        def made(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else fn(tensor)
+
+        to = self.reset_to and (fn(self.reset_to[0]), made(self.reset_to[1]))
+        return self._replace(reset_to=to, zoneout=made(self.zoneout), h_mask=made(self.h_mask))
+
+
+NO_STAGES = Stages()
 
 
 # --- Which tensors there are ---------------------------------------------------------------------
@@ -109,24 +217,24 @@ CELLS: dict[str, Cell] = {
 BIASES, PROJECTION = 0b1100, 1 << 4  # the bits of b_ih and b_hh, and of w_hr
 
 
-def present_bits(cell: str, *, biases: bool, projection: bool) -> int:
-    """Bit i for tensor i of ``Cell.tensors``: those that a layer has."""
+def _all_tensors(cell: str) -> list[str]:
+    return [*CELLS[cell].tensors, *(name for names in NORM_TENSORS.values() for name in names)]
+
+
+def present_bits(cell: str, *, biases: bool, projection: bool, norm_at: Sequence[str] = ()) -> int:
+    """Bit i for tensor i of ``Cell.tensors``, then NORM_TENSORS: those that a layer has."""
     known = CELLS[cell]
     matrices = 0b11 if known.recurrent_gates else 0b01
     vectors = BIASES & matrices << 2 if biases else 0
     params = (1 << len(known.params)) - 1
-    return matrices | vectors | PROJECTION * projection | params << 5
+    found = matrices | vectors | PROJECTION * projection | params << 5
+    for i, name in enumerate(_all_tensors(cell)):
+        found |= any(name in NORM_TENSORS[place] for place in norm_at) << i
+    return found
 
 
 def present_names(cell: str, present: int) -> list[str]:
-    return [name for i, name in enumerate(CELLS[cell].tensors) if present >> i & 1]
-
-
-def units_of(cell: str, present: int, weights: Sequence[Tensor]) -> tuple[Any, Any]:
-    """H and P, as the tensors of the first layer have them."""
-    run = dict(zip(present_names(cell, present), weights, strict=False))
-    units = run["w_ih"].shape[0] // CELLS[cell].gates
-    return units, run["w_hh"].shape[1] if "w_hh" in run else units
+    return [name for i, name in enumerate(_all_tensors(cell)) if present >> i & 1]
 
 
 def by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
@@ -153,6 +261,8 @@ def recurrent(
     directions: int,
     present: int,
     recompute: bool = False,
+    stages: Stages = NO_STAGES,
+    every_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run a stack of layers over a whole sequence.
 
@@ -167,18 +277,22 @@ def recurrent(
         layers, directions: L and D; the second direction runs backwards in time.
         present: which of ``Cell.tensors`` there are, see ``present_bits``.
         recompute: the backward runs each layer again instead of keeping what it computed.
+        stages: what happens between two steps.
+        every_state: return the states after every step for the last ones.
 
     Returns:
-        y [T, B, D*P] (packed: [R, D*P]), h_n [L*D, B, P] and c_n [L*D, B, C] or None.
+        y [T, B, D*P] (packed: [R, D*P]), h_n [L*D, B, P] and c_n [L*D, B, C] or None. With
+        ``every_state`` h_n and c_n have the rows of x, T*B or R of them, in the place of B.
     """
     runs = by_name(cell, present, weights)
-    h0, c0 = initial_states(cell, x, h0, c0, weights, batch_sizes, present)
+    h0, c0 = initial_states(cell, x, h0, c0, weights, batch_sizes, present, stages.blocks)
     run_layer = _layer_again if recompute else _layer
     h_n, c_n = [], []
     for i in range(layers):
         part = slice(i * directions, (i + 1) * directions)
         c0_i = None if c0 is None else c0[part]
-        x, h, c = run_layer(cell, x, h0[part], c0_i, runs[part], batch_sizes)
+        own = stages.of_states(lambda t, part=part: t[..., part, :, :])  # type: ignore[misc]
+        x, h, c = run_layer(cell, x, h0[part], c0_i, runs[part], batch_sizes, own, every_state)
         if masks is not None and i + 1 < layers:
             x = x * masks[i][: x.shape[0]]
         h_n.append(h)
@@ -196,6 +310,7 @@ def initial_states(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     present: int,
+    blocks: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """The states given, or zeros; for the arguments of ``recurrent``."""
     others = len(CELLS[cell].states) - 1
@@ -204,12 +319,38 @@ def initial_states(
     runs, batch = len(weights) // present.bit_count(), x.shape[1]
     if batch_sizes is not None:
         batch = batch_sizes[0]  # type: ignore[assignment]
-    units, width = units_of(cell, present, weights)
+    width, units = widths(cell, weights, present, blocks)
     if h0 is None:
         h0 = torch.zeros(runs, batch, width, dtype=x.dtype, device=x.device)
     if c0 is None and others:
         c0 = torch.zeros(runs, batch, others * units, dtype=x.dtype, device=x.device)
     return h0, c0
+
+
+def widths(cell: str, weights: Sequence[Tensor], present: int, blocks: int = 1) -> tuple[int, int]:
+    """P and H."""
+    run = dict(zip(present_names(cell, present), weights, strict=False))
+    units = run["w_ih"].shape[0] // CELLS[cell].gates
+    return run["w_hh"].shape[1] * blocks if "w_hh" in run else units, units
+
+
+def without_blocks(
+    cell: str, weights: Sequence[Tensor], present: int, stages: Stages
+) -> tuple[list[Tensor], Stages]:
+    """The same layers with whole matrices W_hh [G*H, P], which are zero beside the blocks."""
+    names, n = present_names(cell, present), stages.blocks
+
+    def whole(w_hh: Tensor) -> Tensor:
+        blocks = w_hh.unflatten(0, (-1, n, w_hh.shape[1]))  # [G, n, units of a block, columns]
+        return (
+            torch.diag_embed(blocks.movedim(1, -1))
+            .permute(0, 3, 1, 4, 2)
+            .reshape(w_hh.shape[0], -1)
+        )
+
+    return [
+        whole(w) if names[i % len(names)] == "w_hh" else w for i, w in enumerate(weights)
+    ], stages._replace(blocks=1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -224,6 +365,8 @@ def _layer(
     c0: Tensor | None,
     runs: Sequence[Weights],
     batch_sizes: Tensor | None,
+    stages: Stages,
+    every_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer of D = ``len(runs)`` directions."""
     dtype = x.dtype
@@ -246,6 +389,8 @@ def _layer(
             None if c0 is None else c0[d].to(wide),
             {name: w.to(wide) for name, w in run.items()},
             sizes,
+            stages.of_states(lambda t, d=d: t.select(-3, d).to(wide)),  # type: ignore[misc]
+            every_state,
             reverse=d == 1,
         )
         ys.append(y)
@@ -262,6 +407,8 @@ def _layer_again(
     c0: Tensor | None,
     runs: Sequence[Weights],
     batch_sizes: Tensor | None,
+    stages: Stages,
+    every_state: bool,
 ) -> Any:
     """``_layer``, but the backward runs the forward again instead of keeping what it computed."""
     names = list(runs[0])
@@ -271,7 +418,7 @@ def _layer_again(
             dict(zip(names, flat[i : i + len(names)], strict=True))
             for i in range(0, len(flat), len(names))
         ]
-        return _layer(cell, x, h0, c0, again, batch_sizes)
+        return _layer(cell, x, h0, c0, again, batch_sizes, stages, every_state)
 
     # Tensors in a list would be held past autograd, which then could not see them change.
     flat = [run[name] for run in runs for name in names]
@@ -285,32 +432,115 @@ def _direction(
     c: Tensor | None,
     weights: Weights,
     sizes: list[int] | None,
+    stages: Stages,
+    every_state: bool,
     *,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run over time from the states h [B, P], c [B, C]; return the outputs and the last states."""
-    w_hh, b_hh, w_hr = weights.get("w_hh"), weights.get("b_hh"), weights.get("w_hr")
+    """Run over time from the states h [B, P], c [B, C]; return the outputs and the last states, or
+    those of all rows."""
+    w_hh, w_hr = weights.get("w_hh"), weights.get("w_hr")
+    b_ih, b_hh = weights.get("b_ih"), weights.get("b_hh")
     params = [weights[name] for name in cell.params]
-    gx = F.linear(x, weights["w_ih"], weights.get("b_ih"))  # one product for all steps
+    norm, how = stages.norm, {}
+    at = () if norm is None else norm.at
+    # One product for all steps.
+    gx = F.linear(x, weights["w_ih"], None if {"input", "sum"}.intersection(at) else b_ih)
+    if norm is not None and "input" in at:
+        gx = norm(gx, weights["g_ih"], b_ih)
+    if norm is not None and "cell" in at:
+        how["seen"] = partial(norm, gain=weights["g_c"], shift=weights["s_c"])
     steps = gx.unbind(0) if sizes is None else gx.split(sizes)  # step t: [b_t, G*H]
-    outputs = []
-    for g in reversed(steps) if reverse else steps:
+    counts = [g.shape[0] for g in steps]
+    cuts = _cuts(stages.reset, counts, reverse=reverse)
+    kept = _of_steps(stages.zoneout, counts)
+    outputs, hs, cs = [], [], []
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
         # Sequences are sorted by length, so the first b_t rows are running. The rows below keep
         # what they have: forwards the last state of a sequence that has ended, backwards the first
         # state of one that is still to begin.
-        b = g.shape[0]
+        b = counts[t]
         h_t, c_t = h[:b], None if c is None else c[:b]
-        gh = None if w_hh is None else F.linear(h_t, w_hh, b_hh)
-        h_new, c_new = cell.step(g, gh, h_t, c_t, *params)
+        if (cut := cuts[t]) is not None:
+            place = t + 1 if reverse else t
+            h_t, c_t = _begun_anew(cut, h_t, c_t, stages.reset_to, place)
+        into = h_t if stages.h_mask is None else h_t * stages.h_mask[:b]
+        g, gh = steps[t], None
+        if w_hh is not None:
+            late = {"recurrent", "sum"}.intersection(at)
+            gh = _recurrent_gates(into, w_hh, None if late else b_hh, stages.blocks)
+            if norm is not None and "recurrent" in at:
+                gh = norm(gh, weights["g_hh"], b_hh)
+            if norm is not None and "sum" in at:
+                g = norm(g + gh, weights["g"], b_ih)
+                gh = torch.zeros_like(g) if b_hh is None else b_hh.expand_as(g)
+        h_new, c_new = cell.step(g, gh, h_t, c_t, *params, **how)
         if w_hr is not None:
             h_new = F.linear(h_new, w_hr)
+        if (z := kept[t]) is not None:
+            h_new = torch.lerp(h_new, h_t, z[:, : h_t.shape[1]].expand_as(h_t))
+            if c_t is not None and c_new is not None:
+                c_new = torch.lerp(c_new, c_t, z[:, h_t.shape[1] :].expand_as(c_t))
         if cell.output == 0:
             outputs.append(h_new)
         elif c_new is not None:
             outputs.append(c_new.chunk(len(cell.states) - 1, -1)[cell.output - 1])
+        hs.append(h_new)
         h = h_new if sizes is None else torch.cat([h_new, h[b:]])
         if c is not None and c_new is not None:
+            cs.append(c_new)
             c = c_new if sizes is None else torch.cat([c_new, c[b:]])
     if reverse:
-        outputs.reverse()
-    return torch.stack(outputs) if sizes is None else torch.cat(outputs), h, c
+        for each in (outputs, hs, cs):
+            each.reverse()
+    y = torch.stack(outputs) if sizes is None else torch.cat(outputs)
+    return (y, torch.cat(hs), torch.cat(cs) if cs else None) if every_state else (y, h, c)
+
+
+def _recurrent_gates(h: Tensor, w_hh: Tensor, b_hh: Tensor | None, blocks: int) -> Tensor:
+    """h W_hh^T + b_hh [b, G*H], W_hh being block-diagonal."""
+    if blocks == 1:
+        return F.linear(h, w_hh, b_hh)
+    width = w_hh.shape[1]
+    each = w_hh.unflatten(0, (-1, blocks, h.shape[1] // blocks))  # [G, blocks, units, width]
+    gates = torch.einsum("bnk,gnuk->bgnu", h.unflatten(1, (blocks, width)), each).flatten(1)
+    return gates if b_hh is None else gates + b_hh
+
+
+def _cuts(reset: Tensor | None, counts: list[int], *, reverse: bool) -> list[Tensor | None]:
+    """For each step t the rows [b_t, 1] whose states before it become zeros, or None."""
+    if reset is None:
+        return [None] * len(counts)
+    steps = list(reset.reshape(-1)[: sum(counts)].split(counts))
+    if reverse:  # the state before step t is that of t + 1, of as many rows as go on to there
+        nothing = reset.new_zeros(counts[-1])
+        steps = [
+            F.pad(after, (0, count - len(after)))
+            for after, count in zip([*steps[1:], nothing], counts, strict=True)
+        ]
+    return [step.unsqueeze(1) for step in steps]
+
+
+def _begun_anew(
+    cut: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    to: tuple[Tensor, Tensor | None] | None,
+    step: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The states h [b, P] and c with those of ``to``, [B, ..] or [T, B, ..], in the rows cut."""
+    if to is None:
+        return h.masked_fill(cut, 0), None if c is None else c.masked_fill(cut, 0)
+    if to[0].dim() == 3:  # past the end nothing is cut
+        step = min(step, to[0].shape[0] - 1)
+    own = [s if s is None or s.dim() == 2 else s[step] for s in to]
+    b = h.shape[0]
+    h = torch.where(cut, own[0][:b], h)  # type: ignore[index]
+    return h, c if c is None else torch.where(cut, own[1][:b], c)  # type: ignore[index]
+
+
+def _of_steps(rows: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
+    """The rows of each step; one row is that of all."""
+    if rows is None or rows.shape[0] == 1:
+        return [rows] * len(counts)
+    return rows.split(counts)

@@ -233,7 +233,7 @@ def CfC(x: Any, r: Any, s: Any, p: Any, elapsed: float = 1.0) -> New:
     Hasani et al. 2022, "Closed-form continuous-time neural networks" (arXiv:2106.13898), as in
     its code: ``t = σ(a elapsed + b)``, ``h' = (1 - t) tanh(x_g + h_g) + t tanh(x_f + h_f)``.
     """
-    t = torch.sigmoid((x.a + r.a) * elapsed + x.b + r.b)
+    t = torch.sigmoid((x.a + r.a) * elapsed + (x.b + r.b))
     return dict(h=(1 - t) * torch.tanh(x.g + r.g) + t * torch.tanh(x.f + r.f))
 
 

@@ -178,8 +178,13 @@ class Case:
         return ("x", "h0", "c0", *(f"{name}_{run}" for run in runs for name in weights))
 
     def rest(self, batch_sizes: Tensor | None) -> tuple[Any, ...]:
-        """What stands behind the weights in the operators' schemas, without dropout."""
+        """What stands behind the weights in the engines' calls, without dropout."""
         return None, batch_sizes, self.num_layers, self.directions, self.present
+
+    def rest_of_schema(self, batch_sizes: Tensor | None) -> tuple[Any, ...]:
+        """The same in the operators' schemas: with nothing between two steps, and without TF32."""
+        masks, batch_sizes, *shape = self.rest(batch_sizes)
+        return masks, batch_sizes, None, None, None, *shape, 1, False, False
 
     def arguments(self) -> tuple[list[Tensor | None], Tensor | None]:
         """(x, h0, c0, *weights) with unit-scale entries, and batch_sizes."""

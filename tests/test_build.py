@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from bound import needs_compiler
+from forked import python
 
 from fused_rnn import build
 
@@ -560,7 +561,7 @@ print(*(f"{w.filename}:{w.lineno}" for w in caught if w.category is RuntimeWarni
     (home / "user.py").write_text(code)
     monkeypatch.setenv("CXX", "no-such-c++")
     line = code.splitlines().index("        return self.rnn(x)  # here") + 1
-    done = run(str(home / "user.py"), PYTHONPATH=os.pathsep.join(sys.path))
+    done = run_afresh(str(home / "user.py"), PYTHONPATH=os.pathsep.join(sys.path))
     assert done.stdout.strip() == f"{home / 'user.py'}:{line}", done.stderr
 
 
@@ -858,6 +859,11 @@ def test_no_device(libraries, cuda, monkeypatch):
 
 def run(*arguments, **env):
     """Run Python from the checkout, where the real package and sources are."""
+    return python(*arguments, cwd=ROOT, env={**os.environ, **env})
+
+
+def run_afresh(*arguments, **env):
+    """In an interpreter that has imported nothing."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -887,7 +893,7 @@ build = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 print(build.VERSION, len(build.CPU.source_hash()), len(build.cells()), build.levels()[0])
 """
-    done = run("-c", code)
+    done = run_afresh("-c", code)
     assert done.stdout == f"{build.VERSION} 12 {len(build.cells())} generic\n", done.stderr
 
 

@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 import fused_rnn
-from fused_rnn import CellError
+from fused_rnn import CellError, zoo
 from fused_rnn.compiler import Compiled, Declaration, trace
 from fused_rnn.compiler.graph import Node
 from fused_rnn.custom import _Products, _Values
+from fused_rnn.reference import CELLS
 
 pytestmark = pytest.mark.unit
 
@@ -223,6 +224,15 @@ def test_hyperparameters_are_constants() -> None:
     assert layer.Cell(3, 4, leak=0.0)(torch.zeros(2, 3)).shape == (2, 4)
     with pytest.raises(TypeError, match="leaky: unexpected keyword argument 'lek'.* leak, deep"):
         layer(3, 4, lek=1)
+
+
+def test_whether_gates_are_read_by_their_sums() -> None:
+    def gru(x: Any, r: Any, s: Any, p: Any) -> dict[str, Any]:
+        z = torch.sigmoid(r.z + x.z)
+        return dict(h=z * s.h + torch.tanh(x.n + z * r.n))
+
+    assert CELLS[of(peephole, "i f g o", "h c", "p_i p_f p_o").cell].adds
+    assert not CELLS[of(gru, "z n").cell].adds and not CELLS[zoo.QRNN.cell].adds
 
 
 def test_the_state_of_the_product_is_one() -> None:

@@ -108,10 +108,10 @@ def test_what_they_refuse() -> None:
     def infer(cell: str, change: Any) -> None:
         case = replace(SIZES[0], cell=cell)
         (x, h0, c0, *weights), batch_sizes = case.arguments()
-        masks, *rest, present = case.rest(batch_sizes)
+        *rest, present, blocks, every, tf32 = case.rest_of_schema(batch_sizes)
         weights, present = change(weights, present)
         operator = torch.ops.fused_rnn.recurrent_infer
-        operator(cell, x, h0, c0, weights, masks, *rest, present, False)
+        operator(cell, x, h0, c0, weights, *rest, present, blocks, every, tf32)
 
     w_hr = torch.randn(3, 6, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="w_hr: this cell .* no projection"):

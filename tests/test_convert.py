@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CLASSES
+from forked import python
 from helpers import assert_all_close, flatten
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -478,9 +477,7 @@ assert [isinstance(model[0], torch.nn.LSTM), isinstance(model[1], torch.nn.GRU)]
 assert "fused_rnn" in str(type(model[0]).__mro__)
 torch.testing.assert_close(model[0](x)[0], expected)
 """
-    found = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
-    )
+    found = python("-c", program, cwd=ROOT)
     assert found.returncode == 0, found.stderr
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 from helpers import cpu_engine_only
 
 import fused_rnn
@@ -15,8 +14,10 @@ pytestmark = pytest.mark.module
 
 # Both the package's way for single calls and what is registered with torch: fakes, autograd.
 PRELUDE = """
-import gc, importlib, pickle, sys, weakref
+import gc, importlib, pickle, sys, warnings, weakref
 import torch
+
+warnings.simplefilter("ignore")
 
 def use(library):
     cell, steps = library.LSTMCell(3, 4), torch.randn(5, 2, 3)
@@ -30,7 +31,7 @@ def use(library):
     both = library.replace(torch.nn.LSTM(3, 4), keep_isinstance=True)
     assert isinstance(both, library.LSTM) and isinstance(both, torch.nn.LSTM)
 
-    x, module = torch.randn(5, 2, 3), library.GRU(3, 4, num_layers=2, bidirectional=True)
+    x, module = torch.randn(2, 2, 3), library.GRU(3, 4, num_layers=2, bidirectional=True)
     theirs = library.restore(module, inplace=False)
     expected = theirs(x)[0]
     expected.sum().backward()
@@ -51,7 +52,7 @@ def use(library):
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         module(x)
-    assert counter.get_total_flops() == 2 * 10 * sum(
+    assert counter.get_total_flops() == 2 * 4 * sum(
         weight.numel() for weight in module.parameters() if weight.dim() == 2
     )
 
@@ -125,10 +126,5 @@ else:
 @cpu_engine_only  # the processes load the package's own library
 @pytest.mark.parametrize("way", WAYS)
 def test_import_again(way: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PRELUDE + WAYS[way]],
-        cwd=Path(fused_rnn.__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", PRELUDE + WAYS[way], cwd=Path(fused_rnn.__file__).parents[1])
     assert done.returncode == 0, done.stderr

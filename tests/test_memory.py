@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import platform
-import subprocess
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import short_memory
 import torch
 from cases import CLASSES
+from forked import python
 from torch import Tensor, nn
 
 import fused_rnn
@@ -30,7 +30,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc
 SHORT = """
 import resource, sys, torch, fused_rnn
 module = getattr(fused_rnn, sys.argv[1])(1, 16)
-small, large = torch.randn(2, 2, 1), torch.randn(20000, 64, 1)
+small, large = torch.randn(2, 2, 1), torch.randn(5000, 64, 1)
 expected = module(small)[0]
 size = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (size + (10 << 20), resource.RLIM_INFINITY))
@@ -52,8 +52,7 @@ module(large)[0].sum().backward()
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_where_memory_is_short(name: str) -> None:
     """Torch's error, which names the bytes; then the next calls are right."""
-    command = [sys.executable, "-c", SHORT, name]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python("-c", SHORT, name)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("can't allocate memory: you tried to allocate") == 2, done.stdout
 
@@ -146,8 +145,7 @@ print((resident() - before) / ({count} * kept[0].numel() * 4))
 @pytest.mark.parametrize("steps", [65, 100, 129, 400])
 def test_results_that_are_kept_take_their_size(steps: int) -> None:
     code = KEPT.format(steps=steps, count=6400 // steps)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.1
+    assert float(python("-c", code).stdout) < 1.1
 
 
 def example(name: str) -> tuple[Any, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, random_case
+from forked import python
 from helpers import cpu_engine_only, leaves, operate
 from torch import Tensor
 
@@ -118,8 +119,7 @@ fused_rnn.build.use("cpu", Path(sys.argv[1]))
 fused_rnn.{module}(4, 6)(torch.ones(3, 4))
 """
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": "AVX2"}
-    command = [sys.executable, "-c", code, str(build.state().library)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = python("-c", code, str(build.state().library), env=env)
     assert (
         f"FUSED_RNN_CPU_CAPABILITY is 'AVX2': use one of {', '.join(CAPABILITIES)}" in done.stderr
     )
@@ -129,8 +129,8 @@ fused_rnn.{module}(4, 6)(torch.ones(3, 4))
 def chosen() -> dict[str, str]:
     """The instruction set taken, by the one that was asked for."""
     names = CAPABILITIES[:-1]
-    command = [sys.executable, "-c", CHOICES, *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = python("-c", CHOICES, *names)
+    assert done.returncode == 0, done.stderr
     return dict(zip(names, done.stdout.split(), strict=True))
 
 
@@ -139,7 +139,7 @@ def chosen() -> dict[str, str]:
 def test_lesser_instruction_sets(
     capability: str, chosen: dict[str, str], seed: int, request: pytest.FixtureRequest
 ) -> None:
-    """The same checks on the code for machines that have less, chosen when it is loaded."""
+    """The same checks, some of each, on the code for machines that have less."""
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
     library = build.library()
     library.frnn_cpu_capability.restype = ctypes.c_char_p
@@ -147,21 +147,14 @@ def test_lesser_instruction_sets(
     assert chosen[capability] == min(capability, machine, key=CAPABILITIES.index)
     if chosen[capability] == machine:
         return  # whose code the other tests run
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
+    done = python(
+        *["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"],
         __file__,
         str(Path(__file__).with_name("test_tiles.py")),
-        "-k",
-        "test_agrees_with_float64 or test_tiles and bfloat16",
-        f"--quick={request.config.getoption('--quick')}",
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+        *["-k", "test_agrees_with_float64 or test_tiles and bfloat16"],
+        f"--quick={request.config.getoption('--quick') or 20}",
+        env=env,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -225,16 +218,16 @@ OPCHECK = [
 def test_opcheck(case: Case, dropout: bool, seed: int) -> None:
     tensors, batch_sizes = case.arguments()
     x, h0, c0, *weights = leaves(tensors, case.dtype)
-    masks, *rest = case.rest(batch_sizes)
+    masks, *rest = case.rest_of_schema(batch_sizes)
     if dropout:
         shape = (case.num_layers - 1, *x.shape[:-1], case.directions * case.width)
         masks = torch.rand(shape).to(case.dtype)
-    arguments = (case.kernel, x, h0, c0, weights, masks, *rest, False)
+    arguments = (case.kernel, x, h0, c0, weights, masks, *rest)
     operators = torch.ops.fused_rnn
     torch.library.opcheck(operators.recurrent.default, arguments)
     torch.library.opcheck(operators.recurrent_recomputed.default, arguments)
     x, h0, c0, *weights = tensors
-    plain = (case.kernel, x, h0, c0, weights, masks, *rest, False)
+    plain = (case.kernel, x, h0, c0, weights, masks, *rest)
     torch.library.opcheck(operators.recurrent_infer.default, plain)
     y, h_n, c_n, *kept = operators.recurrent.default(*plain)
     needs = [i for i, t in enumerate(tensors) if t is not None]
@@ -325,8 +318,11 @@ def test_no_grad_saves_nothing(seed: int) -> None:
 def test_saved_tensors_are_defined_to_the_last_value(seed: int) -> None:
     """No uninitialised memory in what the forward returns, padding included."""
 
-    def saving(*arguments: Any) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.fused_rnn.recurrent.default(*arguments, False)
+    def saving(case: Case, tensors: Any, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
+        (x, h0, c0, *weights), rest = tensors, case.rest_of_schema(batch_sizes)
+        found: tuple[Tensor, ...] = torch.ops.fused_rnn.recurrent.default(
+            case.kernel, x, h0, c0, weights, *rest
+        )
         return found
 
     for case in (
@@ -336,11 +332,11 @@ def test_saved_tensors_are_defined_to_the_last_value(seed: int) -> None:
     ):
         tensors, batch_sizes = case.arguments()
         with torch.no_grad():
-            first = case.call(saving, tensors, batch_sizes)
+            first = saving(case, tensors, batch_sizes)
             # Memory that a careless kernel would be handed again.
             junk = [torch.full_like(t, float("nan")) for t in first]
             del junk
-            second = case.call(saving, tensors, batch_sizes)
+            second = saving(case, tensors, batch_sizes)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), case
 
 
@@ -406,7 +402,7 @@ def test_bad_arguments_are_refused(name: str, seed: int) -> None:
     case = Case(cell.split()[0], input_size=4, hidden_size=6, time=5, layout=layout)
     (x, h0, c0, *weights), batch_sizes = case.arguments()
     operator = torch.ops.fused_rnn.recurrent_infer.default
-    values = (case.kernel, x, h0, c0, weights, *case.rest(batch_sizes), False)
+    values = (case.kernel, x, h0, c0, weights, *case.rest_of_schema(batch_sizes))
     arguments = dict(zip((a.name for a in operator._schema.arguments), values, strict=True))
     operator(**arguments)
     with pytest.raises(RuntimeError, match=message):

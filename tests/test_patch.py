@@ -1,11 +1,10 @@
-"""``patch_torch`` and ``python -m fused_rnn run``: what is exchanged, undone, left as it was."""
+"""``patch_torch``: what is exchanged, undone, left as it was."""
 
 from __future__ import annotations
 
 import copy
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CLASSES
+from forked import python
 from helpers import assert_all_close, flatten
 from torch import nn
 
@@ -156,7 +156,7 @@ def test_it_says_what_it_did_and_missed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "imported_before", module)
     with fused_rnn.patch_torch() as patch:
         lines = str(patch).splitlines()
-    assert "torch.nn.GRUCell -> fused_rnn.modules.GRUCell" in lines
+    assert "torch.nn.GRUCell -> fused_rnn.step_cells.GRUCell" in lines
     assert "missed: imported_before.Layer is torch.nn.modules.rnn.LSTM" in lines
     assert any(line.endswith("Derived derives from torch.nn.modules.rnn.GRU") for line in lines)
     assert not any("missed: torch." in line for line in lines)
@@ -219,95 +219,7 @@ model, x, expected = torch.load("model.pt", weights_only=False)
 assert type(model.mine).__mro__[1] is torch.nn.LSTM and isinstance(model, torch.nn.Module)
 torch.testing.assert_close(model(x), expected)
 """
-    for program in (write, read):
-        python(tmp_path, "-c", program)
-
-
-# --- Whole programs ------------------------------------------------------------------------------
-
-
-def python(folder: Path, *arguments: str, check: bool = True) -> Any:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert not check or result.returncode == 0, result.stderr
-    return result
-
-
-STATE = """
-import builtins, os, pickle, sys
-me = sys.modules["__main__"]
-assert vars(me) is globals() and __builtins__ is builtins
-def function(): pass
-assert pickle.loads(pickle.dumps(function)) is function
-print(sys.argv, sys.path[0], sys.path.count(sys.path[0]), sorted(vars(me)))
-print(__name__, __file__, __package__, __cached__, getattr(__spec__, "name", None), __annotations__)
-print(__loader__.get_filename(__loader__.name))
-"""
-
-PROGRAMS = {
-    "script": ("folder/script.py", "a", "--", "-m", "--help"),
-    "roundabout": ("./folder/../folder/script.py",),
-    "link": ("link.py", "-h"),
-    "folder": ("folder", "a"),
-    "module": ("-m", "folder.script", "-m", "x"),
-    "package": ("-m", "folder", "doctor"),
-    "no script": ("nothing.py",),
-    "no module": ("-m", "nothing"),
-}
-
-
-@pytest.mark.parametrize("arguments", PROGRAMS.values(), ids=PROGRAMS)
-def test_programs_find_what_python_gives_them(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    (tmp_path / "folder").mkdir()
-    for name in ("script", "__main__"):
-        (tmp_path / f"folder/{name}.py").write_text(STATE)
-    (tmp_path / "link.py").symlink_to("folder/script.py")
-    found = python(tmp_path, "-m", "fused_rnn", "run", *arguments, check=False)
-    expected = python(tmp_path, *arguments, check=False)
-    assert found.stdout == expected.stdout and found.stderr == expected.stderr
-    assert found.returncode == expected.returncode
-
-
-ENDS = {
-    "error": "def f(): raise ValueError('x')\nf()",
-    "cause": "try: 1 / 0\nexcept ZeroDivisionError as e: raise KeyError from e",
-    "exit": "import sys; sys.exit(3)",
-    "message": "raise SystemExit('a message')",
-    "interrupt": "raise KeyboardInterrupt",
-    "syntax": "def f(:",
-    "hook": "import sys; sys.excepthook = lambda *a: print(a[1]); raise ValueError('x')",
-}
-
-
-@pytest.mark.parametrize("name", [*ENDS, "error in a module"])
-def test_programs_end_as_in_python(tmp_path: Path, name: str) -> None:
-    """The same exit code, and not a line more in what is printed."""
-    end, _, in_module = name.partition(" in a ")
-    (tmp_path / "program.py").write_text(ENDS[end])
-    arguments = ("-m", "program") if in_module else ("program.py",)
-    found = python(tmp_path, "-m", "fused_rnn", "run", *arguments, check=False)
-    expected = python(tmp_path, *arguments, check=False)
-    assert found.returncode == expected.returncode
-    assert found.stdout == expected.stdout and found.stderr == expected.stderr
-
-
-def test_programs_run_on_ours(tmp_path: Path) -> None:
-    (tmp_path / "package.py").write_text(PACKAGE)
-    (tmp_path / "program.py").write_text(
-        "import package, sys\n"
-        "print([c.__module__ for c in package.Mine.__mro__[:2]], *sys.argv[1:])\n"
-    )
-    result = python(tmp_path, "-m", "fused_rnn", "run", "program.py", "--lr", "1")
-    assert result.stdout == "['package', 'fused_rnn.modules'] --lr 1\n"
-
-
-def test_a_program_must_be_named(tmp_path: Path) -> None:
-    for arguments in ((), ("-m",)):
-        result = python(tmp_path, "-m", "fused_rnn", "run", *arguments, check=False)
-        assert result.returncode == 2 and "PROGRAM" in result.stderr
+    for program in (write, read):
+        done = python("-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+        assert done.returncode == 0, done.stderr

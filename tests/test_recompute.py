@@ -16,7 +16,7 @@ from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import functional
+from fused_rnn import functional, reference
 
 pytestmark = pytest.mark.module
 
@@ -344,7 +344,7 @@ def test_function() -> None:
     plain, _ = both("RNN", H, H)
     weights = list(plain.parameters())
     x, h = torch.randn(T, B, H), torch.zeros(1, B, H)
-    present = functional.present_bits("rnn_tanh", biases=True, projection=False)
+    present = reference.present_bits("rnn_tanh", biases=True, projection=False)
     settings = dict(num_layers=1, bidirectional=False, present=present)
     sizes = [
         saved_bytes(

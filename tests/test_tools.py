@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CELLS, Case, pair, small
+from forked import python
 from helpers import assert_all_close, flatten, leaves
 from torch import nn
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
@@ -122,7 +121,7 @@ with FlopCounterMode(display=False) as counter:
     fused_rnn.GRU(3, 4)(torch.randn(1, 2, 3))
 print(counter.get_total_flops())
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    found = python("-c", program)
     assert found.stdout.split() == [str(2 * 2 * (12 * 3 + 12 * 4))], found.stderr
 
 
@@ -190,12 +189,7 @@ for table, theirs in ((ModuleValidator.VALIDATORS, nn.LSTM), (ModuleValidator.FI
 """
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(ROOT)])
     for order in ("before", "after"):
-        found = subprocess.run(
-            [sys.executable, "-c", program, order],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
+        found = python("-c", program, order, env={**os.environ, "PYTHONPATH": path})
         assert found.returncode == 0, found.stderr
 
 

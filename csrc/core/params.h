@@ -34,7 +34,7 @@ struct DirectionTensors {
   static constexpr int kNamed = 5, kCount = kNamed + kMaxParams;
 
   P w_ih;                // [kX H, I]
-  P w_hh;                // [kH H, Hout], null if kH = 0
+  P w_hh;                // [kH H, Hout / blocks], null if kH = 0
   P b_ih;                // [kX H] or null
   P b_hh;                // [kH H] or null
   P w_hr;                // [Hout, H] or null: h = w_hr h_full
@@ -53,9 +53,11 @@ using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
 // batch_sizes[t]. No padding between members: engines compare calls byte by byte.
 struct LayerParams {
   Storage storage;
-  int dirs;     // 1 or 2; direction 1 runs backwards in time
-  int threads;  // at most this many
-  int ragged;   // 0 or 1
+  int dirs;         // 1 or 2; direction 1 runs backwards in time
+  int threads;      // at most this many
+  int ragged;       // 0 or 1
+  int every_state;  // 0 or 1: h_n and c_n have the states after every step, `rows` for B
+  int blocks;       // W_hh is block-diagonal, of so many blocks of whole kAlign units
   int64_t T, B, I, H, Hout, rows;
   const int64_t* batch_sizes;  // [T], decreasing
   const int64_t* offsets;      // [T + 1]
@@ -65,9 +67,14 @@ struct LayerParams {
   const void* h0;  // [dirs, B, Hout], null: zeros
   const void* c0;  // [dirs, B, kStates - 1, H], null: zeros
   DirectionWeights w[2];
-  void* y;    // [rows, dirs * Hout]
-  void* h_n;  // [dirs, B, Hout]
-  void* c_n;  // [dirs, B, kStates - 1, H] or null
+  // What happens to the states between two steps; each may be null.
+  const uint8_t* reset;  // [rows]: before this step (for direction 1: after it) they become zeros
+  const void* zoneout;   // [dirs, zoneout_rows, kStates H]: of h and then c, the part that stays
+  int64_t zoneout_rows;  // as many as there are, or one for all
+  const void* h_mask;    // [dirs, B, Hout]: multiplies h where it goes into W_hh
+  void* y;               // [rows, dirs * Hout]
+  void* h_n;             // [dirs, B, Hout]
+  void* c_n;             // [dirs, B, kStates - 1, H] or null
   // For the backward; null when nothing is to be saved. Their contents are the engine's own; shapes
   // on the CPU (in the computing type):
   // hs is null, too, for a step whose h0 and h_n serve in its place (IsOwnTape).
@@ -93,8 +100,8 @@ static_assert(std::has_unique_object_representations_v<LayerGradParams>);
 // Whether the CPU's backward can do without hs: given a single step, whose rows of h are as it reads
 // them, in h0 and h_n.
 constexpr bool IsOwnTape(const LayerParams& p) {
-  return p.T == 1 && !p.ragged && p.h0 != nullptr && StorageSize(p.storage) >= 4 && p.H == p.Hout &&
-         p.H % kAlign == 0;
+  return p.T == 1 && !p.every_state && !p.reset && !p.h_mask && !p.ragged && p.h0 != nullptr &&
+         StorageSize(p.storage) >= 4 && p.H == p.Hout && p.H % kAlign == 0;
 }
 
 // What a binding must know of a cell.

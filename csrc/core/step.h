@@ -1,17 +1,19 @@
 // One step of one unit of one row, for any engine: from its operands in memory, through the cell,
 // and back. An engine lends a view of where its operands lie; this file is the one place that knows
 // their order, and where a stage has its turn: one that acts on gates before the cell
-// (ForwardStep::Compute, first line), or on states after it (last line), and what undoes them in
-// BackwardStep, in reverse.
+// (ForwardStep::Compute, first line), or on states after it (last line: zoneout), and what undoes
+// them in BackwardStep, in reverse.
 #pragma once
 #include "core/cell.h"
 
 namespace frnn {
 
-// A view of the forward has
+// An engine without stages calls Compute() alone. A view of the forward has
 //   V GateX(q), GateH(q)     pre-activations with their biases
 //   V Param(k)
 //   V H(), Extra(e)          the states before the step
+//   bool Zones()             whether states keep a part of what they were:
+//   V Zone(j)                of h (j = 0) and state j - 1 of c
 //   void SetH(V), SetExtra(e, V)
 //   void Keep(k, V)          for the backward: value k that the cell saved
 //   void KeepExtra(e, V)     and state e of c before the step
@@ -36,6 +38,18 @@ struct ForwardStep {
     for (int k = 0; k < C::kParams; k++) p[k] = from.Param(k);
   }
   FRNN_HD void Compute() { C::forward(x, h, s, p, s_new, saved); }
+  template <class View>
+  FRNN_HD void Compute(const View& view) {
+    Compute();
+    if (!view.Zones()) return;
+    s[C::kRecurrent] = view.H();
+    FRNN_UNROLL
+    for (int j = 0; j < C::kStates; j++) {
+      const int state = j == 0 ? C::kRecurrent : States<C>::OfExtra(j - 1);
+      const V z = view.Zone(j);
+      s_new[state] = (splat<V>(1) - z) * s_new[state] + z * s[state];
+    }
+  }
 
   template <class View>
   FRNN_HD void StoreStates(const View& to) const {
@@ -59,6 +73,7 @@ struct ForwardStep {
 //   V H(), NewH()                   h before and after the step
 //   V GradH(), GradExtra(e)         what reaches the new states from later steps
 //   void AddGradOutput(V&)          and from the layer's output
+//   bool Zones(), V Zone(j)         as in the forward
 //   void SetGate(i, V)              gate gradient d[i]
 //   void SetGradH(V), SetGradExtra(e, V)
 //   void AddGradParam(k, V)
@@ -88,6 +103,21 @@ struct BackwardStep {
     from.AddGradOutput(ds_new[C::kOutput]);
   }
   FRNN_HD void Compute() { C::backward(saved, s, h_new, p, ds_new, d, ds, dp); }
+  template <class View>
+  FRNN_HD void Compute(const View& view) {
+    const bool zones = view.Zones();
+    Pack<V, C::kStates> stays{};
+    FRNN_UNROLL
+    for (int j = 0; j < C::kStates && zones; j++) {
+      const int state = j == 0 ? C::kRecurrent : States<C>::OfExtra(j - 1);
+      const V z = view.Zone(j);
+      stays[state] = z * ds_new[state];
+      ds_new[state] = (splat<V>(1) - z) * ds_new[state];
+    }
+    Compute();
+    FRNN_UNROLL
+    for (int j = 0; j < C::kStates && zones; j++) ds[j] = ds[j] + stays[j];
+  }
 
   template <class View>
   FRNN_HD void Store(View&& to) const {

@@ -50,6 +50,7 @@ class Layer<C>::BackwardPass {
     ProductH dh_product;
     ProductX dx_product;
     T *w_hr, *params, *dc, *dy, *db, *dparams;
+    T* zones;  // [panel][row][state][unit]
     Gradients gradients;
 
     int dir;
@@ -61,8 +62,9 @@ class Layer<C>::BackwardPass {
   typename ProductH::Common h_common;
   typename ProductX::Common x_common{p.dx ? p.I : 0};
   T *d, *dh, *dh_seq, *dh_full, *grad_right, *sum_ih, *sum_hh, *dx_sum;
-  parts::TiledOperand x_right, h_right;  // the right sides of dW, x and h
-  float* d_sizes;                        // in fixed point, the largest d of each row
+  T *mask = nullptr, *dh_left = nullptr;  // with a mask of h, that and the gradient behind it
+  parts::TiledOperand x_right, h_right;   // the right sides of dW, x and h
+  float* d_sizes;                         // in fixed point, the largest d of each row
   // Out of the range of tiles: any d of a direction, a block of dW.
   std::atomic<bool> misfit_d[2] = {{false}, {false}};
   std::atomic<int64_t> misfit_block[2] = {{-1}, {-1}};
@@ -82,12 +84,18 @@ class Layer<C>::BackwardPass {
     ColumnWeights<1> weights;
     weights.w = my.w->w_hr;
     weights.storage = p.storage;
-    weights.K = p.Hout;
+    weights.K = weights.gate_rows = p.Hout;
     weights.cols = p.H;
     weights.packing = cpu::Packing::kOnce;
     weights.packed = my.w_hr;
     weights.first = begin;
     ForColumnTiles(begin, end, [&](int64_t v, auto nv) { f(weights, v, nv); });
+  }
+  T* Zones(const Thread& my, int64_t panel) const {
+    return my.zones + (panel - my.panels.begin) * ZoneRows(p) * C::kStates * kUnits;
+  }
+  bool IsReset(const Thread& my, int64_t t, int64_t b) const {
+    return p.reset != nullptr && Layer::IsReset(p, my.dir, t, b);
   }
   const T* Gate(int q, int64_t row) const { return d + row * d_stride + q * gate_stride; }
 
@@ -95,11 +103,13 @@ class Layer<C>::BackwardPass {
   void PackProjection(Thread& my) const;
   void Start(Thread& my) const;
   Step StepAt(Thread& my, int64_t number) const;
+  void AddStateGrads(Thread& my, const Step& step) const;
   void Unproject(Team& team, Thread& my, const Step& step) const;
   struct View;
   Bits GateGrads(Thread& my, const Step& step) const;
   void ShareGrads(Team& team, Thread& my, const Step& step, const Bits& largest);
   void RecurrentGrad(Thread& my, const Step& step) const;
+  void CutResets(Thread& my, const Step& step) const;
   void StoreGrads(Thread& my) const;
   bool FitsTiles(const Thread& my) const {
     return plan.tiled && !misfit_d[my.dir].load(std::memory_order_relaxed);
@@ -116,7 +126,9 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
   const int64_t grad_rows = Gradients::Block(p.rows);
   h_common.storage = x_common.storage = p.storage;
-  h_common.K = x_common.K = h_common.left.K = p.H;
+  x_common.K = p.H;
+  h_common.K = h_common.left.K = p.blocks > 1 ? BlockWidth(p) : p.H;
+  h_common.blocks = p.blocks > 1 ? p.blocks : 1;
   h_common.packing = plan.w_hh;
   x_common.packing = plan.w_ih;
   h_common.tiled = x_common.tiled = h_common.left.tiled = plan.tiled;
@@ -139,6 +151,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
       my.db = s.Take<T>(own_panels * C::kD * kUnits);
       my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.dparams = s.Take<T>(own_panels * C::kParams * kUnits);
+      my.zones = s.Take<T>(own_panels * ZoneRows(p) * C::kStates * kUnits);
       my.gradients.Take(s, p.rows, plan.tiled, plan.d_grad_cut);
     }
     d_sizes = s.Take<float>(plan.tiled && plan.d_cut == parts::Cut::kFixed ? p.rows : 0);
@@ -146,6 +159,8 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
     h_right = TakeTiles(s, plan.tiled, RoundUp(p.Hout, N), grad_rows, plan.grad_cut);
     d = s.Take<T>(p.rows * d_stride);
     dh = dh_in_place ? static_cast<T*>(p.dh0) : s.Take<T>(p.B * h_stride);
+    if (p.h_mask != nullptr)
+      for (T** buffer : {&mask, &dh_left}) *buffer = s.Take<T>(p.B * h_stride);
     dh_seq = s.Take<T>(projected ? p.rows * h_stride : 0);
     dh_full = s.Take<T>(projected ? p.B * full_stride : 0);
     grad_right = s.Take<T>(WeightGrad::PackedSize(p.rows, widest));
@@ -177,12 +192,13 @@ void Layer<C>::BackwardPass::RunDirection(Team& team, Thread& my) {
 
   for (int64_t number = 0; number < p.T; number++) {
     const Step step = StepAt(my, number);
+    if (p.every_state) AddStateGrads(my, step);
     if (projected) Unproject(team, my, step);
     const Bits largest = GateGrads(my, step);
     if (plan.tiled) ShareGrads(team, my, step, largest);
-    if (C::kH == 0) continue;
-    team.Sync();
-    RecurrentGrad(my, step);
+    if (C::kH > 0) team.Sync();
+    if (C::kH > 0) RecurrentGrad(my, step);
+    CutResets(my, step);
   }
   team.Sync();
 
@@ -218,11 +234,15 @@ void Layer<C>::BackwardPass::Start(Thread& my) const {
     for (int64_t r = 0; r < p.B * kExtra; r++) {
       const int64_t unit = i * kUnits;
       const int64_t at = (my.dir * p.B * kExtra + r) * p.H + unit;
-      LoadPadded<kUnits>(p.dc_n ? At(p.dc_n, p.storage, at) : nullptr, p.storage,
-                         p.dc_n ? p.H - unit : 0,
+      const bool given = p.dc_n != nullptr && !p.every_state;
+      LoadPadded<kUnits>(given ? At(p.dc_n, p.storage, at) : nullptr, p.storage,
+                         given ? p.H - unit : 0,
                          my.dc + ((i - my.panels.begin) * p.B * kExtra + r) * kUnits);
     }
-  CopyState(p, p.dh_n, my.dir, my.first, my.last, dh, h_stride);
+  CopyState(p, p.every_state ? nullptr : p.dh_n, my.dir, my.first, my.last, dh, h_stride);
+  if (mask) CopyState(p, p.h_mask, my.dir, my.first, my.last, mask, h_stride);
+  for (int64_t i = my.panels.begin; i < my.panels.end && ZonesStay(p); i++)
+    LoadZones(p, my.dir, 0, 1, i, Zones(my, i));
 }
 
 // ---- per step ----
@@ -254,6 +274,29 @@ auto Layer<C>::BackwardPass::StepAt(Thread& my, int64_t number) const -> Step {
   return step;
 }
 
+// dh and dc, the own parts, get what reaches the states of this step from outside.
+template <class C>
+void Layer<C>::BackwardPass::AddStateGrads(Thread& my, const Step& step) const {
+  alignas(kLine) T block[kUnits];
+  const auto add = [&](const void* from, int64_t at, int64_t n, T* to) {
+    for (int64_t i = 0; i < n; i += kUnits) {
+      const int64_t count = n - i < kUnits ? n - i : kUnits;
+      LoadRow(At(from, p.storage, at + i), p.storage, block, count);
+      for (int64_t u = 0; u < count; u++) to[i + u] += block[u];
+    }
+  };
+  const int64_t first = my.dir * p.rows + step.row;
+  for (int64_t b = 0; b < step.n; b++) {
+    if (p.dh_n)
+      add(p.dh_n, (first + b) * p.Hout + my.first, my.valid, dh + b * h_stride + my.first);
+    for (int64_t i = my.panels.begin; i < my.panels.end && p.dc_n; i++)
+      for (int e = 0; e < kExtra; e++)
+        add(p.dc_n, ((first + b) * kExtra + e) * p.H + i * kUnits,
+            std::min<int64_t>(p.H - i * kUnits, kUnits),
+            my.dc + (((i - my.panels.begin) * p.B + b) * kExtra + e) * kUnits);
+  }
+}
+
 // dh_full = (dh + dy) W_hr for the own units; dh_seq keeps the left side for dW_hr.
 template <class C>
 void Layer<C>::BackwardPass::Unproject(Team& team, Thread& my, const Step& step) const {
@@ -282,7 +325,8 @@ struct Layer<C>::BackwardPass::View {
   int lanes;     // of them below H
   const T* tape;
   T *d, *dc, *db, *dparams;
-  const T* params;
+  const T *params, *zones;
+  int64_t zones_stride;
   int64_t row = 0;
   V bias[C::kD], dparam[C::kParams > 0 ? C::kParams : 1];
   Bits largest;
@@ -302,6 +346,8 @@ struct Layer<C>::BackwardPass::View {
     db = my.db + at * C::kD * kUnits + vec * N;
     params = my.params + at * C::kParams * kUnits + vec * N;
     dparams = my.dparams + at * C::kParams * kUnits + vec * N;
+    zones = pass.p.zoneout ? pass.Zones(my, panel) + vec * N : nullptr;
+    zones_stride = ZonesStay(pass.p) ? 0 : C::kStates * kUnits;
     FRNN_UNROLL
     for (int q = 0; q < C::kD; q++) bias[q] = V{};
     FRNN_UNROLL
@@ -311,11 +357,14 @@ struct Layer<C>::BackwardPass::View {
   FRNN_INLINE V KeptExtra(int e) const { return Kept(Tape<C>::OfExtra(e)); }
   FRNN_INLINE V Param(int k) const { return load<V>(params + k * kUnits); }
   FRNN_INLINE V H() const {
+    if (pass.IsReset(my, step.t, row)) return V{};
     return load<V>(my.hs + PreviousRow(pass.p, my.dir, step.t, row) * pass.hs_stride + unit);
   }
   FRNN_INLINE V NewH() const {
     return load<V>(my.new_h + (step.row + row) * pass.hs_stride + unit);
   }
+  FRNN_INLINE bool Zones() const { return zones != nullptr; }
+  FRNN_INLINE V Zone(int j) const { return load<V>(zones + row * zones_stride + j * kUnits); }
   FRNN_INLINE V GradH() const {
     return load<V>(pass.projected ? pass.dh_full + row * pass.full_stride + unit : OfGradH());
   }
@@ -358,13 +407,14 @@ template <class C>
 auto Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const -> Bits {
   Bits largest{};
   for (int64_t panel = my.panels.begin; panel < my.panels.end; panel++) {
+    if (ZonesVary(p)) LoadZones(p, my.dir, step.row, step.n, panel, Zones(my, panel));
     FRNN_UNROLL
     for (int vec = 0; vec < kPanelVecs; vec++) {
       View view(*this, my, step, panel, vec, largest);
       for (; view.row < step.n; view.row++) {
         BackwardStep<C, V> unit;
         unit.Load(view);
-        unit.Compute();
+        unit.Compute(view);
         unit.Store(view);
       }
       view.StoreSums();
@@ -398,7 +448,22 @@ void Layer<C>::BackwardPass::RecurrentGrad(Thread& my, const Step& step) const {
   if (step.number + 1 == p.T && !p.dh0) return;
   my.dh_product.Multiply(
       my.dir * p.T + step.number, step.n, [&](int q) { return Gate(C::kDh[q], step.row); },
-      d_stride, dh, h_stride, !projected);
+      d_stride, mask ? dh_left : dh, h_stride, !projected && !mask);
+  for (int64_t b = 0; b < step.n && mask; b++)
+    for (int64_t u = my.first; u < my.first + my.valid; u++) {
+      const int64_t at = b * h_stride + u;
+      dh[at] = (projected ? T(0) : dh[at]) + dh_left[at] * mask[at];
+    }
+}
+
+// No gradient passes to before a reset.
+template <class C>
+void Layer<C>::BackwardPass::CutResets(Thread& my, const Step& step) const {
+  ForResets(p, my.dir, step.t, [&](int64_t b) {
+    std::fill(dh + b * h_stride + my.first, dh + b * h_stride + my.last, T(0));
+    for (int64_t i = 0; i < my.panels.end - my.panels.begin; i++)
+      std::fill_n(my.dc + (i * p.B + b) * kExtra * kUnits, kExtra * kUnits, T(0));
+  });
 }
 
 // ---- of the whole sequence ----
@@ -503,16 +568,39 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
   const auto load_h = [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
     constexpr int kWidth = decltype(nv)::value * N;
     RowCursor cursor(p, r0);
-    for (int64_t r = 0; r < n; r++, cursor.Next())
+    for (int64_t r = 0; r < n; r++, cursor.Next()) {
+      T* row = dst + r * kWidth;
+      if (IsReset(my, cursor.t, cursor.b)) {
+        std::fill_n(row, kWidth, T(0));
+        continue;
+      }
       LoadPadded<kWidth>(my.hs + PreviousRow(p, my.dir, cursor.t, cursor.b) * hs_stride + col,
-                         kPlain, p.Hout - col, dst + r * kWidth);
+                         kPlain, p.Hout - col, row);
+      for (int64_t u = 0; u < kWidth && mask; u += N)
+        store<V>(row + u, Masked(row + u, mask + cursor.b * h_stride + col + u, p.storage));
+    }
   };
   if (FitsTiles(my)) {
     WeightGrad::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
   } else {
     x_grad.Run(team, load_x);
-    if (C::kH > 0) h_grad.Run(team, load_h);
+    if (C::kH > 0 && p.blocks <= 1) h_grad.Run(team, load_h);
   }
+  // Of a block-diagonal W_hh one gate and block after the other: a block of d with its columns of h.
+  const int64_t width = BlockWidth(p);
+  for (int q = 0; q < C::kH && p.blocks > 1 && my.dw->w_hh; q++)
+    for (int64_t block = 0; block < p.blocks; block++) {
+      const int64_t first = block * width;
+      WeightGrad block_grad = h_grad;
+      block_grad.gates = 1;
+      block_grad.column = &C::kDh[q];
+      block_grad.left.d = d + first;
+      block_grad.left.H = block_grad.cols = width;
+      block_grad.dw = At(my.dw->w_hh, p.storage, (q * p.H + first) * width);
+      block_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
+        load_h(r0, n, first + col, nv, dst);
+      });
+    }
   if (projected) {
     WeightGrad projection_grad = h_grad;
     projection_grad.gates = 1;

@@ -1,8 +1,11 @@
 // The forward of cpu/layer.h.
 //
 // Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per
-// step gates_h = h W_hh^T, gate math, one barrier (two more around the product of a projection).
+// step gates_h = h W_hh^T, gate math, what happens to the states before the next step, one barrier
+// (two more around the product of a projection).
 #pragma once
+#include <algorithm>
+
 #include "cpu/layer.h"
 #include "cpu/product/panel_product.h"
 
@@ -29,19 +32,21 @@ class Layer<C>::ForwardPass {
   const int64_t x_stride = RowStride(p.I), h_stride = RowStride(p.Hout),
                 full_stride = RowStride(p.H), hs_stride = HsStride(p.H, p.Hout);
   // While every step has all rows, hs itself is where h goes; a ragged batch needs the h of
-  // finished rows beside it.
-  const bool in_place = p.hs != nullptr && !p.ragged;
+  // finished rows beside it, and resets change h after it was an output.
+  const bool in_place = p.hs != nullptr && !p.ragged && p.reset == nullptr;
   const bool direct_y = p.storage == kPlain && !projected;
+  const bool states_change = p.reset != nullptr || p.h_mask != nullptr, zones_vary = ZonesVary(p);
   // One step reads h0 and writes h_n in place: nobody waits for what another thread writes, but for
   // rows that are turned.
   const bool in_one = p.T == 1 && p.hs == nullptr && p.h0 != nullptr && direct_y && !plan.tiled &&
-                      p.Hout % kUnits == 0;
+                      p.Hout % kUnits == 0 && !states_change;
 
   // A thread's memory, its slice of the layer, and the direction it is at.
   struct Thread : Slice {
     ProductX x_product;
     ProductH h_product;
     T *b_ih, *b_hh, *w_hr, *params, *c, *x;
+    T* zones;    // [panel][row][state][unit]
     T* gates_x;  // [group of panels][row][panel of the group][gate][unit]
     T* gates_h;  // [row][panel of the group][gate][unit]
 
@@ -56,6 +61,8 @@ class Layer<C>::ForwardPass {
   typename ProductH::Common h_common;
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
+  // With a mask of h, [B, h_stride], what goes into the product: of steps in turn.
+  T *mask = nullptr, *masked[2] = {nullptr, nullptr};
   Scratch scratch;
 
   struct Chunk {
@@ -66,8 +73,10 @@ class Layer<C>::ForwardPass {
     int64_t number, t;
     int64_t n, row;  // its rows, from `row` on
     const T* h;      // h_{t-1}
+    const T* left;   // the same as it goes into the product
     T *h_new, *full;
-    int64_t ldh, ld_full;
+    T* left_new;  // the left side of the next step's product
+    int64_t ldh, ld_left, ld_full;
   };
   // The operands of the gate math of one panel.
   struct StepRows {
@@ -80,7 +89,9 @@ class Layer<C>::ForwardPass {
     const T* h;       // h_{t-1} of the panel, rows h_stride apart
     T* h_new;         // rows h_stride apart (h_full, rows full_stride apart, with a projection)
     int64_t h_stride, h_new_stride;
-    T* c;     // [n, kExtra, units], replaced
+    T* c;            // [n, kExtra, units], replaced
+    const T* zones;  // [n, kStates, units], rows zones_stride apart, or null
+    int64_t zones_stride;
     T* tape;  // [n, kTape, units] or null
     T* y;     // rows y_stride apart, or null
     int64_t y_stride;
@@ -103,6 +114,8 @@ class Layer<C>::ForwardPass {
     FRNN_INLINE V Param(int k) const { return load<V>(s.params + OfGate(k)); }
     FRNN_INLINE V H() const { return load<V>(s.h + row * s.h_stride + vec * N); }
     FRNN_INLINE V Extra(int e) const { return load<V>(OfExtra(e)); }
+    FRNN_INLINE bool Zones() const { return s.zones != nullptr; }
+    FRNN_INLINE V Zone(int j) const { return load<V>(s.zones + row * s.zones_stride + OfGate(j)); }
     FRNN_INLINE void SetH(const V& h) const {
       const V rounded = RoundToStorage(h, s.round);
       store<V>(s.h_new + row * s.h_new_stride + vec * N, rounded);
@@ -129,6 +142,9 @@ class Layer<C>::ForwardPass {
   T* GatesX(const Thread& my, int64_t own_panel) const {
     return my.gates_x + x_common.Offset(own_panel, plan.gates_rows);
   }
+  T* Zones(const Thread& my, int64_t own_panel) const {
+    return my.zones + own_panel * ZoneRows(p) * C::kStates * kUnits;
+  }
   // Steps counted on over both directions.
   int64_t NumberOf(const Thread& my, int64_t number) const { return my.dir * p.T + number; }
 
@@ -136,6 +152,7 @@ class Layer<C>::ForwardPass {
   void PackPanels(Thread& my) const;
   void PackProjection(Thread& my) const;
   void Start(Team& team, Thread& my) const;
+  void ChangeStates(Thread& my, int64_t t, T* h, int64_t ldh, T* left, int64_t n) const;
   Chunk Next(int dir, const Chunk& last) const;
   void InputGates(Thread& my, const Chunk& chunk) const;
   MatrixRows Stage(Thread& my, const Chunk& chunk) const;
@@ -145,7 +162,7 @@ class Layer<C>::ForwardPass {
   static void GateMath(const StepRows& s, int64_t first, int rows);
   void Project(Team& team, Thread& my, const Step& step) const;
   void StoreOutputs(Thread& my, const Step& step) const;
-  void StoreExtraStates(Thread& my) const;
+  void StoreExtraStates(Thread& my, int64_t rows, int64_t row) const;
 };
 
 template <class C>
@@ -159,7 +176,8 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
   x_common.packing = plan.w_ih;
   x_common.tiled = plan.tiled;
   x_common.cut = plan.x_cut;
-  h_common.K = h_common.left.K = p.Hout;
+  h_common.K = h_common.left.K = BlockWidth(p);
+  h_common.block_units = p.blocks > 1 ? BlockWidth(p) : 0;
   h_common.packing = plan.w_hh;
   h_common.tiled = h_common.left.tiled = plan.tiled && C::kH > 0;
   h_common.cut = h_common.left.cut = plan.h_cut;
@@ -178,12 +196,15 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
       my.gates_h = s.Take<T>(cpu::kRowBlock * h_common.Stride());
       my.c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.x = s.Take<T>(input.direct ? 0 : plan.gates_rows * x_stride);
+      my.zones = s.Take<T>(own_panels * ZoneRows(p) * C::kStates * kUnits);
     }
     x_common.Take(s, plan.threads, p.B);
     h_common.Take(s, plan.threads, p.B);
     if (!in_place && !in_one)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
+    if (p.h_mask != nullptr)
+      for (T** buffer : {&mask, &masked[0], &masked[1]}) *buffer = s.Take<T>(p.B * h_stride);
   });
 }
 
@@ -216,22 +237,30 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
     chunk = Next(my.dir, chunk);
     InputGates(my, chunk);
     for (int64_t k = 0; k < chunk.end - chunk.begin; k++, number++) {
+      const int64_t ahead = my.dir == 0 ? 1 : -1;
       const Step step = StepAt(my, number, my.dir == 0 ? chunk.begin + k : chunk.end - 1 - k);
+      for (int64_t at = 0; at < my.count && zones_vary; at++)
+        LoadZones(p, my.dir, step.row, step.n, my.panels.begin + at, Zones(my, at));
       RecurrentGates(my, chunk, step);
       if (projected) Project(team, my, step);
-      if (number + 1 < p.T)
-        my.h_product.Share(team, NumberOf(my, number + 1), step.n, my.first, my.last, step.h_new,
-                           step.ldh);
       if (my.valid > 0 && !in_one) StoreOutputs(my, step);
+      if (p.every_state) StoreExtraStates(my, step.n, step.row);
+      if (number + 1 < p.T) {
+        if (states_change)
+          ChangeStates(my, step.t + ahead, step.h_new, step.ldh, step.left_new, step.n);
+        my.h_product.Share(team, NumberOf(my, number + 1), step.n, my.first, my.last, step.left_new,
+                           step.ld_left);
+      }
       if (C::kH > 0 && !in_one) team.Sync();
     }
   }
-  StoreExtraStates(my);
+  if (!p.every_state) StoreExtraStates(my, p.B, 0);
 }
 
 // ---- once per direction ----
 
-// Biases [gate][unit], parameters [number][unit] and c_0 [row][state][unit] of the own panels.
+// Biases [gate][unit], parameters [number][unit] and c_0 [row][state][unit] of the own panels, and
+// zones that are the same in all steps.
 template <class C>
 void Layer<C>::ForwardPass::PackPanels(Thread& my) const {
   for (int64_t at = 0; at < my.count; at++) {
@@ -250,6 +279,7 @@ void Layer<C>::ForwardPass::PackPanels(Thread& my) const {
       LoadPadded<kUnits>(
           p.c0 ? At(p.c0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit) : nullptr, p.storage,
           p.c0 ? n : 0, my.c + (at * p.B * kExtra + r) * kUnits);
+    if (ZonesStay(p)) LoadZones(p, my.dir, 0, 1, my.panels.begin + at, Zones(my, at));
   }
 }
 
@@ -282,8 +312,31 @@ void Layer<C>::ForwardPass::Start(Team& team, Thread& my) const {
   }
   if (!in_place && !in_one)
     for (T* buffer : h_buffer) CopyState(p, p.h0, my.dir, my.first, end, buffer, h_stride);
-  my.h_product.ShareFirst(team, NumberOf(my, 0), p.B, my.first, my.last,
-                          my.hs ? my.hs : h_buffer[0], my.hs ? hs_stride : h_stride);
+  if (mask) CopyState(p, p.h_mask, my.dir, my.first, end, mask, h_stride);
+  T* const h = in_place ? my.hs : h_buffer[0];
+  const int64_t ldh = in_place ? hs_stride : h_stride, t = my.dir == 0 ? 0 : p.T - 1;
+  // Rows of a ragged batch begin with what they are here in any later step.
+  for (T* left : masked)
+    if (mask) ChangeStates(my, t, h, ldh, left, p.B);
+  if (!mask && !in_one) ChangeStates(my, t, h, ldh, h, p.B);
+  my.h_product.ShareFirst(team, NumberOf(my, 0), p.B, my.first, my.last, mask ? masked[0] : h,
+                          mask ? h_stride : ldh);
+}
+
+// What happens to the own columns of n rows of h and c before step t: they become zeros where they
+// are reset, and masked ones go to `left`.
+template <class C>
+void Layer<C>::ForwardPass::ChangeStates(Thread& my, int64_t t, T* h, int64_t ldh, T* left,
+                                         int64_t n) const {
+  ForResets(p, my.dir, t, [&](int64_t b) {
+    std::fill(h + b * ldh + my.first, h + b * ldh + my.last, T(0));
+    for (int64_t at = 0; at < my.count; at++)
+      std::fill_n(my.c + (at * p.B + b) * kExtra * kUnits, kExtra * kUnits, T(0));
+  });
+  for (int64_t b = 0; b < n && mask; b++)
+    for (int64_t u = my.first; u < my.last; u += N)
+      store<V>(left + b * h_stride + u,
+               Masked(h + b * ldh + u, mask + b * h_stride + u, p.storage));
 }
 
 // ---- per chunk ----
@@ -337,6 +390,9 @@ auto Layer<C>::ForwardPass::StepAt(const Thread& my, int64_t number, int64_t t) 
   s.h_new = in_place ? my.hs + (p.B + s.row) * hs_stride
             : in_one ? static_cast<T*>(p.h_n) + my.dir * p.B * p.Hout
                      : h_buffer[(number + 1) & 1];
+  s.left = mask ? masked[number & 1] : s.h;
+  s.left_new = mask ? masked[(number + 1) & 1] : s.h_new;
+  s.ld_left = mask ? h_stride : s.ldh;
   s.ld_full = my.hs ? hs_stride : full_stride;
   s.full = !projected ? nullptr
            : my.hs    ? my.hs + (p.B + s.row) * hs_stride + h_stride
@@ -361,6 +417,8 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
   s.h_new = (projected ? step.full : step.h_new) + unit;
   s.h_new_stride = projected ? step.ld_full : step.ldh;
   s.c = my.c + at * p.B * kExtra * kUnits;
+  s.zones = p.zoneout ? Zones(my, at) : nullptr;
+  s.zones_stride = ZonesStay(p) ? 0 : C::kStates * kUnits;
   s.tape = p.saved && kTape > 0 ? TapeOf(p, my.dir, step.t, panel) : nullptr;
   s.y_stride = p.dirs * p.Hout;
   s.y = direct_y && p.y != p.h_n
@@ -374,7 +432,7 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
 // gates_h and the gate math of the own panels, block by block.
 template <class C>
 void Layer<C>::ForwardPass::RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const {
-  my.h_product.Multiply(NumberOf(my, step.number), step.n, step.h, step.ldh, my.gates_h,
+  my.h_product.Multiply(NumberOf(my, step.number), step.n, step.left, step.ld_left, my.gates_h,
                         [&](int64_t at, int64_t first, int rows) FRNN_INLINE_LAMBDA {
                           GateMath(RowsOf(my, chunk, step, at), first, rows);
                         });
@@ -418,19 +476,23 @@ void Layer<C>::ForwardPass::StoreOutputs(Thread& my, const Step& step) const {
     if (my.hs && !in_place)
       memcpy(my.hs + (p.B + step.row + r) * hs_stride + my.first, h,
              (my.last - my.first) * sizeof(T));
-    if (r >= going_on)
+    if (p.every_state)
+      StoreRow(At(p.h_n, p.storage, (my.dir * p.rows + step.row + r) * p.Hout + my.first),
+               p.storage, h, my.valid);
+    else if (r >= going_on)
       StoreRow(At(p.h_n, p.storage, (my.dir * p.B + r) * p.Hout + my.first), p.storage, h,
                my.valid);
   }
 }
 
-// c_n and other states beside h.
+// c and other states beside h of so many rows, to those of c_n from `row` on.
 template <class C>
-void Layer<C>::ForwardPass::StoreExtraStates(Thread& my) const {
+void Layer<C>::ForwardPass::StoreExtraStates(Thread& my, int64_t rows, int64_t row) const {
+  const int64_t first = my.dir * (p.every_state ? p.rows : p.B) + row;
   for (int64_t at = 0; at < my.count; at++)
-    for (int64_t r = 0; r < p.B * kExtra; r++) {
+    for (int64_t r = 0; r < rows * kExtra; r++) {
       const int64_t unit = (my.panels.begin + at) * kUnits;
-      StoreRow(At(p.c_n, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
+      StoreRow(At(p.c_n, p.storage, (first * kExtra + r) * p.H + unit), p.storage,
                my.c + (at * p.B * kExtra + r) * kUnits, p.H - unit < kUnits ? p.H - unit : kUnits);
     }
 }
@@ -444,7 +506,7 @@ void Layer<C>::ForwardPass::GateMath(const StepRows& s, int64_t first, int rows)
       const View view{s, row, row - first, vec};
       ForwardStep<C, V> step;
       step.Load(view);
-      step.Compute();
+      step.Compute(view);
       step.StoreStates(view);
       if (s.tape) step.StoreTape(view);
     }

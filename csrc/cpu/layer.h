@@ -81,7 +81,8 @@ class Layer {
     problem.B = p.B;
     problem.I = p.I;
     problem.H = p.H;
-    problem.Hout = p.Hout;
+    problem.Hout = BlockWidth(p);
+    problem.in_blocks = p.blocks > 1;
     problem.rows = p.rows;
     problem.gates_x = C::kX;
     problem.gates_h = C::kH;
@@ -89,6 +90,7 @@ class Layer {
     problem.vector_bytes = sizeof(V);
     problem.panel_vecs = kPanelVecs;
     problem.panels = Panels(p);
+    problem.h_changes = p.reset != nullptr || p.h_mask != nullptr;
     return problem;
   }
   static cpu::Machine TheMachine() {
@@ -98,6 +100,10 @@ class Layer {
     machine.l2_bytes = L2Bytes();
     machine.crowded = Crowd::Here();
     return machine;
+  }
+  // Of a block of W_hh: the units that it has, and as many columns of h.
+  static int64_t BlockWidth(const LayerParams& p) {
+    return p.blocks > 1 ? p.Hout / p.blocks : p.Hout;
   }
   static bool Projected(const LayerParams& p) { return p.w[0].w_hr != nullptr; }
   // How many units a vector of them has from `unit` on: N, fewer at the end, or none past it.
@@ -163,9 +169,40 @@ class Layer {
     if (dir == 0) return t == 0 ? b : p.B + p.offsets[t - 1] + b;
     return t + 1 < p.T && b < p.batch_sizes[t + 1] ? p.B + p.offsets[t + 1] + b : b;
   }
+  // Whether the states before step t of row b become zeros.
+  static bool IsReset(const LayerParams& p, int dir, int64_t t, int64_t b) {
+    if (dir == 0) return p.reset[p.offsets[t] + b];
+    return t + 1 < p.T && b < p.batch_sizes[t + 1] && p.reset[p.offsets[t + 1] + b];
+  }
+  // f(b) for each row of a step whose states before it become zeros.
+  template <class F>
+  static void ForResets(const LayerParams& p, int dir, int64_t t, const F& f) {
+    for (int64_t b = 0; p.reset != nullptr && b < p.batch_sizes[t]; b++)
+      if (IsReset(p, dir, t, b)) f(b);
+  }
   static T* TapeOf(const LayerParams& p, int dir, int64_t t, int64_t panel) {
     T* base = static_cast<T*>(p.saved) + dir * p.rows * kTape * Padded(p.H);
     return base + (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kTape * kUnits;
+  }
+
+  // What of its old value each unit of a panel keeps, for n rows or, where one is for all, that one:
+  // [row][state][unit].
+  static void LoadZones(const LayerParams& p, int dir, int64_t row, int64_t n, int64_t panel,
+                        T* zones) {
+    const int64_t unit = panel * kUnits;
+    const int64_t first = dir * p.zoneout_rows + (p.zoneout_rows == 1 ? 0 : row);
+    for (int64_t i = 0; i < n * C::kStates; i++)
+      LoadPadded<kUnits>(At(p.zoneout, p.storage, (first * C::kStates + i) * p.H + unit), p.storage,
+                         p.H - unit, zones + i * kUnits);
+  }
+  static bool ZonesVary(const LayerParams& p) { return p.zoneout && p.zoneout_rows > 1; }
+  static bool ZonesStay(const LayerParams& p) { return p.zoneout && p.zoneout_rows == 1; }
+  static int64_t ZoneRows(const LayerParams& p) {
+    return p.zoneout == nullptr ? 0 : (ZonesStay(p) ? 1 : p.B);
+  }
+  // h as it goes into W_hh.
+  FRNN_INLINE static V Masked(const T* h, const T* mask, Storage storage) {
+    return RoundToStorage(V(load<V>(h) * load<V>(mask)), storage);
   }
 
   static void CopyState(const LayerParams& p, const void* src, int dir, int64_t first, int64_t last,

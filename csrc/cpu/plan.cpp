@@ -43,7 +43,7 @@ int Threads(const Problem& p, const Machine& m, int products) {
 // from so many rows per step, and in all, on; fixed point is fewer bytes than floats are, so that
 // wide layers stream faster for any batch.
 bool IsTiled(const Problem& p, const Machine& m) {
-  if (p.vector_bytes != 64 || p.scalar_bytes != 4) return false;
+  if (p.vector_bytes != 64 || p.scalar_bytes != 4 || p.in_blocks) return false;
   // Vectors multiply two bfloat16 in the time of one float, which six products per float do not
   // repay.
   const bool available = m.unit >= MatrixUnit::kTiles ||
@@ -117,9 +117,8 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
               : TurnsRows(p, p.gates_x) ? Packing::kTurned
               : one_chunk               ? Packing::kEachUse
                                         : Packing::kOnce;
-  plan.w_hh = ReadsRecurrentWeights(p)  ? Packing::kNone
-              : TurnsRows(p, p.gates_h) ? Packing::kTurned
-                                        : Packing::kOnce;
+  const bool turns = TurnsRows(p, p.gates_h) && !p.h_changes && !p.in_blocks;
+  plan.w_hh = ReadsRecurrentWeights(p) ? Packing::kNone : turns ? Packing::kTurned : Packing::kOnce;
   const bool odd = p.gates_x * p.panel_vecs % 2 || p.gates_h * p.panel_vecs % 2;
   plan.paired = plan.tiled && odd;
   plan.x_cut = CutOf(m.unit, p.storage, p.I);

@@ -116,8 +116,10 @@ struct Problem {
   int64_t T, B, I, H, Hout, rows;
   int gates_x, gates_h;
   int scalar_bytes, vector_bytes;
-  int panel_vecs;  // vectors of units of a panel
-  int64_t panels;  // of the layer: threads own whole ones
+  int panel_vecs;          // vectors of units of a panel
+  int64_t panels;          // of the layer: threads own whole ones
+  bool h_changes = false;  // between two steps: the first one, too, multiplies with no row of h0
+  bool in_blocks = false;  // W_hh is block-diagonal, and Hout the width of a block
 };
 
 // The same for both passes of a layer.

@@ -150,6 +150,7 @@ inline int64_t BytesOf(ScalarType dtype) {
     case ScalarType::Float:
       return 4;
     case ScalarType::Byte:
+    case ScalarType::Bool:
       return 1;
     default:
       return 2;
@@ -207,6 +208,7 @@ inline Tensor ContiguousCopy(const Tensor& t) {
 //     static constexpr const char* kName;        // "CPU"
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
+//     static constexpr bool kHasStages, kHasBlocks;  // kernels for Stages, and for Shape::blocks
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown
@@ -258,7 +260,9 @@ class Arguments {
 // What fakes need to know of a cell and of a tape.
 extern "C" {
 struct frnn_cell_t {
-  int gates_x, gates_h, extra_states, tape, reads_h;
+  int gates_x, gates_h, extra_states, tape, reads_h, reads_new_h;
+  int has_stages;   // whether there are kernels for Stages
+  int block_units;  // a block of a block-diagonal W_hh has a multiple of so many; 0: there are none
 };
 struct frnn_tape_t {
   int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
@@ -271,6 +275,14 @@ struct frnn_tape_t {
 struct Shape {
   const char* cell;
   int64_t layers, directions, present;
+  int64_t blocks = 1;
+  bool every_state = false;
+};
+
+// What happens to the states between two steps, see LayerParams.
+template <class T>
+struct Stages {
+  std::optional<T> reset, zoneout, h_mask;
 };
 
 // One call of a stack of layers: arguments checked, and laid out for an engine.
@@ -280,7 +292,7 @@ struct Call {
 
   Call(const Call&) = delete;
   Call(const Shape& shape, const T& x, const Optional& h0, const Optional& c0, const T* weights,
-       size_t count, const Optional& batch_sizes)
+       size_t count, const Optional& batch_sizes, const Stages<T>& stages = {})
       : storage(StorageOf(x, "x")), kernels(Find(shape.cell, storage)), arguments(x) {
     p.storage = storage;
     p.ragged = batch_sizes.has_value();
@@ -301,7 +313,12 @@ struct Call {
     p.x = rows.const_data_ptr();
     p.x_t_stride = p.ragged ? 0 : rows.stride(0);
     p.x_b_stride = rows.stride(p.ragged ? 0 : 1);
+    p.every_state = shape.every_state;
+    FRNN_CHECK(shape.blocks >= 1 && shape.blocks < 1 << 16, "blocks: expected at least 1, got ",
+               shape.blocks);
+    p.blocks = int(shape.blocks);
     TakeWeights(shape.present, weights, count);
+    TakeStages(stages, x);
     const int64_t runs = stack.layers * p.dirs;
     p.h0 = arguments.Take("h0", h0, {runs, p.B, p.Hout});
     FRNN_CHECK(!c0.has_value() || kernels.extra_states > 0, "c0: this cell has no c");
@@ -316,8 +333,9 @@ struct Call {
     return p.ragged ? Dims{p.rows, stack.Width()} : Dims{p.T, p.B, stack.Width()};
   }
   Dims BetweenShape() const { return {stack.BetweenParts(), p.rows, stack.Width()}; }
-  Dims HShape() const { return {runs(), p.B, p.Hout}; }
-  Dims CShape() const { return {runs(), p.B, kernels.extra_states * p.H}; }
+  int64_t StateRows() const { return p.every_state ? p.rows : p.B; }
+  Dims HShape() const { return {runs(), StateRows(), p.Hout}; }
+  Dims CShape() const { return {runs(), StateRows(), kernels.extra_states * p.H}; }
   // The tape of so many layers: hs [layers * dirs, rows, ..], saved [layers * dirs, rows, tape, ..], see
   // LayerParams.
   Dims HsShape(int64_t layers) const {
@@ -374,9 +392,11 @@ struct Call {
       p.dy_t_stride = p.ragged ? 0 : rows.stride(0);
       p.dy_b_stride = rows.stride(p.ragged ? 0 : 1);
     }
-    p.dh_n = arguments.Take("dh_n", dh_n, {runs(), p.B, p.Hout});
+    FRNN_CHECK(p.zoneout == nullptr || p.zoneout_rows == p.rows || !kernels.reads_new_h,
+               "zoneout: this cell's backward takes no single row for all steps");
+    p.dh_n = arguments.Take("dh_n", dh_n, {runs(), StateRows(), p.Hout});
     if (kernels.extra_states > 0)
-      p.dc_n = arguments.Take("dc_n", dc_n, {runs(), p.B, kernels.extra_states * p.H});
+      p.dc_n = arguments.Take("dc_n", dc_n, {runs(), StateRows(), kernels.extra_states * p.H});
   }
   // Where the gradients of x, h0, c0 and the weights go, in this order.
   void** GradientSlot(int64_t i) {
@@ -433,7 +453,7 @@ struct Call {
     const T& sized = w_hh != nullptr ? *w_hh : *w_ih;
     FRNN_CHECK(sized.dim() == 2, w_hh != nullptr ? "w_hh" : "w_ih",
                ": expected 2 dimensions, got shape ", ShapeText(sized.sizes()));
-    p.Hout = w_hh != nullptr ? w_hh->size(1) : w_ih->size(0) / kernels.gates_x;
+    p.Hout = w_hh != nullptr ? w_hh->size(1) * p.blocks : w_ih->size(0) / kernels.gates_x;
     // Where Hout is H, the engines take h for what it is.
     FRNN_CHECK(w_hr == nullptr || (w_hr->dim() == 2 && w_hr->size(1) != p.Hout),
                "w_hr: expected [Hout, H] with Hout other than H, got shape ",
@@ -453,7 +473,7 @@ struct Call {
       case 0:
         return arguments.Take(name, t, {gates_x, width});
       case 1:
-        return arguments.Take(name, t, {gates_h, p.Hout});
+        return arguments.Take(name, t, {gates_h, p.Hout / p.blocks});
       case 2:
         return arguments.Take(name, t, {gates_x});
       case 3:
@@ -463,6 +483,37 @@ struct Call {
       default:
         return arguments.Take(name, t, {p.H});
     }
+  }
+
+  void TakeStages(const Stages<T>& stages, const T& x) {
+    FRNN_CHECK(Device::kHasStages || (!stages.reset.has_value() && !stages.zoneout.has_value() &&
+                                      !stages.h_mask.has_value() && !p.every_state),
+               "reset, zoneout, h_mask, every_state: no kernels for ", Device::kName);
+    FRNN_CHECK(p.blocks == 1 || (Device::kHasBlocks && p.H == p.Hout && kernels.gates_h > 0 &&
+                                 p.H % (p.blocks * kAlign) == 0),
+               "blocks: expected 1, or blocks of a multiple of ", kAlign, " units, got ", p.blocks,
+               " of ", p.H, " units");
+    if (stages.reset.has_value()) p.reset = TakeResets(*stages.reset, x);
+    if (stages.zoneout.has_value()) {
+      FRNN_CHECK(p.H == p.Hout, "zoneout: expected no projection");
+      FRNN_CHECK(stages.zoneout->dim() == 3, "zoneout: expected 3 dimensions, got shape ",
+                 ShapeText(stages.zoneout->sizes()));
+      p.zoneout_rows = stages.zoneout->size(1) == 1 ? 1 : p.rows;
+      p.zoneout = arguments.Take("zoneout", stages.zoneout,
+                                 {runs(), p.zoneout_rows, (1 + kernels.extra_states) * p.H});
+    }
+    p.h_mask = arguments.Take("h_mask", stages.h_mask, {runs(), p.B, p.Hout});
+  }
+  const uint8_t* TakeResets(const T& reset, const T& x) {
+    FRNN_CHECK(reset.scalar_type() == ScalarType::Bool && Device::Owns(reset, arguments.index()),
+               "reset: expected a bool tensor on the device of x, got ",
+               NameOf(reset.scalar_type()));
+    if (p.ragged)
+      CheckShape("reset", reset, {x.size(0)});
+    else
+      CheckShape("reset", reset, {p.T, p.B});
+    CheckMemory("reset", reset);
+    return static_cast<const uint8_t*>(arguments.Contiguous(reset).const_data_ptr());
   }
 
   void* Left(const char* name, const T& t, const Dims& shape, ScalarType dtype) {
@@ -511,9 +562,11 @@ struct Call {
 #define FRNN_INPUTS \
   const Text &cell, const Tensor &x, const Optional &h0, const Optional &c0, \
   const std::vector<Tensor> &weights, const Optional &masks, const Optional &batch_sizes, \
-  int64_t layers, int64_t directions, int64_t present, bool allow_tf32
+  const Optional &reset, const Optional &zoneout, const Optional &h_mask, int64_t layers, \
+  int64_t directions, int64_t present, int64_t blocks, bool every_state, bool allow_tf32
 #define FRNN_INPUTS_LIST \
-  {cell, x, h0, c0, weights, masks, batch_sizes, layers, directions, present, allow_tf32}
+  {cell, x, h0, c0, weights, masks, batch_sizes, reset, zoneout, h_mask, layers, directions, \
+   present, blocks, every_state, allow_tf32}
 // clang-format on
 
 template <class Device>
@@ -523,9 +576,9 @@ struct Operators {
     const Tensor& x;
     const Optional &h0, &c0;
     const std::vector<Tensor>& weights;
-    const Optional &masks, &batch_sizes;
-    int64_t layers, directions, present;
-    bool allow_tf32;
+    const Optional &masks, &batch_sizes, &reset, &zoneout, &h_mask;
+    int64_t layers, directions, present, blocks;
+    bool every_state, allow_tf32;
   };
   enum class Keeps { kNothing, kBetween, kAll };
 
@@ -533,8 +586,9 @@ struct Operators {
   struct Work {
     explicit Work(const Inputs& in)
         : in(in),
-          call({in.cell.c_str(), in.layers, in.directions, in.present}, in.x, in.h0, in.c0,
-               in.weights.data(), in.weights.size(), in.batch_sizes),
+          call({in.cell.c_str(), in.layers, in.directions, in.present, in.blocks, in.every_state},
+               in.x, in.h0, in.c0, in.weights.data(), in.weights.size(), in.batch_sizes,
+               {in.reset, in.zoneout, in.h_mask}),
           masks(call.TakeMasks(in.masks, in.x)) {}
 
     void NewOutputs() {
@@ -662,7 +716,9 @@ template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const CellFacts* found = FindAny<Device>(cell);
   if (found == nullptr) return false;
-  *facts = {found->gates_x, found->gates_h, found->extra_states, found->tape, found->reads_h};
+  *facts = {
+      found->gates_x, found->gates_h,     found->extra_states, found->tape,
+      found->reads_h, found->reads_new_h, Device::kHasStages,  Device::kHasBlocks ? kAlign : 0};
   return true;
 }
 template <class Device>

@@ -17,6 +17,7 @@ struct Cpu {
   static constexpr const char* kName = "CPU";
   static constexpr int kSavedLead = 1;
   static constexpr bool kHsInStorageType = false;
+  static constexpr bool kHasStages = true, kHasBlocks = true;
 
   template <class T>
   static int32_t Index(const T&) {

@@ -72,6 +72,10 @@ struct Stack {
   }
   int64_t HElements() const { return all.dirs * all.B * all.Hout; }
   int64_t CElements() const { return all.dirs * all.B * extra_states * all.H; }
+  // Of what comes out of a layer: last states, or those after every step.
+  int64_t StateRows() const { return all.dirs * (all.every_state ? all.rows : all.B); }
+  int64_t HNElements() const { return StateRows() * all.Hout; }
+  int64_t CNElements() const { return StateRows() * extra_states * all.H; }
 
   LayerParams Layer(int i) const {
     LayerParams p = all;
@@ -81,8 +85,10 @@ struct Stack {
       p.x_t_stride = p.ragged ? 0 : p.B * Width();
     }
     if (i + 1 < layers) p.y = Between(i);
-    p.h0 = Part(all.h0, i, HElements()), p.h_n = Part(all.h_n, i, HElements());
-    p.c0 = Part(all.c0, i, CElements()), p.c_n = Part(all.c_n, i, CElements());
+    p.h0 = Part(all.h0, i, HElements()), p.h_n = Part(all.h_n, i, HNElements());
+    p.c0 = Part(all.c0, i, CElements()), p.c_n = Part(all.c_n, i, CNElements());
+    p.h_mask = Part(all.h_mask, i, HElements());
+    p.zoneout = Part(all.zoneout, i, all.dirs * all.zoneout_rows * (1 + extra_states) * all.H);
     if (keeps_tape) {
       p.hs = static_cast<char*>(all.hs) + i * hs_bytes;
       p.saved = static_cast<char*>(all.saved) + i * saved_bytes;
@@ -100,8 +106,8 @@ struct Stack {
       p.dy_t_stride = p.ragged ? 0 : p.B * Width();
     }
     if (i > 0) p.dx = wants_dx ? grad_between[(i - 1) & 1] : nullptr;
-    p.dh_n = Part(all.dh_n, i, HElements()), p.dh0 = Part(all.dh0, i, HElements());
-    p.dc_n = Part(all.dc_n, i, CElements()), p.dc0 = Part(all.dc0, i, CElements());
+    p.dh_n = Part(all.dh_n, i, HNElements()), p.dh0 = Part(all.dh0, i, HElements());
+    p.dc_n = Part(all.dc_n, i, CNElements()), p.dc0 = Part(all.dc0, i, CElements());
     for (int d = 0; d < p.dirs; d++) p.dw[d] = gradients[i * p.dirs + d];
     return p;
   }

@@ -65,6 +65,19 @@ class Trace:
         return self.input("s", self.recurrent) in set(self.forward)
 
     @property
+    def adds(self) -> bool:
+        """Whether both parts of each gate are read by nothing but their sum."""
+        parts = [node for node in self.forward if node.op == "input" and node.args[0] in ("x", "r")]
+        users = [node for node in self.forward if not set(parts).isdisjoint(node.operands)]
+        return self.gates_x == self.gates_h and all(
+            node.op == "add"
+            and node.args == (self.input("x", gate), self.input("r", gate))
+            or node.args == (self.input("r", gate), self.input("x", gate))
+            for node in users
+            for gate in [next(p.args[1] for p in parts if p in node.operands)]
+        )
+
+    @property
     def text(self) -> str:
         """All of it, to tell cells apart."""
         named = [(node.index, name) for node, name in self.local.items()]

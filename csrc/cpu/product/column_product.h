@@ -16,6 +16,7 @@ struct ColumnWeights {
   const void* w;
   Storage storage;
   int64_t K, cols;
+  int64_t gate_rows;     // between the first rows of two gates: K, if they are all that w has
   cpu::Packing packing;  // kNone: but for a tile that reaches past the last column
   T* packed;
   int64_t first;  // the vector where `packed` begins
@@ -27,27 +28,29 @@ struct ColumnWeights {
   // NV vectors of columns from v on.
   template <int NV>
   void Pack(int64_t v) const {
-    if (v * N < cols && !IsInPlace(v, NV) && packing != cpu::Packing::kEachUse)
-      PackColumns<NV * N>(w, storage, kGates * K, cols, v * N, Packed(v));
+    if (v * N >= cols || IsInPlace(v, NV) || packing == cpu::Packing::kEachUse) return;
+    for (int q = 0; q < kGates; q++)
+      PackColumns<NV * N>(Gate(q), storage, K, cols, v * N, Packed(v) + q * K * NV * N);
   }
   template <int NV, class GateOf>
   void Multiply(int64_t v, int64_t n, const GateOf& gate, int64_t gate_stride, T* c, int64_t ldc,
                 bool accumulate) const {
     if (packing == cpu::Packing::kEachUse) {
       for (int q = 0; q < kGates; q++)
-        GemmColumns<NV>(n, gate(q), gate_stride, At(w, storage, q * K * cols), storage, K, cols,
-                        v * N, c, ldc, q > 0 || accumulate);
+        GemmColumns<NV>(n, gate(q), gate_stride, Gate(q), storage, K, cols, v * N, c, ldc,
+                        q > 0 || accumulate);
       return;
     }
     const bool lies = IsInPlace(v, NV);
     const T* right = lies ? static_cast<const T*>(w) + v * N : Packed(v);
-    const int64_t stride = lies ? cols : NV * N;
+    const int64_t stride = lies ? cols : NV * N, rows = lies ? gate_rows : K;
     for (int q = 0; q < kGates; q++)
-      GemmRows<NV>(n, gate(q), gate_stride, right + q * K * stride, stride, K, c, ldc,
+      GemmRows<NV>(n, gate(q), gate_stride, right + q * rows * stride, stride, K, c, ldc,
                    q > 0 || accumulate);
   }
 
  private:
+  const void* Gate(int q) const { return At(w, storage, q * gate_rows * cols); }
   bool IsInPlace(int64_t v, int vecs) const {
     return packing == cpu::Packing::kNone && (v + vecs) * N <= cols;
   }
@@ -62,8 +65,10 @@ class StepGradProduct {
   // What the threads of a team share.
   struct Common {
     Storage storage;
-    int64_t K, cols;
+    int64_t K, cols;      // of all of W, where it is dense
     int64_t own_columns;  // of a thread, at most
+    // Of a block-diagonal W, [kGates * cols, cols / blocks]: K is what a block has of cols.
+    int blocks = 1;
     cpu::Packing packing;
     bool tiled;
     parts::Cut cut;
@@ -98,9 +103,9 @@ class StepGradProduct {
     weights_.w = w;
     weights_.storage = c.storage;
     weights_.K = c.K;
-    weights_.cols = c.cols;
+    weights_.cols = c.cols / c.blocks;
+    weights_.gate_rows = c.K * c.blocks;
     weights_.packing = c.packing;
-    weights_.first = first / N;
     is_packed_ = false;
     if constexpr (kTiles)
       if (c.tiled) PackTiles(team);
@@ -131,14 +136,32 @@ class StepGradProduct {
         return;
       }
     EnsureVectors();
-    ForColumnTiles(first_ / N, last_ / N, [&](int64_t v, auto nv) {
-      if (v * N < common_->cols)
-        weights_.template Multiply<decltype(nv)::value>(v, n, gate, stride, c + v * N, ldc,
-                                                        accumulate);
+    ForTiles([&](const ColumnWeights<kGates>& weights, int64_t block, int64_t v, auto nv) {
+      const auto of_block = [&](int q) { return gate(q) + block * weights.K; };
+      if (v * N < weights.cols)
+        weights.template Multiply<decltype(nv)::value>(
+            v, n, of_block, stride, c + block * weights.cols + v * N, ldc, accumulate);
     });
   }
 
  private:
+  // f(weights, block, first vector in the block, number of them) for tiles of the own columns.
+  template <class F>
+  FRNN_INLINE void ForTiles(const F& f) const {
+    const Common& c = *common_;
+    const int64_t width = weights_.cols;
+    ColumnWeights<kGates> weights = weights_;
+    for (int block = 0; block < c.blocks; block++) {
+      const int64_t start = block * width;
+      const int64_t begin = std::max(first_, start);
+      const int64_t end = c.blocks == 1 ? last_ : std::min(last_, start + width);
+      if (begin >= end) continue;
+      weights.w = At(weights_.w, c.storage, start * width);
+      weights.first = (first_ - start) / N;
+      ForColumnTiles((begin - start) / N, (end - start) / N,
+                     [&](int64_t v, auto nv) { f(weights, block, v, nv); });
+    }
+  }
   FRNN_INLINE void EnsureVectors() {
     if (!is_packed_) PackVectors();
   }
@@ -147,8 +170,9 @@ class StepGradProduct {
       spare_.Build([&](Scratch& s) {
         weights_.packed = weights_.Take(s, common_->packing, common_->K, common_->own_columns);
       });
-    ForColumnTiles(first_ / N, last_ / N,
-                   [&](int64_t v, auto nv) { weights_.template Pack<decltype(nv)::value>(v); });
+    ForTiles([](const ColumnWeights<kGates>& weights, int64_t, int64_t v, auto nv) {
+      weights.template Pack<decltype(nv)::value>(v);
+    });
     is_packed_ = true;
   }
   void PackTiles(Team& team) {
@@ -237,7 +261,7 @@ class InputGradProduct {
     const Common& c = *common_;
     weights_.w = w;
     weights_.storage = c.storage;
-    weights_.K = c.K;
+    weights_.K = weights_.gate_rows = c.K;
     weights_.cols = c.cols;
     weights_.packing = c.packing;
     weights_.first = 0;

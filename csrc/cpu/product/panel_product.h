@@ -29,6 +29,8 @@ class PanelProduct {
     Storage storage;
     int64_t H, K;
     int64_t own_panels;  // of a thread, at most
+    // Of a block-diagonal W, units of a block: each block has K columns of the left side.
+    int64_t block_units = 0;
     cpu::Packing packing;
     bool tiled;
     parts::Cut cut;
@@ -56,6 +58,10 @@ class PanelProduct {
       return (at >> paired) * rows * Stride() + InGroup(at);
     }
     int64_t InGroup(int64_t at) const { return (at & paired) * kWidth; }
+    // The first column of the left side that a panel is multiplied with.
+    int64_t LeftColumn(int64_t panel) const {
+      return block_units > 0 ? panel * kUnits / block_units * K : 0;
+    }
   };
 
   void Take(Scratch& s, Common& shared) {
@@ -103,6 +109,7 @@ class PanelProduct {
                                  int64_t stride, int64_t before) const {
     const Common& c = *common_;
     const int64_t panel = panels_.begin + at;
+    a += c.LeftColumn(panel);
     if (c.packing == cpu::Packing::kNone) {
       for (int q = 0; q < kGates; q++)
         for (int j = 0; j < kPanelVecs; j++) {
