@@ -17,6 +17,7 @@ from . import flops, registries  # noqa: E402, F401
 from .between import BetweenSteps  # noqa: E402
 from .cells import PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402
+from .custom import CellError, cell  # noqa: E402
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .patch import Patch, patch_torch  # noqa: E402
 
@@ -27,6 +28,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "BetweenSteps",
+    "CellError",
     "Finding",
     "GRUCell",
     "LSTMCell",
@@ -34,6 +36,7 @@ __all__ = [
     "PeepholeLSTM",
     "RNNCell",
     "backend_info",
+    "cell",
     "patch_torch",
     "replace",
     "restore",

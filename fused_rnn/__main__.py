@@ -1,4 +1,4 @@
-"""``python -m fused_rnn doctor | build | clean`` looks after the native libraries;
+"""``python -m fused_rnn doctor | build | cells | clean`` looks after the native libraries;
 ``python -m fused_rnn run PROGRAM`` runs a program with this package in torch.nn's place."""
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ def main() -> int:
     command.add_argument("--build", action="store_true", help="load or build the library first")
     commands.add_parser("build", help="build what this machine needs into the cache now")
     commands.add_parser("clean", help="delete the libraries in the cache")
+    commands.add_parser("cells", help="list the cells that have kernels")
     command = commands.add_parser(
         "run",
         help="run a script, or with -m a module, with these RNN, LSTM, GRU and cells as torch.nn's",
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         return build.report.doctor(build.libraries, arguments.build)
     if arguments.command == "build":
         return build.report.build(build.libraries)
+    if arguments.command == "cells":
+        return build.report.cells(build.libraries)
     for path in build.clean():
         print(f"deleted {path}")
     return 0

@@ -81,7 +81,7 @@ def _answers_itself(weight: Tensor | None) -> bool:
     return getattr(answer, "__func__", answer) not in _USUAL_ANSWERS
 
 
-def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     """``ops``, ``reference`` or ``onnx``: all have ``recurrent``."""
     if onnx.exporting():
         return onnx
@@ -89,7 +89,7 @@ def _engine(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> A
     if (
         not _wants_torch_operator(x, weights)
         and not transformed()
-        and ops.supports([x, *states, *weights])
+        and ops.supports([x, *states, *weights], cell)
     ):
         return ops
     # Plain torch would broadcast and promote where torch.nn refuses.
@@ -384,7 +384,7 @@ def _run(
     """``recurrent`` for tensors of one dtype."""
     cell, batch_sizes, between = how.cell, how.batch_sizes, how.between
     present = how.shape[2]
-    engine = _engine(x, _present(states), weights)
+    engine = _engine(cell, x, _present(states), weights)
     if _kept_for_backward(x, _present(states), weights):
         x = x.contiguous()
         states = tuple(None if s is None else s.contiguous() for s in states)
@@ -555,7 +555,7 @@ def _step(
     cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], present: int
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    engine = _engine(x, states, weights)
+    engine = _engine(cell, x, states, weights)
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
     h, c = states[0], states[1] if len(states) > 1 else None

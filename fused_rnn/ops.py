@@ -109,10 +109,20 @@ def _is_native(target: str) -> bool:
     return native
 
 
-def supports(tensors: Iterable[Tensor | None]) -> bool:
+@constant
+def _has_cell(target: str, cell: str, dtype: torch.dtype) -> bool:
+    source = reference.CELLS[cell].source
+    if source is None:
+        return True
+    scalar = "double" if dtype == torch.float64 else "float"
+    header = lambda: source.header  # noqa: E731
+    return target == "cpu" and build.has_cell(cell, source.type_name, scalar, header)
+
+
+def supports(tensors: Iterable[Tensor | None], cell: str) -> bool:
     """Whether native kernels take these tensors: one floating dtype, dense, CPU, CUDA or meta.
 
-    The first call for a type of device builds or loads its library.
+    The first call for a type of device builds or loads its library, and that of the cell.
     """
     dtype, device = None, None
     for t in tensors:
@@ -124,7 +134,8 @@ def supports(tensors: Iterable[Tensor | None]) -> bool:
             return False
     if dtype not in _DTYPES or device is None or device.type not in ("cpu", "cuda", "meta"):
         return False
-    return _is_native(_target(device))
+    target = _target(device)
+    return _is_native(target) and _has_cell(target, cell, dtype)
 
 
 def takes(
@@ -711,10 +722,11 @@ def _grad(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> Gradients:
 
 
 def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    op, x_at = getattr(_ops, name).default, _CELL_AT[name] + 1
+    op, cell_at = getattr(_ops, name).default, _CELL_AT[name]
 
     def call(*arguments: Any) -> Any:
-        return (op if supports([arguments[x_at]]) else otherwise)(*arguments)
+        cell, x = arguments[cell_at : cell_at + 2]
+        return (op if supports([x], cell) else otherwise)(*arguments)
 
     return call
 

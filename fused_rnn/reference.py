@@ -46,6 +46,7 @@ class Cell:
     reads_h: bool = False  # whether the step reads h itself, beside its product with W_hh
     adds: bool = True  # whether the step reads gx and gh by nothing but their sum
     shows_c: bool = False  # whether the output is a function of the new c
+    source: Any = None  # of a cell that is not in csrc/cells, what its header is made by
 
     @property
     def recurrent_gates(self) -> int:

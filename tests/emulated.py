@@ -9,8 +9,8 @@ cpu-asan: the CPU's engine, with accesses to memory and undefined behaviour chec
 cpu-tiles: the CPU's engine on a processor with AVX-512 and tiles, whose instructions are emulated
 (tests/cpp/tile_unit). cpu-tiles-asan: both.
 
-cpu-contract, emulated-contract: these two with the cells of tests/cells in the place of the
-package's.
+cpu-contract, emulated-contract: these two with the cells of tests/cells, and those from Python of
+tests/contract_cells.py, in the place of the package's.
 
 A process that runs on an engine with -asan must preload the sanitizer, see ``sanitizer``.
 """
@@ -44,6 +44,12 @@ def sources_of(engine: str) -> Path:
             to = made / (path.relative_to(build.CSRC) if inside else Path("cells") / path.name)
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(path.read_bytes())
+    from contract_cells import HEADERS
+
+    with (made / "cells" / "registry.def").open("a") as registry:
+        for cell, layer in HEADERS.items():
+            (made / "cells" / cell.header).write_text(layer.source())
+            registry.write(f"CELL({', '.join(cell)})\n")
     return made
 
 

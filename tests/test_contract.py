@@ -1,7 +1,8 @@
 """What the contract of a cell allows beyond the cells of the package, on both engines.
 
 tests/cells has a cell without a recurrent matrix and one whose output is not the state that goes
-through W_hh. The package's own build compiles them, in the place of its cells, and no engine knows.
+through W_hh, and tests/contract_cells.py has cells from Python. The package's own build compiles
+them, in the place of its cells, and no engine knows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import contract_cells
 import emulated
 import pytest
 import torch
@@ -41,6 +43,8 @@ CELLS = {
     "light": reference.Cell(_light, gates=3, states=("h", "c"), params=("p",), gates_h=0),
     "swapped": reference.Cell(_swapped, gates=4, states=("h", "c", "count"), output=1),
 }
+
+FROM_PYTHON = [cell.name for cell in contract_cells.HEADERS]
 
 inside = pytest.mark.skipif(not emulated.ENGINE.endswith("-contract"), reason="in a process below")
 
@@ -75,8 +79,10 @@ SIZES = [
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *FROM_PYTHON])
 def test_cells(cell: str, sizes: Case, dtype: torch.dtype, threads: int) -> None:
+    if dtype == torch.bfloat16 and cell.startswith("everything"):
+        pytest.skip("a rounding of its state grows from step to step")
     case = replace(sizes, cell=cell, dtype=dtype)
     arguments = case.arguments()
     torch.set_num_threads(threads)
@@ -86,7 +92,7 @@ def test_cells(cell: str, sizes: Case, dtype: torch.dtype, threads: int) -> None
         x, _, _, *weights = arguments[0]
         with torch.no_grad():
             from_zeros = case.call(fn, [x, None, None, *weights], arguments[1])
-        results[-1] |= {f"from zeros, {i}": t for i, t in enumerate(from_zeros)}
+        results[-1] |= {f"from zeros, {i}": t for i, t in enumerate(from_zeros) if t is not None}
     tol = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]
     assert_all_close(*results, tol=tol)
 

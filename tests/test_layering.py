@@ -122,6 +122,8 @@ PYTHON_LAYERS = {
     "step_cells": {".call_types", ".functional", ".torch_shaped"},
     "modules": {".between", ".call_types", ".recurrent", ".step_cells", ".torch_shaped"},
     "cells": {".between", ".recurrent", ".reference"},
+    "custom": {".between", ".cells", ".compiler", ".functional", ".recurrent", ".reference"},
+    "zoo": {".custom"},
     "imports": set(),
     "flops": {".imports", ".ops", ".reference"},
     "hybrid": {".modules"},
@@ -138,6 +140,20 @@ def test_python_layers(module: str) -> None:
     assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
 
 
+# Each may import those before it.
+COMPILER_LAYERS = "errors graph trace derive cut emit explain"
+
+
+def test_layers_of_the_compiler() -> None:
+    """It knows no engine, no library and no layer, and imports networkx to compile alone."""
+    known: set[str] = set()
+    for name in COMPILER_LAYERS.split():
+        path = ROOT / f"fused_rnn/compiler/{name}.py"
+        assert {n for n in imports(path) if n.startswith(".")} <= known, name
+        assert not re.search(r"^(?:import|from) (networkx|\.\.)", path.read_text(), re.M), name
+        known.add(f".{name}")
+
+
 def test_one_file_names_what_torch_promises_nobody() -> None:
     private = re.compile(r"torch\._C\b|_functorch\b|forward_ad\._|\btorch\._[a-z]+_batch_dim")
     found = [p.name for p in sources("fused_rnn", ".py") if private.search(p.read_text())]
@@ -145,7 +161,9 @@ def test_one_file_names_what_torch_promises_nobody() -> None:
 
 
 # Each may import those before it.
-BUILD_LAYERS = "version messages sources settings tools ninja target record cache compiling loading"
+BUILD_LAYERS = (
+    "version messages sources settings tools ninja target record custom cache compiling loading"
+)
 
 
 def test_layers_of_the_build() -> None:

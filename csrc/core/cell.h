@@ -7,7 +7,8 @@
 //   kStates      states, of one value per unit each
 //   kSaved       values that the forward keeps for the backward, beside the states
 //   kD           distinct gate gradients; that of x_q is d[kDx[q]], that of h_q is d[kDh[q]]
-//   kReads       bit j: the math reads state j of the step before elementwise, forward or backward
+//   kReads       bit j: the math reads state j of the step before elementwise: h in the forward or the
+//                backward, another in the backward, for which it is then kept
 // and may declare
 //   kRecurrent   the state that goes through W_hh and is called h, of the width of a projection (0)
 //   kOutput      the state that is the layer's output (0)
@@ -21,7 +22,7 @@
 //
 // ds holds the elementwise paths to the previous states; the path of h through W_hh is added by the
 // engine. h_t is as it was stored, rounded to a 16-bit type if need be. States that are not in
-// kReads are unspecified where they come in.
+// kReads are unspecified where they come in: all in the backward, h in the forward.
 #pragma once
 #include "core/math.h"
 #include "core/params.h"

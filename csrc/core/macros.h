@@ -12,6 +12,8 @@
 #define FRNN_UNROLL _Pragma("GCC unroll 32")
 #endif
 #endif
+// What libraries of single cells find in the main one.
+#define FRNN_EXPORT __attribute__((visibility("default")))
 #define FRNN_INLINE inline __attribute__((always_inline))
 #define FRNN_NOINLINE __attribute__((noinline))
 #define FRNN_INLINE_LAMBDA __attribute__((always_inline))

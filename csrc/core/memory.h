@@ -6,6 +6,8 @@
 #include <exception>
 #include <vector>
 
+#include "core/macros.h"
+
 namespace frnn {
 
 // In the words of torch's allocator. Takes no memory itself.
@@ -24,7 +26,7 @@ class OutOfMemory : public std::exception {
 };
 
 // For std::free. Throws OutOfMemory.
-void* Allocate(size_t bytes, size_t alignment);
+FRNN_EXPORT void* Allocate(size_t bytes, size_t alignment);
 
 // The same for containers.
 template <class T>

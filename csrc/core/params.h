@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/macros.h"
+
 namespace frnn {
 
 // Type of the tensors in memory. float16 and bfloat16 are computed in float: products are
@@ -166,5 +168,8 @@ const CudaKernels* FindCudaKernels(const char* cell, Storage storage);
 // The same on this machine, which computes 16-bit types in float.
 const CpuKernels* FindCpuKernels(const char* cell, Storage storage);
 const char* CpuCapability();
+// Has FindCpuKernels find a cell that another library brings, from now on and for good. It is compiled
+// for the instruction set of this machine.
+FRNN_EXPORT void AddCpuKernels(const char* cell, Storage computing, const CpuKernels& kernels);
 
 }  // namespace frnn

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/macros.h"
 #include "core/memory.h"
 #include "core/sanitize.h"
 
@@ -18,8 +19,8 @@ enum class Use {
   kScratch,  // given back when the call ends: any block will do that is not far too large
   kResult,   // the caller may keep it: at most a sixteenth more than is wanted
 };
-Block Acquire(size_t bytes, Use use);  // throws OutOfMemory
-void Release(const Block& block) noexcept;
+FRNN_EXPORT Block Acquire(size_t bytes, Use use);  // throws OutOfMemory
+FRNN_EXPORT void Release(const Block& block) noexcept;
 constexpr int64_t kPooledBytes = 1 << 20;  // results from here on are blocks
 
 // Carves aligned pieces out of one block. First pass (no block yet) only counts.

@@ -26,20 +26,22 @@ using parts::TiledOperand;
 // Each as in cpu/parts.h. An element times its factor may be larger than parts::kLargest: the answer is
 // false, and the tiles are as good as any if it is finite. What is `measured` has out.largest already,
 // for a row of which the caller packs a part only.
-bool PackRows(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1, int64_t K,
-              const TiledOperand& out, bool measured);
-bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const TiledOperand& out);
-bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_t K,
-               const TiledOperand& out, bool measured);
-void Multiply(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, float* c,
-              int64_t ldc, bool accumulate, bool backwards);
+FRNN_EXPORT bool PackRows(const float* a, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
+                          int64_t K, const TiledOperand& out, bool measured);
+FRNN_EXPORT bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K,
+                                const TiledOperand& out);
+FRNN_EXPORT bool PackRight(const float* b, int64_t ldb, Order order, int64_t columns, int64_t K,
+                           const TiledOperand& out, bool measured);
+FRNN_EXPORT void Multiply(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N,
+                          float* c, int64_t ldc, bool accumulate, bool backwards);
 
 // largest[r] = max_k |a_k factors_k| over elements [k0, k1) of row (or column) r, and over what it was
 // before if `more`. NaN counts as more than inf.
-void Measure(const float* a, int64_t lda, Order order, int64_t rows, int64_t k0, int64_t k1,
-             const float* factors, float* largest, bool more);
+FRNN_EXPORT void Measure(const float* a, int64_t lda, Order order, int64_t rows, int64_t k0,
+                         int64_t k1, const float* factors, float* largest, bool more);
 // out[r] = the largest of `count` measurements of row r, `stride` apart.
-void Largest(const float* measured, int64_t stride, int count, int64_t rows, float* out);
+FRNN_EXPORT void Largest(const float* measured, int64_t stride, int count, int64_t rows,
+                         float* out);
 
 // The size of the elements k of a matrix: the sum of the exponents of those that are not zero, and their
 // number. Sums of integers, so that the order in which threads add theirs does not matter.
@@ -47,17 +49,17 @@ struct ExponentSum {
   int32_t exponents, count;
 };
 // sizes[k] = that of elements [begin, end) of each of K rows of w, added to what it was if `more`.
-void MeasureRows(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
-                 ExponentSum* sizes);
+FRNN_EXPORT void MeasureRows(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
+                             ExponentSum* sizes);
 // The same of K columns, over rows [begin, end).
-void MeasureColumns(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
-                    ExponentSum* sizes, bool more);
+FRNN_EXPORT void MeasureColumns(const float* w, int64_t ldw, int64_t K, int64_t begin, int64_t end,
+                                ExponentSum* sizes, bool more);
 // factors[k] = about the geometric mean of the elements k that `count` threads measured, their sizes
 // `stride` apart, relative to that of all elements; a power of two. inverse[k] = 1 / factors[k].
-void Factors(const ExponentSum* sizes, int64_t stride, int count, int64_t K, float* factors,
-             float* inverse);
+FRNN_EXPORT void Factors(const ExponentSum* sizes, int64_t stride, int count, int64_t K,
+                         float* factors, float* inverse);
 // The same where the elements k are as large as means[k] >= 0.
-void Factors(const float* means, int64_t K, float* factors, float* inverse);
+FRNN_EXPORT void Factors(const float* means, int64_t K, float* factors, float* inverse);
 
 }  // namespace fixed
 }  // namespace frnn

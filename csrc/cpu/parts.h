@@ -14,6 +14,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/macros.h"
 #include "core/params.h"
 
 #if defined(__linux__) && defined(__x86_64__) && defined(__has_include)
@@ -71,14 +72,14 @@ constexpr int64_t TiledSize(int64_t rows, int64_t depth_blocks, Cut cut) {
 // of int8 besides.
 enum class MatrixUnit { kNone, kVectors, kTiles, kFixedTiles };
 #ifdef FRNN_HAS_BF16
-MatrixUnit TheUnit();
+FRNN_EXPORT MatrixUnit TheUnit();
 #else
 inline MatrixUnit TheUnit() { return MatrixUnit::kNone; }
 #endif
 const char* Capability();  // the unit's name, or null for none
 
 // The calling thread may use tiles while this lives.
-class Session {
+class FRNN_EXPORT Session {
  public:
 #ifdef FRNN_HAS_BF16
   explicit Session(bool on);
@@ -101,16 +102,17 @@ enum class Order { kAlong, kAcross };
 // Each packs elements [0, rows) x [0, K) into `out`, the last block of the depth padded with zeros,
 // and at least one block of rows. False if an element is out of range. PackRows writes the columns k0
 // .. k1 only, multiples of 16, of which those from K on are zero. For `measured` see cpu/fixed.h.
-bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0, int64_t k1,
-              int64_t K, const TiledOperand& out, bool measured = false);
-bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K, const TiledOperand& out);
-bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns, int64_t K,
-               const TiledOperand& out, bool measured = false);
+FRNN_EXPORT bool PackRows(const void* a, Storage s, int64_t lda, int64_t rows, int64_t k0,
+                          int64_t k1, int64_t K, const TiledOperand& out, bool measured = false);
+FRNN_EXPORT bool PackLeftAcross(const float* a, int64_t lda, int64_t rows, int64_t K,
+                                const TiledOperand& out);
+FRNN_EXPORT bool PackRight(const void* b, Storage s, int64_t ldb, Order order, int64_t columns,
+                           int64_t K, const TiledOperand& out, bool measured = false);
 
 // c[M][N] (+)= a b, over all the depth, the blocks of b from the first to the last or backwards. Who
 // walks through b again and again does it in turns: what was last is still in the cache.
-void Multiply(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N, float* c,
-              int64_t ldc, bool accumulate, bool backwards = false);
+FRNN_EXPORT void Multiply(const TiledOperand& a, int64_t M, const TiledOperand& b, int64_t N,
+                          float* c, int64_t ldc, bool accumulate, bool backwards = false);
 
 }  // namespace parts
 }  // namespace frnn

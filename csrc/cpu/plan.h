@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/macros.h"
 #include "core/params.h"
 #include "cpu/parts.h"
 
@@ -85,10 +86,10 @@ constexpr int64_t GradGroup(int tile_rows) { return (tile_rows > 4 ? 16 : 24) * 
 constexpr int64_t kFixedDepth = 96;
 // How the elements of an operand of depth K are cut, on a machine that has tiles or vectors of
 // bfloat16.
-parts::Cut CutOf(parts::MatrixUnit unit, Storage s, int64_t K);
+FRNN_EXPORT parts::Cut CutOf(parts::MatrixUnit unit, Storage s, int64_t K);
 // The same for floats that are multiplied with numbers of type s: rounding them to one bfloat16
 // would show.
-parts::Cut CutBeside(parts::MatrixUnit unit, Storage s, int64_t K);
+FRNN_EXPORT parts::Cut CutBeside(parts::MatrixUnit unit, Storage s, int64_t K);
 // Blocks of the depth that a pair of right blocks has at once, of `bytes` a pair. One of nearly all
 // of the first-level cache (48 KB) is cut in two, to stay in it while the left operand passes.
 constexpr int64_t DepthAtOnce(int64_t depth_blocks, int64_t bytes) {
@@ -144,8 +145,8 @@ struct BackwardPlan : Plan {
   parts::Cut cut, d_cut, grad_cut, d_grad_cut;
 };
 
-ForwardPlan PlanForward(const Problem& p, const Machine& m);
-BackwardPlan PlanBackward(const Problem& p, const Machine& m);
+FRNN_EXPORT ForwardPlan PlanForward(const Problem& p, const Machine& m);
+FRNN_EXPORT BackwardPlan PlanBackward(const Problem& p, const Machine& m);
 
 }  // namespace cpu
 }  // namespace frnn

@@ -706,9 +706,15 @@ struct Operators {
   }
 };
 
+// A cell as one of its instances knows it: not every type may have one.
+template <class Device>
+const CellFacts* FindAny(const char* cell) {
+  const CellFacts* found = Device::Find(cell, Storage::kFloat);
+  return found != nullptr ? found : Device::Find(cell, Storage::kDouble);
+}
 template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
-  const auto* found = Device::Find(cell, Storage::kFloat);
+  const CellFacts* found = FindAny<Device>(cell);
   if (found == nullptr) return false;
   *facts = {
       found->gates_x, found->gates_h,     found->extra_states, found->tape,
@@ -717,7 +723,7 @@ bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
 }
 template <class Device>
 const char* FindTensor(const char* cell, int i) {
-  const auto* found = Device::Find(cell, Storage::kFloat);
+  const CellFacts* found = FindAny<Device>(cell);
   return found != nullptr && i < found->tensors() ? found->TensorName(i) : nullptr;
 }
 

@@ -893,7 +893,7 @@ PyObject* CallModule(Reader& arguments) {
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;
   Shape shape{TextOf(cell), IntegerOf(own.Get(names().num_layers)),
               FlagOf(own.Get(names().bidirectional)) ? 2 : 1, 0};
-  const auto* facts = Cpu::Find(shape.cell, Storage::kFloat);
+  const CellFacts* facts = FindAny<Cpu>(shape.cell);
   if (facts == nullptr) return nullptr;
   shape.present = facts->Present(FlagOf(own.Get(names().bias)), FlagOf(own.Get(names().proj_size)));
   return RunStack(shape, FlagOf(own.Get(names().batch_first)), Borrowed(input), HiddenState(hx),

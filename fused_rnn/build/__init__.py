@@ -12,6 +12,7 @@ A library is looked for in this order, at its first use and never at import:
     sources               csrc: its files, its lists of cells and of instruction sets
     tools                 compilers, nvcc, ninja
     target                the libraries, as data
+    custom                those of single cells
     ninja, compiling      from sources to a library
     record, cache         what was compiled, where it is kept, who may build
     loading               find, build, load; what the first use came to
@@ -64,6 +65,7 @@ __all__ = [
     "find_compiler",
     "find_ninja",
     "find_toolkit",
+    "has_cell",
     "info",
     "levels",
     "libraries",
@@ -87,6 +89,7 @@ library = libraries.library
 state = libraries.state
 use = libraries.use
 direct_calls = libraries.direct_calls
+has_cell = libraries.has_cell
 
 
 def info() -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from . import ninja, record
 from .cache import Place, check_space
 from .messages import say
-from .sources import cells
 from .target import Target, machine
 from .tools import Tools, find_ninja
 from .version import VERSION
@@ -44,8 +43,7 @@ def compile_library(
         work = Path(temporary)
         ninja.write(work, tools.commands, target.units(work), target.link(), "library.so")
         kinds = [*target.kinds, *tools.kinds]
-        label = f"{target.name.upper()} kernels ({', '.join(kinds)})"
-        say(f"compiling the {label} into {place.folder}")
+        say(f"compiling the {target.label(kinds)} into {place.folder}")
         ninja.run(program, work, place.log)
         seconds = round(time.monotonic() - start, 1)
         facts = {
@@ -56,7 +54,7 @@ def compile_library(
             "machine": machine(),
             "flags": list(dict.fromkeys(target.binding_flags + target.kernel_flags)),
             "tiers": kinds,
-            "cells": [cell.name for cell in cells(target.csrc)],
+            **target.facts(),
             "seconds": seconds,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }

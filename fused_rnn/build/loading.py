@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import record, settings
+from . import custom, record, settings
 from .cache import Place, locked, readable_caches, writable_cache
 from .compiling import compile_library
 from .messages import BuildError, CompileError
@@ -80,6 +80,25 @@ class Libraries:
         """Load this library in place of the package's own. Raises BuildError."""
         _load_into_torch(library)
         self._states[target] = State("native", "it was asked for", library, origin)
+
+    def has_cell(self, cell: str, type: str, scalar: str, header: Callable[[], str]) -> bool:
+        """Whether the CPU's kernels know a cell beside those of the registry, in a computing type.
+
+        The first call loads or builds its library; ``header()`` is the text to build it of, and
+        ``type`` its name there.
+        """
+        name = f"{cell} {scalar}"
+        if state := self._states.get(name):
+            return state.backend == "native"
+        main, find = self._states["cpu"], getattr(self.library(), "frnn_cpu_capability", None)
+        if main.library is None or find is None or main.origin == "given":  # by tests
+            return False
+        find.restype = ctypes.c_char_p
+        level: bytes = find()
+        self.targets[name] = custom.target_of(
+            cell, type, scalar, header, main.library, level.decode()
+        )
+        return self.backend(name) == "native"
 
     def direct_calls(self, *torch_facts: object) -> Any:
         """The CPU's library as a Python module, whose functions need no dispatcher (ops.py), or

@@ -12,11 +12,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from . import record, settings
-from .cache import cache_dir
+from . import custom, record, settings
+from .cache import cache_dir, readable_caches
 from .loading import Libraries
 from .messages import BuildError
 from .sources import PACKAGE
+from .sources import cells as registry
 from .target import machine
 from .tools import find_compiler, find_ninja
 from .version import VERSION
@@ -183,6 +184,16 @@ def build(libraries: Libraries) -> int:
         print(reason, file=sys.stderr)
         return 1
     print(f"{facts['library']} ({facts['origin']})")
+    return 0
+
+
+def cells(libraries: Libraries) -> int:
+    """List those of the registry, and those whose own libraries are in the cache."""
+    for cell in registry(libraries.targets["cpu"].csrc):
+        print(f"{cell.name:20} in the library")
+    for facts in custom.found(list(readable_caches())):
+        kind = f"{facts['scalar']}, {', '.join(facts['tiers'])}"
+        print(f"{facts['type']:20} {kind:18} {facts['date'][:16]}  {facts['library']}")
     return 0
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import tools
 from .ninja import Unit
@@ -33,7 +33,8 @@ NVCC_FLAGS = tuple(
 # A missing symbol fails here, not at load. Torch's libraries are named as needed even where weak
 # symbols alone ask for them: without libc10 newer linkers take those for missing.
 LINUX = sys.platform.startswith("linux")
-STRICT = ("-Wl,--as-needed", "-Wl,-z,defs") if LINUX else ()
+# What is exported for libraries of single cells is called directly from within.
+STRICT = ("-Wl,--as-needed", "-Wl,-z,defs", "-Wl,-Bsymbolic-functions") if LINUX else ()
 NEEDED = ("-Wl,--no-as-needed",) if LINUX else ()
 
 
@@ -173,6 +174,14 @@ class Target:
                     path = folder / f"{'_'.join(parts)}.{suffix}"
                     path.write_text(instance, encoding="utf-8")
                     yield path, variant
+
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the library beside how it was made."""
+        return {"cells": [cell.name for cell in cells(self.csrc)]}
+
+    def label(self, kinds: list[str]) -> str:
+        """What is compiled, for people."""
+        return f"{self.name.upper()} kernels ({', '.join(kinds)})"
 
     def link(self) -> list[str]:
         """The flags for the linker."""

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <vector>
+
 #include "math_sweep.h"
 
 #define TIER(name) std::vector<MathSweep> name();
@@ -12,8 +14,7 @@ TIERS
 PYBIND11_MODULE(bind_math, m) {
   pybind11::class_<MathSweep>(m, "MathSweep")
       .def_readonly("type", &MathSweep::type)
-      .def_readonly("tanh", &MathSweep::tanh)
-      .def_readonly("sigmoid", &MathSweep::sigmoid)
+      .def_readonly("errors", &MathSweep::errors)
       .def_readonly("special", &MathSweep::special);
 #define TIER(name) m.def(#name, &name);
   TIERS

@@ -1,9 +1,10 @@
 // What math_sweep.cpp finds of a type.
 #pragma once
-#include <vector>
+#include <map>
+#include <string>
 
 struct MathSweep {
   const char* type;
-  double tanh, sigmoid;  // largest errors, in units of the last place
-  bool special;          // infinities, NaN, zeros and what overflows are right
+  std::map<std::string, double> errors;  // the largest of each function, in units of the last place
+  bool special;                          // infinities, NaN, zeros and what overflows are right
 };

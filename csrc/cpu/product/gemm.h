@@ -26,24 +26,24 @@ constexpr int kDotRows = N >= 8 ? 4 : 1;
 // from its end on, where the next right operand lies as a rule: a share by each tile, beginning
 // behind those of the `before` rows that were multiplied with w in earlier calls.
 template <int NV>
-void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
-              int64_t ldc, bool accumulate, int64_t before = 0);
+FRNN_EXPORT void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K,
+                          T* c, int64_t ldc, bool accumulate, int64_t before = 0);
 // c[rows][NV vectors] (+)= a^T b of a [K][rows], its rows lda apart, and a packed b [K][NV vectors],
 // rows <= kTileRows, NV <= kTileVecs.
 template <int NV>
-void GemmPacked(int rows, const T* a, int64_t lda, const T* b, int64_t K, T* c, int64_t ldc,
-                bool accumulate);
+FRNN_EXPORT void GemmPacked(int rows, const T* a, int64_t lda, const T* b, int64_t K, T* c,
+                            int64_t ldc, bool accumulate);
 
 // Rows of a times rows of w as they lie, for few rows of a, where packing w would cost more than
 // the product itself.
 // out[i] = sum_k a[k] * w[i * K + k], i < N, k < K / N * N.
-void DotLine(const T* a, const T* w, int64_t K, T* out);
+FRNN_EXPORT void DotLine(const T* a, const T* w, int64_t K, T* out);
 // out[r * ldo + i] = what DotLine gives for row r of a, r < kDotRows.
-void DotBlock(const T* a, int64_t lda, const T* w, int64_t K, T* out, int64_t ldo);
+FRNN_EXPORT void DotBlock(const T* a, int64_t lda, const T* w, int64_t K, T* out, int64_t ldo);
 // out[i] += the rest of it, K / N * N <= k < K, where K > N.
-void AddLast(const T* a, const T* w, int64_t K, T* out);
+FRNN_EXPORT void AddLast(const T* a, const T* w, int64_t K, T* out);
 // out[i] = sum_k a[k] * w[i * K + k], i < lanes, and zero for the other lanes.
-void DotEach(const T* a, const T* w, int lanes, int64_t K, T* out);
+FRNN_EXPORT void DotEach(const T* a, const T* w, int lanes, int64_t K, T* out);
 
 // out[r * ldo + i] = sum_k a[r * lda + k] * w[i * K + k], r < M, i < lanes, and zero for the other
 // lanes.

@@ -1,0 +1,421 @@
+"""Cells from Python on compiled kernels: the same bits as the headers by hand, random cells against
+the function itself, and layers that are like all others."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import emulated
+import pytest
+import random_cells
+import torch
+from helpers import assert_all_close, error, flatten, leaves, magnitude, native, run
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_map
+
+import fused_rnn
+from fused_rnn import CellError, build, ops, reference, zoo
+from fused_rnn.reference import CELLS
+
+pytestmark = pytest.mark.compiling
+
+needs_kernels = pytest.mark.skipif(
+    bool(emulated.ENGINE) or not native(), reason="these cells have kernels on the CPU alone"
+)
+
+
+@fused_rnn.cell(gates=("i", "f", "g", "o"), states=("h", "c"), params=("p_i", "p_f", "p_o"))
+def Peephole(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    i = torch.sigmoid(x.i + r.i + p.p_i * s.c)
+    f = torch.sigmoid(x.f + r.f + p.p_f * s.c)
+    c = f * s.c + i * torch.tanh(x.g + r.g)
+    o = torch.sigmoid(x.o + r.o + p.p_o * c)
+    return dict(h=o * torch.tanh(c), c=c)
+
+
+@fused_rnn.cell(gates=("i", "f", "g", "o"), states=("h", "c"))
+def LSTM(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    i = torch.sigmoid(x.i + r.i)
+    f = torch.sigmoid(x.f + r.f)
+    c = f * s.c + i * torch.tanh(x.g + r.g)
+    return dict(h=torch.sigmoid(x.o + r.o) * torch.tanh(c), c=c)
+
+
+@fused_rnn.cell(gates=("r", "z", "n"))
+def GRU(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    reset = torch.sigmoid(x.r + r.r)
+    z = torch.sigmoid(x.z + r.z)
+    n = torch.tanh(x.n + reset * r.n)
+    return dict(h=n + z * (s.h - n))
+
+
+@fused_rnn.cell(gates=("a",))
+def Tanh(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    return dict(h=torch.tanh(x.a + r.a))
+
+
+@fused_rnn.cell(gates=("a",))
+def Relu(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    return dict(h=torch.relu(x.a + r.a))
+
+
+@fused_rnn.cell(
+    gates=("i", "f", "g", "o"), states=("c", "h", "count"), params=dict(tau=0.5), output="h"
+)
+def Swapped(x: Any, r: Any, s: Any, p: Any, leak: float = 1.0) -> dict[str, Any]:
+    """The product is of the second state, which is the output; a third counts."""
+    r = r(s.h)
+    c = torch.sigmoid(x.f + r.f) * s.c + torch.sigmoid(x.i + r.i) * torch.tanh(x.g + r.g)
+    c = leak * c + (1 - leak) * p.tau
+    return dict(c=c, h=torch.sigmoid(x.o + r.o) * torch.tanh(p.tau * c), count=s.count + 1)
+
+
+BY_HAND: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "peephole": (Peephole, fused_rnn.PeepholeLSTM),
+    "lstm": (LSTM, fused_rnn.LSTM),
+    "gru": (GRU, fused_rnn.GRU),
+    "tanh": (Tanh, fused_rnn.RNN),
+    "relu": (Relu, lambda *args, **kwargs: fused_rnn.RNN(*args, nonlinearity="relu", **kwargs)),
+}
+
+
+def pair(name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """A layer from Python and one by hand, with the same parameters."""
+    ours, by_hand = (kind(*args, **kwargs) for kind in BY_HAND[name])
+    ours.load_state_dict(by_hand.state_dict())
+    return ours, by_hand
+
+
+# --- Against the headers by hand ----------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_bits_are_those_of_the_headers(name: str, dtype: torch.dtype) -> None:
+    for B, T, I, H in [(5, 7, 20, 48), (1, 3, 4, 33), (33, 2, 8, 7)]:  # noqa: E741
+        ours, by_hand = pair(name, I, H, 2, bidirectional=True, dtype=dtype)
+        x = torch.randn(T, B, I, dtype=dtype)
+        found, expected = run(ours, x), run(by_hand, x)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), (key, error(found[key], value))
+        with torch.no_grad():
+            for a, b in zip(flatten(ours(x)), flatten(by_hand(x)), strict=True):
+                assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_packed_recomputed_and_projected() -> None:
+    ours, by_hand = pair("peephole", 4, 9, 2, bidirectional=True, proj_size=3, recompute=True)
+    x = pack_sequence([torch.randn(n, 4) for n in (6, 3, 3, 1)])
+    found, expected = run(ours, x), run(by_hand, x)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    padded = torch.randn(6, 4, 4)
+    for a, b in zip(
+        *(flatten(m(padded, lengths=[6, 0, 2, 3])) for m in (ours, by_hand)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+# --- Random cells -------------------------------------------------------------------------------
+
+
+def agree(layer: Any, x: Tensor, hx: Any, tol: float) -> None:
+    """Kernels and the function itself."""
+    ours = run(layer, x, hx)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "supports", lambda *_: False)
+        plain = run(layer, x, hx)
+    for key, value in plain.items():
+        expected = torch.zeros_like(ours[key]) if value is None else value
+        bound = tol * max(1.0, magnitude(expected))
+        assert error(ours[key], expected) <= bound, (key, error(ours[key], expected))
+
+
+@needs_kernels
+@settings(
+    max_examples=4,
+    deadline=None,
+    database=None,
+    derandomize=True,  # so that libraries are found in the cache
+    phases=[Phase.generate],  # to shrink would compile again and again
+    suppress_health_check=list(HealthCheck),
+)
+@given(random_cells.cells(most=20))
+def test_random_cells(drawn: random_cells.Drawn) -> None:
+    declare = fused_rnn.cell(
+        gates=drawn.gates, states=drawn.states, params=drawn.params, output=drawn.output
+    )
+    kind = declare(drawn.fn)
+    layer = kind(3, 5, 2, bidirectional=True, dtype=torch.float64)
+    assert ops._has_cell("cpu", layer.cell, torch.float64)
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    hx = tree_map(torch.randn_like, layer(x)[1])
+    agree(layer, x, hx, 1e-6)  # of ATen's hardsigmoid
+    small = kind(2, 2, dtype=torch.float64)
+    x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+    states = leaves(tuple(torch.randn(1, 2, 2, dtype=torch.float64) for _ in drawn.states))
+
+    def call(x: Tensor, *hx: Tensor) -> Any:
+        return tuple(flatten(small(x, hx if len(hx) > 1 else hx[0])))
+
+    torch.autograd.gradcheck(call, (x, *states), atol=1e-4, rtol=1e-3)
+    torch.autograd.gradgradcheck(call, (x, *states), atol=1e-4, rtol=1e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_output_recurrent_state_and_counter(dtype: torch.dtype) -> None:
+    layer = Swapped(4, 17, 2, bidirectional=True, batch_first=True, dtype=dtype)
+    assert (layer.tau_l1_reverse == 0.5).all()
+    x = torch.randn(3, 6, 4, dtype=dtype)
+    y, (c, h, count) = layer(x)
+    assert torch.equal(count, torch.full_like(count, 6)) and torch.equal(y[:, -1, :17], h[2])
+    hx = tree_map(torch.randn_like, (c, h, count))
+    tol = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.06}[dtype]
+    agree(layer, x, hx, tol)
+    packed = pack_sequence([torch.randn(n, 4, dtype=dtype) for n in (5, 2, 2)])
+    _, (_, _, count) = layer(packed)
+    assert torch.equal(count[0, :, 0], torch.tensor([5, 2, 2], dtype=dtype))
+
+
+@needs_kernels
+def test_what_happens_between_steps() -> None:
+    """Options of all layers, and resets, on kernels or past them: as the function itself."""
+    layer = Peephole(4, 9, 2, norm="rms", zoneout=0.2, dtype=torch.float64)
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    hx = tree_map(torch.randn_like, layer.eval()(x)[1])
+    agree(layer, x, hx, 1e-12)
+    reset = torch.rand(6, 3) < 0.3
+    plain = Swapped(4, 9, dtype=torch.float64)
+    y, states = plain(x, reset=reset)
+    for b in range(3):
+        start = max([0, *reset[:, b].nonzero().flatten().tolist()])
+        alone, last = plain(x[start:, b])
+        assert_all_close(y[start:, b], alone, tol=1e-13)
+        assert_all_close(tree_map(lambda s, b=b: s[:, b], states), last, tol=1e-13)
+
+
+# --- A module like others -----------------------------------------------------------------------
+
+
+def test_parameters_and_states() -> None:
+    layer = Swapped(3, 4, 2, bias=False, bidirectional=True)
+    names = [name for name, _ in layer.named_parameters()][:3]
+    assert names == ["weight_ih_l0", "weight_hh_l0", "tau_l0"]
+    assert layer.weight_ih_l1.shape == (16, 8)
+    assert issubclass(Swapped, nn.RNNBase) and Swapped.__doc__.startswith("The product is of")
+    assert Swapped.__qualname__ == "Swapped" and Swapped.__module__ == __name__
+    x = torch.randn(5, 2, 3)
+    c, h, count = (torch.zeros(4, 2, 4) for _ in range(3))
+    assert_all_close(layer(x, (c, h, count)), layer(x))
+    alone = layer(x[:, 0], (c[:, 0], h[:, 0], count[:, 0]))
+    assert_all_close(alone[0], layer(x)[0][:, 0], tol=1e-5)
+    with pytest.raises(
+        TypeError, match=r"expected a tuple of 3 tensors \(c, h, count\), got a ten"
+    ):
+        layer(x, h)
+    with pytest.raises(TypeError, match="got 2"):
+        layer(x, (c, h))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[2\] size \(4, 2, 4\)"):
+        layer(x, (c, h, count[:2]))
+    with pytest.raises(ValueError, match="proj_size"):
+        GRU(3, 4, proj_size=2)
+    with pytest.raises(ValueError, match="proj_size"):
+        Tanh(3, 4, proj_size=2)
+    with pytest.raises(TypeError, match="must be tuple of Tensors"):
+        LSTM(3, 4)(x, h[:1])
+
+
+@pytest.mark.parametrize("kind", [Swapped, GRU, LSTM], ids=lambda kind: kind.__name__)
+def test_a_single_step(kind: Any) -> None:
+    layer = kind(3, 4, dtype=torch.float64)
+    step = kind.Cell(3, 4, dtype=torch.float64)
+    step.load_state_dict({n.removesuffix("_l0"): p for n, p in layer.state_dict().items()})
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    hx, outputs = None, []
+    for t in range(4):
+        hx = step(x[t], hx)
+        outputs.append(hx[1] if kind is Swapped else hx[0] if kind is LSTM else hx)
+    y, last = layer(x)
+    assert_all_close(torch.stack(outputs), y, tol=1e-13)
+    assert_all_close(hx, tree_map(lambda s: s[0], last), tol=1e-13)
+    first = step(x[0, 0])
+    assert all(a.shape == (4,) for a in flatten(first))
+    assert_all_close(step(x[1, 0], first), tree_map(lambda s: s[0], step(x[1], step(x[0]))), 1e-13)
+    with pytest.raises(RuntimeError, match="inconsistent input_size: got 2 expected 3"):
+        step(torch.zeros(2, 2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"hx: expected \w+ \[2, 4\]"):
+        step(x[0], tree_map(lambda s: s[:1], step(x[0])))
+
+
+def test_copies_and_pickles() -> None:
+    layer = Swapped(3, 4, leak=0.75)
+    x = torch.randn(5, 2, 3)
+    expected = layer(x)
+    saved = io.BytesIO()
+    torch.save(layer.state_dict(), saved)
+    saved.seek(0)
+    fresh = Swapped(3, 4, leak=0.75)
+    fresh.load_state_dict(torch.load(saved))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fresh):
+        assert_all_close(other(x), expected, tol=0)
+        assert repr(other) == "Swapped(3, 4, leak=0.75)"
+    assert error(Swapped(3, 4)(x)[0], expected[0]) > 1e-3
+    step = Swapped.Cell(3, 4, leak=0.75)
+    assert_all_close(pickle.loads(pickle.dumps(step))(x[0]), step(x[0]), tol=0)
+    # What this process has not met yet: another had another hyperparameter.
+    text = pickle.dumps(layer)
+    name = CELLS[layer.cell]
+    del CELLS[layer.cell]
+    Swapped._made._names.clear()
+    assert_all_close(pickle.loads(text)(x), expected, tol=0)
+    assert CELLS[layer.cell] is not name
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("kind", [Swapped, Peephole], ids=lambda kind: kind.__name__)
+def test_compiles_into_one_graph(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "reference":
+        monkeypatch.setattr(ops, "supports", lambda *_: False)
+    layer = kind(3, 4, 2, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    ours, plain = run(fast, x), run(layer, x)
+    assert_all_close(
+        {key.replace("_orig_mod.", ""): v for key, v in ours.items()}, plain, tol=1e-12
+    )
+
+
+def test_transforms_and_double_backward() -> None:
+    layer = Swapped(2, 3, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x)[0]
+
+    single = torch.func.vmap(call, in_dims=1, out_dims=1)(x.unsqueeze(2))
+    assert_all_close(single.squeeze(2), call(x), tol=1e-12)
+    tangent = torch.randn_like(x)
+    _, forward = torch.func.jvp(call, (x,), (tangent,))
+    reverse = torch.autograd.functional.jacobian(call, x)
+    assert_all_close(forward, torch.einsum("abcdef,def->abc", reverse, tangent), tol=1e-12)
+    assert torch.autograd.gradgradcheck(call, (x.requires_grad_(),))
+
+
+def test_autocast_and_mixed_threads() -> None:
+    layer = Swapped(3, 40)
+    x = torch.randn(5, 9, 3)
+    with torch.autocast("cpu"):
+        low = layer(x)[0]
+    assert error(low, layer(x)[0]) < 0.05
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(run(layer, x))
+    torch.set_num_threads(torch.get_num_threads())
+    for key, value in found[0].items():
+        assert torch.equal(found[1][key], value), key
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dropout_between_layers_without_a_product(bias: bool) -> None:
+    layer = zoo.MinGRU(3, 4, 3, bias=bias, dropout=0.5, bidirectional=True)
+    x = torch.randn(5, 2, 3)
+    torch.manual_seed(1)
+    y, h_n = layer(x)
+    torch.manual_seed(1)
+    assert_all_close(layer(x), (y, h_n), tol=0)
+    assert error(layer.eval()(x)[0], y) > 0 and h_n.shape == (6, 2, 4)
+
+
+# --- Libraries ----------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, torch, fused_rnn
+sys.path.insert(0, {tests!r})
+@fused_rnn.cell(gates=("a",), params=("u",))
+def Fresh(x, r, s, p):
+    return dict(h=torch.tanh(x.a + {number} * r.a + p.u * s.h))
+torch.manual_seed(1)
+for _ in range(2):
+    y = Fresh(3, 4)(torch.ones(2, 1, 3))[0]
+print(y.sum().item(), fused_rnn.build.libraries.state().backend)
+"""
+
+
+def fresh(number: str, **own: str) -> subprocess.CompletedProcess[str]:
+    text = PROGRAM.format(tests=str(Path(__file__).parent), number=number)
+    return subprocess.run(
+        [sys.executable, "-c", text], env=os.environ | own, capture_output=True, text=True
+    )
+
+
+@needs_kernels
+def test_a_library_is_built_once_and_listed(tmp_path: Path) -> None:
+    number = f"{torch.rand(()).item():.9f}"
+    first = fresh(number)
+    assert first.stderr.count("compiling the cell Fresh (float, ") == 1, first.stderr
+    second = fresh(number)
+    assert second.stderr == "" and second.stdout == first.stdout and "native" in first.stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "fused_rnn", "cells"], capture_output=True, text=True
+    ).stdout
+    assert "peephole_lstm" in listed and "Fresh" in listed
+    # Without a compiler the function itself runs, and says so once.
+    missing = fresh("1" + number, CXX="/nowhere/c++")
+    assert missing.stderr.count("RuntimeWarning: fused_rnn has no Fresh (float) library") == 1
+    plain = fresh("1" + number, FUSED_RNN_BACKEND="reference")
+    assert float(missing.stdout.split()[0]) == pytest.approx(
+        float(plain.stdout.split()[0]), rel=1e-5
+    )
+    assert plain.stderr == ""
+    strict = fresh("1" + number, CXX="/nowhere/c++", FUSED_RNN_BACKEND="native")
+    assert "RuntimeError: fused_rnn has no Fresh (float) library" in strict.stderr
+    for facts in build.custom.found([build.cache_dir()]):
+        if facts["type"] == "Fresh":
+            facts["library"].unlink()
+            facts["library"].with_suffix(".json").unlink()
+
+
+@needs_kernels
+@pytest.mark.parametrize("capability", ["generic", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    done = fresh("0.5", FUSED_RNN_CPU_CAPABILITY=capability)
+    assert "native" in done.stdout, done.stderr
+    assert "cell Fresh" not in done.stderr or f"(float, {capability})" in done.stderr
+    plain = fresh("0.5", FUSED_RNN_BACKEND="reference")
+    assert float(done.stdout.split()[0]) == pytest.approx(float(plain.stdout.split()[0]), rel=1e-5)
+
+
+@needs_kernels
+def test_what_the_library_knows() -> None:
+    layer = Swapped(3, 4)
+    layer(torch.zeros(1, 1, 3))
+    known = CELLS[layer.cell]
+    assert ops.tensor_names("cpu", layer.cell) == known.tensors
+    facts = ops._facts("cpu", layer.cell)
+    assert facts.gates_x == known.gates and facts.gates_h == known.recurrent_gates
+    assert facts.extra_states == len(known.states) - 1 and bool(facts.reads_h) == known.reads_h
+    assert known.states == ("h", "c", "count") and known.output == 0
+
+
+def test_errors_of_the_function_itself() -> None:
+    with pytest.raises(CellError, match=f"{__file__}:.*no gate q; gates are a"):
+        fused_rnn.cell(gates=("a",))(lambda x, r, s, p: dict(h=x.q))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reference.CELLS[GRU.cell].source.type_name == "GRU"

@@ -1,0 +1,243 @@
+"""Every cell of the zoo on its compiled kernels, against a loop over its equations."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from helpers import assert_all_close, assert_close, error, flatten, magnitude, run
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from fused_rnn import build, ops, zoo
+from fused_rnn.reference import CELLS
+
+pytestmark = pytest.mark.compiling
+
+# --- The equations. a[g] is the sum of both parts of gate g, w[g] that of the input --------------
+
+Named = dict[str, Tensor]
+S, tanh = torch.sigmoid, torch.tanh
+
+
+def _lstm(*missing: str) -> Callable[[Named, Named, Named, Named], Named]:
+    """Greff et al. 2015, appendix A, and its variants."""
+
+    def step(a: Named, w: Named, s: Named, p: Named) -> Named:
+        def peephole(name: str, c: Tensor) -> Any:
+            return p[name] * c if "peepholes" not in missing else 0
+
+        c, one = s["c"], torch.ones_like(s["c"])
+        i = one if "input" in missing else S(a["i"] + peephole("p_i", c))
+        if "coupled" in missing:
+            f = one - i
+        else:
+            f = one if "forget" in missing else S(a["f"] + peephole("p_f", c))
+        block = a["g"] if "input activation" in missing else tanh(a["g"])
+        c = block * i + c * f
+        o = one if "output" in missing else S(a["o"] + peephole("p_o", c))
+        return {"h": (c if "output activation" in missing else tanh(c)) * o, "c": c}
+
+    return step
+
+
+def _slstm(a: Named, w: Named, s: Named, p: Named) -> Named:
+    """Without the stabiliser, which changes no output: c and n are those of eq. 8-10 times e^-m."""
+    scale = torch.exp(s["m"])
+    i, f = torch.exp(a["i"]), S(a["f"])
+    c, n = f * s["c"] * scale + i * tanh(a["z"]), f * s["n"] * scale + i
+    m = torch.maximum(s["m"] - softplus(-a["f"]), a["i"]).where(s["n"] != 0, a["i"])
+    back = torch.exp(-m)
+    return {"h": S(a["o"]) * c / n, "c": c * back, "n": n * back, "m": m}
+
+
+def _atr(a: Named, w: Named, s: Named, p: Named) -> Named:
+    difference = 2 * w["a"] - a["a"]
+    return {"h": S(a["a"]) * w["a"] + S(difference) * s["h"]}
+
+
+def _fastgrnn(a: Named, w: Named, s: Named, p: Named) -> Named:
+    z, content = S(a["a"] + p["b_z"]), tanh(a["a"] + p["b_h"])
+    return {"h": (S(p["zeta"]) * (1 - z) + S(p["nu"])) * content + z * s["h"]}
+
+
+def _cfc(a: Named, w: Named, s: Named, p: Named) -> Named:
+    t = S(a["a"] + a["b"])
+    return {"h": tanh(a["g"]) * (1 - t) + t * tanh(a["f"])}
+
+
+def _unicornn(a: Named, w: Named, s: Named, p: Named) -> Named:
+    dt = 0.1 * S(p["c"])
+    z = s["z"] - dt * (tanh(p["w"] * s["y"] + w["a"]) + 0.9 * s["y"])
+    return {"y": s["y"] + dt * z, "z": z}
+
+
+def _sru(a: Named, w: Named, s: Named, p: Named) -> Named:
+    f, r = S(w["f"] + p["v_f"] * s["c"]), S(w["r"] + p["v_r"] * s["c"])
+    c = f * s["c"] + (1 - f) * w["g"]
+    return {"h": r * c + (1 - r) * w["skip"], "c": c}
+
+
+def _qrnn(a: Named, w: Named, s: Named, p: Named) -> Named:
+    c = S(w["f"]) * s["c"] + (1 - S(w["f"])) * tanh(w["z"])
+    return {"h": S(w["o"]) * c, "c": c}
+
+
+def _minlstm(a: Named, w: Named, s: Named, p: Named) -> Named:
+    f, i = S(w["f"]), S(w["i"])
+    return {"h": (f * s["h"] + i * w["g"]) / (f + i)}
+
+
+def _ran(a: Named, w: Named, s: Named, p: Named) -> Named:
+    c = S(a["i"]) * w["g"] + S(a["f"]) * s["c"]
+    return {"h": tanh(c), "c": c}
+
+
+def _mixed(gate: str, content: Callable[[Named, Named], Tensor]) -> Any:
+    """h' = z h + (1 - z) content"""
+    return lambda a, w, s, p: {"h": torch.lerp(content(a, w), s["h"], S(a[gate]))}
+
+
+STEPS: dict[str, Callable[[Named, Named, Named, Named], Named]] = {
+    "PeepholeLSTM": _lstm(),
+    "NIG": _lstm("input"),
+    "NFG": _lstm("forget"),
+    "NOG": _lstm("output"),
+    "NIAF": _lstm("input activation"),
+    "NOAF": _lstm("output activation"),
+    "CIFG": _lstm("coupled"),
+    "NP": _lstm("peepholes"),
+    "SLSTM": _slstm,
+    "RAN": _ran,
+    "JANET": lambda a, w, s, p: {"h": S(a["f"]) * s["h"] + S(1 - a["f"]) * tanh(a["g"])},
+    "UGRNN": _mixed("g", lambda a, w: tanh(a["c"])),
+    "LiGRU": _mixed("z", lambda a, w: torch.relu(a["c"])),
+    "ATR": _atr,
+    "FastGRNN": _fastgrnn,
+    "CfC": _cfc,
+    "LeakyRNN": lambda a, w, s, p: {"h": 0.8 * s["h"] + 0.2 * tanh(a["a"])},
+    "IndRNN": lambda a, w, s, p: {"h": torch.relu(w["a"] + p["u"] * s["h"])},
+    "AntisymmetricRNN": lambda a, w, s, p: {"h": s["h"] + 0.1 * tanh(a["a"] - 0.1 * s["h"])},
+    "UnICORNN": _unicornn,
+    "SRU": _sru,
+    "QRNN": _qrnn,
+    "MinGRU": lambda a, w, s, p: {"h": (1 - S(w["z"])) * s["h"] + S(w["z"]) * w["g"]},
+    "MinLSTM": _minlstm,
+}
+
+
+class Loop(nn.Module):
+    """The equations over the parameters of a layer, on x [T, B, I]."""
+
+    def __init__(self, name: str, layer: Any) -> None:
+        super().__init__()
+        self.step, self.layer = STEPS[name], layer
+
+    def forward(self, x: Tensor, hx: Any) -> Any:
+        layer = self.layer
+        states = layer._made.declaration.states
+        last: list[list[Tensor]] = [[] for _ in states]
+        hx = hx if isinstance(hx, tuple) else (hx,)
+        traced = layer_trace(layer)
+        for number in range(layer.num_layers * (1 + layer.bidirectional)):
+            i, d = divmod(number, 1 + layer.bidirectional)
+            name = f"_l{i}{'_reverse' * d}"
+            weights = {short: getattr(layer, short + name) for short in ("weight_ih", "bias_ih")}
+            params = {p: getattr(layer, p + name) for p in layer._made.declaration.params}
+            if traced.gates_h:
+                weights |= {s: getattr(layer, s + name) for s in ("weight_hh", "bias_hh")}
+            now = dict(zip(states, (h[number] for h in hx), strict=True))
+            outputs = [x] * len(x)
+            for t in range(len(x))[:: -1 if d else 1]:
+                gates = (x[t] @ weights["weight_ih"].T + weights["bias_ih"]).chunk(
+                    len(traced.gates_x), -1
+                )
+                w = dict(zip(traced.gates_x, gates, strict=True))
+                a = dict(w)
+                if traced.gates_h:
+                    products = now[states[0]] @ weights["weight_hh"].T + weights["bias_hh"]
+                    for gate, part in zip(
+                        traced.gates_h, products.chunk(len(traced.gates_h), -1), strict=True
+                    ):
+                        a[gate] = a[gate] + part
+                now = self.step(a, w, now, params)
+                outputs[t] = now[states[0]]
+            for of, name in zip(last, states, strict=True):
+                of.append(now[name])
+            if d == 0:
+                y = torch.stack(outputs)
+            else:
+                y = torch.cat([y, torch.stack(outputs)], -1)
+            if d == layer.bidirectional:
+                x = y
+        ends = tuple(map(torch.stack, last))
+        return x, ends if len(ends) > 1 else ends[0]
+
+
+def layer_trace(layer: Any) -> Any:
+    return CELLS[layer.cell].source.trace
+
+
+def example(name: str, **sizes: Any) -> tuple[Any, Tensor, Any]:
+    sizes = {"input_size": 5, "hidden_size": 9, "num_layers": 2, "bidirectional": True, **sizes}
+    layer = getattr(zoo, name)(**sizes, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    x = torch.randn(6, 4, sizes["input_size"], dtype=torch.float64)
+    _, hx = layer(x)
+    hx = torch.utils._pytree.tree_map(torch.randn_like, hx)
+    if name == "SLSTM":  # the normaliser is a sum of exponentials
+        hx = (*hx[:2], hx[2].abs() + 1, hx[3])
+    return layer, x, hx
+
+
+@pytest.mark.parametrize("name", zoo.__all__)
+def test_agrees_with_its_equations(name: str) -> None:
+    layer, x, hx = example(name)
+    if build.backend() == "native" and not emulated.ENGINE:
+        assert ops._has_cell("cpu", layer.cell, torch.float64), "it has kernels"
+    loop = Loop(name, layer)
+    ours, theirs = run(layer, x, hx), run(loop, x, hx)
+    for key, value in theirs.items():  # what nothing reads has no gradient there
+        name_here = key.replace("d layer.", "d ")
+        assert_close(
+            ours.pop(name_here), torch.zeros_like(hx[0]) if value is None else value, 1e-11, key
+        )
+    assert not ours
+    with torch.no_grad():
+        assert_all_close(layer(x, hx), loop(x, hx), tol=1e-12)
+    assert re.search(r"(19|20)\d\d.*``.*``", getattr(zoo, name).__doc__, re.DOTALL), "its source"
+
+
+@pytest.mark.parametrize("name", ["SLSTM", "MinLSTM", "FastGRNN"])
+def test_float32(name: str) -> None:
+    layer, x, hx = example(name, hidden_size=33)
+    narrow = copy.deepcopy(layer).float()
+    exact = run(layer, x, hx)
+    ours = run(narrow, x.float(), torch.utils._pytree.tree_map(lambda t: t.float(), hx))
+    for key, value in exact.items():
+        assert error(ours[key], value) <= 2e-5 * max(1.0, magnitude(value)), key
+
+
+@pytest.mark.skipif(build.backend() != "native", reason="about direct calls")
+def test_a_cell_without_a_product_is_called_directly() -> None:
+    layer, x, hx = example("MinGRU")
+    with torch.no_grad():
+        expected = layer(x, hx)
+        assert layer._is_usual() and layer._run_directly(x, hx) is not None
+        assert_all_close(layer(x, hx), expected, tol=0)
+
+
+def test_slstm_from_zeros_and_far_out() -> None:
+    """The stabiliser holds where the exponentials would overflow."""
+    layer, x, _ = example("SLSTM", num_layers=1)
+    x = 1000 * x
+    y = layer(x)[0]
+    y.sum().backward()
+    assert all(torch.isfinite(t).all() for t in flatten((y, [p.grad for p in layer.parameters()])))
