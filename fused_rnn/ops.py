@@ -44,7 +44,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INPUTS = (
     "str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? masks, "
     "Tensor? batch_sizes, Tensor? reset, Tensor? zoneout, Tensor? h_mask, int layers, "
-    "int directions, int present, int blocks, bool every_state, bool allow_tf32"
+    "int directions, int present, int blocks, int norm, float norm_eps, bool every_state, "
+    "bool allow_tf32"
 )
 _SCHEMAS = {
     "recurrent_infer": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
@@ -67,6 +68,8 @@ class Call(NamedTuple):
     directions: int
     present: int
     blocks: int = 1
+    norm: int = 0  # 0, or 1 + the number of its kind in reference.NORM_KINDS
+    norm_eps: float = 0.0
     every_state: bool = False
     allow_tf32: bool = False
 
@@ -78,7 +81,13 @@ _NO_STAGES: StageTensors = (None, None, None)
 
 def _stages_of(call: Call, tensors: Sequence[Tensor | None]) -> reference.Stages:
     reset, zoneout, h_mask = tensors
-    return reference.Stages(reset=reset, zoneout=zoneout, h_mask=h_mask, blocks=call.blocks)
+    norm = None
+    if call.norm:
+        at = reference.present_norms(call.cell, call.present)
+        norm = reference.Norm(reference.NORM_KINDS[call.norm - 1], at, call.norm_eps)
+    return reference.Stages(
+        reset=reset, zoneout=zoneout, h_mask=h_mask, blocks=call.blocks, norm=norm
+    )
 
 
 # A namespace is torch's to give away once. Another copy of this module in the process, as what
@@ -148,13 +157,15 @@ def takes(
     train: bool,
 ) -> bool:
     """Whether the native kernels have what is to happen between two steps of this cell's layers."""
-    if stages.reset_to is not None or stages.norm is not None:
+    has_stages, units_of_block, reads_new_h, has_norm = _stages_of_library(_target(device), cell)
+    if stages.reset_to is not None:
         return False
-    has_stages, units_of_block, reads_new_h = _stages_of_library(_target(device), cell)
+    if stages.norm is not None and (not has_norm or "cell" in stages.norm.at):
+        return False
     if stages.blocks > 1 and (not units_of_block or hidden % (stages.blocks * units_of_block)):
         return False
     if not has_stages:
-        return stages._replace(blocks=1).nothing and not every_state
+        return stages._replace(blocks=1, norm=None).nothing and not every_state
     # The derivative of such a cell is that at the new h, which a part of the old one is mixed into.
     mixes = stages.zoneout is not None and stages.zoneout.shape[1] == 1
     return not (mixes and train and reads_new_h)
@@ -198,7 +209,12 @@ def recurrent(
     every_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The contract of ``reference.recurrent`` on the native kernels."""
-    call = Call(cell, layers, directions, present, stages.blocks, every_state, _allow_tf32(x))
+    norm, eps = 0, 0.0
+    if stages.norm is not None:
+        norm, eps = 1 + reference.NORM_KINDS.index(stages.norm.kind), stages.norm.eps
+    call = Call(
+        cell, layers, directions, present, stages.blocks, norm, eps, every_state, _allow_tf32(x)
+    )
     tensors: StageTensors = (stages.reset, stages.zoneout, stages.h_mask)
     train = wants_grad((x, h0, c0, *weights))
     compiling = torch.compiler.is_compiling()
@@ -220,7 +236,8 @@ def recurrent(
 
 def _is_plain(call: Call, stages: StageTensors) -> bool:
     """Whether nothing happens between two steps: direct calls know nothing of it."""
-    return not any(t is not None for t in stages) and call.blocks == 1 and not call.every_state
+    there = any(t is not None for t in stages)
+    return not there and call.blocks == 1 and not call.norm and not call.every_state
 
 
 def _inputs(
@@ -297,6 +314,7 @@ class _Facts(ctypes.Structure):
             "reads_new_h",
             "has_stages",
             "block_units",
+            "has_norm",
         )
     ]
 
@@ -328,10 +346,19 @@ def _tape(target: str, hidden: int, width: int) -> Any:
     return find(hidden, width)
 
 
+def _tape_values(target: str, cell: str, present: int) -> int:
+    """Values of a unit that a row of the tape has: NormTape of csrc/core/params.h and before."""
+    facts, values = _facts(target, cell), 0
+    for place in reference.present_norms(cell, present):
+        values += 1 + (facts.gates_x if place == "input" else facts.gates_h)
+    return facts.tape + values  # type: ignore[no-any-return]
+
+
 @constant
-def _stages_of_library(target: str, cell: str) -> tuple[bool, int, bool]:
+def _stages_of_library(target: str, cell: str) -> tuple[bool, int, bool, bool]:
     facts = _facts(target, cell)
-    return bool(facts.has_stages), facts.block_units, bool(facts.reads_new_h)
+    has = bool(facts.has_stages), facts.block_units, bool(facts.reads_new_h), bool(facts.has_norm)
+    return has
 
 
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:
@@ -398,6 +425,8 @@ def _infer_fake(
     directions: int,
     present: int,
     blocks: int,
+    norm: int,
+    norm_eps: float,
     every_state: bool,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -419,7 +448,7 @@ def _fake(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tape, runs, dtype = _tape(target, int(n.hidden), int(n.width)), layers * directions, x.dtype
     y, h_n, c_n, between = _recomputed_fake(cell, x, *rest)
     hs = (runs, tape.hs_lead * n.batch + n.rows, tape.hs_row)
-    saved = (runs, n.rows, _facts(target, cell).tape, tape.units)
+    saved = (runs, n.rows, _tape_values(target, cell, present), tape.units)
     hs_dtype = dtype if tape.hs_as_x else _computing(dtype)
     return (
         y,
@@ -854,7 +883,7 @@ def _backward_grad(ctx: Any, *ggs: Any) -> Gradients:
     wanted = [i in ctx.needs for i in range(len(tensors))]
     grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, (*first, *(dw or ())))
     cotangents, (dx, dh0, dc0, *ddw) = grads[:3], grads[3:]
-    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * 11)
+    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * 13)
 
 
 # ---- vmap: one call per slice. Modules take the reference path under torch.func, which batches its

@@ -79,6 +79,9 @@ NORM_TENSORS: dict[str, tuple[str, ...]] = {
 }
 
 
+NORM_KINDS = ("layer", "rms")
+
+
 def _as_is(c: Tensor) -> Tensor:
     return c
 
@@ -235,6 +238,12 @@ def present_bits(cell: str, *, biases: bool, projection: bool, norm_at: Sequence
 
 def present_names(cell: str, present: int) -> list[str]:
     return [name for i, name in enumerate(_all_tensors(cell)) if present >> i & 1]
+
+
+def present_norms(cell: str, present: int) -> tuple[str, ...]:
+    """The places of NORM_TENSORS that are among the tensors present."""
+    names = present_names(cell, present)
+    return tuple(place for place, tensors in NORM_TENSORS.items() if tensors[0] in names)
 
 
 def by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:

@@ -88,9 +88,11 @@ constexpr CellFacts FactsOf(int tape) {
   // A projection changes the width of h, which is then no value of a unit.
   const bool projectable =
       C::kH > 0 && C::kOutput == C::kRecurrent && !States<C>::kReadsH && !C::kReadsNewH;
-  return {C::kX,         C::kH,       States<C>::kExtra,  tape,
-          C::kParams,    projectable, States<C>::kReadsH, C::kReadsNewH,
-          C::kParamNames};
+  bool adds = C::kX == C::kH;
+  for (int q = 0; q < C::kH && adds; q++) adds = C::kDx[q] == C::kDh[q];
+  return {C::kX,      C::kH,         States<C>::kExtra,  tape,
+          C::kParams, projectable,   States<C>::kReadsH, C::kReadsNewH,
+          adds,       C::kParamNames};
 }
 
 }  // namespace frnn

@@ -29,9 +29,11 @@ constexpr int64_t RowStride(int64_t units) {
 // The tensors of one direction of a layer, or their gradients: in the order of the names that
 // TensorName gives them, by which they are known everywhere.
 constexpr int kMaxParams = 16;
+// What can be normalised, row by row, before its bias is added: x W_ih^T, h W_hh^T, or their sum.
+enum Place { kInput, kRecurrent, kSum, kPlaces };
 template <class P>
 struct DirectionTensors {
-  static constexpr int kNamed = 5, kCount = kNamed + kMaxParams;
+  static constexpr int kNamed = 5, kGains = kNamed + kMaxParams, kCount = kGains + kPlaces;
 
   P w_ih;                // [kX H, I]
   P w_hh;                // [kH H, Hout / blocks], null if kH = 0
@@ -39,15 +41,20 @@ struct DirectionTensors {
   P b_hh;                // [kH H] or null
   P w_hr;                // [Hout, H] or null: h = w_hr h_full
   P params[kMaxParams];  // [H] each, as many as the cell has
+  P gains[kPlaces];      // [kX H], [kH H] and [kX H]: null where nothing is normalised
 
   const P& operator[](int i) const {
     const P* const named[] = {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr};
-    return i < kNamed ? *named[i] : params[i - kNamed];
+    return i < kNamed ? *named[i] : i < kGains ? params[i - kNamed] : gains[i - kGains];
   }
   P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
 using DirectionWeights = DirectionTensors<const void*>;
 using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
+
+// What is subtracted and divided by in each row: mean and standard deviation, or nothing and the root of
+// the mean of squares.
+enum class Norm : int64_t { kNone, kLayer, kRms };
 
 // One layer over one sequence. Rows are the valid (t, b) pairs, time-major: row offsets[t] + b, b <
 // batch_sizes[t]. No padding between members: engines compare calls byte by byte.
@@ -72,6 +79,8 @@ struct LayerParams {
   const void* zoneout;   // [dirs, zoneout_rows, kStates H]: of h and then c, the part that stays
   int64_t zoneout_rows;  // as many as there are, or one for all
   const void* h_mask;    // [dirs, B, Hout]: multiplies h where it goes into W_hh
+  Norm norm;             // of the places that have gains
+  int64_t norm_eps;      // added to what the root is taken of: a double, as bits
   void* y;               // [rows, dirs * Hout]
   void* h_n;             // [dirs, B, Hout]
   void* c_n;             // [dirs, B, kStates - 1, H] or null
@@ -79,7 +88,7 @@ struct LayerParams {
   // on the CPU (in the computing type):
   // hs is null, too, for a step whose h0 and h_n serve in its place (IsOwnTape).
   void* hs;     // [dirs, B + rows, hs_stride]: h0, then h_t; with w_hr also h_full behind h
-  void* saved;  // [dirs, rows, tape, Padded(H)]
+  void* saved;  // [dirs, rows, tape + norm_tape, Padded(H)]
 };
 constexpr int64_t HsStride(int64_t H, int64_t Hout) {
   return RowStride(Hout) + (H == Hout ? 0 : RowStride(H));
@@ -113,8 +122,14 @@ struct CellFacts {
   bool projectable;
   bool reads_h;      // elementwise
   bool reads_new_h;  // in the backward
+  bool adds;         // reads x_q and h_q by nothing but their sum
   const char* const* param_names;
 
+  // Values of a unit that a row keeps besides, of what is normalised: all gates, and one more.
+  int64_t NormTape(const DirectionWeights& w) const {
+    return (w.gains[kInput] ? gates_x + 1 : 0) +
+           (w.gains[kRecurrent] || w.gains[kSum] ? gates_h + 1 : 0);
+  }
   int tensors() const { return DirectionWeights::kNamed + params; }
   // Bits of the tensors that a layer has.
   int64_t Present(bool biases, bool projection) const {
@@ -122,8 +137,12 @@ struct CellFacts {
            int64_t(biases && gates_h > 0) << 3 | int64_t(projection) << 4 |
            ((int64_t(1) << params) - 1) << DirectionWeights::kNamed;
   }
+  // Of the list of a cell: its tensors, and the gains behind them.
+  int Slot(int i) const { return i < tensors() ? i : DirectionWeights::kGains + i - tensors(); }
   const char* TensorName(int i) const {
     constexpr const char* kNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
+    constexpr const char* kGainNames[] = {"g_ih", "g_hh", "g"};
+    if (i >= tensors()) return kGainNames[i - tensors()];
     return i < DirectionWeights::kNamed ? kNames[i] : param_names[i - DirectionWeights::kNamed];
   }
 };

@@ -2,7 +2,8 @@
 //
 // Per step, from the last one on: gate gradients d of the own units, one barrier, dh = d W_hh for
 // the own units (with a projection, dh_full = dh W_hr and a barrier before that). Then dX, dW and
-// db of the whole sequence as large products.
+// db of the whole sequence as large products. Where a product of the forward was normalised, its
+// gradients follow from d after one more barrier, and take the place of d in these products.
 #pragma once
 #include <algorithm>
 
@@ -32,7 +33,10 @@ class Layer<C>::BackwardPass {
  private:
   using ProductH = StepGradProduct<C::kH>;
   using ProductX = InputGradProduct<C::kX>;
-  static constexpr int kIdentity[1] = {0};
+  using NormX = RowNorm<C::kX, kPanelVecs>;
+  using NormH = RowNorm<C::kH, kPanelVecs>;
+  static constexpr int kInOrder[4] = {0, 1, 2, 3};
+  static constexpr int kMostGrads = std::max(kMostGates, C::kD);
 
   const LayerGradParams& p;
   const bool projected = Projected(p);
@@ -49,6 +53,8 @@ class Layer<C>::BackwardPass {
   struct Thread : Slice {
     ProductH dh_product;
     ProductX dx_product;
+    NormX x_norm;
+    NormH h_norm;
     T *w_hr, *params, *dc, *dy, *db, *dparams;
     T* zones;  // [panel][row][state][unit]
     Gradients gradients;
@@ -61,6 +67,16 @@ class Layer<C>::BackwardPass {
   Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductH::Common h_common;
   typename ProductX::Common x_common{p.dx ? p.I : 0};
+  typename NormX::Common x_norm = NormCommon<C::kX>(p, NormOfX(p), own_panels, p.B);
+  typename NormH::Common h_norm = NormCommon<C::kH>(p, NormOfH(p), own_panels, p.B);
+  // The gradients of products [rows][gate][unit]: of gate q, those in column[q] of d, or by
+  // themselves if the product was normalised.
+  struct OfProduct {
+    T* d;
+    int64_t stride;
+    const int* column;
+  };
+  OfProduct x_grads, h_grads;
   T *d, *dh, *dh_seq, *dh_full, *grad_right, *sum_ih, *sum_hh, *dx_sum;
   T *mask = nullptr, *dh_left = nullptr;  // with a mask of h, that and the gradient behind it
   parts::TiledOperand x_right, h_right;   // the right sides of dW, x and h
@@ -97,7 +113,10 @@ class Layer<C>::BackwardPass {
   bool IsReset(const Thread& my, int64_t t, int64_t b) const {
     return p.reset != nullptr && Layer::IsReset(p, my.dir, t, b);
   }
-  const T* Gate(int q, int64_t row) const { return d + row * d_stride + q * gate_stride; }
+  const T* Gate(int i, int64_t row) const { return d + row * d_stride + i * gate_stride; }
+  const T* Gate(const OfProduct& of, int q, int64_t row) const {
+    return of.d + row * of.stride + of.column[q] * gate_stride;
+  }
 
   void RunDirection(Team& team, Thread& my);
   void PackProjection(Thread& my) const;
@@ -107,6 +126,8 @@ class Layer<C>::BackwardPass {
   void Unproject(Team& team, Thread& my, const Step& step) const;
   struct View;
   Bits GateGrads(Thread& my, const Step& step) const;
+  Bits NormGrads(Team& team, Thread& my, const Step& step, Bits largest) const;
+  void StoreGains(const Thread& my) const;
   void ShareGrads(Team& team, Thread& my, const Step& step, const Bits& largest);
   void RecurrentGrad(Thread& my, const Step& step) const;
   void CutResets(Thread& my, const Step& step) const;
@@ -153,11 +174,22 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
       my.dparams = s.Take<T>(own_panels * C::kParams * kUnits);
       my.zones = s.Take<T>(own_panels * ZoneRows(p) * C::kStates * kUnits);
       my.gradients.Take(s, p.rows, plan.tiled, plan.d_grad_cut);
+      my.x_norm.Take(s, x_norm);
+      my.h_norm.Take(s, h_norm);
     }
+    x_norm.Take(s);
+    h_norm.Take(s);
     d_sizes = s.Take<float>(plan.tiled && plan.d_cut == parts::Cut::kFixed ? p.rows : 0);
     x_right = TakeTiles(s, plan.tiled, RoundUp(p.I, N), grad_rows, plan.grad_cut);
     h_right = TakeTiles(s, plan.tiled, RoundUp(p.Hout, N), grad_rows, plan.grad_cut);
     d = s.Take<T>(p.rows * d_stride);
+    const auto of_product = [&](bool normalised, int gates, const int* column) -> OfProduct {
+      const int64_t stride = gates * gate_stride + 16;
+      if (normalised) return {s.Take<T>(p.rows * stride), stride, kInOrder};
+      return {d, d_stride, column};
+    };
+    h_grads = of_product(h_norm.on, C::kH, C::kDh);
+    x_grads = NormOfSum(p) ? h_grads : of_product(x_norm.on, C::kX, C::kDx);
     dh = dh_in_place ? static_cast<T*>(p.dh0) : s.Take<T>(p.B * h_stride);
     if (p.h_mask != nullptr)
       for (T** buffer : {&mask, &dh_left}) *buffer = s.Take<T>(p.B * h_stride);
@@ -189,20 +221,24 @@ void Layer<C>::BackwardPass::RunDirection(Team& team, Thread& my) {
   my.dh_product.Begin(team, my.dir, my.w->w_hh, my.first, my.last);
   if (projected) PackProjection(my);
   Start(my);
+  my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);
+  my.h_norm.Begin(my.panels, GainOfH(*my.w), p.storage);
 
   for (int64_t number = 0; number < p.T; number++) {
     const Step step = StepAt(my, number);
     if (p.every_state) AddStateGrads(my, step);
     if (projected) Unproject(team, my, step);
-    const Bits largest = GateGrads(my, step);
+    Bits largest = GateGrads(my, step);
+    if (x_norm.on || h_norm.on) largest = NormGrads(team, my, step, largest);
     if (plan.tiled) ShareGrads(team, my, step, largest);
-    if (C::kH > 0) team.Sync();
+    if (C::kH > 0 || x_norm.on) team.Sync();
     if (C::kH > 0) RecurrentGrad(my, step);
     CutResets(my, step);
   }
   team.Sync();
 
   StoreGrads(my);
+  StoreGains(my);
   if (p.dx) InputGrad(team, my);
   WeightGrads(team, my);
   team.Sync();
@@ -424,6 +460,39 @@ auto Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const -> Bi
   return largest;
 }
 
+// The gradients of what was normalised, the own units, from those of what came of it. The largest
+// of all.
+template <class C>
+Bits Layer<C>::BackwardPass::NormGrads(Team& team, Thread& my, const Step& step,
+                                       Bits largest) const {
+  // f(norm, gradients, their columns in d, tape) for the own panel `at`.
+  const auto for_products = [&](int64_t at, const auto& f) {
+    const int64_t panel = my.panels.begin + at;
+    if (x_norm.on) f(my.x_norm, x_grads, C::kDx, NormTapeOfX(p, my.dir, step.row, panel));
+    if (h_norm.on) f(my.h_norm, h_grads, C::kDh, NormTapeOfH(p, my.dir, step.row, panel));
+  };
+  const int64_t count = my.panels.end - my.panels.begin;
+  const auto gate_of = [&](int64_t at, const int* column) {
+    const T* first = Gate(0, step.row) + (my.panels.begin + at) * kUnits;
+    return [=](int q) FRNN_INLINE_LAMBDA { return first + column[q] * gate_stride; };
+  };
+  for (int64_t at = 0; at < count; at++)
+    for_products(at, [&](const auto& norm, const OfProduct&, const int* column, const T* tape) {
+      norm.MeasureGrads(at, step.n, gate_of(at, column), d_stride, tape);
+    });
+  team.Sync();
+  if (x_norm.on) my.x_norm.FindGrads(step.n);
+  if (h_norm.on) my.h_norm.FindGrads(step.n);
+  for (int64_t at = 0; at < count; at++)
+    for_products(at, [&](const auto& norm, const OfProduct& grads, const int* column, T* tape) {
+      T* out = grads.d + step.row * grads.stride + (my.panels.begin + at) * kUnits;
+      const Bits found = norm.ApplyGrads(at, step.n, gate_of(at, column), d_stride, tape, out,
+                                         grads.stride, gate_stride);
+      largest = found > largest ? found : largest;
+    });
+  return largest;
+}
+
 // d of the own units, for the products of the whole team on tiles.
 template <class C>
 void Layer<C>::BackwardPass::ShareGrads(Team& team, Thread& my, const Step& step,
@@ -432,7 +501,7 @@ void Layer<C>::BackwardPass::ShareGrads(Team& team, Thread& my, const Step& step
     const int64_t number = my.dir * p.T + step.number;
     my.dh_product.Share(
         team, number, step.n, my.panels.begin * kUnits, my.panels.end * kUnits,
-        [&](int q) { return Gate(C::kDh[q], step.row); }, d_stride);
+        [&](int q) { return Gate(h_grads, q, step.row); }, h_grads.stride);
     const float* of_rows = my.dh_product.Largest(number);
     if (of_rows && team.id == 0) memcpy(d_sizes + step.row, of_rows, step.n * sizeof(float));
     if (!Below(largest, parts::kLargest)) {
@@ -447,8 +516,8 @@ template <class C>
 void Layer<C>::BackwardPass::RecurrentGrad(Thread& my, const Step& step) const {
   if (step.number + 1 == p.T && !p.dh0) return;
   my.dh_product.Multiply(
-      my.dir * p.T + step.number, step.n, [&](int q) { return Gate(C::kDh[q], step.row); },
-      d_stride, mask ? dh_left : dh, h_stride, !projected && !mask);
+      my.dir * p.T + step.number, step.n, [&](int q) { return Gate(h_grads, q, step.row); },
+      h_grads.stride, mask ? dh_left : dh, h_stride, !projected && !mask);
   for (int64_t b = 0; b < step.n && mask; b++)
     for (int64_t u = my.first; u < my.first + my.valid; u++) {
       const int64_t at = b * h_stride + u;
@@ -491,6 +560,22 @@ void Layer<C>::BackwardPass::StoreGrads(Thread& my) const {
   }
 }
 
+// The gradients of the own gains.
+template <class C>
+void Layer<C>::BackwardPass::StoreGains(const Thread& my) const {
+  const auto store_gains = [&](const auto& norm, int gates, void* gains) {
+    for (int64_t i = my.panels.begin; i < my.panels.end && gains; i++)
+      for (int q = 0; q < gates; q++) {
+        const int64_t unit = i * kUnits;
+        StoreRow(At(gains, p.storage, q * p.H + unit), p.storage,
+                 norm.GainGrads(i - my.panels.begin) + q * kUnits,
+                 std::min<int64_t>(p.H - unit, kUnits));
+      }
+  };
+  store_gains(my.x_norm, C::kX, my.dw->gains[kInput]);
+  store_gains(my.h_norm, C::kH, GainOfH(*my.dw));
+}
+
 // dX = d W_ih, to which the second direction adds. Rows are split over the team; where there are
 // few, columns are.
 template <class C>
@@ -503,7 +588,7 @@ void Layer<C>::BackwardPass::InputGrad(Team& team, Thread& my) const {
   for (int64_t r = rows.begin; r < rows.end; r += plan.dx_rows) {
     const int64_t n = std::min(rows.end - r, plan.dx_rows);
     my.dx_product.Multiply(
-        n, tiles, [&](int q) { return Gate(C::kDx[q], r); }, d_stride,
+        n, tiles, [&](int q) { return Gate(x_grads, q, r); }, x_grads.stride,
         narrow ? nullptr : static_cast<T*>(p.dx) + r * p.I, my.dir == 1,
         [&](T* dx, int64_t stride, int64_t col, int64_t width) {
           StoreInputGrad(my.dir, r, n, dx, stride, col, width);
@@ -532,8 +617,8 @@ void Layer<C>::BackwardPass::StoreInputGrad(int dir, int64_t row, int64_t n, T* 
 template <class C>
 void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
   Gradients& gradients = my.gradients;
-  gradients.d = d;
-  gradients.stride = d_stride;
+  gradients.d = x_grads.d;
+  gradients.stride = x_grads.stride;
   gradients.gate_stride = gate_stride;
   gradients.rows = p.rows;
   gradients.H = p.H;
@@ -541,7 +626,7 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
   WeightGrad x_grad;
   x_grad.left = gradients;
   x_grad.gates = C::kX;
-  x_grad.column = C::kDx;
+  x_grad.column = x_grads.column;
   x_grad.cols = p.I;
   x_grad.packed = grad_right;
   x_grad.tiles = x_right;
@@ -558,8 +643,10 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
                          p.I - col, dst + r * kWidth);
   };
   WeightGrad h_grad = x_grad;
+  h_grad.left.d = h_grads.d;
+  h_grad.left.stride = h_grads.stride;
   h_grad.gates = C::kH;
-  h_grad.column = C::kDh;
+  h_grad.column = h_grads.column;
   h_grad.cols = p.Hout;
   h_grad.tiles = h_right;
   h_grad.misfit = &misfit_block[1];
@@ -580,8 +667,13 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
         store<V>(row + u, Masked(row + u, mask + cursor.b * h_stride + col + u, p.storage));
     }
   };
-  if (FitsTiles(my)) {
-    WeightGrad::RunTiles(team, C::kD, x_grad, load_x, h_grad, load_h);
+  if (FitsTiles(my) && x_grads.d == h_grads.d) {
+    WeightGrad::RunTiles(team, kMostGrads, x_grad, load_x, h_grad, load_h);
+  } else if (FitsTiles(my)) {
+    WeightGrad no_grad = x_grad;
+    no_grad.dw = nullptr;
+    WeightGrad::RunTiles(team, kMostGrads, x_grad, load_x, no_grad, load_x);
+    WeightGrad::RunTiles(team, kMostGrads, h_grad, load_h, no_grad, load_h);
   } else {
     x_grad.Run(team, load_x);
     if (C::kH > 0 && p.blocks <= 1) h_grad.Run(team, load_h);
@@ -593,8 +685,8 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
       const int64_t first = block * width;
       WeightGrad block_grad = h_grad;
       block_grad.gates = 1;
-      block_grad.column = &C::kDh[q];
-      block_grad.left.d = d + first;
+      block_grad.column = &h_grads.column[q];
+      block_grad.left.d = h_grads.d + first;
       block_grad.left.H = block_grad.cols = width;
       block_grad.dw = At(my.dw->w_hh, p.storage, (q * p.H + first) * width);
       block_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
@@ -605,7 +697,7 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
     WeightGrad projection_grad = h_grad;
     projection_grad.gates = 1;
     projection_grad.left.H = p.Hout;
-    projection_grad.column = kIdentity;
+    projection_grad.column = kInOrder;
     projection_grad.left.d = dh_seq;
     projection_grad.left.stride = h_stride;
     projection_grad.cols = p.H;

@@ -2,7 +2,7 @@
 //
 // Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per
 // step gates_h = h W_hh^T, gate math, what happens to the states before the next step, one barrier
-// (two more around the product of a projection).
+// (two more around the product of a projection, and one more before what is normalised).
 #pragma once
 #include <algorithm>
 
@@ -23,6 +23,8 @@ class Layer<C>::ForwardPass {
  private:
   using ProductX = InputProduct<C::kX, kPanelVecs>;
   using ProductH = StepProduct<C::kH, kPanelVecs>;
+  using NormX = RowNorm<C::kX, kPanelVecs>;
+  using NormH = RowNorm<C::kH, kPanelVecs>;
 
   const LayerParams& p;
   const bool projected = Projected(p);
@@ -39,16 +41,21 @@ class Layer<C>::ForwardPass {
   // One step reads h0 and writes h_n in place: nobody waits for what another thread writes, but for
   // rows that are turned.
   const bool in_one = p.T == 1 && p.hs == nullptr && p.h0 != nullptr && direct_y && !plan.tiled &&
-                      p.Hout % kUnits == 0 && !states_change;
+                      p.Hout % kUnits == 0 && !states_change && p.norm == Norm::kNone;
 
   // A thread's memory, its slice of the layer, and the direction it is at.
   struct Thread : Slice {
     ProductX x_product;
     ProductH h_product;
+    NormX x_norm;
+    NormH h_norm;
     T *b_ih, *b_hh, *w_hr, *params, *c, *x;
     T* zones;    // [panel][row][state][unit]
     T* gates_x;  // [group of panels][row][panel of the group][gate][unit]
-    T* gates_h;  // [row][panel of the group][gate][unit]
+    // [row][panel of the group][gate][unit] of a block of rows, or as gates_x of a step if they are
+    // normalised.
+    T* gates_h;
+    T* no_gates_x;  // zeros, where gates_h has the sum of both
 
     int64_t count;  // of the panels
 
@@ -59,6 +66,8 @@ class Layer<C>::ForwardPass {
   Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductX::Common x_common;
   typename ProductH::Common h_common;
+  typename NormX::Common x_norm = NormCommon<C::kX>(p, NormOfX(p), own_panels, plan.gates_rows);
+  typename NormH::Common h_norm = NormCommon<C::kH>(p, NormOfH(p), own_panels, p.B);
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
   // With a mask of h, [B, h_stride], what goes into the product: of steps in turn.
@@ -142,6 +151,10 @@ class Layer<C>::ForwardPass {
   T* GatesX(const Thread& my, int64_t own_panel) const {
     return my.gates_x + x_common.Offset(own_panel, plan.gates_rows);
   }
+  // Of all rows of a step.
+  T* GatesH(const Thread& my, int64_t own_panel) const {
+    return my.gates_h + h_common.Offset(own_panel, p.B);
+  }
   T* Zones(const Thread& my, int64_t own_panel) const {
     return my.zones + own_panel * ZoneRows(p) * C::kStates * kUnits;
   }
@@ -154,11 +167,12 @@ class Layer<C>::ForwardPass {
   void Start(Team& team, Thread& my) const;
   void ChangeStates(Thread& my, int64_t t, T* h, int64_t ldh, T* left, int64_t n) const;
   Chunk Next(int dir, const Chunk& last) const;
-  void InputGates(Thread& my, const Chunk& chunk) const;
+  void InputGates(Team& team, Thread& my, const Chunk& chunk) const;
   MatrixRows Stage(Thread& my, const Chunk& chunk) const;
   Step StepAt(const Thread& my, int64_t number, int64_t t) const;
   StepRows RowsOf(const Thread& my, const Chunk& chunk, const Step& step, int64_t at) const;
   void RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const;
+  void NormalisedGates(Team& team, Thread& my, const Chunk& chunk, const Step& step) const;
   static void GateMath(const StepRows& s, int64_t first, int rows);
   void Project(Team& team, Thread& my, const Step& step) const;
   void StoreOutputs(Thread& my, const Step& step) const;
@@ -193,13 +207,19 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
       my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
       my.gates_x = s.Take<T>(x_common.Groups(own_panels) * plan.gates_rows * x_common.Stride());
-      my.gates_h = s.Take<T>(cpu::kRowBlock * h_common.Stride());
+      my.gates_h = s.Take<T>((h_norm.on ? h_common.Groups(own_panels) * p.B : cpu::kRowBlock) *
+                             h_common.Stride());
+      my.no_gates_x = s.Take<T>(NormOfSum(p) ? x_common.Stride() : 0);
+      my.x_norm.Take(s, x_norm);
+      my.h_norm.Take(s, h_norm);
       my.c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.x = s.Take<T>(input.direct ? 0 : plan.gates_rows * x_stride);
       my.zones = s.Take<T>(own_panels * ZoneRows(p) * C::kStates * kUnits);
     }
     x_common.Take(s, plan.threads, p.B);
     h_common.Take(s, plan.threads, p.B);
+    x_norm.Take(s);
+    h_norm.Take(s);
     if (!in_place && !in_one)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
@@ -224,6 +244,8 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih);
   my.h_product.Begin(team, my.panels, my.dir, my.w->w_hh);
   PackPanels(my);
+  my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);
+  my.h_norm.Begin(my.panels, GainOfH(*my.w), p.storage);
   if (projected) PackProjection(my);
   Start(team, my);
   my.x_product.Turn(team, p.B, static_cast<const T*>(p.x), p.x_b_stride);
@@ -235,13 +257,16 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   int64_t number = 0;
   for (Chunk chunk{start, start, 0, 0}; number < p.T;) {
     chunk = Next(my.dir, chunk);
-    InputGates(my, chunk);
+    InputGates(team, my, chunk);
     for (int64_t k = 0; k < chunk.end - chunk.begin; k++, number++) {
       const int64_t ahead = my.dir == 0 ? 1 : -1;
       const Step step = StepAt(my, number, my.dir == 0 ? chunk.begin + k : chunk.end - 1 - k);
       for (int64_t at = 0; at < my.count && zones_vary; at++)
         LoadZones(p, my.dir, step.row, step.n, my.panels.begin + at, Zones(my, at));
-      RecurrentGates(my, chunk, step);
+      if (h_norm.on)
+        NormalisedGates(team, my, chunk, step);
+      else
+        RecurrentGates(my, chunk, step);
       if (projected) Project(team, my, step);
       if (my.valid > 0 && !in_one) StoreOutputs(my, step);
       if (p.every_state) StoreExtraStates(my, step.n, step.row);
@@ -306,10 +331,15 @@ void Layer<C>::ForwardPass::Start(Team& team, Thread& my) const {
     for (int64_t r = 0; r < p.B + p.rows && projected; r++)
       for (int64_t u = r < p.B ? 0 : panels * kUnits; u < full_stride; u++)
         my.hs[r * hs_stride + h_stride + u] = 0;
-    T* tape = static_cast<T*>(p.saved) + my.dir * p.rows * kTape * Padded(p.H);
-    for (int64_t i = p.rows * kTape * panels * kUnits; i < p.rows * kTape * Padded(p.H); i++)
-      tape[i] = 0;
+    const auto end_tape = [&](T* tape, int64_t values) {
+      std::fill(tape + p.rows * values * panels * kUnits, tape + p.rows * values * Padded(p.H),
+                T(0));
+    };
+    end_tape(TapeOf(p, my.dir), kTape);
+    if (x_norm.on) end_tape(NormTapeOfX(p, my.dir, 0, 0), NormX::kTape);
+    if (h_norm.on) end_tape(NormTapeOfH(p, my.dir, 0, 0), NormH::kTape);
   }
+  std::fill_n(my.no_gates_x, NormOfSum(p) ? x_common.Stride() : 0, T(0));
   if (!in_place && !in_one)
     for (T* buffer : h_buffer) CopyState(p, p.h0, my.dir, my.first, end, buffer, h_stride);
   if (mask) CopyState(p, p.h_mask, my.dir, my.first, end, mask, h_stride);
@@ -357,12 +387,22 @@ auto Layer<C>::ForwardPass::Next(int dir, const Chunk& last) const -> Chunk {
 
 // gates_x of the own panels.
 template <class C>
-void Layer<C>::ForwardPass::InputGates(Thread& my, const Chunk& chunk) const {
+void Layer<C>::ForwardPass::InputGates(Team& team, Thread& my, const Chunk& chunk) const {
   const auto stage = [&] { return Stage(my, chunk); };
   const bool as_it_lies = input.one_stride && (p.storage == kPlain || my.x_product.FitsTiles());
   const MatrixRows x =
       as_it_lies ? MatrixRows{Input::Row(p, chunk.begin, 0), p.storage, input.stride} : stage();
   my.x_product.Multiply(x, chunk.rows, [&](int64_t at) { return GatesX(my, at); }, stage);
+  if (!x_norm.on) return;
+  const int64_t stride = x_common.Stride();
+  for (int64_t at = 0; at < my.count; at++)
+    my.x_norm.Measure(at, 0, chunk.rows, GatesX(my, at), stride);
+  team.Sync();
+  my.x_norm.Find(chunk.rows);
+  for (int64_t at = 0; at < my.count; at++)
+    my.x_norm.Apply(at, chunk.rows, GatesX(my, at), stride,
+                    p.saved ? NormTapeOfX(p, my.dir, chunk.row, my.panels.begin + at) : nullptr);
+  if (C::kH == 0) team.Sync();  // before anyone measures the next chunk
 }
 
 // The rows of a chunk in the computing type, one after another.
@@ -405,9 +445,10 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
                                    int64_t at) const -> StepRows {
   const int64_t panel = my.panels.begin + at, unit = panel * kUnits;
   StepRows s;
-  s.gates_x = GatesX(my, at) + (step.row - chunk.row) * x_common.Stride();
-  s.gates_h = my.gates_h + h_common.InGroup(at);
-  s.gates_x_stride = x_common.Stride();
+  const bool in_sum = NormOfSum(p);
+  s.gates_x = in_sum ? my.no_gates_x : GatesX(my, at) + (step.row - chunk.row) * x_common.Stride();
+  s.gates_h = h_norm.on ? GatesH(my, at) : my.gates_h + h_common.InGroup(at);
+  s.gates_x_stride = in_sum ? 0 : x_common.Stride();
   s.gates_h_stride = h_common.Stride();
   s.b_ih = my.b_ih + at * C::kX * kUnits;
   s.b_hh = my.b_hh + at * C::kH * kUnits;
@@ -432,10 +473,37 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
 // gates_h and the gate math of the own panels, block by block.
 template <class C>
 void Layer<C>::ForwardPass::RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const {
-  my.h_product.Multiply(NumberOf(my, step.number), step.n, step.left, step.ld_left, my.gates_h,
-                        [&](int64_t at, int64_t first, int rows) FRNN_INLINE_LAMBDA {
-                          GateMath(RowsOf(my, chunk, step, at), first, rows);
-                        });
+  my.h_product.Multiply(
+      NumberOf(my, step.number), step.n, step.left, step.ld_left,
+      [&](int64_t, int64_t) FRNN_INLINE_LAMBDA { return my.gates_h; },
+      [&](int64_t at, int64_t first, int rows)
+          FRNN_INLINE_LAMBDA { GateMath(RowsOf(my, chunk, step, at), first, rows); });
+}
+
+// The same where gates_h is normalised, which takes whole rows of it.
+template <class C>
+void Layer<C>::ForwardPass::NormalisedGates(Team& team, Thread& my, const Chunk& chunk,
+                                            const Step& step) const {
+  const int64_t stride = h_common.Stride();
+  my.h_product.Multiply(
+      NumberOf(my, step.number), step.n, step.left, step.ld_left,
+      [&](int64_t group, int64_t first) { return my.gates_h + (group * p.B + first) * stride; },
+      [&](int64_t at, int64_t first, int rows) {
+        T* gates = GatesH(my, at) + first * stride;
+        const T* gates_x = GatesX(my, at) + (step.row - chunk.row + first) * x_common.Stride();
+        for (int64_t r = 0; r < rows && NormOfSum(p); r++)
+          for (int64_t i = 0; i < C::kH * kUnits; i += N)
+            store<V>(gates + r * stride + i, load<V>(gates + r * stride + i) +
+                                                 load<V>(gates_x + r * x_common.Stride() + i));
+        my.h_norm.Measure(at, first, rows, gates, stride);
+      });
+  team.Sync();
+  my.h_norm.Find(step.n);
+  for (int64_t at = 0; at < my.count; at++) {
+    my.h_norm.Apply(at, step.n, GatesH(my, at), stride,
+                    p.saved ? NormTapeOfH(p, my.dir, step.row, my.panels.begin + at) : nullptr);
+    GateMath(RowsOf(my, chunk, step, at), 0, int(step.n));
+  }
 }
 
 // h = W_hr h_full, the own columns.

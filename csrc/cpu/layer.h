@@ -12,6 +12,7 @@
 #include "core/scratch.h"
 #include "core/step.h"
 #include "cpu/convert.h"
+#include "cpu/norm.h"
 #include "cpu/plan.h"
 #include "cpu/product/tiles.h"
 #include "cpu/threads.h"
@@ -91,6 +92,7 @@ class Layer {
     problem.panel_vecs = kPanelVecs;
     problem.panels = Panels(p);
     problem.h_changes = p.reset != nullptr || p.h_mask != nullptr;
+    problem.norm = NormOfX(p) || NormOfH(p);
     return problem;
   }
   static cpu::Machine TheMachine() {
@@ -181,8 +183,49 @@ class Layer {
       if (IsReset(p, dir, t, b)) f(b);
   }
   static T* TapeOf(const LayerParams& p, int dir, int64_t t, int64_t panel) {
-    T* base = static_cast<T*>(p.saved) + dir * p.rows * kTape * Padded(p.H);
-    return base + (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kTape * kUnits;
+    return TapeOf(p, dir) + (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kTape * kUnits;
+  }
+  // Of a direction: that of the cell, then those of what is normalised, all rows of a panel after
+  // those of the one before.
+  static T* TapeOf(const LayerParams& p, int dir) {
+    const int64_t tape = kTape + FactsOf<C>(kTape).NormTape(p.w[0]);
+    return static_cast<T*>(p.saved) + dir * p.rows * tape * Padded(p.H);
+  }
+  static T* NormTapeOfX(const LayerParams& p, int dir, int64_t row, int64_t panel) {
+    return TapeOf(p, dir) + p.rows * kTape * Padded(p.H) +
+           (panel * p.rows + row) * RowNorm<C::kX, kPanelVecs>::kTapeRow;
+  }
+  static T* NormTapeOfH(const LayerParams& p, int dir, int64_t row, int64_t panel) {
+    const int64_t before = kTape + (NormOfX(p) ? RowNorm<C::kX, kPanelVecs>::kTape : 0);
+    return TapeOf(p, dir) + p.rows * before * Padded(p.H) +
+           (panel * p.rows + row) * RowNorm<C::kH, kPanelVecs>::kTapeRow;
+  }
+
+  // Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it, their sum.
+  static bool NormOfX(const LayerParams& p) { return p.w[0].gains[kInput] != nullptr; }
+  static bool NormOfH(const LayerParams& p) {
+    return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
+  }
+  static bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
+  // The gains of what NormOfH is about.
+  template <class P>
+  static P GainOfH(const DirectionTensors<P>& w) {
+    return w.gains[kSum] ? w.gains[kSum] : w.gains[kRecurrent];
+  }
+  template <int kGates>
+  static typename RowNorm<kGates, kPanelVecs>::Common NormCommon(const LayerParams& p, bool on,
+                                                                 int64_t own_panels, int64_t rows) {
+    double eps;
+    memcpy(&eps, &p.norm_eps, sizeof(eps));
+    typename RowNorm<kGates, kPanelVecs>::Common common{};
+    common.on = on;
+    common.centred = p.norm == Norm::kLayer;
+    common.eps = T(eps);
+    common.H = p.H;
+    common.panels = Panels(p);
+    common.own_panels = own_panels;
+    common.rows = rows;
+    return common;
   }
 
   // What of its old value each unit of a panel keeps, for n rows or, where one is for all, that one:

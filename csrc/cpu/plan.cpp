@@ -139,7 +139,7 @@ BackwardPlan PlanBackward(const Problem& p, const Machine& m) {
   plan.grad_cut = plan.cut;
   if (plan.cut == Cut::kFixed)
     plan.grad_cut =
-        p.gates_h > 0 ? CutOf(m.unit, p.storage, Least(p.rows, kGradRows)) : Cut::kThree;
+        p.gates_h > 0 && !p.norm ? CutOf(m.unit, p.storage, Least(p.rows, kGradRows)) : Cut::kThree;
   plan.d_grad_cut = plan.grad_cut == plan.cut ? plan.d_cut : plan.grad_cut;
   return plan;
 }

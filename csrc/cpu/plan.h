@@ -120,6 +120,7 @@ struct Problem {
   int64_t panels;          // of the layer: threads own whole ones
   bool h_changes = false;  // between two steps: the first one, too, multiplies with no row of h0
   bool in_blocks = false;  // W_hh is block-diagonal, and Hout the width of a block
+  bool norm = false;       // products have other gradients than gates
 };
 
 // The same for both passes of a layer.

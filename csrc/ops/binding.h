@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <forward_list>
 #include <memory>
 #include <new>
@@ -208,7 +209,8 @@ inline Tensor ContiguousCopy(const Tensor& t) {
 //     static constexpr const char* kName;        // "CPU"
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
-//     static constexpr bool kHasStages, kHasBlocks;  // kernels for Stages, and for Shape::blocks
+//     static constexpr bool kHasStages, kHasBlocks, kHasNorm;  // kernels for Stages, Shape::blocks and
+//                                                              // Shape::norm
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown
@@ -263,6 +265,7 @@ struct frnn_cell_t {
   int gates_x, gates_h, extra_states, tape, reads_h, reads_new_h;
   int has_stages;   // whether there are kernels for Stages
   int block_units;  // a block of a block-diagonal W_hh has a multiple of so many; 0: there are none
+  int has_norm;     // whether there are kernels for Shape::norm
 };
 struct frnn_tape_t {
   int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
@@ -276,6 +279,8 @@ struct Shape {
   const char* cell;
   int64_t layers, directions, present;
   int64_t blocks = 1;
+  int64_t norm = 0;
+  double norm_eps = 0;
   bool every_state = false;
 };
 
@@ -317,6 +322,12 @@ struct Call {
     FRNN_CHECK(shape.blocks >= 1 && shape.blocks < 1 << 16, "blocks: expected at least 1, got ",
                shape.blocks);
     p.blocks = int(shape.blocks);
+    FRNN_CHECK(shape.norm == 0 || Device::kHasNorm, "norm: no kernels for ", Device::kName);
+    FRNN_CHECK(shape.norm >= 0 && shape.norm <= int64_t(Norm::kRms) && shape.norm_eps >= 0,
+               "norm: expected 0, 1 or 2, and norm_eps from 0 on, got ", shape.norm, " and ",
+               shape.norm_eps);
+    p.norm = Norm(shape.norm);
+    std::memcpy(&p.norm_eps, &shape.norm_eps, sizeof(p.norm_eps));
     TakeWeights(shape.present, weights, count);
     TakeStages(stages, x);
     const int64_t runs = stack.layers * p.dirs;
@@ -343,7 +354,8 @@ struct Call {
   }
   ScalarType HsType() const { return Device::kHsInStorageType ? arguments.dtype() : computing(); }
   Dims SavedShape(int64_t layers) const {
-    return {layers * p.dirs, p.rows, kernels.tape, Device::SavedUnits(p.H)};
+    return {layers * p.dirs, p.rows, kernels.tape + kernels.NormTape(stack.weights[0]),
+            Device::SavedUnits(p.H)};
   }
 
   void PutTape(void* hs, void* saved, bool of_all_layers) {
@@ -403,7 +415,7 @@ struct Call {
     void** const first[] = {&p.dx, &p.dh0, &p.dc0};
     if (i < 3) return first[i];
     const auto each = int64_t(tensors.size());
-    return &stack.gradients[(i - 3) / each][tensors[(i - 3) % each]];
+    return &stack.gradients[(i - 3) / each][kernels.Slot(tensors[(i - 3) % each])];
   }
   // Whether the engine leaves rows of dx alone, which must then be zero.
   bool SkipsRowsOf(const T& x) const { return p.ragged && x.size(0) > p.rows; }
@@ -431,10 +443,11 @@ struct Call {
 
   // The sizes that weights have, and each where the engine reads it.
   void TakeWeights(int64_t present, const T* weights, size_t count) {
-    tensors.reserve(size_t(kernels.tensors()));
-    for (int i = 0; i < kernels.tensors(); i++)
+    const int known = kernels.tensors() + (p.norm == Norm::kNone ? 0 : kPlaces);
+    tensors.reserve(size_t(known));
+    for (int i = 0; i < known; i++)
       if (present >> i & 1) tensors.push_back(i);
-    FRNN_CHECK(present >> kernels.tensors() == 0 && count == size_t(runs()) * tensors.size(),
+    FRNN_CHECK(present >> known == 0 && count == size_t(runs()) * tensors.size(),
                "weights: expected ", tensors.size(), " for each of ", runs(),
                " layers and directions, got ", count);
     const auto find = [&](int tensor) -> const T* {
@@ -450,6 +463,11 @@ struct Call {
       FRNN_CHECK(find(i) != nullptr, "weights: ", kernels.TensorName(i), " is required");
     FRNN_CHECK(w_hr == nullptr || kernels.projectable,
                "w_hr: this cell reads h elementwise and takes no projection");
+    const T *g_ih = find(kernels.tensors() + kInput), *g_hh = find(kernels.tensors() + kRecurrent),
+            *g = find(kernels.tensors() + kSum);
+    FRNN_CHECK(g_hh == nullptr || kernels.gates_h > 0, "g_hh: this cell has no w_hh");
+    FRNN_CHECK(g == nullptr || (kernels.adds && g_ih == nullptr && g_hh == nullptr),
+               "g: expected without g_ih and g_hh, of a cell that reads sums alone");
     const T& sized = w_hh != nullptr ? *w_hh : *w_ih;
     FRNN_CHECK(sized.dim() == 2, w_hh != nullptr ? "w_hh" : "w_ih",
                ": expected 2 dimensions, got shape ", ShapeText(sized.sizes()));
@@ -463,7 +481,8 @@ struct Call {
     stack.weights.resize(size_t(runs()));
     for (int64_t run = 0; run < runs(); run++) {
       const int64_t width = run < p.dirs ? p.I : stack.Width();
-      for (const int i : tensors) stack.weights[run][i] = TakeWeight(i, *weights++, width);
+      for (const int i : tensors)
+        stack.weights[run][kernels.Slot(i)] = TakeWeight(i, *weights++, width);
     }
   }
   const void* TakeWeight(int i, const T& t, int64_t width) {
@@ -481,7 +500,8 @@ struct Call {
       case 4:
         return arguments.Take(name, t, {p.Hout, p.H});
       default:
-        return arguments.Take(name, t, {p.H});
+        if (i < kernels.tensors()) return arguments.Take(name, t, {p.H});
+        return arguments.Take(name, t, {i == kernels.tensors() + kRecurrent ? gates_h : gates_x});
     }
   }
 
@@ -563,10 +583,11 @@ struct Call {
   const Text &cell, const Tensor &x, const Optional &h0, const Optional &c0, \
   const std::vector<Tensor> &weights, const Optional &masks, const Optional &batch_sizes, \
   const Optional &reset, const Optional &zoneout, const Optional &h_mask, int64_t layers, \
-  int64_t directions, int64_t present, int64_t blocks, bool every_state, bool allow_tf32
+  int64_t directions, int64_t present, int64_t blocks, int64_t norm, double norm_eps, \
+  bool every_state, bool allow_tf32
 #define FRNN_INPUTS_LIST \
   {cell, x, h0, c0, weights, masks, batch_sizes, reset, zoneout, h_mask, layers, directions, \
-   present, blocks, every_state, allow_tf32}
+   present, blocks, norm, norm_eps, every_state, allow_tf32}
 // clang-format on
 
 template <class Device>
@@ -577,7 +598,8 @@ struct Operators {
     const Optional &h0, &c0;
     const std::vector<Tensor>& weights;
     const Optional &masks, &batch_sizes, &reset, &zoneout, &h_mask;
-    int64_t layers, directions, present, blocks;
+    int64_t layers, directions, present, blocks, norm;
+    double norm_eps;
     bool every_state, allow_tf32;
   };
   enum class Keeps { kNothing, kBetween, kAll };
@@ -586,7 +608,8 @@ struct Operators {
   struct Work {
     explicit Work(const Inputs& in)
         : in(in),
-          call({in.cell.c_str(), in.layers, in.directions, in.present, in.blocks, in.every_state},
+          call({in.cell.c_str(), in.layers, in.directions, in.present, in.blocks, in.norm,
+                in.norm_eps, in.every_state},
                in.x, in.h0, in.c0, in.weights.data(), in.weights.size(), in.batch_sizes,
                {in.reset, in.zoneout, in.h_mask}),
           masks(call.TakeMasks(in.masks, in.x)) {}
@@ -717,8 +740,9 @@ bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const CellFacts* found = FindAny<Device>(cell);
   if (found == nullptr) return false;
   *facts = {
-      found->gates_x, found->gates_h,     found->extra_states, found->tape,
-      found->reads_h, found->reads_new_h, Device::kHasStages,  Device::kHasBlocks ? kAlign : 0};
+      found->gates_x,  found->gates_h,     found->extra_states, found->tape,
+      found->reads_h,  found->reads_new_h, Device::kHasStages,  Device::kHasBlocks ? kAlign : 0,
+      Device::kHasNorm};
   return true;
 }
 template <class Device>

@@ -55,8 +55,9 @@ class PanelProduct {
     // panel `at` is where each group has so many rows.
     int64_t Stride() const { return Group() * kWidth; }
     int64_t Offset(int64_t at, int64_t rows) const {
-      return (at >> paired) * rows * Stride() + InGroup(at);
+      return GroupOf(at) * rows * Stride() + InGroup(at);
     }
+    int64_t GroupOf(int64_t at) const { return at >> paired; }
     int64_t InGroup(int64_t at) const { return (at & paired) * kWidth; }
     // The first column of the left side that a panel is multiplied with.
     int64_t LeftColumn(int64_t panel) const {
@@ -304,10 +305,10 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
       for (int i = 0; i < 2 && common_->tiled; i++)
         if (!ShareTiles(team, step + i, n, begin, end, h, stride)) Base::Refuse();
   }
-  // gates of the own panels, of which there is one group at a time for one block of rows:
-  // use(panel, first row, rows).
-  template <class Use>
-  FRNN_INLINE void Multiply(int64_t step, int64_t n, const T* h, int64_t ldh, T* gates,
+  // gates of the own panels, of one group at a time and one block of rows after the other:
+  // gates(group, first row) is where they go, use(panel, first row, rows) what follows.
+  template <class Gates, class Use>
+  FRNN_INLINE void Multiply(int64_t step, int64_t n, const T* h, int64_t ldh, const Gates& gates,
                             const Use& use) {
     if constexpr (kTiles && kGates > 0)
       if (Base::FitsTiles() && left_.Fits(step)) {
@@ -315,7 +316,7 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
           const int64_t g = step % 2 ? groups - 1 - i : i;
           for (int64_t r = 0; r < n; r += cpu::kRowBlock) {
             const int64_t rows = n - r < cpu::kRowBlock ? n - r : cpu::kRowBlock;
-            Base::MultiplyGroup(left_.tiles[step & 1].Row(r), rows, g, gates);
+            Base::MultiplyGroup(left_.tiles[step & 1].Row(r), rows, g, gates(g, r));
             for (int64_t j = 0; j < Base::PanelsOf(g); j++)
               use(g * common_->Group() + j, r, int(rows));
           }
@@ -326,7 +327,8 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
     for (int64_t at = 0; at < Base::count(); at++)
       ForRowBlocks<cpu::kRowBlock>(n, [&](int rows, int64_t r) FRNN_INLINE_LAMBDA {
         if constexpr (kGates > 0)
-          Base::MultiplyPanel(rows, h + r * ldh, ldh, at, gates + common_->InGroup(at),
+          Base::MultiplyPanel(rows, h + r * ldh, ldh, at,
+                              gates(common_->GroupOf(at), r) + common_->InGroup(at),
                               common_->Stride(), r);
         use(at, r, rows);
       });
