@@ -123,7 +123,8 @@ class Recurrent(TorchShaped, nn.RNNBase):
         names = []
         for short in present_names(cell, self._present()):
             kind, *rest = short.split("_")
-            long = "_".join([_LONG_NAMES.get(kind, kind), *rest])
+            own = short in known.params
+            long = short if own else "_".join([_LONG_NAMES.get(kind, kind), *rest])
             names.append(f"{long}_l{layer}{suffix}")
             empty: Tensor = torch.empty(*shapes.get(short, (hidden,)), device=device, dtype=dtype)
             setattr(self, names[-1], nn.Parameter(empty))
