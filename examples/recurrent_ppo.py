@@ -46,6 +46,8 @@ from common import (
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 
+import fused_rnn
+
 SEEN = [0, 2]  # of CartPole's four numbers: the place of the cart and the angle of the pole
 SCALE = torch.tensor([2.4, 0.21])  # of these, where an episode ends
 BEST = 500  # steps of the longest episode, and so its return
@@ -326,6 +328,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     run = start(args)
+    fused_rnn.backend_info()  # compiles the kernels, if need be: nobody's time
     trained = {
         name: Trained(*run.once(name, lambda name=name: list(train(run, name))))
         for name in POLICIES
