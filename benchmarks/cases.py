@@ -25,6 +25,8 @@ PHASES = ("inference", "forward", "training", "decode", "loop", "loop_weights")
 LOOPS = ("loop", "loop_weights")
 CELLS = ("lstm", "gru", "rnn", "rnn_relu")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rnn_relu": 1}
+# Fields of Case for what happens between two steps, and their values for a layer as of torch.nn.
+BETWEEN: dict[str, Any] = {"resets": 0.0, "blocks": 1, "norm": ""}
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -42,6 +44,9 @@ class Case:
     bias: bool = True
     proj: int = 0
     shortest: float = 1.0  # < 1: packed, lengths uniform in [shortest * T, T]
+    resets: float = 0.0  # how likely the state begins anew before a step of a sequence
+    blocks: int = 1  # on the diagonal of W_hh
+    norm: str = ""  # "layer" or "rms": what fused_rnn's argument of that name does
     phase: str = "inference"
     dtype: str = "float32"
     device: str = "cpu"
@@ -53,6 +58,13 @@ class Case:
             raise ValueError(f"sizes out of range: {self}")
         if self.loops and (self.layers > 1 or self.bidirectional or self.proj or self.ragged):
             raise ValueError(f"a cell is one layer and direction without projection: {self}")
+        if not 0 <= self.resets <= 1 or self.blocks < 1 or self.H % self.blocks:
+            raise ValueError(f"resets or blocks out of range: {self}")
+        if self.norm not in ("", "layer", "rms"):
+            raise ValueError(f"no such norm: {self}")
+        alone = self.layers == self.directions == 1 and not (self.proj or self.ragged)
+        if self.between and not (alone and self.phase in ("inference", "forward", "training")):
+            raise ValueError(f"resets, blocks and norm are for one padded layer: {self}")
         if self.I == 0:
             object.__setattr__(self, "I", self.H)
 
@@ -69,6 +81,16 @@ class Case:
     @property
     def wants_dx(self) -> bool:
         return self.phase in ("training", "loop")
+
+    @property
+    def between(self) -> frozenset[str]:
+        """What happens between two steps that torch.nn does not have."""
+        return frozenset(name for name in BETWEEN if getattr(self, name) != BETWEEN[name])
+
+    @property
+    def plain(self) -> Case:
+        """The same without it."""
+        return replace(self, **BETWEEN)
 
     @property
     def directions(self) -> int:
@@ -111,6 +133,12 @@ class Case:
             parts.append("no bias")
         if self.ragged:
             parts.append("ragged")
+        if self.resets:
+            parts.append(f"resets {100 * self.resets:g}%")
+        if self.blocks > 1:
+            parts.append(f"blocks {self.blocks}")
+        if self.norm:
+            parts.append(f"norm {self.norm}")
         return " ".join(parts)
 
     @property

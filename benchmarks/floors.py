@@ -26,7 +26,7 @@ class Work:
 
 def work(case: Case) -> Work:
     gates, rows = GATES[case.cell], case.rows
-    recurrent = 2.0 * (gates * case.H * case.width + case.H * case.proj)
+    recurrent = 2.0 * (gates * case.H * case.width / case.blocks + case.H * case.proj)
     widths = [case.I] + [case.directions * case.width] * (case.layers - 1)
     projection = [2.0 * gates * case.H * width for width in widths]
     flops = rows * case.directions * (case.layers * recurrent + sum(projection))

@@ -1,6 +1,7 @@
 """The work of one case, the same for everybody: weights, input, cotangent, and who is right.
 
-torch.nn's module holds the weights, drawn from one seed; a peer takes them from there.
+torch.nn's module holds the weights, drawn from one seed; a peer takes them from there, or from
+``Problem.weights``, where the case has what torch.nn does not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .cases import Case
+from .cases import GATES, Case
 
 SEED = 2026
 SAMPLED_ROWS = 256
@@ -51,6 +52,23 @@ def module_arguments(case: Case) -> dict[str, Any]:
     return arguments
 
 
+def gain_sizes(case: Case) -> dict[str, int]:
+    """The parameters of ``norm``: over all gates of a row, and over the c that an LSTM shows. A
+    gain is drawn about 1; so is a shift, since any number does."""
+    if not case.norm:
+        return {}
+    gates, units = GATES[case.cell] * case.H, case.H
+    sizes = {"gain_ih_l0": gates, "gain_hh_l0": gates}
+    return sizes | ({"gain_c_l0": units, "shift_c_l0": units} if case.cell == "lstm" else {})
+
+
+def diagonal(whole: Tensor, blocks: int) -> Tensor:
+    """Of W_hh [G*H, H] the blocks on its diagonal, [G*H, H / blocks]: row q*H + u has what
+    multiplies the h of u's block."""
+    each = whole.unflatten(1, (blocks, -1)).unflatten(0, (-1, blocks, whole.shape[1] // blocks))
+    return torch.stack([each[:, i, :, i] for i in range(blocks)], 1).flatten(0, 2)
+
+
 class Problem:
     """A case in tensors, in its dtype and on its device."""
 
@@ -66,7 +84,15 @@ class Problem:
             states = case.layers * case.directions
             h = torch.randn(states, case.B, case.width) * 0.1
             c = torch.randn(states, case.B, case.H) * 0.1
+            reset = torch.rand(case.T, case.B) < case.resets
+            gains = {name: 1 + 0.1 * torch.randn(size) for name, size in gain_sizes(case).items()}
         self.module.to(case.device, self.dtype).train(case.trains or case.phase == "forward")
+        # By the names of torch.nn and fused_rnn.
+        self.weights = dict(self.module.state_dict())
+        if case.blocks > 1:
+            self.weights["weight_hh_l0"] = diagonal(self.module.weight_hh_l0.detach(), case.blocks)
+        self.weights |= {name: self._to(gain) for name, gain in gains.items()}
+        self.reset = reset.to(case.device) if case.resets else None  # [T, B] bool
         self.lengths = torch.tensor(case.lengths())
         self.padded = self._to(padded)  # [T, B, I]
         self.cotangent = self._to(cotangent)  # [T, B, D*P], of y
@@ -75,6 +101,11 @@ class Problem:
 
     def _to(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.case.device, self.dtype)
+
+    @property
+    def keywords(self) -> dict[str, Tensor]:
+        """What a call is given beside input and states."""
+        return {} if self.reset is None else {"reset": self.reset}
 
     @property
     def state(self) -> Any:

@@ -91,7 +91,7 @@ def _rounded(value: Any) -> Any:
 
 
 def case_of(row: Row) -> Case:
-    return Case(**{name: row["case"][name] for name in FIELDS})
+    return Case(**{name: row["case"][name] for name in FIELDS if name in row["case"]})
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def ratio(row: Row, name: str) -> Spread | None:
     return Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
-# Our own slow path, for machines without a compiler, is no rival.
-NO_RIVALS = (OURS, "ours_recompute", "ours_baseline", "reference")
+# Our own slow path, for machines without a compiler, is no rival, nor is another case of ours.
+NO_RIVALS = (OURS, "ours_recompute", "ours_baseline", "ours_plain", "reference")
 
 
 def best_peer(row: Row) -> tuple[str, Spread] | None:

@@ -17,9 +17,11 @@ from .cases import Case, Item
 from .floors import floor
 from .limits import Probe, bandwidth, probe
 from .machine import busy, run_facts
+from .peers import load as load_peer
 from .results import Results, Row, case_of
 
-ORACLE = "torch_nn"
+ORACLE = "torch_nn"  # who says what is right
+LOOP = "loop"  # who says it for what torch.nn does not have
 START_TIMEOUT = 600  # of a contender: ours may have to be compiled first
 
 
@@ -237,6 +239,10 @@ def _raise_limits(limits: dict[str, Any], later: dict[str, Any]) -> None:
         level["gb_per_s"] = max(level["gb_per_s"], again["gb_per_s"])
 
 
+def oracle(case: Case) -> str:
+    return LOOP if case.between else ORACLE
+
+
 def _floor(case: Case, limits: dict[str, Any]) -> Row:
     found = floor(case, limits)
     return {"floor": {"s": found.seconds, "bound": found.bound}} if found else {}
@@ -269,16 +275,20 @@ def _measure(
         return skip(f"needs {needs:.0f} s at the least, the limit is {settings.limit_s:g} s a row")
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        expected = Path(folder) / "expected.pt"
-        progress(f"{case.label}: what is right", 0)
-        try:
-            contenders[ORACLE].ask("expected", case, expected, timeout=settings.limit_s)
-        except (Late, Failed) as error:
-            contenders.kill(ORACLE)
-            return skip(f"torch.nn could not say what is right: {error}")
+        expected: dict[Case, Path] = {}  # what is right, by the case that a contender runs
         for name in present:
+            own = load_peer(name).case(case)
+            if own not in expected:
+                progress(f"{own.label}: what is right", 0)
+                path, judge = Path(folder) / f"{len(expected)}.pt", oracle(own)
+                try:
+                    contenders[judge].ask("expected", own, path, timeout=settings.limit_s)
+                except (Late, Failed) as error:
+                    contenders.kill(judge)
+                    return skip(f"{judge} could not say what is right: {error}")
+                expected[own] = path
             progress(f"{case.label}: loading {name}", 0)
-            peers[name] = _load(case, name, expected, contenders, settings)
+            peers[name] = _load(case, name, expected[own], contenders, settings)
 
     ready = _within_limit([name for name in present if "call_s" in peers[name]], peers, settings)
     others = [busy()]  # everybody here is stopped

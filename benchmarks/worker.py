@@ -71,7 +71,7 @@ class Worker:
         return limits.gemm_rates(dtype, device)
 
     def expected(self, case: Case, path: Path) -> None:
-        """Write down what is right: this is asked of torch.nn."""
+        """Write down what is right: this is asked of ``runner.oracle``."""
         prepared = self.peer.prepare(Problem(case))
         torch.save(sample(prepared.results()), path)
 
@@ -82,6 +82,7 @@ class Worker:
         if refused := self.peer.refuses_at_all(case):
             return {"refused": refused}
         self.clock = _cuda_clock if case.device == "cuda" else _cpu_clock
+        case = self.peer.case(case)
         problem = Problem(case)
         start = time.perf_counter()
         prepared = self.peer.prepare(problem)
@@ -130,7 +131,10 @@ class Worker:
         On CUDA, of the allocator; on a CPU, resident memory, so with all that libraries keep.
         """
         # Imports and thread pools are not what is asked for: a tiny case brings them in first.
-        tiny = replace(case, B=1, T=min(case.T, 2), H=8, I=8, proj=4 if case.proj else 0)
+        case = self.peer.case(case)
+        tiny = replace(
+            case, B=1, T=min(case.T, 2), H=8 * case.blocks, I=8, proj=4 if case.proj else 0
+        )
         self.peer.prepare(Problem(tiny)).call()
         gc.collect()
         _trim()

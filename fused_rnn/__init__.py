@@ -15,7 +15,7 @@ build.check_torch_version()
 
 from . import flops, registries  # noqa: E402, F401
 from .between import BetweenSteps  # noqa: E402
-from .cells import PeepholeLSTM  # noqa: E402
+from .cells import BlockGRU, PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402
 from .custom import CellError, cell  # noqa: E402
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
@@ -28,6 +28,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "BetweenSteps",
+    "BlockGRU",
     "CellError",
     "Finding",
     "GRUCell",

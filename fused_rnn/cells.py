@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .between import Options
 
-__all__ = ["PeepholeLSTM"]
+__all__ = ["BlockGRU", "PeepholeLSTM"]
 
 
 class CustomLayer(Recurrent):
@@ -62,6 +62,27 @@ class CustomLayer(Recurrent):
             recompute=recompute,
             options=options,
         )
+
+
+class BlockGRU(CustomLayer):
+    r"""A stack of layers of the recurrent unit of DreamerV3.
+
+    Hafner et al. 2023, "Mastering diverse domains through world models", arXiv:2301.04104.
+
+    .. math::
+        s &= W x_t + b_{ih} + R h_{t-1} + b_{hh} \\
+        r &= \sigma(s_r), \quad c = \tanh(r \odot s_c), \quad u = \sigma(s_u - 1) \\
+        h_t &= u \odot c + (1 - u) \odot h_{t-1}
+
+    The rows of every weight hold the gates in the order r, c, u. With ``blocks=8`` R is
+    block-diagonal as DreamerV3's is, and with ``norm="rms", norm_at=("sum",)`` s is normalised
+    before its bias; ``docs/between-steps.md`` says more.
+
+    Args, the call, what it returns and raises: as ``GRU``.
+    """
+
+    cell = "block_gru"
+    _operator = "block_gru"
 
 
 class PeepholeLSTM(CustomLayer, PairLayers):

@@ -136,11 +136,22 @@ def _peephole_lstm(
     return (o + p_o * c).sigmoid() * seen(c).tanh(), c
 
 
+def _block_gru(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
+    """Hafner et al. 2023, arXiv:2301.04104 (DreamerV3).
+
+    ``r = sigmoid(s)   c = tanh(r s)   u = sigmoid(s - 1)   h' = h + u (c - h)``, of s = gx + gh, in
+    the gate order r, c, u.
+    """
+    r, a, u = (gx + gh).chunk(3, -1)
+    return torch.lerp(h, (r.sigmoid() * a).tanh(), (u - 1).sigmoid()), None
+
+
 CELLS: dict[str, Cell] = {
     "rnn_tanh": Cell(_rnn(torch.tanh), gates=1),
     "rnn_relu": Cell(_rnn(torch.relu), gates=1),
     "lstm": Cell(_lstm, gates=4, states=("h", "c"), shows_c=True),
     "gru": Cell(_gru, gates=3, reads_h=True, adds=False),
+    "block_gru": Cell(_block_gru, gates=3, reads_h=True),
     "peephole_lstm": Cell(
         _peephole_lstm, gates=4, states=("h", "c"), params=("p_i", "p_f", "p_o"), shows_c=True
     ),

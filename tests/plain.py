@@ -143,6 +143,10 @@ def one_step(
         (a_r, a_z, a_n), (b_r, b_z, b_n) = a.chunk(3), b.chunk(3)
         reset, z = torch.sigmoid(a_r + b_r), torch.sigmoid(a_z + b_z)
         return (1 - z) * torch.tanh(a_n + reset * b_n) + z * h, None
+    if module.mode == "BLOCK_GRU":
+        reset, candidate, update = (a + b).chunk(3)
+        update = torch.sigmoid(update - 1)
+        return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * h, None
     i, f, g, o = (a + b).chunk(4)
     peephole = module.mode == "PEEPHOLE_LSTM"
     if peephole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import multiprocessing
 import re
@@ -19,8 +20,8 @@ from benchmarks import cases, compare, floors, machine, pages, peers, report, re
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, Item, load_suite
 from benchmarks.gpu import page as gpu_page
-from benchmarks.peers import Prepared, torch_nn
-from benchmarks.problem import Problem, mismatch, sample
+from benchmarks.peers import Prepared, loop, torch_nn
+from benchmarks.problem import Problem, diagonal, mismatch, sample
 
 pytestmark = pytest.mark.unit
 
@@ -214,6 +215,75 @@ def test_peers_do_equal_work(name: str, cell: str) -> None:
         assert mismatch(found, expected, case.dtype) is None, case.label
 
 
+BETWEEN = ({"resets": 0.3}, {"blocks": 4}, {"norm": "layer"}, {"norm": "rms", "resets": 0.3})
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=str)
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_between_steps_peers_do_equal_work(cell: str, between: dict[str, Any]) -> None:
+    """As the loop, in all gradients; the plain one as torch.nn does without."""
+    case = Case(cell, B=3, T=9, H=16, I=5, phase="training", dtype="float64", **between)
+    expected = sample(loop.peer().prepare(Problem(case)).results())
+    gradients = {f"d {name}" for name in Problem(case).weights}
+    outputs = {"y", "h_n", "d x"} | ({"c_n"} if cell == "lstm" else set())
+    assert set(expected) == gradients | outputs
+    able = {"torch_nn_around"} if "norm" not in between else set()
+    for name in {"ours", "ours_plain", "reference", *able}:
+        peer = peers.load(name)
+        if missing := peer.missing("cpu"):
+            pytest.skip(missing)
+        assert peer.refuses_at_all(case) is None
+        own = peer.case(case)
+        found = sample(peer.prepare(Problem(own)).results())
+        if name == "ours_plain":
+            assert mismatch(found, expected, case.dtype), "without options it computes others"
+            right = sample(torch_nn.peer().prepare(Problem(own)).results())
+        else:
+            right = expected
+        assert mismatch(found, right, case.dtype) is None, name
+        lacking = {"c_n"} if name == "torch_nn_around" and case.resets else set()
+        assert set(found) == set(right) - lacking
+    for name in set(peers.NAMES) - {"ours", "ours_plain", "reference", "loop", *able}:
+        peer = peers.load(name)
+        assert set(between) <= peer.has_between or "has no" in (peer.refuses_at_all(case) or "")
+
+
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_the_loop_is_torch_nn_where_nothing_is_between(cell: str) -> None:
+    """It says what is right for other cases, so it must not err on this one."""
+    case = Case(cell, B=3, T=9, H=16, I=5, phase="training", dtype="float64")
+    found, right = (
+        sample(peers.load(name).prepare(Problem(case)).results()) for name in ("loop", "torch_nn")
+    )
+    assert set(found) == set(right) and mismatch(found, right, case.dtype) is None
+
+
+def test_blocks_are_those_on_the_diagonal() -> None:
+    whole = torch.arange(3 * 6 * 6.0).view(18, 6)
+    found = diagonal(whole, 2)
+    for q, u in itertools.product(range(3), range(6)):
+        own = slice(0, 3) if u < 3 else slice(3, 6)
+        assert torch.equal(found[6 * q + u], whole[6 * q + u, own])
+
+
+def test_rows_between_steps(tmp_path: Path, no_limits: None) -> None:
+    """Each contender is judged by what it computes, and the plain layer is nobody's rival."""
+    names = ["ours", "ours_plain", "torch_nn", "loop", f"{HERE}:Wrong"]
+    found = made(tmp_path / "r.json")
+    case = replace(TINY, T=20, resets=0.2)
+    runner.run([Item(case)], names, found, SETTINGS)
+    (row,) = found.rows.values()
+    assert "resets 20%" in row["key"] and results.case_of(row) == case
+    assert "has no resets" in row["peers"]["torch_nn"]["refused"]
+    assert "has no resets" in row["peers"][f"{HERE}:Wrong"]["refused"]
+    timed = results.timed(row)
+    assert "loop" in timed
+    if "ours" in timed:
+        best = results.best_peer(row)
+        assert best and best[0] == "loop" and "ours_plain" in timed
+    assert "resets 20%" in report.render(found)
+
+
 @pytest.mark.parametrize("phase", cases.LOOPS)
 @pytest.mark.parametrize("cell", cases.CELLS)
 def test_loops_over_cells(cell: str, phase: str) -> None:
@@ -256,7 +326,7 @@ def test_mismatch_sees_nan_and_sizes() -> None:
 
 def test_every_suite_can_be_read() -> None:
     asked = "quick deepbench-train deepbench-infer fastrnns flashrnn char-rnn decode ragged deep"
-    asked += " cells-train"
+    asked += " cells-train resets blocks normalised"
     assert {*asked.split(), "odd", "scaling", "headline"} <= set(cases.suite_names())
     for name in cases.suite_names():
         items = load_suite(name)
@@ -276,6 +346,13 @@ def test_suites_are_narrowed_and_checked(tmp_path: Path) -> None:
     path.write_text(json.dumps({"about": "", "groups": [{"cell": "gru", "hidden": 3}]}))
     with pytest.raises(ValueError, match="hidden"):
         load_suite(str(path))
+    for wrong, text in (
+        ({"blocks": 3}, "out of range"),
+        ({"norm": "batch"}, "no such norm"),
+        ({"resets": 0.1, "layers": 2}, "one padded layer"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            replace(TINY, **wrong)
 
 
 def test_floors() -> None:
@@ -299,6 +376,7 @@ def test_floors() -> None:
     ragged = floors.floor(replace(large, shortest=0.25), LIMITS)
     assert ragged and ragged.seconds < bound.seconds
     assert floors.floor(large, {"gemm": {}}) is None
+    assert floors.flops(replace(large, blocks=8)) == flops * (1 + 1 / 8) / 2
 
 
 # --- statistics, tables, comparisons -------------------------------------------------------------

@@ -67,7 +67,9 @@ def results(out: Path) -> dict[str, Any]:
 def test_cells_are_found_by_name() -> None:
     assert {"rnn", "gru", "lstm"} <= common.CELLS.keys()
     assert common.find_cell("Lstm")(2, 3).mode == "LSTM"
-    with pytest.raises(ValueError, match="no cell 'foo'; there are gru, lstm, peepholelstm, rnn"):
+    with pytest.raises(
+        ValueError, match="no cell 'foo'; there are blockgru, gru, lstm, peepholelstm, rnn"
+    ):
         common.find_cell("foo")
 
 

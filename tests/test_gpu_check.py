@@ -543,7 +543,7 @@ def test_parity_covers_every_cell_and_precision() -> None:
 
     found = {(case.cell, case.hidden_size, precision.name) for case, precision in PARITY}
     precisions = ("bfloat16", "float16", "tf32", "float32", "float64")
-    cells = (*LAYERS, "peephole_lstm")
+    cells = (*LAYERS, *OWN_LAYERS)
     assert found == {(c, H, p) for c in cells for H in (512, 1024) for p in precisions}
     assert {case.time for case, _ in PARITY} == {256}
 

@@ -22,6 +22,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("GRU", {"num_layers": 2, "bidirectional": True, "batch_first": True}),
     ("GRU", {"bias": False}),
     ("PeepholeLSTM", {"num_layers": 2, "bidirectional": True}),
+    ("BlockGRU", {"num_layers": 2, "bidirectional": True}),
 ]
 LENGTHS = {
     "any order": [2, 5, 1, 4],

@@ -89,7 +89,7 @@ class _Malloc(ctypes.Structure):
 @glibc
 @pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "dispatched"])
-@pytest.mark.parametrize("name", [*CLASSES, "PeepholeLSTM"])
+@pytest.mark.parametrize("name", [*CLASSES, "PeepholeLSTM", "BlockGRU"])
 def test_calls_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, name: str, direct: bool, train: bool
 ) -> None:

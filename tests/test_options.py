@@ -18,7 +18,7 @@ import fused_rnn
 
 pytestmark = pytest.mark.module
 
-LAYERS = ["RNN", "LSTM", "GRU", "PeepholeLSTM"]
+LAYERS = ["RNN", "LSTM", "GRU", "PeepholeLSTM", "BlockGRU"]
 ALL: dict[str, Any] = dict(
     norm="layer",
     norm_eps=1e-3,
@@ -54,7 +54,7 @@ def test_parameters(name: str) -> None:
     assert list(own)[2 * count - 1] == f"{names[-1]}_l0_reverse"
     for key, value in plain_one.state_dict().items():
         assert torch.equal(own.pop(key), value)
-    G = {"RNN": 1, "GRU": 3}.get(name, 4)
+    G = {"RNN": 1, "GRU": 3, "BlockGRU": 3}.get(name, 4)
     for key, value in own.items():
         assert value.shape == ((G * 4,) if "h_l" in key else (4,)), key
         assert (value == float(key.startswith("gain"))).all(), key

@@ -29,6 +29,7 @@ CELLS: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {}),
     ("GRU", {}),
     ("PeepholeLSTM", {}),
+    ("BlockGRU", {}),
 ]
 OPTIONS = (
     "lengths",

@@ -23,7 +23,9 @@ from ..problem import Problem
 NAMES = (
     "ours",
     "torch_nn",
+    "torch_nn_around",
     "torch_nn_graph",
+    "loop",
     "torch_compile",
     "onnxruntime",
     "openvino",
@@ -31,6 +33,7 @@ NAMES = (
     "flashrnn",
     "ours_recompute",
     "ours_baseline",
+    "ours_plain",
     "reference",
 )
 
@@ -52,6 +55,7 @@ class Peer(ABC):
     title: ClassVar[str]  # in tables
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     has_cells: ClassVar[bool] = False  # of single steps
+    has_between: ClassVar[frozenset[str]] = frozenset()  # which of ``Case.between``
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run here at all, or None."""
@@ -73,7 +77,14 @@ class Peer(ABC):
         """``refuses``, or the whole kind of case."""
         if case.loops and not self.has_cells:
             return "has no cells of single steps"
+        if lacking := sorted(case.between - self.has_between):
+            return f"has no {' and no '.join(lacking)}"
         return self.refuses(case)
+
+    def case(self, case: Case) -> Case:
+        """What it runs when that case is measured: another one, if it shows what something costs.
+        Its results are then compared with what is right for the other."""
+        return case
 
     def versions(self) -> dict[str, str]:
         return {}

@@ -19,7 +19,8 @@ class ModulePeer(Peer):
 
     @abstractmethod
     def module(self, problem: Problem) -> Callable[..., Any]:
-        """A callable ``(x, state=None) -> (y, state)`` with the problem's weights."""
+        """A callable ``(x, state=None) -> (y, state)`` with the problem's weights. For a case with
+        resets it also takes them, ``reset=``, [T, B]."""
 
     def gradients(self, module: Any) -> dict[str, Any]:
         """Of the parameters, after a backward, under torch.nn's names."""
@@ -32,7 +33,7 @@ class ModulePeer(Peer):
 
 def copy_weights(target: nn.Module, problem: Problem) -> nn.Module:
     """For drop-ins: the same state_dict, in the same memory, and the same mode."""
-    target.load_state_dict(problem.module.state_dict(), assign=True)
+    target.load_state_dict(problem.weights, assign=True)
     return target.train(problem.module.training)
 
 
@@ -51,14 +52,18 @@ def _inference(problem: Problem, module: Any, _gradients: Any) -> Prepared:
 
     @torch.no_grad()
     def call() -> Any:
-        return module(x)
+        return module(x, **problem.keywords)
 
     return Prepared(call, lambda: outputs(*call()))
 
 
 def _forward(problem: Problem, module: Any, _gradients: Any) -> Prepared:
     _, x = _input(problem, leaf=True)
-    return Prepared(lambda: module(x), lambda: outputs(*module(x)))
+
+    def call() -> Any:
+        return module(x, **problem.keywords)
+
+    return Prepared(call, lambda: outputs(*call()))
 
 
 def _training(problem: Problem, module: Any, gradients: Callable[[], dict[str, Tensor]]) -> Any:
@@ -72,7 +77,7 @@ def _training(problem: Problem, module: Any, gradients: Callable[[], dict[str, T
         leaf.grad = None
         for parameter in parameters:
             parameter.grad = None
-        y, state = module(x)
+        y, state = module(x, **problem.keywords)
         flat = y.data if problem.case.ragged else y
         flat.backward(cotangent)
         return y, state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from ..cases import BETWEEN, Case
 from ..problem import Problem, module_arguments
 from .modules import ModulePeer, copy_weights
 
@@ -12,6 +13,7 @@ class Ours(ModulePeer):
     name, title = "ours", "ours"
     devices = ("cpu", "cuda")
     has_cells = True
+    has_between = frozenset(BETWEEN)
     options: ClassVar[dict[str, Any]] = {}  # of the constructor, beside those of torch.nn
 
     def absent(self) -> str | None:
@@ -32,8 +34,15 @@ class Ours(ModulePeer):
         if fused_rnn.build.backend(problem.case.device) != "native":
             raise RuntimeError(f"no native kernels on {problem.case.device}")
         layer: Any = getattr(fused_rnn, type(problem.module).__name__)
-        arguments = module_arguments(problem.case) | self.options
+        arguments = module_arguments(problem.case) | between(problem.case) | self.options
         return copy_weights(layer(**arguments), problem)
+
+
+def between(case: Case) -> dict[str, Any]:
+    """The constructor's arguments for ``case.between``; resets are given to the call."""
+    return ({"blocks": case.blocks} if case.blocks > 1 else {}) | (
+        {"norm": case.norm} if case.norm else {}
+    )
 
 
 def peer() -> Ours:
