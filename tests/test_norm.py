@@ -45,7 +45,9 @@ def problem(rng: random.Random, cell: str, at: tuple[str, ...], dtype: torch.dty
     )
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).mul(0.4).to(dtype).requires_grad_()
+        # Larger matrices would make what rounding does grow from step to step.
+        scale = min(0.4, shape[-1] ** -0.5) if len(shape) == 2 else 0.4
+        return torch.randn(*shape, dtype=torch.float64).mul(scale).to(dtype).requires_grad_()
 
     weights = []
     for run in range(layers * directions):
@@ -109,7 +111,7 @@ def test_agrees_with_the_reference(
         for ours, want in zip(run(ops, cell, tensors, rest, dtype), exact, strict=True):
             limit = 1e-11 if dtype == torch.float64 else 2e-4
             error = (ours.double() - want).norm() / want.norm().clamp_min(1e-3)
-            assert error < limit, float(error)
+            assert error < limit, (float(error), want.shape, float(want.norm()))
 
 
 @cpu_engine_only
