@@ -70,12 +70,15 @@ WAIT_EARLY = (
     "ResidentForward<LSTM, float, 1, 2, 1, InCluster>",
     "ResidentForward<LSTM, float, 2, 2, 1, InCluster>",
     "ResidentForward<GRU, float, 1, 2, 1, InCluster>",
+    "ResidentForward<BlockGRU, float, 1, 2, 1, InCluster>",
+    "ResidentForward<BlockGRU, float, 2, 2, 1, InCluster>",
     "ResidentForward<PeepholeLSTM, float, 1, 2, 1, InCluster>",
     "ResidentForward<PeepholeLSTM, float, 2, 2, 2, InMemory>",
     "ResidentForward<PeepholeLSTM, float, 4, 4, 1, InBlock>",
     "ResidentForward<PeepholeLSTM, __nv_bfloat16, 2, 2, 2, InMemory>",
     "ResidentBackward<LSTM, float, 4, 4, 1, InBlock>",
     "ResidentBackward<GRU, float, 4, 4, 1, InBlock>",
+    "ResidentBackward<BlockGRU, float, 4, 4, 1, InBlock>",
     "ResidentBackward<PeepholeLSTM, float, 2, 2, 1, InBlock>",
 )
 # Where the instructions of resident kernels are looked at.
