@@ -351,7 +351,7 @@ def _tape_values(target: str, cell: str, present: int) -> int:
     facts, values = _facts(target, cell), 0
     for place in reference.present_norms(cell, present):
         values += 1 + (facts.gates_x if place == "input" else facts.gates_h)
-    return facts.tape + values  # type: ignore[no-any-return]
+    return facts.tape + values
 
 
 @constant
