@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, random_case
+from cases import KERNELS, Case, random_case
 from forked import python
 from helpers import cpu_engine_only, leaves, operate
 from torch import Tensor
@@ -71,7 +71,7 @@ def check(case: Case, threads: int) -> None:
         assert error <= limit, f"{name}: error {error:.2e}, limit {limit:.2e}, scale {scale:.2e}"
 
 
-CELLS = ["lstm", "gru", *reference.CELLS]  # the usual ones twice
+CELLS = ["lstm", "gru", *KERNELS]  # the usual ones twice
 
 
 @pytest.mark.parametrize("index, cell", [(i, CELLS[i % len(CELLS)]) for i in range(63)])
@@ -158,7 +158,7 @@ def test_lesser_instruction_sets(
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("cell", reference.CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 @pytest.mark.parametrize("shape", [(1, 40, 65), (7, 30, 130), (33, 10, 193)], ids=str)
 def test_same_for_any_number_of_threads(cell: str, shape: tuple[int, int, int], seed: int) -> None:
     B, T, H = shape
@@ -246,10 +246,7 @@ def test_opcheck(case: Case, dropout: bool, seed: int) -> None:
         Case("rnn_relu", time=2, batch=2, hidden_size=3, bias=False),
         Case("gru", time=3, batch=2, hidden_size=3, layout="packed", bidirectional=True),
         Case("lstm", 2, 3, num_layers=2, bidirectional=True, time=3, batch=2, proj_size=2),
-        *(
-            Case(cell, 2, 3, num_layers=2, bidirectional=True, time=3, batch=2)
-            for cell in reference.CELLS
-        ),
+        *(Case(cell, 2, 3, num_layers=2, bidirectional=True, time=3, batch=2) for cell in KERNELS),
     ],
     ids=str,
 )
@@ -409,7 +406,7 @@ def test_bad_arguments_are_refused(name: str, seed: int) -> None:
         operator(**spoil(arguments))
 
 
-@pytest.mark.parametrize("cell", reference.CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_library_and_reference_agree_on_a_cell(cell: str) -> None:
     """What csrc/cells declares, and what reference.py says of the same cell."""
     known, facts = reference.CELLS[cell], ops._facts("cpu", cell)
