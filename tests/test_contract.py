@@ -108,10 +108,11 @@ def test_what_they_refuse() -> None:
     def infer(cell: str, change: Any) -> None:
         case = replace(SIZES[0], cell=cell)
         (x, h0, c0, *weights), batch_sizes = case.arguments()
-        *rest, present, blocks, every, tf32 = case.rest_of_schema(batch_sizes)
-        weights, present = change(weights, present)
-        operator = torch.ops.fused_rnn.recurrent_infer
-        operator(cell, x, h0, c0, weights, *rest, present, blocks, every, tf32)
+        operator = torch.ops.fused_rnn.recurrent_infer.default
+        weights, present = change(weights, case.present)
+        arguments = [cell, x, h0, c0, weights, *case.rest_of_schema(batch_sizes)]
+        arguments[[a.name for a in operator._schema.arguments].index("present")] = present
+        operator(*arguments)
 
     w_hr = torch.randn(3, 6, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="w_hr: this cell .* no projection"):

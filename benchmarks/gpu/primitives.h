@@ -41,23 +41,6 @@ __device__ __forceinline__ unsigned ClusterRank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of the cluster that have not exited; the warp comes together (.aligned).
-__device__ __forceinline__ void ClusterSync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-namespace detail {
-__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ uint32_t PeerAddress(const void* p, unsigned rank) {
-  uint32_t at;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(SharedAddress(p)), "r"(rank));
-  return at;
-}
-}  // namespace detail
-
 // Where CTA rank of the cluster has what this CTA has at p. A peer's memory may be used between
 // two ClusterSync: the first says that the peer has started, the second that it may exit.
 template <class T>
