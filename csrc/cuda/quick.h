@@ -1,6 +1,7 @@
 // A float whose gate functions take the card's approximations of exp and of a quotient, in a third of
-// the instructions, and as exact a float to all other functions: gate math stands between a step and the next. Errors are a few 1e-7 of 1, and of
-// the value where that is above 1e-4; operands of tensor cores are rounded a thousand times coarser.
+// the instructions, and as exact a float to all other functions: gate math stands between a step and
+// the next. Errors are a few 1e-7 of 1, and of the value where that is above 1e-4; operands of tensor
+// cores are rounded a thousand times coarser.
 #pragma once
 #include "cuda/device.h"
 
