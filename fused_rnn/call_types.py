@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, overload
+from typing import Literal, Protocol, TypeVar, overload
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -12,94 +12,56 @@ from .sequences import Lengths
 Pair = tuple[Tensor, Tensor]
 
 
-class LayerCall(Protocol):
-    @overload
-    def __call__(
-        self,
-        input: Tensor,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: Tensor | None = None,
-        reset_to: Tensor | None = None,
-        return_states: Literal[False] = False,
-    ) -> tuple[Tensor, Tensor]: ...
-    @overload
-    def __call__(
-        self,
-        input: Tensor,
-        hx: Tensor | None = None,
-        *,
-        lengths: Lengths | None = None,
-        reset: Tensor | None = None,
-        reset_to: Tensor | None = None,
-        return_states: Literal[True],
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    @overload
-    def __call__(
-        self,
-        input: PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        reset: Tensor | None = None,
-        reset_to: Tensor | None = None,
-        return_states: Literal[False] = False,
-    ) -> tuple[PackedSequence, Tensor]: ...
-    @overload
-    def __call__(
-        self,
-        input: PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        reset: Tensor | None = None,
-        reset_to: Tensor | None = None,
-        return_states: Literal[True],
-    ) -> tuple[PackedSequence, Tensor, Tensor]: ...
+State = TypeVar("State")  # hx, and what a call returns for it
 
 
-class LSTMCall(Protocol):
+class Call(Protocol[State]):
     @overload
     def __call__(
         self,
         input: Tensor,
-        hx: Pair | None = None,
+        hx: State | None = None,
         *,
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
-        reset_to: Pair | None = None,
+        reset_to: State | None = None,
         return_states: Literal[False] = False,
-    ) -> tuple[Tensor, Pair]: ...
+    ) -> tuple[Tensor, State]: ...
     @overload
     def __call__(
         self,
         input: Tensor,
-        hx: Pair | None = None,
+        hx: State | None = None,
         *,
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
-        reset_to: Pair | None = None,
+        reset_to: State | None = None,
         return_states: Literal[True],
-    ) -> tuple[Tensor, Pair, Pair]: ...
+    ) -> tuple[Tensor, State, State]: ...
     @overload
     def __call__(
         self,
         input: PackedSequence,
-        hx: Pair | None = None,
+        hx: State | None = None,
         *,
         reset: Tensor | None = None,
-        reset_to: Pair | None = None,
+        reset_to: State | None = None,
         return_states: Literal[False] = False,
-    ) -> tuple[PackedSequence, Pair]: ...
+    ) -> tuple[PackedSequence, State]: ...
     @overload
     def __call__(
         self,
         input: PackedSequence,
-        hx: Pair | None = None,
+        hx: State | None = None,
         *,
         reset: Tensor | None = None,
-        reset_to: Pair | None = None,
+        reset_to: State | None = None,
         return_states: Literal[True],
-    ) -> tuple[PackedSequence, Pair, Pair]: ...
+    ) -> tuple[PackedSequence, State, State]: ...
+
+
+LayerCall = Call[Tensor]
+LSTMCall = Call[Pair]
 
 
 class CellCall(Protocol):

@@ -19,8 +19,8 @@ from . import functional
 from .between import Options
 from .cells import CustomLayer
 from .compiler import CellError, Compiled, Declaration, trace
-from .recurrent import PairLayers
-from .reference import CELLS, Cell, Step, present_bits, present_names
+from .recurrent import PairLayers, parameter_shapes
+from .reference import CELLS, Cell, Step, present_bits
 
 __all__ = ["CellError", "cell"]
 
@@ -423,19 +423,6 @@ class _StatesLayer(_Layer):
         return tuple(state.index_select(1, permutation) for state in hx)
 
 
-def _shapes(cell: str, inputs: int, hidden: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    """The tensors of one step, by the names that torch.nn gives to parameters."""
-    rows, rows_h = CELLS[cell].gates * hidden, CELLS[cell].recurrent_gates * hidden
-    named: dict[str, tuple[str, tuple[int, ...]]] = {
-        "w_ih": ("weight_ih", (rows, inputs)),
-        "w_hh": ("weight_hh", (rows_h, hidden)),
-        "b_ih": ("bias_ih", (rows,)),
-        "b_hh": ("bias_hh", (rows_h,)),
-    }
-    present = present_bits(cell, biases=bias, projection=False)
-    return dict(named.get(name, (name, (hidden,))) for name in present_names(cell, present))
-
-
 class _Single(_Compiled, nn.Module):
     """One step, as ``torch.nn.LSTMCell`` is one of ``torch.nn.LSTM``.
 
@@ -458,7 +445,8 @@ class _Single(_Compiled, nn.Module):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size!r}")
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        shapes = _shapes(self.cell, input_size, hidden_size, bias)
+        present = present_bits(self.cell, biases=bias, projection=False)
+        shapes = parameter_shapes(self.cell, present, input_size, hidden_size, hidden_size)
         self._names = list(shapes)
         for name, shape in shapes.items():
             empty = torch.empty(*shape, device=device, dtype=dtype)

@@ -406,7 +406,6 @@ def _run(
             cell, x, h0, c0, weights, masks, batch_sizes, *how.shape, recompute, *extra
         )
 
-    found: tuple[Tensor, Tensor, Tensor | None]
     if how.reset is not None and how.reset.numel() > 0:
         to = None if anew[0] is None else (anew[0], anew[1])
         whole = stages._replace(reset=how.reset, reset_to=to)
@@ -414,10 +413,9 @@ def _run(
             initial = reference.initial_states(
                 cell, x, h0, c0, weights, batch_sizes, present, stages.blocks
             )
-            found = _by_segments(call, how, x, initial, to or (None, None), masks, stages)
-            return found
+            return _by_segments(call, how, x, initial, to or (None, None), masks, stages)
         stages = whole
-    found = call(x, h0, c0, masks, batch_sizes, stages)
+    found: tuple[Tensor, Tensor, Tensor | None] = call(x, h0, c0, masks, batch_sizes, stages)
     return found
 
 

@@ -35,6 +35,32 @@ _RANKS = {2: "unbatched 2-D", 3: "batched 3-D"}
 _LONG_NAMES = {"w": "weight", "b": "bias", "g": "gain", "s": "shift"}
 
 
+def parameter_shapes(
+    cell: str, present: int, inputs: int, hidden: int, width: int, blocks: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """The tensors of one direction of a layer of ``width`` P, by the names that torch.nn gives to
+    parameters. A cell's own keep theirs."""
+    known = CELLS[cell]
+    rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "w_ih": (rows, inputs),
+        "w_hh": (rows_h, width // blocks),
+        "b_ih": (rows,),
+        "b_hh": (rows_h,),
+        "w_hr": (width, hidden),
+        "g_ih": (rows,),
+        "g_hh": (rows_h,),
+        "g": (rows,),
+    }
+    found = {}
+    for short in present_names(cell, present):
+        kind, *rest = short.split("_")
+        own = short in known.params
+        long = short if own else "_".join([_LONG_NAMES.get(kind, kind), *rest])
+        found[long] = shapes.get(short, (hidden,))
+    return found
+
+
 class Recurrent(TorchShaped, nn.RNNBase):
     """What RNN, LSTM and GRU share: from a user's call to ``functional.recurrent`` and back."""
 
@@ -106,27 +132,20 @@ class Recurrent(TorchShaped, nn.RNNBase):
 
     def _add_run(self, layer: int, suffix: str, device: Any, dtype: Any) -> list[str]:
         """Make the parameters of one direction of a layer; their names, as torch.nn forms them."""
-        cell, hidden = self.mode.lower(), self.hidden_size
-        known, width = CELLS[cell], self.proj_size or hidden
-        rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
+        width = self.proj_size or self.hidden_size
         inputs = self.input_size if layer == 0 else width * (1 + self.bidirectional)
-        shapes: dict[str, tuple[int, ...]] = {
-            "w_ih": (rows, inputs),
-            "w_hh": (rows_h, width // self.between_steps.blocks),
-            "b_ih": (rows,),
-            "b_hh": (rows_h,),
-            "w_hr": (width, hidden),
-            "g_ih": (rows,),
-            "g_hh": (rows_h,),
-            "g": (rows,),
-        }
+        shapes = parameter_shapes(
+            self.mode.lower(),
+            self._present(),
+            inputs,
+            self.hidden_size,
+            width,
+            self.between_steps.blocks,
+        )
         names = []
-        for short in present_names(cell, self._present()):
-            kind, *rest = short.split("_")
-            own = short in known.params
-            long = short if own else "_".join([_LONG_NAMES.get(kind, kind), *rest])
+        for long, shape in shapes.items():
             names.append(f"{long}_l{layer}{suffix}")
-            empty: Tensor = torch.empty(*shapes.get(short, (hidden,)), device=device, dtype=dtype)
+            empty: Tensor = torch.empty(*shape, device=device, dtype=dtype)
             setattr(self, names[-1], nn.Parameter(empty))
         return names
 
