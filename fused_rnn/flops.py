@@ -116,7 +116,7 @@ def _register(counter: Any) -> None:
         ("recurrent_recomputed", _forward),
         ("recurrent_backward", _backward),
     ):
-        operator = getattr(ops._ops, name)
+        operator = getattr(ops.operators, name)
         if operator not in counter.flop_registry:  # by another copy of this module
             counter.register_flop_formula(operator, get_raw=True)(formula)
 

@@ -1,199 +1,29 @@
 """Pure functions behind the modules: a stack of recurrent layers, and one step of a cell.
 
-Four engines can do the work, and this file is where one of them is chosen:
-
-=================  ==============================================================================
-``ops``            the native kernels: everything they support
-``reference``      plain torch: ``torch.func`` transforms, forward mode, no compiler, all unusual
-``onnx``           nodes of ONNX, while ``torch.onnx.export(dynamo=True)`` is tracing
-torch's operators  ``torch.jit.trace``, and with it ``torch.onnx.export(dynamo=False)``, which want
-                   one known node; complex numbers, sparse inputs, and devices that none of the
-                   others knows
-=================  ==============================================================================
-
-All of them give the results of torch.nn.
+``engines.py`` says which engine does the work.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import _VF, Tensor
-from torch.nn import Parameter
+from torch import Tensor
 
-from . import onnx, ops, reference, segments
+from . import autocast, engines, onnx, ops, reference, segments
 from .between import NOTHING, BetweenSteps
-from .reference import BIASES, CELLS, NO_STAGES, PROJECTION, Stages
+from .reference import CELLS, NO_STAGES, PROJECTION, Stages
 from .torch_internals import dispatch_modes, transformed
 
 __all__ = [
-    "TORCH_CELLS",
     "called_directly",
     "check_packed",
     "recurrent",
     "recurrent_directly",
     "step",
 ]
-
-_TORCH_STACK: dict[str, Any] = {
-    "rnn_tanh": _VF.rnn_tanh,
-    "rnn_relu": _VF.rnn_relu,
-    "lstm": _VF.lstm,
-    "gru": _VF.gru,
-}
-_TORCH_CELL: dict[str, Any] = {
-    "rnn_tanh": _VF.rnn_tanh_cell,
-    "rnn_relu": _VF.rnn_relu_cell,
-    "lstm": _VF.lstm_cell,
-    "gru": _VF.gru_cell,
-}
-TORCH_CELLS = tuple(_TORCH_STACK)  # those of torch.nn
-
-
-# --- The choice of an engine ---------------------------------------------------------------------
-
-
-def _wants_torch_operator(x: Tensor, weights: Iterable[Tensor | None]) -> bool:
-    if x.is_complex() or x.layout != torch.strided:
-        return True
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        return True
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    return torch.jit.is_tracing() or any(map(_answers_itself, weights))
-
-
-_USUAL_ANSWERS = (
-    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
-    Parameter.__torch_function__,
-)
-
-
-def _answers_itself(weight: Tensor | None) -> bool:
-    """Whether it is of a class that puts code of its own in the place of torch's functions: it may
-    know torch.nn's operators, as torch's ExpandedWeight does, and knows nothing of ours."""
-    if weight is None or type(weight) is Parameter:
-        return False
-    answer: Any = type(weight).__torch_function__
-    return getattr(answer, "__func__", answer) not in _USUAL_ANSWERS
-
-
-def _engine(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-    """``ops``, ``reference`` or ``onnx``: all have ``recurrent``."""
-    if onnx.exporting():
-        return onnx
-    # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
-    if (
-        not _wants_torch_operator(x, weights)
-        and not transformed()
-        and ops.supports([x, *states, *weights], cell)
-    ):
-        return ops
-    # Plain torch would broadcast and promote where torch.nn refuses.
-    for kind, operands in (("hidden", states), ("parameter", weights)):
-        for operand in operands:
-            if operand.device != x.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at "
-                    f"{x.device} and {kind} tensor at {operand.device}"
-                )
-    for operand in (x, *states, *weights):
-        if operand.dtype != weights[0].dtype:
-            raise RuntimeError(
-                "mat1 and mat2 must have the same dtype, but got "
-                f"{_type_name(operand)} and {_type_name(weights[0])}"
-            )
-    return reference
-
-
-def _takes(
-    engine: Any, how: _How, x: Tensor, states: States, weights: Sequence[Tensor], stages: Stages
-) -> bool:
-    """Whether an engine has what is to happen between two steps; the reference has all."""
-    if engine is not ops or (stages.nothing and not how.every_state):
-        return True
-    _, units = reference.widths(how.cell, weights, how.shape[2])
-    train = ops.wants_grad((x, *_present(states), *weights))
-    return ops.takes(stages, how.every_state, how.cell, units, x.device, train=train)
-
-
-def _type_name(tensor: Tensor) -> str:
-    """The name that torch's own messages use, such as Float or BFloat16."""
-    return tensor.type().rpartition(".")[2].removesuffix("Tensor")
-
-
-# --- Autocast ------------------------------------------------------------------------------------
-
-
-def _autocast_dtype(
-    x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
-) -> torch.dtype | None:
-    """The dtype autocast asks for, or None: switched off, or double, which it never casts."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return None
-    if any(t.dtype == torch.float64 for t in (x, *states, *weights)):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _autocast_results(
-    cell: str,
-    low: torch.dtype,
-    x: Tensor,
-    states: Sequence[Tensor],
-    *,
-    projected: bool,
-    fused: bool,
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of h and c that torch.nn returns under autocast to ``low``; y has that of h.
-
-    On the CPU products come out in ``low``, and a state that is mixed in elementwise promotes the
-    result to its own dtype. So, with a dtype that a state brings along (zeros have that of x):
-
-    ======================================  ===============  ===============
-    cell                                    h                c
-    ======================================  ===============  ===============
-    RNN                                     low
-    GRU                                     wider of low, h
-    LSTM                                    wider of low, c  wider of low, c
-    LSTM, projected: h is one more product  low              wider of low, c
-    LSTM of layers that oneDNN runs         low              low
-    ======================================  ===============  ===============
-
-    ``fused`` says whether the last row holds, see ``_fused_by_torch``. On CUDA everything is cast
-    first. tests/test_transforms.py tries the table against the torch that is there.
-    """
-    if x.is_cuda:
-        return low, low
-    mixed = torch.promote_types(low, states[-1].dtype if states else x.dtype)
-    if len(CELLS[cell].states) == 1:
-        h_dtype = mixed if CELLS[cell].reads_h else low
-        return h_dtype, h_dtype
-    if fused and not projected:
-        return low, low
-    c_dtype = mixed
-    return low if projected else c_dtype, c_dtype
-
-
-def _fused_by_torch(x: Tensor, batch_sizes: Tensor | None) -> bool:
-    """Whether torch.nn hands an LSTM without projection to oneDNN for this input.
-
-    Padded batches that are not empty, of the dtypes that oneDNN takes here; from torch 2.13 on also
-    packed ones whose sequences are equally long. How long they are cannot be asked of what a
-    compiler traces; they then count as unequal.
-    """
-    if x.numel() == 0 or not ops.onednn_takes(x.dtype):
-        return False
-    if batch_sizes is None:
-        return True
-    if torch.compiler.is_compiling() or torch.__version__ < "2.13":
-        return False
-    return type(batch_sizes) is Tensor and bool(batch_sizes[0] == batch_sizes[-1])
-
 
 # --- Direct calls --------------------------------------------------------------------------------
 #
@@ -226,7 +56,7 @@ def recurrent_directly(
         return None
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     weights = [parameters.get(name) for name in names]
-    if any(map(_answers_itself, weights)) or ops.wants_grad((*weights, x, *states)):
+    if any(map(engines.answers_itself, weights)) or ops.wants_grad((*weights, x, *states)):
         return None
     directions = 2 if bidirectional else 1
     return calls.infer_stack(
@@ -297,9 +127,9 @@ def recurrent(
             "at every call"
         )
     usual = between is NOTHING and reset is None and not every_state
-    if usual and _wants_torch_operator(x, weights) and cell in _TORCH_STACK:
+    if usual and engines.wants_torch_operator(x, weights) and cell in engines.TORCH_CELLS:
         config = (num_layers, dropout, training, bool(bidirectional))
-        return _by_torch(cell, x, h0, c0, weights, present, config, batch_first, batch_sizes)
+        return engines.by_torch(cell, x, h0, c0, weights, present, config, batch_first, batch_sizes)
 
     if batch_first:
         x = x.transpose(0, 1)
@@ -317,7 +147,7 @@ def recurrent(
         every_state,
     )
     states = (h0, c0, *(reset_to or (None, None)))
-    low = _autocast_dtype(x, _present(states), weights)
+    low = autocast.dtype_for(x, _present(states), weights)
     run = _run if low is None else functools.partial(_run_autocast, low)
     y, h_n, c_n = run(how, x, states, weights)
     if batch_first:
@@ -351,9 +181,9 @@ def _run_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``_run`` under autocast to ``low``."""
     cell, given = how.cell, _present(states)
-    fused = len(CELLS[cell].states) > 1 and _fused_by_torch(x, how.batch_sizes)
+    fused = len(CELLS[cell].states) > 1 and autocast.fused_by_torch(x, how.batch_sizes)
     projected = bool(how.shape[2] & PROJECTION)
-    h_dtype, c_dtype = _autocast_results(
+    h_dtype, c_dtype = autocast.dtypes_of_results(
         cell, low, x, _present(states[:2]), projected=projected, fused=fused
     )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
@@ -366,6 +196,17 @@ def _run_autocast(
             [w.to(wide) for w in weights],
         )
         return y.to(h_dtype), h_n.to(h_dtype), None if c_n is None else c_n.to(c_dtype)
+
+
+def _takes(
+    engine: Any, how: _How, x: Tensor, states: States, weights: Sequence[Tensor], stages: Stages
+) -> bool:
+    """Whether an engine has what is to happen between two steps; the reference has all."""
+    if engine is not ops or (stages.nothing and not how.every_state):
+        return True
+    _, units = reference.widths(how.cell, weights, how.shape[2])
+    train = ops.wants_grad((x, *_present(states), *weights))
+    return ops.takes(stages, how.every_state, how.cell, units, x.device, train=train)
 
 
 def _kept_for_backward(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
@@ -384,7 +225,7 @@ def _run(
     """``recurrent`` for tensors of one dtype."""
     cell, batch_sizes, between = how.cell, how.batch_sizes, how.between
     present = how.shape[2]
-    engine = _engine(cell, x, _present(states), weights)
+    engine = engines.engine_of(cell, x, _present(states), weights)
     if _kept_for_backward(x, _present(states), weights):
         x = x.contiguous()
         states = tuple(None if s is None else s.contiguous() for s in states)
@@ -413,7 +254,18 @@ def _run(
             initial = reference.initial_states(
                 cell, x, h0, c0, weights, batch_sizes, present, stages.blocks
             )
-            return _by_segments(call, how, x, initial, to or (None, None), masks, stages)
+            return segments.run(
+                call,
+                how.reset,
+                x,
+                initial,
+                to or (None, None),
+                masks,
+                how.batch_sizes,
+                stages,
+                directions=how.shape[1],
+                every_state=how.every_state,
+            )
         stages = whole
     found: tuple[Tensor, Tensor, Tensor | None] = call(x, h0, c0, masks, batch_sizes, stages)
     return found
@@ -442,77 +294,6 @@ def _drawn(
     return weights, masks, between.stages(cell, x, batch, runs, widths, training=training)
 
 
-def _by_segments(
-    call: Any,
-    how: _How,
-    x: Tensor,
-    initial: tuple[Tensor, Tensor | None],
-    anew: tuple[Tensor | None, Tensor | None],
-    masks: Tensor | None,
-    stages: Stages,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``call`` for a batch that is cut where states begin anew."""
-    assert how.reset is not None
-    cut = segments.find(how.reset, how.batch_sizes, initial[0].shape[1])
-    directions = how.shape[1]
-
-    def placed(rows: Tensor | None, at: Tensor = cut.origin) -> Tensor | None:
-        return None if rows is None else rows.index_select(1, at)
-
-    def together(rows: Tensor, dim: int = 1) -> Tensor:
-        return segments.reordered(rows, dim, cut.place, cut.origin)
-
-    lead, padded = x.shape[:-1], how.batch_sizes is None
-    if padded:
-        x, masks = x.flatten(0, 1), None if masks is None else masks.flatten(1, 2)
-    zoneout = stages.zoneout
-    if zoneout is not None and zoneout.shape[1] > 1:  # of each row
-        zoneout = placed(zoneout)
-    y, *last = call(
-        segments.reordered(x, 0, cut.origin, cut.place),
-        *(
-            None if first is None else segments.begun(cut, first, other, directions)
-            for first, other in zip(initial, anew, strict=True)
-        ),
-        placed(masks),
-        cut.batch_sizes,
-        stages._replace(zoneout=zoneout, h_mask=placed(stages.h_mask, cut.sequence)),
-    )
-    if how.every_state:
-        last = [None if s is None else together(s) for s in last]
-    else:
-        last = [
-            None if s is None else segments.by_direction(s, directions, cut.last, cut.first)
-            for s in last
-        ]
-    y = together(y, 0)
-    return y.unflatten(0, lead) if padded else y, last[0], last[1]
-
-
-def _by_torch(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    present: int,
-    config: tuple[int, float, bool, bool],
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``recurrent`` by torch's own operator."""
-    time_first = x.transpose(0, 1) if batch_first else x
-    h0, c0 = reference.initial_states(cell, time_first, h0, c0, weights, batch_sizes, present)
-    # cuDNN refuses states with strides of their own.
-    hx = h0.contiguous() if c0 is None else (h0.contiguous(), c0.contiguous())
-    config = (bool(present & BIASES), *config)  # type: ignore[assignment]
-    if batch_sizes is None:
-        result = _TORCH_STACK[cell](x, hx, list(weights), *config, bool(batch_first))
-    else:
-        result = _TORCH_STACK[cell](x, batch_sizes, hx, list(weights), *config)
-    return result if c0 is not None else (*result, None)
-
-
 # --- One step of a cell --------------------------------------------------------------------------
 
 
@@ -528,18 +309,20 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """One step for x [B, I], h [B, H] and c [B, C] or None; returns the new h and c."""
     states = (h,) if c is None else (h, c)
-    if _wants_torch_operator(x, (w_ih, w_hh, b_ih, b_hh)):
-        result = _TORCH_CELL[cell](x, h if c is None else states, w_ih, w_hh, b_ih, b_hh)
+    if engines.wants_torch_operator(x, (w_ih, w_hh, b_ih, b_hh)):
+        result = engines.TORCH_CELL[cell](x, h if c is None else states, w_ih, w_hh, b_ih, b_hh)
         return (result, None) if c is None else result
 
     _check_step(x, states, w_ih, w_hh)
     run = (w_ih, w_hh, b_ih, b_hh)  # people drop one bias of the two
     present = sum(1 << i for i, w in enumerate(run) if w is not None)
     weights = [w for w in run if w is not None]
-    low = _autocast_dtype(x, states, weights)
+    low = autocast.dtype_for(x, states, weights)
     if low is None:
         return _step(cell, x, states, weights, present)
-    h_dtype, c_dtype = _autocast_results(cell, low, x, states, projected=False, fused=False)
+    h_dtype, c_dtype = autocast.dtypes_of_results(
+        cell, low, x, states, projected=False, fused=False
+    )
     kept = _kept_for_backward(x, states, weights)
     with torch.autocast(x.device.type, enabled=False):
         cast = [w.to(h_dtype) for w in weights]
@@ -553,7 +336,7 @@ def _step(
     cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], present: int
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    engine = _engine(cell, x, states, weights)
+    engine = engines.engine_of(cell, x, states, weights)
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
     h, c = states[0], states[1] if len(states) > 1 else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import functional, sequences
+from . import engines, functional, sequences
 from .between import NOTHING, BetweenSteps, Options
 from .reference import CELLS, present_bits, present_names
 from .sequences import NOTHING_ASKED, Asked, Lengths
@@ -91,7 +91,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
         # torch.nn's class knows four modes, and parameters of their sizes. Of a layer that has
         # others it makes the attributes and checks; its parameters, which take no memory and no
         # random numbers, go at once.
-        own = between.reshapes or cell not in functional.TORCH_CELLS
+        own = between.reshapes or cell not in engines.TORCH_CELLS
         super().__init__(
             "RNN_TANH" if own else cell.upper(),
             input_size,
@@ -164,7 +164,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Put them side by side for cuDNN, where a layer is one of torch.nn's."""
-        if self.mode.lower() in functional.TORCH_CELLS and not self.between_steps.reshapes:
+        if self.mode.lower() in engines.TORCH_CELLS and not self.between_steps.reshapes:
             super().flatten_parameters()
 
     def __prepare_scriptable__(self) -> nn.Module:

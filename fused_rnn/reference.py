@@ -2,7 +2,7 @@
 
 One pointwise step per cell (``CELLS``), one loop over time, and one over layers (``recurrent``).
 Everything is differentiable torch without in-place writes, so autograd of any order, forward mode,
-``vmap``, ``torch.func`` and any device work without more code. The native kernels (``ops.py``)
+``vmap``, ``torch.func`` and any device work without more code. The native kernels (``ops/``)
 answer the same call with the same results.
 
 Sizes: L layers, D directions, T steps, B sequences, I inputs, H units, G gates, P width of h (H, or

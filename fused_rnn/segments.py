@@ -7,11 +7,13 @@ batch, padded or packed, stand time first; ``Segments`` says where each of them 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .reference import Stages
 from .torch_internals import transformed
 
 
@@ -184,3 +186,52 @@ def begun(cut: Segments, initial: Tensor, anew: Tensor | None, directions: int) 
             other = runs.index_select(0, step * anew.shape[2] + of).transpose(0, 1)
         found.append(torch.where(mask, other, own))
     return found[0] if directions == 1 else torch.stack(found, 1).flatten(0, 1)
+
+
+def run(
+    call: Callable[..., Any],
+    reset: Tensor,
+    x: Tensor,
+    initial: tuple[Tensor, Tensor | None],
+    anew: tuple[Tensor | None, Tensor | None],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    stages: Stages,
+    *,
+    directions: int,
+    every_state: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``call(x, h0, c0, masks, batch_sizes, stages)`` for a batch that ``reset`` cuts: its states
+    begin with ``initial``, and after a reset with ``anew``, see ``begun``."""
+    cut = find(reset, batch_sizes, initial[0].shape[1])
+
+    def placed(rows: Tensor | None, at: Tensor = cut.origin) -> Tensor | None:
+        return None if rows is None else rows.index_select(1, at)
+
+    def together(rows: Tensor, dim: int = 1) -> Tensor:
+        return reordered(rows, dim, cut.place, cut.origin)
+
+    lead, padded = x.shape[:-1], batch_sizes is None
+    if padded:
+        x, masks = x.flatten(0, 1), None if masks is None else masks.flatten(1, 2)
+    zoneout = stages.zoneout
+    if zoneout is not None and zoneout.shape[1] > 1:  # of each row
+        zoneout = placed(zoneout)
+    y, *last = call(
+        reordered(x, 0, cut.origin, cut.place),
+        *(
+            None if first is None else begun(cut, first, other, directions)
+            for first, other in zip(initial, anew, strict=True)
+        ),
+        placed(masks),
+        cut.batch_sizes,
+        stages._replace(zoneout=zoneout, h_mask=placed(stages.h_mask, cut.sequence)),
+    )
+    if every_state:
+        last = [None if s is None else together(s) for s in last]
+    else:
+        last = [
+            None if s is None else by_direction(s, directions, cut.last, cut.first) for s in last
+        ]
+    y = together(y, 0)
+    return y.unflatten(0, lead) if padded else y, last[0], last[1]

@@ -37,15 +37,22 @@ def sources_of(engine: str) -> Path:
     """csrc, or a copy of it with the cells of tests."""
     if not engine.endswith("-contract"):
         return build.CSRC
-    made = FOLDER / "csrc-contract"
-    for path in (*build.CSRC.rglob("*"), *(ROOT / "tests/cells").iterdir()):
-        if path.is_file():
-            inside = path.is_relative_to(build.CSRC)
-            to = made / (path.relative_to(build.CSRC) if inside else Path("cells") / path.name)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_bytes(path.read_bytes())
     from contract_cells import HEADERS
 
+    made = FOLDER / "csrc-contract"
+    copies = {
+        made / path.relative_to(build.CSRC): path
+        for path in build.CSRC.rglob("*")
+        if path.is_file()
+    }
+    copies |= {made / "cells" / path.name: path for path in (ROOT / "tests/cells").iterdir()}
+    written = {made / "cells" / cell.header for cell in HEADERS}
+    for path in made.rglob("*"):  # left by other sources than these
+        if path.is_file() and path not in copies.keys() | written:
+            path.unlink()
+    for to, path in copies.items():
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(path.read_bytes())
     with (made / "cells" / "registry.def").open("a") as registry:
         for cell, layer in HEADERS.items():
             (made / "cells" / cell.header).write_text(layer.source())

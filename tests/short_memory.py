@@ -92,7 +92,7 @@ def check(call: Call, train: bool, direct: bool, library: ctypes.CDLL) -> list[s
     expected = run(module, x, train)
     gc.collect()
     gc.freeze()  # what there is already need not be looked at again
-    ops._direct = ops._direct if direct else False
+    ops.direct.functions = ops.direct.functions if direct else False
     faults: list[str] = []
 
     def attempt(first: int, one: bool) -> tuple[bool, str | None]:
@@ -152,11 +152,11 @@ def main() -> None:
     library.short_memory_watch.restype = ctypes.c_bool
     path = str(build.library("cpu")._name)
     assert library.short_memory_watch(path.encode())
-    calls = ops._direct
+    calls = ops.direct.functions
     for call in [CALLS[int(i)] for i in sys.argv[1:]] or CALLS:
         for train in (False, True):
             for direct in (True, False):
-                ops._direct = calls
+                ops.direct.functions = calls
                 for fault in check(call, train, direct, library):
                     print(fault, flush=True)
 

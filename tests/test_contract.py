@@ -100,7 +100,7 @@ def test_cells(cell: str, sizes: Case, dtype: torch.dtype, threads: int) -> None
 @inside
 def test_names() -> None:
     assert ops.tensor_names("cpu", "light") == CELLS["light"].tensors
-    assert ops._facts("cpu", "swapped").extra_states == 2
+    assert ops.facts_of("cpu", "swapped").extra_states == 2
 
 
 @inside

@@ -160,7 +160,7 @@ def test_random_cells(drawn: random_cells.Drawn) -> None:
     )
     kind = declare(drawn.fn)
     layer = kind(3, 5, 2, bidirectional=True, dtype=torch.float64)
-    assert ops._has_cell("cpu", layer.cell, torch.float64)
+    assert ops.has_cell("cpu", layer.cell, torch.float64)
     x = torch.randn(4, 3, 3, dtype=torch.float64)
     hx = tree_map(torch.randn_like, layer(x)[1])
     agree(layer, x, hx, 1e-6)  # of ATen's hardsigmoid
@@ -407,7 +407,7 @@ def test_what_the_library_knows() -> None:
     layer(torch.zeros(1, 1, 3))
     known = CELLS[layer.cell]
     assert ops.tensor_names("cpu", layer.cell) == known.tensors
-    facts = ops._facts("cpu", layer.cell)
+    facts = ops.facts_of("cpu", layer.cell)
     assert facts.gates_x == known.gates and facts.gates_h == known.recurrent_gates
     assert facts.extra_states == len(known.states) - 1 and bool(facts.reads_h) == known.reads_h
     assert known.states == ("h", "c", "count") and known.output == 0

@@ -34,7 +34,7 @@ def find_direct() -> Any:
     """The functions, which the first call of all makes available."""
     with torch.no_grad():
         fused_rnn.GRUCell(1, 1)(torch.zeros(1, 1))
-    return ops._direct
+    return ops.direct.functions
 
 
 DIRECT = find_direct()
@@ -74,7 +74,7 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
     spy = Spy()
-    monkeypatch.setattr(ops, "_direct", spy)
+    monkeypatch.setattr(ops.direct, "functions", spy)
     with torch.no_grad():
         yield spy
 
@@ -105,7 +105,7 @@ def step(cell: str, x: Any, hx: Any, *weights: Any) -> Any:
 
 def by_operator(fn: Callable[[], Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_direct", False)
+        patch.setattr(ops.direct, "functions", False)
         return fn()
 
 

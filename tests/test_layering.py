@@ -79,7 +79,9 @@ def test_one_place_calls_cells() -> None:
     assert calls == {"core/step.h"}
 
 
-@pytest.mark.parametrize("path", ["csrc/ops/direct.cpp", "csrc/stack/stack.h", "fused_rnn/ops.py"])
+@pytest.mark.parametrize(
+    "path", ["csrc/ops/direct.cpp", "csrc/stack/stack.h", "fused_rnn/ops/schemas.py"]
+)
 def test_tensors_are_known_by_the_cells_list(path: str) -> None:
     """What a cell has beside the usual five comes in without a change to who passes it on."""
     words = set(re.findall(r"\w+", (ROOT / path).read_text()))
@@ -102,17 +104,28 @@ def test_binding_sees_no_kernel() -> None:
 PYTHON_LAYERS = {
     "torch_internals": set(),
     "reference": set(),
-    "ops": {".build", ".reference", ".torch_internals"},
     "onnx": {".reference"},
-    "segments": {".torch_internals"},
+    "segments": {".reference", ".torch_internals"},
     "between": {".reference", ".segments"},
-    "functional": {".between", ".onnx", ".ops", ".reference", ".segments", ".torch_internals"},
+    "engines": {".onnx", ".ops", ".reference", ".torch_internals"},
+    "autocast": {".ops", ".reference"},
+    "functional": {
+        ".autocast",
+        ".between",
+        ".engines",
+        ".onnx",
+        ".ops",
+        ".reference",
+        ".segments",
+        ".torch_internals",
+    },
     "scripting": set(),
     "torch_shaped": {".scripting", ".torch_internals"},
     "sequences": {".segments"},
     "call_types": {".sequences"},
     "recurrent": {
         ".between",
+        ".engines",
         ".functional",
         ".reference",
         ".sequences",
@@ -138,6 +151,20 @@ PYTHON_LAYERS = {
 def test_python_layers(module: str) -> None:
     own = {name for name in imports(ROOT / f"fused_rnn/{module}.py") if name.startswith(".")}
     assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
+
+
+# Each may import those before it.
+OPERATOR_LAYERS = (
+    "schemas direct library fakes derivatives step second_derivatives registration __init__"
+)
+
+
+def test_layers_of_the_operators() -> None:
+    known = {"..build", "..reference", "..torch_internals"}
+    for name in OPERATOR_LAYERS.split():
+        path = ROOT / f"fused_rnn/ops/{name}.py"
+        assert {n for n in imports(path) if n.startswith(".")} <= known, name
+        known.add(f".{name}")
 
 
 # Each may import those before it.
@@ -178,7 +205,7 @@ def test_layers_of_the_build() -> None:
 
 
 def test_torch_ops_are_named_where_they_are_made() -> None:
-    makers = ("ops.py", "segments.py", "torch_internals.py")
+    makers = ("schemas.py", "segments.py", "torch_internals.py")
     for path in sources("fused_rnn", ".py"):
         if path.name not in makers and path.parent.name != "build":
             assert "torch.ops" not in path.read_text(), path.name

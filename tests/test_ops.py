@@ -409,7 +409,7 @@ def test_bad_arguments_are_refused(name: str, seed: int) -> None:
 @pytest.mark.parametrize("cell", KERNELS)
 def test_library_and_reference_agree_on_a_cell(cell: str) -> None:
     """What csrc/cells declares, and what reference.py says of the same cell."""
-    known, facts = reference.CELLS[cell], ops._facts("cpu", cell)
+    known, facts = reference.CELLS[cell], ops.facts_of("cpu", cell)
     assert ops.tensor_names("cpu", cell) == known.tensors
     assert (facts.gates_x, facts.gates_h) == (known.gates, known.recurrent_gates)
     assert facts.extra_states == len(known.states) - 1 and bool(facts.reads_h) == known.reads_h

@@ -101,7 +101,7 @@ class Libraries:
         return self.backend(name) == "native"
 
     def direct_calls(self, *torch_facts: object) -> Any:
-        """The CPU's library as a Python module, whose functions need no dispatcher (ops.py), or
+        """The CPU's library as a Python module, whose functions need no dispatcher, or
         None.
 
         It is one if it was compiled where Python.h was, and torch has what it needs.

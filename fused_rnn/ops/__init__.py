@@ -1,0 +1,121 @@
+"""The native operators, and whether and how a call goes to them.
+
+``recurrent`` runs a stack of layers over a sequence. It has a twin that keeps nothing for a
+backward (``recurrent_infer``), one that keeps what goes into each layer alone, whose backward runs
+layers again (``recurrent_recomputed``), and a backward that is an operator too, with a formula of
+its own, so that derivatives of every order exist. What the backward needs is an input or an output
+of the forward; nothing hides on ctx.
+
+The kernels are registered by the native libraries (``csrc/ops/cpu.cpp``, ``cuda.cpp``) when
+``build`` loads them, each at its first use.
+
+==========================  =====================================================================
+``schemas.py``              the schemas, and a call's arguments in their order
+``library.py``              what the libraries have, by cell, type and device
+``direct.py``               calls of the CPU's kernels without torch's dispatcher
+``fakes.py``                shapes of results
+``derivatives.py``          first derivatives, of a single step ``step.py``
+``second_derivatives.py``   those of the backward
+``registration.py``         all of it told to torch, vmap, and what runs without kernels
+==========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, is_grad_enabled
+
+from .. import reference
+from ..torch_internals import constant, is_below_autograd, is_onednn_enabled, onednn_has
+from . import direct, registration, step
+from .derivatives import EagerRecomputed, EagerRecurrent
+from .direct import called_directly, direct_calls
+from .library import facts_of, has_cell, supports, takes, tensor_names
+from .schemas import Call, StageTensors, inputs_of, is_plain, operators
+
+__all__ = [
+    "called_directly",
+    "direct",
+    "direct_calls",
+    "facts_of",
+    "has_cell",
+    "onednn_takes",
+    "operators",
+    "recurrent",
+    "registration",
+    "step",
+    "supports",
+    "takes",
+    "tensor_names",
+    "wants_grad",
+]
+
+
+@constant
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether torch.nn hands an LSTM whose input is of this dtype to oneDNN, here and now."""
+    if not is_onednn_enabled():
+        return False
+    if dtype == torch.float16 and is_grad_enabled():
+        return False
+    return dtype == torch.float32 or (
+        dtype in (torch.bfloat16, torch.float16) and onednn_has(dtype)
+    )
+
+
+def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
+    wanted = is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not is_below_autograd()
+
+
+def recurrent(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+    layers: int,
+    directions: int,
+    present: int,
+    recompute: bool = False,
+    stages: reference.Stages = reference.NO_STAGES,
+    every_state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The contract of ``reference.recurrent`` on the native kernels."""
+    norm, eps = 0, 0.0
+    if stages.norm is not None:
+        norm, eps = 1 + reference.NORM_KINDS.index(stages.norm.kind), stages.norm.eps
+    call = Call(
+        cell, layers, directions, present, stages.blocks, norm, eps, every_state, _allow_tf32(x)
+    )
+    tensors: StageTensors = (stages.reset, stages.zoneout, stages.h_mask)
+    train = wants_grad((x, h0, c0, *weights))
+    compiling = torch.compiler.is_compiling()
+    if train and not compiling:
+        run = EagerRecomputed if recompute else EagerRecurrent
+        y, h_n, c_n = run.apply(call, tensors, x, h0, c0, masks, batch_sizes, *weights)
+        return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
+    if not train and masks is None and is_plain(call, tensors) and (calls := direct_calls(x)):
+        found: tuple[Tensor, Tensor, Tensor | None] | None = calls.forward(
+            *call[:4], x, h0, c0, batch_sizes, tuple(weights), False
+        )
+        if found is not None:
+            return found
+    name = "recurrent_recomputed" if recompute else "recurrent"
+    op = getattr(operators, name if train else "recurrent_infer").default
+    y, h_n, c_n = op(*inputs_of(call, tensors, x, h0, c0, masks, batch_sizes, weights))[:3]
+    return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
+
+
+@constant
+def _rnn_allows_tf32() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def _allow_tf32(x: Tensor) -> bool:
+    """Whether float32 products may be rounded to TF32: the setting that torch.nn obeys there."""
+    return x.is_cuda and x.dtype == torch.float32 and _rnn_allows_tf32()
