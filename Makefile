@@ -1,4 +1,4 @@
-# make demo | examples | test | test-quick | bench | wheel | sanitize | cuda-link | lint | format |
+# make demo | examples | test | test-quick | test-all | bench | wheel | sanitize | cuda-link | lint | format |
 #      clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
@@ -84,6 +84,11 @@ test-native: setup
 	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda
 test-reference: setup
 	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine
+
+# On demand, hours: all cases of tests of which the others run some that are drawn, and heavy sweeps.
+.PHONY: test-all
+test-all:
+	$(MAKE) test PYTEST='$(PYTEST) --all -m "slow or not slow"'
 
 # For every day: one case of each test, another each time; no examples and few compilers.
 QUICK := results rest

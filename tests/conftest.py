@@ -54,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of the cases of each test function N, drawn by the seed",
     )
+    parser.addoption(
+        "--all", action="store_true", help="all cases of tests that draw some, which are marked so"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,14 +80,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(trylast=True)  # after those that -m and -k leave out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if most := config.getoption("--quick"):
-        cases: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        draw = random.Random(SEED)
-        kept = {item for some in cases.values() for item in draw.sample(some, min(most, len(some)))}
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    draw = random.Random(SEED)
+    kept: set[pytest.Item] = set()
+    for some in cases.values():
+        most, drawn = config.getoption("--quick"), some[0].get_closest_marker("drawn")
+        if not most and drawn and not config.getoption("--all"):
+            most = drawn.args[0]
+        kept.update(draw.sample(some, min(most, len(some))) if most else some)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

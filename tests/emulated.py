@@ -33,30 +33,46 @@ STAND_INS = ["fake_runtime.cpp", "host.cpp", "emulate.cpp"]  # of tests/cpp
 REPLACED = ["runtime.cpp"]  # of csrc/cuda, by the former
 
 
-def sources_of(engine: str) -> Path:
-    """csrc, or a copy of it with the cells of tests."""
-    if not engine.endswith("-contract"):
-        return build.CSRC
-    from contract_cells import HEADERS
+# Cells that read and write what others do too; a sanitized engine takes minutes to compile.
+ALIKE = {"rnn_relu": "rnn_tanh", "block_gru": "gru"}
 
-    made = FOLDER / "csrc-contract"
+
+def sources_of(engine: str) -> Path:
+    """csrc, or a copy of it: with the cells of tests, or to be sanitized without some that others
+    stand for."""
+    if engine.endswith("-contract"):
+        from contract_cells import HEADERS
+
+        made = copied("csrc-contract", ROOT / "tests/cells")
+        with (made / "cells" / "registry.def").open("a") as registry:
+            for cell, layer in HEADERS.items():
+                (made / "cells" / cell.header).write_text(layer.source())
+                registry.write(f"CELL({', '.join(cell)})\n")
+        return made
+    if engine == "emulated-asan":
+        made = copied("csrc-few")
+        path = made / "cells" / "registry.def"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line[5:].split(",")[0] not in ALIKE))
+        return made
+    return build.CSRC
+
+
+def copied(name: str, cells: Path | None = None) -> Path:
+    """A copy of csrc, with other ``cells``."""
+    made = FOLDER / name
     copies = {
         made / path.relative_to(build.CSRC): path
         for path in build.CSRC.rglob("*")
         if path.is_file()
     }
-    copies |= {made / "cells" / path.name: path for path in (ROOT / "tests/cells").iterdir()}
-    written = {made / "cells" / cell.header for cell in HEADERS}
+    copies |= {made / "cells" / path.name: path for path in (cells.iterdir() if cells else ())}
     for path in made.rglob("*"):  # left by other sources than these
-        if path.is_file() and path not in copies.keys() | written:
+        if path.is_file() and path not in copies:
             path.unlink()
     for to, path in copies.items():
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(path.read_bytes())
-    with (made / "cells" / "registry.def").open("a") as registry:
-        for cell, layer in HEADERS.items():
-            (made / "cells" / cell.header).write_text(layer.source())
-            registry.write(f"CELL({', '.join(cell)})\n")
     return made
 
 

@@ -197,6 +197,7 @@ def example(name: str, **sizes: Any) -> tuple[Any, Tensor, Any]:
     return layer, x, hx
 
 
+@pytest.mark.drawn(8)  # each is compiled
 @pytest.mark.parametrize("name", zoo.__all__)
 def test_agrees_with_its_equations(name: str) -> None:
     layer, x, hx = example(name)
@@ -215,6 +216,7 @@ def test_agrees_with_its_equations(name: str) -> None:
     assert re.search(r"(19|20)\d\d.*``.*``", getattr(zoo, name).__doc__, re.DOTALL), "its source"
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("name", ["SLSTM", "MinLSTM", "FastGRNN"])
 def test_float32(name: str) -> None:
     layer, x, hx = example(name, hidden_size=33)
