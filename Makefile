@@ -1,5 +1,5 @@
-# make demo | examples | test | test-quick | test-all | bench | wheel | sanitize | cuda-link | lint | format |
-#      clean
+# make demo | examples | test | test-quick | test-all | bench | wheel | sanitize | cuda-link | lint |
+#      format | clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -85,7 +85,7 @@ test-native: setup
 test-reference: setup
 	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine
 
-# On demand, hours: all cases of tests of which the others run some that are drawn, and heavy sweeps.
+# On demand, hours: all cases of tests of which `make test` draws some, and heavy sweeps.
 .PHONY: test-all
 test-all:
 	$(MAKE) test PYTEST='$(PYTEST) --all -m "slow or not slow"'
