@@ -72,33 +72,43 @@ struct TimeRows {
   int64_t first;
   int running;
 };
-// The same in two parts, so that nothing waits for the load in between. Compilers move what is the same
-// for all lanes to registers of the warp, at once: where that would make others wait, every other lane
-// loads where the rows end. (Where registers are few, those of the warp are welcome.)
-template <bool kByLanes>
-struct LoadedRows {
-  int64_t first, end;  // by lanes: one or the other in `first`
-  __device__ __forceinline__ LoadedRows(const ResidentSteps& n, int64_t time) {
-    const bool exists = time >= 0 && time < n.T;
-    if (kByLanes) time += threadIdx.x % 2;
-    first = exists ? time * n.B : 0, end = exists ? time * n.B + n.B : 0;
-    if (exists && n.offsets != nullptr) {
-      first = n.offsets[time];
-      if (!kByLanes) end = n.offsets[time + 1];
-    }
+// Where the rows of a time begin, which is where those of the time before end. Before the first time
+// there are none, nor after the last.
+__device__ __forceinline__ int64_t RowOf(const ResidentSteps& n, int64_t time) {
+  time = time < 0 ? 0 : time > n.T ? n.T : time;
+  return n.offsets != nullptr ? n.offsets[time] : time * n.B;
+}
+__device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time) {
+  const int64_t first = RowOf(n, time);
+  return {first, int(RowOf(n, time + 1) - first)};
+}
+
+// What a block keeps at the beginning of its shared memory.
+struct Notes {
+  static constexpr int kBytes = 128;  // as LocalPlace wants what comes after
+  int64_t edges[2][2];                // of the rows of two steps in turn
+  uint32_t gave_up;                   // what Multiply wants
+};
+static_assert(sizeof(Notes) <= Notes::kBytes);
+
+// The rows of steps to come, which two threads load and put where all get them after a barrier. If all
+// loaded them, compilers would wait for them as soon as they guess that they are there, and so for all
+// that is on its way: a warp has few barriers for loads. Put is for where nothing is on its way.
+struct RowsAhead {
+  Notes& notes;
+  int64_t edge = 0;
+
+  __device__ __forceinline__ void Load(const ResidentSteps& n, int64_t time) {
+    if (threadIdx.x < 2) edge = RowOf(n, time + threadIdx.x);
   }
-  __device__ __forceinline__ TimeRows Count() const {
-    if constexpr (kByLanes) {
-      const int64_t other = __shfl_xor_sync(~0u, first, 1);
-      const bool last = threadIdx.x % 2 != 0;
-      return {last ? other : first, int(last ? first - other : other - first)};
-    }
-    return {first, int(end - first)};
+  __device__ __forceinline__ void Put(int64_t step) const {
+    if (threadIdx.x < 2) notes.edges[step & 1][threadIdx.x] = edge;
+  }
+  __device__ __forceinline__ TimeRows Get(int64_t step) const {
+    const int64_t (&edges)[2] = notes.edges[step & 1];
+    return {edges[0], int(edges[1] - edges[0])};
   }
 };
-__device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time) {
-  return LoadedRows<false>(n, time).Count();
-}
 
 // What a block works on: its direction, its units and its rows of the batch. Of these a thread does the
 // gate math of kItems: item i is one of (group, tile, element j of the fragment of a product), so that
@@ -268,9 +278,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   using Sums = typename Products::Sums;
   using Block = ResidentBlock<kGroups, kTiles>;
   constexpr int kItems = Block::kItems, kColumns = Block::kColumns, kExtra = States<C>::kExtra;
-  float* sums = DynamicShared<float>();  // [2][kParts][Sums::kSize]
+  Notes& notes = *DynamicShared<Notes>();
+  float* sums = DynamicShared<float>() + Notes::kBytes / sizeof(float);  // [2][kParts][Sums::kSize]
   void* rest = sums + 2 * Product::kParts * Sums::kSize;
-  uint32_t* gave_up = static_cast<uint32_t*>(rest);  // of a kernel that polls: what Multiply wants
   const ResidentSteps n = args.steps;
   const Block at(n);
   const ResidentForwardDirection<T>& a = args.dir[at.dir];
@@ -283,7 +293,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     return unit < H && k < H ? a.w_hh + (m % C::kH * H + unit) * H + k : nullptr;
   });
 
-  TimeRows rows = RowsOf(n, a.start + n.begin * a.way);
+  const auto time = [&](int64_t s) { return a.start + s * a.way; };
+  TimeRows rows = RowsOf(n, time(n.begin));
+  RowsAhead ahead{notes};
+  ahead.Load(n, time(n.begin + 1));
+  ahead.Put(n.begin + 1);
   const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
     if (b < rows.running) return Widen(a.hs[(rows.first + b) * H + u]);
     return a.h0 ? Widen(a.h0[b * H + u]) : 0;
@@ -336,17 +350,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       const int place = row * stride + LocalPlace<T>(row, u);
       h_of(0)[place] = h_of(1)[place] = v;
     }
-    box.Open();
-  } else {
-    if (threadIdx.x == 0) *gave_up = 0;
-    __syncthreads();
   }
+  if (threadIdx.x == 0) notes.gave_up = 0;
+  box.Open();
 
   for (int64_t s = n.begin; s < n.end; s++) {
     const int mail = int(E::kShared ? s - n.begin : s);
     const bool last = s + 1 == n.end;
     fetch();
-    const LoadedRows<E::kCluster> loaded(n, a.start + (s + 1) * a.way);
+    ahead.Load(n, time(s + 2));
     if constexpr (E::kShared) {
       if (mail > 0) box.Wait(mail);
       if (!last) box.Expect(mail + 1);
@@ -355,11 +367,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const Sums now{sums + (mail & 1) * Product::kParts * Sums::kSize};
     product.template Multiply<!E::kShared>(
         E::kShared ? h_of(mail) : hs + (rows.first + at.first_row) * H, E::kShared ? stride : H,
-        rows.running - at.first_row, int(H), n.patience, gave_up,
+        rows.running - at.first_row, int(H), n.patience, &notes.gave_up,
         [&](int m, int tile, const float (&d)[4]) { now.Put(Product::Part(), m, tile, d); });
     __syncthreads();
 
-    const TimeRows next = loaded.Count();
+    const TimeRows next = ahead.Get(s + 1);
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
     ForwardStep<C, Quick> unit[kItems];
     T h_new[kItems];
@@ -417,6 +429,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       unit[i].StoreStates(to);
     }
     rows = next;
+    ahead.Put(s + 2);
   }
 
   FRNN_UNROLL
@@ -504,9 +517,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   constexpr int kStride = int(LocalStride<T>(kDepth)), kOwnHalf = kTiles * kTileRows * kStride;
   const int parts = E::kCluster ? at.blocks : Products::kPartsBack;
   const int half = parts * Sums::kSize * int(sizeof(float));
-  const Box box(DynamicShared<float>(), half, half);
-  T* const own_dgh = reinterpret_cast<T*>(DynamicShared<char>() + Box::Bytes(half));
-  uint32_t* gave_up = reinterpret_cast<uint32_t*>(own_dgh);  // of a kernel that polls
+  Notes& notes = *DynamicShared<Notes>();
+  char* const rest = DynamicShared<char>() + Notes::kBytes;
+  const Box box(rest, half, half);
+  T* const own_dgh = reinterpret_cast<T*>(rest + Box::Bytes(half));
 
   Product product;
   product.Load([&](int m, int row, int k) -> const T* {
@@ -554,11 +568,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   }
   if constexpr (E::kShared) {  // zero for units that are not there
     for (int k = threadIdx.x; k < 2 * kOwnHalf; k += kWarps * 32) own_dgh[k] = Narrow<T>(0);
-  } else {
-    if (threadIdx.x == 0) *gave_up = 0;
   }
+  if (threadIdx.x == 0) notes.gave_up = 0;
   box.Open();
   fetch(n.end - 1);
+  RowsAhead ahead{notes};
+  ahead.Load(n, time(n.end - 3));
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
     const int mail = int(E::kShared ? n.end - s : s);
@@ -596,15 +611,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
     const TimeRows seen = rows;
     rows = next;
+    ahead.Put(s - 2);
     if (s > n.begin) fetch(s - 1);
-    const LoadedRows<E::kCluster> loaded(n, time(s - 2));
+    ahead.Load(n, time(s - 3));
     const Sums now{reinterpret_cast<float*>(box.Half(mail))};
     box.Expect(mail);
     if constexpr (E::kShared) __syncthreads();
     product.template Multiply<!E::kShared>(
         E::kShared ? own : dgh + (seen.first + at.first_row) * C::kH * H,
         E::kShared ? kStride : C::kH * H, seen.running - at.first_row,
-        E::kShared ? kDepth : int(C::kH * H), n.patience, gave_up,
+        E::kShared ? kDepth : int(C::kH * H), n.patience, &notes.gave_up,
         [&](int m, int tile, const float (&d)[4]) {
           if constexpr (E::kCluster) {
             const int to = m / kGroups;
@@ -620,7 +636,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       if (Block::Has(i))
         dh[i] += now.template Sum<Products::kPartsBack>(parts, Block::Group(i), Block::Tile(i),
                                                         Block::J(i));
-    next = loaded.Count();
+    next = ahead.Get(s - 2);
   }
 
   FRNN_UNROLL
@@ -647,16 +663,17 @@ struct ResidentInstance {
         backward ? ShapeOf(kBackward, kWarps * 32) : ShapeOf(kForward, kWarps * 32);
     const int64_t blocks = BlocksOfCopy(H, kGroups), rows = kTiles * kTileRows;
     using Box = Mailbox<E::kCluster>;
-    constexpr int64_t kFloat = sizeof(float), kGaveUp = 16;
+    constexpr int64_t kFloat = sizeof(float);
+    shape.shared = Notes::kBytes;
     if (backward) {
       const int64_t parts = E::kCluster ? blocks : Products::kPartsBack;
-      shape.shared = Box::Bytes(parts * Products::SumsBack::kSize * kFloat);
+      shape.shared += Box::Bytes(parts * Products::SumsBack::kSize * kFloat);
       const int64_t own = 2 * rows * LocalStride<T>(Products::kWidth) * sizeof(T);
-      shape.shared += E::kShared ? own : kGaveUp;
+      shape.shared += E::kShared ? own : 0;
     } else {
-      shape.shared = 2 * Products::Forward::kParts * Products::Sums::kSize * kFloat;
+      shape.shared += 2 * Products::Forward::kParts * Products::Sums::kSize * kFloat;
       const int64_t h = rows * LocalStride<T>(blocks * kGroups * kUnits) * sizeof(T);
-      shape.shared += E::kShared ? Box::Bytes(h) : kGaveUp;
+      shape.shared += E::kShared ? Box::Bytes(h) : 0;
     }
     shape.together = !E::kShared;
     if (E::kCluster) shape.cluster = unsigned(blocks);

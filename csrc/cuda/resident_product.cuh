@@ -21,9 +21,9 @@ constexpr uint32_t kUnwritten = ~0u;  // a NaN in every type
 // on it is NaN, does not wait again, and leaves word to the host.
 struct Patience {
   uint32_t* alarm;  // in memory that the host reads
-  unsigned polls;   // of one product
+  int polls;        // of one product
 
-  static constexpr unsigned kPolls = 1u << 27;
+  static constexpr int kPolls = 1 << 27;
 };
 
 // Older cards lack the instructions, and no plan sends them here.
@@ -215,7 +215,7 @@ struct ResidentProduct {
     };
 
     volatile uint32_t* const over = gave_up;
-    unsigned polls = kPolls && *over != 0 ? patience.polls : 0;
+    int polls = kPolls && *over == 0 ? patience.polls : 0;  // that are left
     float d[kWays][kChunk][kOwn][4];
     FRNN_UNROLL
     for (int first = 0; first < kPieces; first += kRound) {
@@ -223,7 +223,7 @@ struct ResidentProduct {
         do {
           FRNN_UNROLL
           for (int i = 0; i < kRound; i++) load(first, i);
-        } while (kPolls && !is_written() && ++polls < patience.polls);
+        } while (kPolls && !is_written() && --polls > 0);
       }
       __syncwarp();
       FRNN_UNROLL
@@ -260,7 +260,7 @@ struct ResidentProduct {
         }
       }
     }
-    if (kPolls && polls >= patience.polls) {
+    if (kPolls && polls <= 0) {
       *over = 1;
       *static_cast<volatile uint32_t*>(patience.alarm) = 1;
     }
