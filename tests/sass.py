@@ -234,7 +234,7 @@ def look(code: list[Instruction], waits: bool) -> Findings:
             polls += 1
             constants = [other for other in way if other.name.startswith("LDC")]
             errors += [f"{c.name} {c.operands} while it polls" for c in constants]
-        elif one.name.startswith("LDG") and loop[at] in steps and not one.is_row_number:
+        elif one.name.startswith("LDG") and loop[at] in steps :
             early = early_wait(code, loop, at)
             if early is not None:
                 user = code[early]

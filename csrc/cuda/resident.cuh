@@ -86,7 +86,7 @@ __device__ __forceinline__ TimeRows RowsOf(const ResidentSteps& n, int64_t time)
 // What a block keeps at the beginning of its shared memory.
 struct Notes {
   static constexpr int kBytes = 128;  // as LocalPlace wants what comes after
-  int64_t edges[2][2];                // of the rows of two steps in turn
+  int64_t edges[4][2];                // of the rows of four steps in turn
   uint32_t gave_up;                   // what Multiply wants
 };
 static_assert(sizeof(Notes) <= Notes::kBytes);
@@ -95,18 +95,20 @@ static_assert(sizeof(Notes) <= Notes::kBytes);
 // loaded them, compilers would wait for them as soon as they guess that they are there, and so for all
 // that is on its way: a warp has few barriers for loads. Put is for where nothing is on its way.
 struct RowsAhead {
+  const ResidentSteps& n;
   Notes& notes;
   int64_t edge = 0;
 
-  __device__ __forceinline__ void Load(const ResidentSteps& n, int64_t time) {
-    if (threadIdx.x < 2) edge = RowOf(n, time + threadIdx.x);
+  __device__ __forceinline__ void Load(int64_t time) {
+    edge = n.offsets != nullptr ? RowOf(n, time + threadIdx.x % 2) : 0;
   }
-  __device__ __forceinline__ void Put(int64_t step) const {
-    if (threadIdx.x < 2) notes.edges[step & 1][threadIdx.x] = edge;
+  __device__ __forceinline__ void Put(int64_t step, int64_t time) const {
+    if (threadIdx.x >= 2) return;
+    notes.edges[step & 3][threadIdx.x] = n.offsets != nullptr ? edge : RowOf(n, time + threadIdx.x);
   }
   __device__ __forceinline__ TimeRows Get(int64_t step) const {
-    const int64_t (&edges)[2] = notes.edges[step & 1];
-    return {edges[0], int(edges[1] - edges[0])};
+    const int64_t first = notes.edges[step & 3][0];
+    return {first, int(notes.edges[step & 3][1] - first)};
   }
 };
 
@@ -295,9 +297,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 
   const auto time = [&](int64_t s) { return a.start + s * a.way; };
   TimeRows rows = RowsOf(n, time(n.begin));
-  RowsAhead ahead{notes};
-  ahead.Load(n, time(n.begin + 1));
-  ahead.Put(n.begin + 1);
+  RowsAhead ahead{n, notes};
+  ahead.Load(time(n.begin + 1));
+  ahead.Put(n.begin + 1, time(n.begin + 1));
   const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
     if (b < rows.running) return Widen(a.hs[(rows.first + b) * H + u]);
     return a.h0 ? Widen(a.h0[b * H + u]) : 0;
@@ -358,7 +360,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const int mail = int(E::kShared ? s - n.begin : s);
     const bool last = s + 1 == n.end;
     fetch();
-    ahead.Load(n, time(s + 2));
+    ahead.Load(time(s + 2));
     if constexpr (E::kShared) {
       if (mail > 0) box.Wait(mail);
       if (!last) box.Expect(mail + 1);
@@ -369,6 +371,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         E::kShared ? h_of(mail) : hs + (rows.first + at.first_row) * H, E::kShared ? stride : H,
         rows.running - at.first_row, int(H), n.patience, &notes.gave_up,
         [&](int m, int tile, const float (&d)[4]) { now.Put(Product::Part(), m, tile, d); });
+    ahead.Put(s + 2, time(s + 2));
     __syncthreads();
 
     const TimeRows next = ahead.Get(s + 1);
@@ -429,7 +432,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       unit[i].StoreStates(to);
     }
     rows = next;
-    ahead.Put(s + 2);
   }
 
   FRNN_UNROLL
@@ -532,7 +534,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   });
 
   const auto time = [&](int64_t s) { return a.start + s * a.way; };
-  TimeRows rows = RowsOf(n, time(n.end - 1)), next = RowsOf(n, time(n.end - 2));
+  TimeRows rows = RowsOf(n, time(n.end - 1));
+  RowsAhead ahead{n, notes};
+  for (int k = 2; k < 4; k++) ahead.Load(time(n.end - k)), ahead.Put(n.end - k, time(n.end - k));
 
   float dh[kItems];
   Pack<float, kExtra> dc[kItems];
@@ -572,8 +576,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   if (threadIdx.x == 0) notes.gave_up = 0;
   box.Open();
   fetch(n.end - 1);
-  RowsAhead ahead{notes};
-  ahead.Load(n, time(n.end - 3));
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
     const int mail = int(E::kShared ? n.end - s : s);
@@ -610,10 +612,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       unit[i].Store(to);
     }
     const TimeRows seen = rows;
-    rows = next;
-    ahead.Put(s - 2);
+    rows = ahead.Get(s - 1);
     if (s > n.begin) fetch(s - 1);
-    ahead.Load(n, time(s - 3));
+    ahead.Load(time(s - 3));
     const Sums now{reinterpret_cast<float*>(box.Half(mail))};
     box.Expect(mail);
     if constexpr (E::kShared) __syncthreads();
@@ -630,13 +631,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
             now.Put(Product::Part(), m, tile, d);
           }
         });
+    ahead.Put(s - 3, time(s - 3));
     box.Wait(mail);
+    rows = ahead.Get(s - 1);  // again: a product needs the registers
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
       if (Block::Has(i))
         dh[i] += now.template Sum<Products::kPartsBack>(parts, Block::Group(i), Block::Tile(i),
                                                         Block::J(i));
-    next = ahead.Get(s - 2);
   }
 
   FRNN_UNROLL
