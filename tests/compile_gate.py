@@ -62,25 +62,6 @@ SPILLS = {
 }
 # The compiler compares the h of a relu with 0 where it is loaded, and so waits for it too early.
 COMPARES_EARLY = "ResidentBackward<Rnn<ReluFn>", "is waited for by FSETP"
-# Kernels that are short of registers, for which the compiler puts a wait for what was loaded ahead,
-# or a constant, where sass.py wants none. Which of them that makes slower, no card has told.
-WAIT_EARLY = (
-    "ResidentForward<Rnn<ReluFn>, float, 8, 8, 1, InBlock>",
-    "ResidentForward<LSTM, float, 1, 1, 1, InMemory>",
-    "ResidentForward<LSTM, float, 1, 2, 1, InCluster>",
-    "ResidentForward<LSTM, float, 2, 2, 1, InCluster>",
-    "ResidentForward<GRU, float, 1, 2, 1, InCluster>",
-    "ResidentForward<BlockGRU, float, 1, 2, 1, InCluster>",
-    "ResidentForward<BlockGRU, float, 2, 2, 1, InCluster>",
-    "ResidentForward<PeepholeLSTM, float, 1, 2, 1, InCluster>",
-    "ResidentForward<PeepholeLSTM, float, 2, 2, 2, InMemory>",
-    "ResidentForward<PeepholeLSTM, float, 4, 4, 1, InBlock>",
-    "ResidentForward<PeepholeLSTM, __nv_bfloat16, 2, 2, 2, InMemory>",
-    "ResidentBackward<LSTM, float, 4, 4, 1, InBlock>",
-    "ResidentBackward<GRU, float, 4, 4, 1, InBlock>",
-    "ResidentBackward<BlockGRU, float, 4, 4, 1, InBlock>",
-    "ResidentBackward<PeepholeLSTM, float, 2, 2, 1, InBlock>",
-)
 # Where the instructions of resident kernels are looked at.
 LOOKED_AT = ("sm_80", "sm_90a")
 # What is compiled unless --all says all: types, of all cells or of one.
@@ -138,7 +119,6 @@ def compile_kernels(
                     f"{arch} {name}: {error}"
                     for error in found.errors
                     if not (name.startswith(COMPARES_EARLY[0]) and COMPARES_EARLY[1] in error)
-                    if not (name in WAIT_EARLY and ("waited for" in error or "polls" in error))
                 ]
     return done.stdout + done.stderr, errors
 

@@ -11,8 +11,8 @@ Three things make a step slow without making it wrong, and no emulation shows th
 - A wait for what was loaded ahead before the wait for other blocks is over: between that load and
   the next product no instruction may wait for the load's barrier. To look for the registers of a
   load would not do: a warp has six barriers, and loads that branches part from their use share one,
-  so that who waits for one of them waits for all. Numbers of rows, which only ragged batches load,
-  may be waited for: compilers move them to registers that a warp shares.
+  so that who waits for one of them waits for all. Numbers of rows may be waited for, which only
+  ragged batches load: after one product, to have them in shared memory before the next.
 
 Needs nvdisasm (of the package nvidia-cuda-nvdisasm, or of a CUDA toolkit).
 """
@@ -46,8 +46,8 @@ class Instruction(NamedTuple):
 
     @property
     def is_row_number(self) -> bool:
-        """Two of 64 bits, of which one is needed whole."""
-        return self.name == "LDG.E.64" or (self.name == "LDG.E" and "+0x8]" in self.operands)
+        """Nothing else that a step loads has 64 bits."""
+        return self.name == "LDG.E.64"
 
     @property
     def is_product(self) -> bool:
@@ -234,7 +234,7 @@ def look(code: list[Instruction], waits: bool) -> Findings:
             polls += 1
             constants = [other for other in way if other.name.startswith("LDC")]
             errors += [f"{c.name} {c.operands} while it polls" for c in constants]
-        elif one.name.startswith("LDG") and loop[at] in steps :
+        elif one.name.startswith("LDG") and loop[at] in steps and not one.is_row_number:
             early = early_wait(code, loop, at)
             if early is not None:
                 user = code[early]

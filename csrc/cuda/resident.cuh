@@ -91,24 +91,23 @@ struct Notes {
 };
 static_assert(sizeof(Notes) <= Notes::kBytes);
 
-// The rows of steps to come, which two threads load and put where all get them after a barrier. If all
-// loaded them, compilers would wait for them as soon as they guess that they are there, and so for all
-// that is on its way: a warp has few barriers for loads. Put is for where nothing is on its way.
+// The rows of steps to come. Two threads load where they begin and end, when a product is over, and put
+// that where all get it after a barrier: nothing of it is in a register while a product needs them all,
+// and nobody waits for it while other loads are on their way. (A warp has few barriers for loads, and
+// compilers wait for one as soon as they guess that it is over.)
 struct RowsAhead {
-  const ResidentSteps& n;
   Notes& notes;
   int64_t edge = 0;
 
-  __device__ __forceinline__ void Load(int64_t time) {
-    edge = n.offsets != nullptr ? RowOf(n, time + threadIdx.x % 2) : 0;
+  __device__ __forceinline__ void Load(const ResidentSteps& n, int64_t time) {
+    edge = threadIdx.x < 2 ? RowOf(n, time + threadIdx.x) : 0;
   }
-  __device__ __forceinline__ void Put(int64_t step, int64_t time) const {
-    if (threadIdx.x >= 2) return;
-    notes.edges[step & 3][threadIdx.x] = n.offsets != nullptr ? edge : RowOf(n, time + threadIdx.x);
+  __device__ __forceinline__ void Put(int64_t step) const {
+    if (threadIdx.x < 2) notes.edges[step & 3][threadIdx.x] = edge;
   }
   __device__ __forceinline__ TimeRows Get(int64_t step) const {
-    const int64_t first = notes.edges[step & 3][0];
-    return {first, int(notes.edges[step & 3][1] - first)};
+    const int64_t (&edges)[2] = notes.edges[step & 3];
+    return {edges[0], int(edges[1] - edges[0])};
   }
 };
 
@@ -297,9 +296,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 
   const auto time = [&](int64_t s) { return a.start + s * a.way; };
   TimeRows rows = RowsOf(n, time(n.begin));
-  RowsAhead ahead{n, notes};
-  ahead.Load(time(n.begin + 1));
-  ahead.Put(n.begin + 1, time(n.begin + 1));
+  RowsAhead ahead{notes};
+  ahead.Load(n, time(n.begin + 1));
+  ahead.Put(n.begin + 1);
   const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
     if (b < rows.running) return Widen(a.hs[(rows.first + b) * H + u]);
     return a.h0 ? Widen(a.h0[b * H + u]) : 0;
@@ -360,7 +359,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const int mail = int(E::kShared ? s - n.begin : s);
     const bool last = s + 1 == n.end;
     fetch();
-    ahead.Load(time(s + 2));
     if constexpr (E::kShared) {
       if (mail > 0) box.Wait(mail);
       if (!last) box.Expect(mail + 1);
@@ -371,10 +369,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         E::kShared ? h_of(mail) : hs + (rows.first + at.first_row) * H, E::kShared ? stride : H,
         rows.running - at.first_row, int(H), n.patience, &notes.gave_up,
         [&](int m, int tile, const float (&d)[4]) { now.Put(Product::Part(), m, tile, d); });
-    ahead.Put(s + 2, time(s + 2));
     __syncthreads();
 
     const TimeRows next = ahead.Get(s + 1);
+    ahead.Load(n, time(s + 2));
     // Math without branches first, so that items overlap; then what others wait for; then the rest.
     ForwardStep<C, Quick> unit[kItems];
     T h_new[kItems];
@@ -432,6 +430,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       unit[i].StoreStates(to);
     }
     rows = next;
+    ahead.Put(s + 2);
   }
 
   FRNN_UNROLL
@@ -535,8 +534,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 
   const auto time = [&](int64_t s) { return a.start + s * a.way; };
   TimeRows rows = RowsOf(n, time(n.end - 1));
-  RowsAhead ahead{n, notes};
-  for (int k = 2; k < 4; k++) ahead.Load(time(n.end - k)), ahead.Put(n.end - k, time(n.end - k));
+  RowsAhead ahead{notes};
+  ahead.Load(n, time(n.end - 2));
+  ahead.Put(n.end - 2);
 
   float dh[kItems];
   Pack<float, kExtra> dc[kItems];
@@ -576,6 +576,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   if (threadIdx.x == 0) notes.gave_up = 0;
   box.Open();
   fetch(n.end - 1);
+  ahead.Load(n, time(n.end - 3));
 
   for (int64_t s = n.end - 1; s >= n.begin; s--) {
     const int mail = int(E::kShared ? n.end - s : s);
@@ -613,8 +614,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     }
     const TimeRows seen = rows;
     rows = ahead.Get(s - 1);
+    ahead.Put(s - 2);
     if (s > n.begin) fetch(s - 1);
-    ahead.Load(time(s - 3));
     const Sums now{reinterpret_cast<float*>(box.Half(mail))};
     box.Expect(mail);
     if constexpr (E::kShared) __syncthreads();
@@ -631,9 +632,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
             now.Put(Product::Part(), m, tile, d);
           }
         });
-    ahead.Put(s - 3, time(s - 3));
     box.Wait(mail);
     rows = ahead.Get(s - 1);  // again: a product needs the registers
+    ahead.Load(n, time(s - 3));
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
       if (Block::Has(i))
