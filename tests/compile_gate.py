@@ -58,7 +58,7 @@ WIDER = {"GateForward<PeepholeLSTM": 72}
 SPILLS = {
     ("sm_80", "ResidentForward<PeepholeLSTM"): 8,
     ("sm_90a", "ResidentForward<PeepholeLSTM"): 16,
-    ("sm_120a", "ResidentBackward<GRU"): 80,
+    ("sm_120a", "ResidentBackward<GRU"): 120,
 }
 # The compiler compares the h of a relu with 0 where it is loaded, and so waits for it too early.
 COMPARES_EARLY = "ResidentBackward<Rnn<ReluFn>", "is waited for by FSETP"
