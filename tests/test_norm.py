@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 PLACES = [("input",), ("recurrent",), ("input", "recurrent"), ("sum",)]
+PLACES += [("cell",), ("recurrent", "cell"), ("input", "recurrent", "cell"), ("sum", "cell")]
 
 
 def sizes(cell: str, units: int, inputs: int, width: int, blocks: int) -> dict[str, Any]:
@@ -65,8 +66,17 @@ def problem(rng: random.Random, cell: str, at: tuple[str, ...], dtype: torch.dty
     h0 = draw(layers * directions, batch, width)
     c0 = draw(layers * directions, batch, units) if "lstm" in cell else None
     norm = reference.Norm(rng.choice(["layer", "rms"]), at, 0.1)
+    rows, runs = x.shape[:-1].numel(), layers * directions
     reset = torch.rand(x.shape[:-1]) < 0.1 if rng.random() < 0.5 else None
-    stages = reference.Stages(reset=reset, blocks=blocks, norm=norm)
+    zoneout = h_mask = None
+    if not projected and rng.random() < 0.4:
+        states = len(reference.CELLS[cell].states)
+        one_for_all = rng.random() < 0.5 and not cell.startswith("rnn")
+        zoneout = torch.rand(runs, 1 if one_for_all else rows, states * units)
+        zoneout = (zoneout if one_for_all else zoneout.round()).to(dtype)
+    if rng.random() < 0.3:
+        h_mask = (torch.rand(runs, batch, width) < 0.8).to(dtype)
+    stages = reference.Stages(reset=reset, zoneout=zoneout, h_mask=h_mask, blocks=blocks, norm=norm)
     rest = (None, counts, layers, directions, present, rng.random() < 0.3, stages)
     return [x, h0, c0, *weights], (*rest, rng.random() < 0.5)
 
@@ -77,6 +87,8 @@ def run(
     """Outputs and gradients."""
     own = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
     x, h0, c0, *weights = own
+    *rest, stages, every_state = rest
+    rest = (*rest, stages.of_states(lambda t: t.to(dtype)), every_state)
     outputs = [o for o in engine.recurrent(cell, x, h0, c0, weights, *rest) if o is not None]
     generator = torch.Generator().manual_seed(1)
     grads = [
@@ -116,16 +128,25 @@ def test_agrees_with_the_reference(
 
 
 @cpu_engine_only
-@pytest.mark.parametrize("cell, at", [("lstm", ("input", "recurrent")), ("rnn_tanh", ("sum",))])
+@pytest.mark.parametrize(
+    "cell, at",
+    [
+        ("lstm", ("input", "recurrent")),
+        ("lstm", ("input", "recurrent", "cell")),
+        ("peephole_lstm", ("cell",)),
+        ("rnn_tanh", ("sum",)),
+    ],
+)
 def test_bits_do_not_depend_on_threads(cell: str, at: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     present = reference.present_bits(cell, biases=True, projection=False, norm_at=at)
     shapes = sizes(cell, 200, 30, 200, 1)
-    weights = [torch.randn(shapes[n]) * 0.2 for n in reference.present_names(cell, present)]
+    names = reference.present_names(cell, present)
+    weights = [torch.randn(shapes.get(name, (200,))) * 0.2 for name in names]
     norm = reference.Norm("layer", at)
     rest = (None, None, 1, 1, present, False, reference.Stages(norm=norm), False)
     tensors = [torch.randn(9, 24, 30), torch.randn(1, 24, 200), None, *weights]
-    if cell == "lstm":
+    if "lstm" in cell:
         tensors[2] = torch.randn(1, 24, 200)
     before, found = torch.get_num_threads(), []
     try:
@@ -158,27 +179,31 @@ def test_a_large_mean_costs_no_digits() -> None:
 
 
 @cpu_engine_only
-def test_operators_are_sound() -> None:
-    """Schema, fakes and autograd of a call with both kinds of gains."""
+@pytest.mark.parametrize(
+    "cell, at", [("gru", ("input", "recurrent")), ("lstm", ("input", "recurrent", "cell"))]
+)
+def test_operators_are_sound(cell: str, at: tuple[str, ...]) -> None:
+    """Schema, fakes and autograd of a call with all kinds of gains."""
     torch.manual_seed(0)
-    at = ("input", "recurrent")
-    present = reference.present_bits("gru", biases=True, projection=False, norm_at=at)
-    shapes = sizes("gru", 5, 3, 5, 1)
-    names = reference.present_names("gru", present)
-    weights = [torch.randn(shapes[n], dtype=torch.float64, requires_grad=True) for n in names]
+    present = reference.present_bits(cell, biases=True, projection=False, norm_at=at)
+    shapes = sizes(cell, 5, 3, 5, 1)
+    names = reference.present_names(cell, present)
+    weights = [
+        torch.randn(shapes.get(n, (5,)), dtype=torch.float64, requires_grad=True) for n in names
+    ]
     x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    arguments = ("gru", x, None, None, weights, *(None,) * 5, 1, 1, present)
+    arguments = (cell, x, None, None, weights, *(None,) * 5, 1, 1, present)
     for name in ("recurrent", "recurrent_recomputed"):
         op = getattr(torch.ops.fused_rnn, name).default
         torch.library.opcheck(op, (*arguments, 1, 1, 1e-3, False, False))
     y = ops.recurrent(
-        *("gru", x, None, None, weights, None, None, 1, 1, present),
+        *(cell, x, None, None, weights, None, None, 1, 1, present),
         stages=reference.Stages(norm=reference.Norm("layer", at, 1e-3)),
     )[0]
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     second = torch.autograd.grad(dx.square().sum(), weights)
     again = reference.recurrent(
-        *("gru", x, None, None, weights, None, None, 1, 1, present),
+        *(cell, x, None, None, weights, None, None, 1, 1, present),
         stages=reference.Stages(norm=reference.Norm("layer", at, 1e-3)),
     )[0]
     (dx,) = torch.autograd.grad(again.square().sum(), x, create_graph=True)
@@ -192,7 +217,8 @@ def test_operators_are_sound() -> None:
     [
         ("gru", ("sum",), 1, "g: expected without g_ih and g_hh, of a cell that reads sums alone"),
         ("lstm", ("sum", "input"), 1, "g: expected without g_ih and g_hh"),
-        ("lstm", ("cell",), 1, "weights: expected 4 for each of 1 layers"),
+        ("gru", ("cell",), 1, "g_c, s_c: expected both or none, of a cell whose output shows a"),
+        ("lstm", ("cell",), 0, "weights: expected 4 for each of 1 layers"),
         ("lstm", ("input",), 0, "weights: expected 4 for each of 1 layers"),
         ("lstm", ("input",), 3, "norm: expected 0, 1 or 2, and norm_eps from 0 on, got 3"),
     ],
@@ -205,3 +231,10 @@ def test_refused(cell: str, at: tuple[str, ...], norm: int, message: str) -> Non
     arguments = (cell, torch.ones(4, 2, 3), None, None, weights, *(None,) * 5, 1, 1, present)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fused_rnn.recurrent_infer(*arguments, 1, norm, 1e-3, False, False)
+
+
+@cpu_engine_only
+@pytest.mark.parametrize("cell", KERNELS)
+def test_library_and_reference_agree_on_what_is_shown(cell: str) -> None:
+    """kShows of csrc/cells, and ``shows_c``."""
+    assert (ops.facts_of("cpu", cell).has_norm == 2) == reference.CELLS[cell].shows_c

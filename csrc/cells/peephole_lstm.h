@@ -12,6 +12,7 @@ struct PeepholeLSTM : CellDefaults {
   static constexpr int kX = 4, kH = 4, kStates = 2, kSaved = 4, kD = 4, kParams = 3;
   static constexpr int kDx[kX] = {0, 1, 2, 3}, kDh[kH] = {0, 1, 2, 3};
   static constexpr int kReads = 0b10;  // c
+  static constexpr int kShows = 1;     // c'
   static constexpr const char* kParamNames[kParams] = {"p_i", "p_f", "p_o"};
 
   template <class V>
@@ -21,18 +22,37 @@ struct PeepholeLSTM : CellDefaults {
     const V i = sigmoid(V(x[0] + h[0] + p[0] * s[1])), f = sigmoid(V(x[1] + h[1] + p[1] * s[1])),
             g = tanh(V(x[2] + h[2]));
     const V c = f * s[1] + i * g, o = sigmoid(V(x[3] + h[3] + p[2] * c));
-    s_new[0] = o * tanh(c);
-    s_new[1] = c;
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
+    s_new[0] = show(saved, c);
+    s_new[1] = c;
   }
   template <class V>
   FRNN_HD static void backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s, V,
                                const Pack<V, kParams>& p, const Pack<V, kStates>& ds_new,
                                Pack<V, kD>& d, Pack<V, kStates>& ds, Pack<V, kParams>& dp) {
-    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V c = f * s[1] + i * g, tc = tanh(c);
-    d[3] = ds_new[0] * tc * sigmoid_grad(o);
-    const V dc = ds_new[1] + ds_new[0] * o * tanh_grad(tc) + d[3] * p[2];
+    const V c = saved[1] * s[1] + saved[0] * saved[2];
+    Pack<V, kStates> reached = ds_new;
+    reached[1] = ds_new[1] + show_backward(saved, c, ds_new[0], d);
+    update_backward(saved, s, p, reached, d, ds, dp);
+  }
+
+  template <class V>
+  FRNN_HD static V show(const Pack<V, kSaved>& saved, const V& shown) {
+    return saved[3] * tanh(shown);
+  }
+  template <class V>
+  FRNN_HD static V show_backward(const Pack<V, kSaved>& saved, const V& shown, const V& dh,
+                                 Pack<V, kD>& d) {
+    const V o = saved[3], t = tanh(shown);
+    d[3] = dh * t * sigmoid_grad(o);
+    return dh * o * tanh_grad(t);
+  }
+  template <class V>
+  FRNN_HD static void update_backward(const Pack<V, kSaved>& saved, const Pack<V, kStates>& s,
+                                      const Pack<V, kParams>& p, const Pack<V, kStates>& ds_new,
+                                      Pack<V, kD>& d, Pack<V, kStates>& ds, Pack<V, kParams>& dp) {
+    const V i = saved[0], f = saved[1], g = saved[2];
+    const V c = f * s[1] + i * g, dc = ds_new[1] + d[3] * p[2];
     d[0] = dc * g * sigmoid_grad(i);
     d[1] = dc * s[1] * sigmoid_grad(f);
     d[2] = dc * i * tanh_grad(g);

@@ -15,10 +15,22 @@
 //   kReadsNewH   whether the backward reads h_t (no)
 //   kParams      parameters of one value per unit, such as peepholes (none), and their names, in
 //                kParamNames. Their gradients are summed over steps and batch
+//   kShows       the state whose new value the output, which is then h, shows (-1: none): what it
+//                shows can be normalised on the way, see below
 //
 //   forward (x[kX], h[kH], s[kStates], p[kParams])                  -> s_new[kStates], saved[kSaved]
 //   backward(saved[kSaved], s[kStates], h_t, p[kParams], ds_new[kStates])
 //                                                    -> d[kD], ds[kStates], dp[kParams]
+//
+// A cell that shows a state has its output and the rest of its backward as functions, too. `shown` is
+// what takes the place of the new state in the output, `dy` the gradient of the output:
+//
+//   show(saved, shown)                                             -> output
+//   show_backward(saved, shown, dy)                                -> that of shown; d of its own gates
+//   update_backward(saved, s, p, ds_new, d of these gates)         -> d of the others, ds, dp
+//
+// where ds_new of the state has the gradient that reaches it from what was shown. `forward` computes
+// show(saved, s_new[kShows]); what it saves does not depend on that.
 //
 // ds holds the elementwise paths to the previous states; the path of h through W_hh is added by the
 // engine. h_t is as it was stored, rounded to a 16-bit type if need be. States that are not in
@@ -37,7 +49,7 @@ struct Pack {
 };
 
 struct CellDefaults {
-  static constexpr int kRecurrent = 0, kOutput = 0, kParams = 0;
+  static constexpr int kRecurrent = 0, kOutput = 0, kParams = 0, kShows = -1;
   static constexpr bool kReadsNewH = false;
   static constexpr int kDh[1] = {0};
   static constexpr const char* kParamNames[1] = {nullptr};
@@ -77,6 +89,9 @@ constexpr bool CheckCell() {
                     C::kOutput < C::kStates && C::kReads >> C::kStates == 0,
                 "h, the output and what is read are states");
   static_assert(C::kParams >= 0 && C::kParams <= kMaxParams, "there is room for parameters");
+  static_assert(C::kShows < C::kStates &&
+                    (C::kShows < 0 || (C::kOutput == C::kRecurrent && C::kShows != C::kOutput)),
+                "h shows another state");
   static_assert(C::kParams == 0 || sizeof(C::kParamNames) / sizeof(char*) == C::kParams,
                 "one name per parameter");
   return true;
@@ -90,9 +105,9 @@ constexpr CellFacts FactsOf(int tape) {
       C::kH > 0 && C::kOutput == C::kRecurrent && !States<C>::kReadsH && !C::kReadsNewH;
   bool adds = C::kX == C::kH;
   for (int q = 0; q < C::kH && adds; q++) adds = C::kDx[q] == C::kDh[q];
-  return {C::kX,      C::kH,         States<C>::kExtra,  tape,
-          C::kParams, projectable,   States<C>::kReadsH, C::kReadsNewH,
-          adds,       C::kParamNames};
+  return {C::kX,      C::kH,          States<C>::kExtra,  tape,
+          C::kParams, projectable,    States<C>::kReadsH, C::kReadsNewH,
+          adds,       C::kShows >= 0, C::kParamNames};
 }
 
 }  // namespace frnn

@@ -29,11 +29,13 @@ constexpr int64_t RowStride(int64_t units) {
 // The tensors of one direction of a layer, or their gradients: in the order of the names that
 // TensorName gives them, by which they are known everywhere.
 constexpr int kMaxParams = 16;
-// What can be normalised, row by row, before its bias is added: x W_ih^T, h W_hh^T, or their sum.
-enum Place { kInput, kRecurrent, kSum, kPlaces };
+// What can be normalised, row by row: x W_ih^T, h W_hh^T, or their sum, each before its bias is added;
+// and the state that the output shows, which is shifted afterwards.
+enum Place { kInput, kRecurrent, kSum, kShown, kPlaces };
 template <class P>
 struct DirectionTensors {
-  static constexpr int kNamed = 5, kGains = kNamed + kMaxParams, kCount = kGains + kPlaces;
+  static constexpr int kNamed = 5, kGains = kNamed + kMaxParams, kShift = kGains + kPlaces,
+                       kCount = kShift + 1;
 
   P w_ih;                // [kX H, I]
   P w_hh;                // [kH H, Hout / blocks], null if kH = 0
@@ -41,11 +43,15 @@ struct DirectionTensors {
   P b_hh;                // [kH H] or null
   P w_hr;                // [Hout, H] or null: h = w_hr h_full
   P params[kMaxParams];  // [H] each, as many as the cell has
-  P gains[kPlaces];      // [kX H], [kH H] and [kX H]: null where nothing is normalised
+  P gains[kPlaces];      // [kX H], [kH H], [kX H] and [H]: null where nothing is normalised
+  P shift;               // [H], beside gains[kShown]
 
   const P& operator[](int i) const {
     const P* const named[] = {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr};
-    return i < kNamed ? *named[i] : i < kGains ? params[i - kNamed] : gains[i - kGains];
+    return i < kNamed   ? *named[i]
+           : i < kGains ? params[i - kNamed]
+           : i < kShift ? gains[i - kGains]
+                        : shift;
   }
   P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
@@ -123,12 +129,13 @@ struct CellFacts {
   bool reads_h;      // elementwise
   bool reads_new_h;  // in the backward
   bool adds;         // reads x_q and h_q by nothing but their sum
+  bool shows;        // its output shows a state, see core/cell.h
   const char* const* param_names;
 
   // Values of a unit that a row keeps besides, of what is normalised: all gates, and one more.
   int64_t NormTape(const DirectionWeights& w) const {
     return (w.gains[kInput] ? gates_x + 1 : 0) +
-           (w.gains[kRecurrent] || w.gains[kSum] ? gates_h + 1 : 0);
+           (w.gains[kRecurrent] || w.gains[kSum] ? gates_h + 1 : 0) + (w.gains[kShown] ? 2 : 0);
   }
   int tensors() const { return DirectionWeights::kNamed + params; }
   // Bits of the tensors that a layer has.
@@ -137,12 +144,12 @@ struct CellFacts {
            int64_t(biases && gates_h > 0) << 3 | int64_t(projection) << 4 |
            ((int64_t(1) << params) - 1) << DirectionWeights::kNamed;
   }
-  // Of the list of a cell: its tensors, and the gains behind them.
+  // Of the list of a cell: its tensors, and behind them the gains and the shift.
   int Slot(int i) const { return i < tensors() ? i : DirectionWeights::kGains + i - tensors(); }
   const char* TensorName(int i) const {
     constexpr const char* kNames[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr"};
-    constexpr const char* kGainNames[] = {"g_ih", "g_hh", "g"};
-    if (i >= tensors()) return kGainNames[i - tensors()];
+    constexpr const char* kNormNames[] = {"g_ih", "g_hh", "g", "g_c", "s_c"};
+    if (i >= tensors()) return kNormNames[i - tensors()];
     return i < DirectionWeights::kNamed ? kNames[i] : param_names[i - DirectionWeights::kNamed];
   }
 };

@@ -2,7 +2,7 @@
 // and back. An engine lends a view of where its operands lie; this file is the one place that knows
 // their order, and where a stage has its turn: one that acts on gates before the cell
 // (ForwardStep::Compute, first line), or on states after it (last line: zoneout), and what undoes
-// them in BackwardStep, in reverse.
+// them in BackwardStep, in reverse; and one between a state and the output that shows it.
 #pragma once
 #include "core/cell.h"
 
@@ -17,6 +17,10 @@ namespace frnn {
 //   void SetH(V), SetExtra(e, V)
 //   void Keep(k, V)          for the backward: value k that the cell saved
 //   void KeepExtra(e, V)     and state e of c before the step
+// and, where what a cell shows is normalised,
+//   void SetShown(V)         the state, as it is
+//   V Shown()                and as the output shows it
+//   V Kept(k)                as Keep had it
 template <class C, class V>
 struct ForwardStep {
   Pack<V, C::kX> x;
@@ -44,18 +48,13 @@ struct ForwardStep {
     if (!view.Zones()) return;
     s[C::kRecurrent] = view.H();
     FRNN_UNROLL
-    for (int j = 0; j < C::kStates; j++) {
-      const int state = j == 0 ? C::kRecurrent : States<C>::OfExtra(j - 1);
-      const V z = view.Zone(j);
-      s_new[state] = (splat<V>(1) - z) * s_new[state] + z * s[state];
-    }
+    for (int j = 0; j < C::kStates; j++) Stay(view, j);
   }
 
   template <class View>
   FRNN_HD void StoreStates(const View& to) const {
     to.SetH(s_new[C::kRecurrent]);
-    FRNN_UNROLL
-    for (int e = 0; e < States<C>::kExtra; e++) to.SetExtra(e, s_new[States<C>::OfExtra(e)]);
+    StoreExtras(to);
   }
   template <class View>
   FRNN_HD void StoreTape(const View& to) const {
@@ -64,6 +63,43 @@ struct ForwardStep {
     FRNN_UNROLL
     for (int e = 0; e < States<C>::kExtra; e++)
       if (States<C>::ReadsExtra(e)) to.KeepExtra(e, s[States<C>::OfExtra(e)]);
+  }
+
+  // The same in two parts, where what the cell shows is normalised: all up to it, after Load, and
+  // the output, of what was kept.
+  template <class View>
+  FRNN_HD void RunToShown(const View& view) {
+    Compute();
+    view.SetShown(s_new[C::kShows]);
+    FRNN_UNROLL
+    for (int j = 1; j < C::kStates && view.Zones(); j++) Stay(view, j);
+    StoreTape(view);
+    StoreExtras(view);
+  }
+  template <class View>
+  FRNN_HD void RunOutput(const View& view) {
+    FRNN_UNROLL
+    for (int k = 0; k < C::kSaved; k++) saved[k] = view.Kept(k);
+    s_new[C::kOutput] = C::show(saved, view.Shown());
+    if (view.Zones()) {
+      s[C::kRecurrent] = view.H();
+      Stay(view, 0);
+    }
+    view.SetH(s_new[C::kRecurrent]);
+  }
+
+ private:
+  // What of its old value a unit keeps of h, j = 0, or state j - 1 of c.
+  template <class View>
+  FRNN_HD void Stay(const View& view, int j) {
+    const int state = j == 0 ? C::kRecurrent : States<C>::OfExtra(j - 1);
+    const V z = view.Zone(j);
+    s_new[state] = (splat<V>(1) - z) * s_new[state] + z * s[state];
+  }
+  template <class View>
+  FRNN_HD void StoreExtras(const View& to) const {
+    FRNN_UNROLL
+    for (int e = 0; e < States<C>::kExtra; e++) to.SetExtra(e, s_new[States<C>::OfExtra(e)]);
   }
 };
 
@@ -77,6 +113,9 @@ struct ForwardStep {
 //   void SetGate(i, V)              gate gradient d[i]
 //   void SetGradH(V), SetGradExtra(e, V)
 //   void AddGradParam(k, V)
+// and, where what a cell shows is normalised,
+//   V Shown()                       as in the forward
+//   V GradShown()                   what reaches the state from what the output showed of it
 template <class C, class V>
 struct BackwardStep {
   Pack<V, C::kSaved> saved;
@@ -105,18 +144,24 @@ struct BackwardStep {
   FRNN_HD void Compute() { C::backward(saved, s, h_new, p, ds_new, d, ds, dp); }
   template <class View>
   FRNN_HD void Compute(const View& view) {
-    const bool zones = view.Zones();
-    Pack<V, C::kStates> stays{};
-    FRNN_UNROLL
-    for (int j = 0; j < C::kStates && zones; j++) {
-      const int state = j == 0 ? C::kRecurrent : States<C>::OfExtra(j - 1);
-      const V z = view.Zone(j);
-      stays[state] = z * ds_new[state];
-      ds_new[state] = (splat<V>(1) - z) * ds_new[state];
-    }
+    const Pack<V, C::kStates> stays = TakeStaying(view);
     Compute();
-    FRNN_UNROLL
-    for (int j = 0; j < C::kStates && zones; j++) ds[j] = ds[j] + stays[j];
+    AddStaying(view, stays);
+  }
+  // The same in two parts, each after Load: the gradient of what the output shows, and all others
+  // given that of the state.
+  template <class View>
+  FRNN_HD V ComputeGradShown(const View& view) {
+    TakeStaying(view);
+    return C::show_backward(saved, view.Shown(), ds_new[C::kOutput], d);
+  }
+  template <class View>
+  FRNN_HD void ComputeFromShown(const View& view) {
+    const Pack<V, C::kStates> stays = TakeStaying(view);
+    C::show_backward(saved, view.Shown(), ds_new[C::kOutput], d);
+    ds_new[C::kShows] = ds_new[C::kShows] + view.GradShown();
+    C::update_backward(saved, s, p, ds_new, d, ds, dp);
+    AddStaying(view, stays);
   }
 
   template <class View>
@@ -128,6 +173,28 @@ struct BackwardStep {
     for (int e = 0; e < States<C>::kExtra; e++) to.SetGradExtra(e, ds[States<C>::OfExtra(e)]);
     FRNN_UNROLL
     for (int k = 0; k < C::kParams; k++) to.AddGradParam(k, dp[k]);
+  }
+
+ private:
+  // Of the gradients of new states what passes the cell by, to the old ones.
+  template <class View>
+  FRNN_HD Pack<V, C::kStates> TakeStaying(const View& view) {
+    const bool zones = view.Zones();
+    Pack<V, C::kStates> stays{};
+    FRNN_UNROLL
+    for (int j = 0; j < C::kStates && zones; j++) {
+      const int state = j == 0 ? C::kRecurrent : States<C>::OfExtra(j - 1);
+      const V z = view.Zone(j);
+      stays[state] = z * ds_new[state];
+      ds_new[state] = (splat<V>(1) - z) * ds_new[state];
+    }
+    return stays;
+  }
+  template <class View>
+  FRNN_HD void AddStaying(const View& view, const Pack<V, C::kStates>& stays) {
+    const bool zones = view.Zones();
+    FRNN_UNROLL
+    for (int j = 0; j < C::kStates && zones; j++) ds[j] = ds[j] + stays[j];
   }
 };
 

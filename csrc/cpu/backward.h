@@ -3,7 +3,8 @@
 // Per step, from the last one on: gate gradients d of the own units, one barrier, dh = d W_hh for
 // the own units (with a projection, dh_full = dh W_hr and a barrier before that). Then dX, dW and
 // db of the whole sequence as large products. Where a product of the forward was normalised, its
-// gradients follow from d after one more barrier, and take the place of d in these products.
+// gradients follow from d after one more barrier, and take the place of d in these products. Where
+// what the output shows was, its gradient and one more barrier come before d.
 #pragma once
 #include <algorithm>
 
@@ -33,8 +34,6 @@ class Layer<C>::BackwardPass {
  private:
   using ProductH = StepGradProduct<C::kH>;
   using ProductX = InputGradProduct<C::kX>;
-  using NormX = RowNorm<C::kX, kPanelVecs>;
-  using NormH = RowNorm<C::kH, kPanelVecs>;
   static constexpr int kInOrder[4] = {0, 1, 2, 3};
   static constexpr int kMostGrads = std::max(kMostGates, C::kD);
 
@@ -55,8 +54,12 @@ class Layer<C>::BackwardPass {
     ProductX dx_product;
     NormX x_norm;
     NormH h_norm;
+    NormShown shown_norm;
     T *w_hr, *params, *dc, *dy, *db, *dparams;
     T* zones;  // [panel][row][state][unit]
+    // Where what the output shows is normalised, the gradient of that [panel][row][unit], what is
+    // added to it [panel][unit], and the gradient of that.
+    T *dshown, *shift, *dshift;
     Gradients gradients;
 
     int dir;
@@ -67,8 +70,9 @@ class Layer<C>::BackwardPass {
   Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductH::Common h_common;
   typename ProductX::Common x_common{p.dx ? p.I : 0};
-  typename NormX::Common x_norm = NormCommon<C::kX>(p, NormOfX(p), own_panels, p.B);
-  typename NormH::Common h_norm = NormCommon<C::kH>(p, NormOfH(p), own_panels, p.B);
+  typename NormX::Common x_norm = NormCommon<NormX>(p, NormOfX(p), own_panels, p.B);
+  typename NormH::Common h_norm = NormCommon<NormH>(p, NormOfH(p), own_panels, p.B);
+  typename NormShown::Common shown_norm = NormCommon<NormShown>(p, NormOfShown(p), own_panels, p.B);
   // The gradients of products [rows][gate][unit]: of gate q, those in column[q] of d, or by
   // themselves if the product was normalised.
   struct OfProduct {
@@ -125,6 +129,9 @@ class Layer<C>::BackwardPass {
   void AddStateGrads(Thread& my, const Step& step) const;
   void Unproject(Team& team, Thread& my, const Step& step) const;
   struct View;
+  struct ShownView;
+  void ShownGrads(Team& team, Thread& my, const Step& step) const;
+  template <class View>
   Bits GateGrads(Thread& my, const Step& step) const;
   Bits NormGrads(Team& team, Thread& my, const Step& step, Bits largest) const;
   void StoreGains(const Thread& my) const;
@@ -176,9 +183,15 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
       my.gradients.Take(s, p.rows, plan.tiled, plan.d_grad_cut);
       my.x_norm.Take(s, x_norm);
       my.h_norm.Take(s, h_norm);
+      my.shown_norm.Take(s, shown_norm);
+      const int64_t shown_units = shown_norm.on ? own_panels * kUnits : 0;
+      my.dshown = s.Take<T>(p.B * shown_units);
+      my.shift = s.Take<T>(shown_units);
+      my.dshift = s.Take<T>(shown_units);
     }
     x_norm.Take(s);
     h_norm.Take(s);
+    shown_norm.Take(s);
     d_sizes = s.Take<float>(plan.tiled && plan.d_cut == parts::Cut::kFixed ? p.rows : 0);
     x_right = TakeTiles(s, plan.tiled, RoundUp(p.I, N), grad_rows, plan.grad_cut);
     h_right = TakeTiles(s, plan.tiled, RoundUp(p.Hout, N), grad_rows, plan.grad_cut);
@@ -223,15 +236,19 @@ void Layer<C>::BackwardPass::RunDirection(Team& team, Thread& my) {
   Start(my);
   my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);
   my.h_norm.Begin(my.panels, GainOfH(*my.w), p.storage);
+  my.shown_norm.Begin(my.panels, my.w->gains[kShown], p.storage);
 
   for (int64_t number = 0; number < p.T; number++) {
     const Step step = StepAt(my, number);
     if (p.every_state) AddStateGrads(my, step);
     if (projected) Unproject(team, my, step);
-    Bits largest = GateGrads(my, step);
+    for (int64_t i = my.panels.begin; i < my.panels.end && ZonesVary(p); i++)
+      LoadZones(p, my.dir, step.row, step.n, i, Zones(my, i));
+    if (shown_norm.on) ShownGrads(team, my, step);
+    Bits largest = shown_norm.on ? GateGrads<ShownView>(my, step) : GateGrads<View>(my, step);
     if (x_norm.on || h_norm.on) largest = NormGrads(team, my, step, largest);
     if (plan.tiled) ShareGrads(team, my, step, largest);
-    if (C::kH > 0 || x_norm.on) team.Sync();
+    if (C::kH > 0 || x_norm.on || shown_norm.on) team.Sync();
     if (C::kH > 0) RecurrentGrad(my, step);
     CutResets(my, step);
   }
@@ -253,8 +270,8 @@ void Layer<C>::BackwardPass::PackProjection(Thread& my) const {
   });
 }
 
-// The parameters [number][unit] of the own panels; their gradients and db = 0; dc and dh from what
-// comes after the last step.
+// The parameters [number][unit] and shifts of the own panels; their gradients and db = 0; dc and dh
+// from what comes after the last step.
 template <class C>
 void Layer<C>::BackwardPass::Start(Thread& my) const {
   const int64_t count = my.panels.end - my.panels.begin;
@@ -266,6 +283,12 @@ void Layer<C>::BackwardPass::Start(Thread& my) const {
       LoadPadded<kUnits>(At(my.w->params[k], p.storage, unit), p.storage, p.H - unit,
                          my.params + (at * C::kParams + k) * kUnits);
     }
+  for (int64_t at = 0; at < count && shown_norm.on; at++) {
+    const int64_t unit = (my.panels.begin + at) * kUnits;
+    LoadPadded<kUnits>(At(my.w->shift, p.storage, unit), p.storage, p.H - unit,
+                       my.shift + at * kUnits);
+    std::fill_n(my.dshift + at * kUnits, kUnits, T(0));
+  }
   for (int64_t i = my.panels.begin; i < my.panels.end; i++)
     for (int64_t r = 0; r < p.B * kExtra; r++) {
       const int64_t unit = i * kUnits;
@@ -437,20 +460,80 @@ struct Layer<C>::BackwardPass::View {
   FRNN_INLINE T* OfGradH() const { return pass.dh + row * pass.h_stride + unit; }
 };
 
+// The same where what the output shows was normalised.
+template <class C>
+struct Layer<C>::BackwardPass::ShownView : View {
+  const T *normal, *gain, *shift;
+  T* dshown;
+
+  FRNN_INLINE ShownView(const BackwardPass& pass, const Thread& my, const Step& step, int64_t panel,
+                        int vec, const Bits& largest)
+      : View(pass, my, step, panel, vec, largest),
+        normal(NormTapeOfShown(pass.p, my.dir, step.row, panel) + vec * N) {
+    const int64_t at = panel - my.panels.begin;
+    gain = my.shown_norm.Gains(at) + vec * N;
+    shift = my.shift + at * kUnits + vec * N;
+    dshown = my.dshown + at * pass.p.B * kUnits + vec * N;
+  }
+  FRNN_INLINE V Shown() const {
+    return load<V>(normal + this->row * NormShown::kTapeRow) * load<V>(gain) + load<V>(shift);
+  }
+  FRNN_INLINE V GradShown() const { return load<V>(dshown + this->row * kUnits); }
+};
+
+// The gradient that reaches the state from what the output shows of it, the own units.
+template <class C>
+void Layer<C>::BackwardPass::ShownGrads(Team& team, Thread& my, const Step& step) const {
+  if constexpr (kShows) {
+    const auto tape_of = [&](int64_t at) {
+      return NormTapeOfShown(p, my.dir, step.row, my.panels.begin + at);
+    };
+    const auto grads_of = [&](int64_t at) { return my.dshown + at * p.B * kUnits; };
+    const int64_t count = my.panels.end - my.panels.begin;
+    for (int64_t at = 0; at < count; at++) {
+      FRNN_UNROLL
+      for (int vec = 0; vec < kPanelVecs; vec++) {
+        ShownView view(*this, my, step, my.panels.begin + at, vec, Bits{});
+        V sum{};
+        for (; view.row < step.n; view.row++) {
+          BackwardStep<C, V> unit;
+          unit.Load(view);
+          const V grad = unit.ComputeGradShown(view);
+          store<V>(view.dshown + view.row * kUnits, grad);
+          sum += grad;
+        }
+        T* dshift = my.dshift + at * kUnits + vec * N;
+        store<V>(dshift, load<V>(dshift) + sum);
+      }
+      my.shown_norm.MeasureGrads(
+          at, step.n, [&](int) FRNN_INLINE_LAMBDA { return grads_of(at); }, kUnits, tape_of(at));
+    }
+    team.Sync();
+    my.shown_norm.FindGrads(step.n);
+    for (int64_t at = 0; at < count; at++)
+      my.shown_norm.ApplyGrads(
+          at, step.n, [&](int) FRNN_INLINE_LAMBDA { return grads_of(at); }, kUnits, tape_of(at),
+          grads_of(at), kUnits, kUnits);
+  }
+}
+
 // d of the own units, from dh, dc and what the forward saved; dc and the elementwise path of dh are
 // replaced by those of the step before. The largest |d|, as bits.
 template <class C>
-auto Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const -> Bits {
+template <class View>
+Bits Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const {
   Bits largest{};
   for (int64_t panel = my.panels.begin; panel < my.panels.end; panel++) {
-    if (ZonesVary(p)) LoadZones(p, my.dir, step.row, step.n, panel, Zones(my, panel));
     FRNN_UNROLL
     for (int vec = 0; vec < kPanelVecs; vec++) {
       View view(*this, my, step, panel, vec, largest);
       for (; view.row < step.n; view.row++) {
         BackwardStep<C, V> unit;
         unit.Load(view);
-        unit.Compute(view);
+        if constexpr (kShows && std::is_same_v<View, ShownView>)
+          unit.ComputeFromShown(view);
+        else
+          unit.Compute(view);
         unit.Store(view);
       }
       view.StoreSums();
@@ -560,20 +643,20 @@ void Layer<C>::BackwardPass::StoreGrads(Thread& my) const {
   }
 }
 
-// The gradients of the own gains.
+// The gradients of the own gains and shifts.
 template <class C>
 void Layer<C>::BackwardPass::StoreGains(const Thread& my) const {
-  const auto store_gains = [&](const auto& norm, int gates, void* gains) {
-    for (int64_t i = my.panels.begin; i < my.panels.end && gains; i++)
-      for (int q = 0; q < gates; q++) {
-        const int64_t unit = i * kUnits;
-        StoreRow(At(gains, p.storage, q * p.H + unit), p.storage,
-                 norm.GainGrads(i - my.panels.begin) + q * kUnits,
-                 std::min<int64_t>(p.H - unit, kUnits));
-      }
+  // [panel][gate][unit]
+  const auto store_units = [&](const T* from, int gates, void* to) {
+    for (int64_t i = my.panels.begin; i < my.panels.end && to; i++)
+      for (int q = 0; q < gates; q++, from += kUnits)
+        StoreRow(At(to, p.storage, q * p.H + i * kUnits), p.storage, from,
+                 std::min<int64_t>(p.H - i * kUnits, kUnits));
   };
-  store_gains(my.x_norm, C::kX, my.dw->gains[kInput]);
-  store_gains(my.h_norm, C::kH, GainOfH(*my.dw));
+  store_units(my.x_norm.GainGrads(0), C::kX, my.dw->gains[kInput]);
+  store_units(my.h_norm.GainGrads(0), C::kH, GainOfH(*my.dw));
+  store_units(my.shown_norm.GainGrads(0), 1, my.dw->gains[kShown]);
+  store_units(my.dshift, 1, my.dw->shift);
 }
 
 // dX = d W_ih, to which the second direction adds. Rows are split over the team; where there are

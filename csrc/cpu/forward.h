@@ -2,7 +2,7 @@
 //
 // Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per
 // step gates_h = h W_hh^T, gate math, what happens to the states before the next step, one barrier
-// (two more around the product of a projection, and one more before what is normalised).
+// (two more around the product of a projection, and one more before each thing that is normalised).
 #pragma once
 #include <algorithm>
 
@@ -23,8 +23,6 @@ class Layer<C>::ForwardPass {
  private:
   using ProductX = InputProduct<C::kX, kPanelVecs>;
   using ProductH = StepProduct<C::kH, kPanelVecs>;
-  using NormX = RowNorm<C::kX, kPanelVecs>;
-  using NormH = RowNorm<C::kH, kPanelVecs>;
 
   const LayerParams& p;
   const bool projected = Projected(p);
@@ -49,8 +47,12 @@ class Layer<C>::ForwardPass {
     ProductH h_product;
     NormX x_norm;
     NormH h_norm;
+    NormShown shown_norm;
     T *b_ih, *b_hh, *w_hr, *params, *c, *x;
-    T* zones;    // [panel][row][state][unit]
+    T* zones;  // [panel][row][state][unit]
+    // If what the output shows is normalised, that [panel][row][unit], what is added to it [panel][unit],
+    // and where no tape is kept, that of a step.
+    T *shown, *shift, *tape;
     T* gates_x;  // [group of panels][row][panel of the group][gate][unit]
     // [row][panel of the group][gate][unit] of a block of rows, or as gates_x of a step if they are
     // normalised.
@@ -66,8 +68,9 @@ class Layer<C>::ForwardPass {
   Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductX::Common x_common;
   typename ProductH::Common h_common;
-  typename NormX::Common x_norm = NormCommon<C::kX>(p, NormOfX(p), own_panels, plan.gates_rows);
-  typename NormH::Common h_norm = NormCommon<C::kH>(p, NormOfH(p), own_panels, p.B);
+  typename NormX::Common x_norm = NormCommon<NormX>(p, NormOfX(p), own_panels, plan.gates_rows);
+  typename NormH::Common h_norm = NormCommon<NormH>(p, NormOfH(p), own_panels, p.B);
+  typename NormShown::Common shown_norm = NormCommon<NormShown>(p, NormOfShown(p), own_panels, p.B);
   T* h_buffer[2] = {nullptr, nullptr};
   T* full_buffer = nullptr;
   // With a mask of h, [B, h_stride], what goes into the product: of steps in turn.
@@ -99,6 +102,8 @@ class Layer<C>::ForwardPass {
     T* h_new;         // rows h_stride apart (h_full, rows full_stride apart, with a projection)
     int64_t h_stride, h_new_stride;
     T* c;            // [n, kExtra, units], replaced
+    T* shown;        // [n, units], and
+    const T* shift;  // [units], where what the output shows is normalised
     const T* zones;  // [n, kStates, units], rows zones_stride apart, or null
     int64_t zones_stride;
     T* tape;  // [n, kTape, units] or null
@@ -135,13 +140,16 @@ class Layer<C>::ForwardPass {
       if (e == kOutputExtra) SetOutput(c);
     }
     FRNN_INLINE void KeepExtra(int e, const V& c) const { Keep(Tape<C>::OfExtra(e), c); }
-    FRNN_INLINE void Keep(int k, const V& v) const {
-      store<V>(s.tape + (row * kTape + k) * kUnits + vec * N, v);
-    }
+    FRNN_INLINE void Keep(int k, const V& v) const { store<V>(OfTape(k), v); }
+    FRNN_INLINE V Kept(int k) const { return load<V>(OfTape(k)); }
+    FRNN_INLINE void SetShown(const V& v) const { store<V>(OfShown(), v); }
+    FRNN_INLINE V Shown() const { return load<V>(OfShown()) + load<V>(s.shift + vec * N); }
 
    private:
     FRNN_INLINE int OfGate(int q) const { return (q * kPanelVecs + vec) * N; }
     FRNN_INLINE T* OfExtra(int e) const { return s.c + (row * kExtra + e) * kUnits + vec * N; }
+    FRNN_INLINE T* OfTape(int k) const { return s.tape + (row * kTape + k) * kUnits + vec * N; }
+    FRNN_INLINE T* OfShown() const { return s.shown + row * kUnits + vec * N; }
     FRNN_INLINE void SetOutput(const V& y) const {
       const int64_t left = s.units - vec * N;
       if (s.y && left > 0) store_n(s.y + row * s.y_stride + vec * N, y, int(left < N ? left : N));
@@ -173,7 +181,11 @@ class Layer<C>::ForwardPass {
   StepRows RowsOf(const Thread& my, const Chunk& chunk, const Step& step, int64_t at) const;
   void RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const;
   void NormalisedGates(Team& team, Thread& my, const Chunk& chunk, const Step& step) const;
+  void Gates(const Thread& my, const StepRows& s, int64_t at, int64_t first, int rows) const;
   static void GateMath(const StepRows& s, int64_t first, int rows);
+  template <class F>
+  static void ForRows(const StepRows& s, int64_t first, int rows, const F& run);
+  void ShowOutputs(Team& team, Thread& my, const Chunk& chunk, const Step& step) const;
   void Project(Team& team, Thread& my, const Step& step) const;
   void StoreOutputs(Thread& my, const Step& step) const;
   void StoreExtraStates(Thread& my, int64_t rows, int64_t row) const;
@@ -212,6 +224,11 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
       my.no_gates_x = s.Take<T>(NormOfSum(p) ? x_common.Stride() : 0);
       my.x_norm.Take(s, x_norm);
       my.h_norm.Take(s, h_norm);
+      my.shown_norm.Take(s, shown_norm);
+      const int64_t shown_units = shown_norm.on ? own_panels * kUnits : 0;
+      my.shown = s.Take<T>(p.B * shown_units);
+      my.shift = s.Take<T>(shown_units);
+      my.tape = s.Take<T>(p.saved ? 0 : p.B * kTape * shown_units);
       my.c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.x = s.Take<T>(input.direct ? 0 : plan.gates_rows * x_stride);
       my.zones = s.Take<T>(own_panels * ZoneRows(p) * C::kStates * kUnits);
@@ -220,6 +237,7 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
     h_common.Take(s, plan.threads, p.B);
     x_norm.Take(s);
     h_norm.Take(s);
+    shown_norm.Take(s);
     if (!in_place && !in_one)
       for (T*& buffer : h_buffer) buffer = s.Take<T>(p.B * h_stride);
     if (projected && p.hs == nullptr) full_buffer = s.Take<T>(p.B * full_stride);
@@ -246,6 +264,7 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   PackPanels(my);
   my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);
   my.h_norm.Begin(my.panels, GainOfH(*my.w), p.storage);
+  my.shown_norm.Begin(my.panels, my.w->gains[kShown], p.storage);
   if (projected) PackProjection(my);
   Start(team, my);
   my.x_product.Turn(team, p.B, static_cast<const T*>(p.x), p.x_b_stride);
@@ -267,6 +286,7 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
         NormalisedGates(team, my, chunk, step);
       else
         RecurrentGates(my, chunk, step);
+      if (shown_norm.on) ShowOutputs(team, my, chunk, step);
       if (projected) Project(team, my, step);
       if (my.valid > 0 && !in_one) StoreOutputs(my, step);
       if (p.every_state) StoreExtraStates(my, step.n, step.row);
@@ -276,7 +296,7 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
         my.h_product.Share(team, NumberOf(my, number + 1), step.n, my.first, my.last, step.left_new,
                            step.ld_left);
       }
-      if (C::kH > 0 && !in_one) team.Sync();
+      if ((C::kH > 0 || shown_norm.on) && !in_one) team.Sync();
     }
   }
   if (!p.every_state) StoreExtraStates(my, p.B, 0);
@@ -284,7 +304,7 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
 
 // ---- once per direction ----
 
-// Biases [gate][unit], parameters [number][unit] and c_0 [row][state][unit] of the own panels, and
+// Biases [gate][unit], parameters [number][unit], what is added to what is shown, and c_0 [row][state][unit] of the own panels, and
 // zones that are the same in all steps.
 template <class C>
 void Layer<C>::ForwardPass::PackPanels(Thread& my) const {
@@ -304,6 +324,8 @@ void Layer<C>::ForwardPass::PackPanels(Thread& my) const {
       LoadPadded<kUnits>(
           p.c0 ? At(p.c0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit) : nullptr, p.storage,
           p.c0 ? n : 0, my.c + (at * p.B * kExtra + r) * kUnits);
+    if (shown_norm.on)
+      LoadPadded<kUnits>(At(my.w->shift, p.storage, unit), p.storage, n, my.shift + at * kUnits);
     if (ZonesStay(p)) LoadZones(p, my.dir, 0, 1, my.panels.begin + at, Zones(my, at));
   }
 }
@@ -338,6 +360,7 @@ void Layer<C>::ForwardPass::Start(Team& team, Thread& my) const {
     end_tape(TapeOf(p, my.dir), kTape);
     if (x_norm.on) end_tape(NormTapeOfX(p, my.dir, 0, 0), NormX::kTape);
     if (h_norm.on) end_tape(NormTapeOfH(p, my.dir, 0, 0), NormH::kTape);
+    if (shown_norm.on) end_tape(NormTapeOfShown(p, my.dir, 0, 0), NormShown::kTape);
   }
   std::fill_n(my.no_gates_x, NormOfSum(p) ? x_common.Stride() : 0, T(0));
   if (!in_place && !in_one)
@@ -458,9 +481,13 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
   s.h_new = (projected ? step.full : step.h_new) + unit;
   s.h_new_stride = projected ? step.ld_full : step.ldh;
   s.c = my.c + at * p.B * kExtra * kUnits;
+  s.shown = my.shown + at * p.B * kUnits;
+  s.shift = my.shift + at * kUnits;
   s.zones = p.zoneout ? Zones(my, at) : nullptr;
   s.zones_stride = ZonesStay(p) ? 0 : C::kStates * kUnits;
-  s.tape = p.saved && kTape > 0 ? TapeOf(p, my.dir, step.t, panel) : nullptr;
+  s.tape = p.saved && kTape > 0 ? TapeOf(p, my.dir, step.t, panel)
+           : shown_norm.on      ? my.tape + at * p.B * kTape * kUnits
+                                : nullptr;
   s.y_stride = p.dirs * p.Hout;
   s.y = direct_y && p.y != p.h_n
             ? static_cast<T*>(p.y) + step.row * s.y_stride + my.dir * p.Hout + unit
@@ -477,7 +504,7 @@ void Layer<C>::ForwardPass::RecurrentGates(Thread& my, const Chunk& chunk, const
       NumberOf(my, step.number), step.n, step.left, step.ld_left,
       [&](int64_t, int64_t) FRNN_INLINE_LAMBDA { return my.gates_h; },
       [&](int64_t at, int64_t first, int rows)
-          FRNN_INLINE_LAMBDA { GateMath(RowsOf(my, chunk, step, at), first, rows); });
+          FRNN_INLINE_LAMBDA { Gates(my, RowsOf(my, chunk, step, at), at, first, rows); });
 }
 
 // The same where gates_h is normalised, which takes whole rows of it.
@@ -502,7 +529,7 @@ void Layer<C>::ForwardPass::NormalisedGates(Team& team, Thread& my, const Chunk&
   for (int64_t at = 0; at < my.count; at++) {
     my.h_norm.Apply(at, step.n, GatesH(my, at), stride,
                     p.saved ? NormTapeOfH(p, my.dir, step.row, my.panels.begin + at) : nullptr);
-    GateMath(RowsOf(my, chunk, step, at), 0, int(step.n));
+    Gates(my, RowsOf(my, chunk, step, at), at, 0, int(step.n));
   }
 }
 
@@ -565,18 +592,60 @@ void Layer<C>::ForwardPass::StoreExtraStates(Thread& my, int64_t rows, int64_t r
     }
 }
 
-// The pointwise part of a step, for one panel and the rows from `first` on.
+// The pointwise part of a step, for one panel and the rows from `first` on: up to what the output
+// shows, if that is normalised.
+template <class C>
+void Layer<C>::ForwardPass::Gates(const Thread& my, const StepRows& s, int64_t at, int64_t first,
+                                  int rows) const {
+  if constexpr (kShows) {
+    if (shown_norm.on) {
+      ForRows(s, first, rows, [](ForwardStep<C, V>& step, const View& view) FRNN_INLINE_LAMBDA {
+        step.Load(view);
+        step.RunToShown(view);
+      });
+      return my.shown_norm.Measure(at, first, rows, s.shown + first * kUnits, kUnits);
+    }
+  }
+  GateMath(s, first, rows);
+}
 template <class C>
 void Layer<C>::ForwardPass::GateMath(const StepRows& s, int64_t first, int rows) {
+  ForRows(s, first, rows, [&](ForwardStep<C, V>& step, const View& view) FRNN_INLINE_LAMBDA {
+    step.Load(view);
+    step.Compute(view);
+    step.StoreStates(view);
+    if (s.tape) step.StoreTape(view);
+  });
+}
+// run(step, view) for each row and vector of units.
+template <class C>
+template <class F>
+FRNN_INLINE void Layer<C>::ForwardPass::ForRows(const StepRows& s, int64_t first, int rows,
+                                                const F& run) {
   for (int64_t row = first; row < first + rows; row++) {
     FRNN_UNROLL
     for (int vec = 0; vec < kPanelVecs; vec++) {
-      const View view{s, row, row - first, vec};
       ForwardStep<C, V> step;
-      step.Load(view);
-      step.Compute(view);
-      step.StoreStates(view);
-      if (s.tape) step.StoreTape(view);
+      run(step, View{s, row, row - first, vec});
+    }
+  }
+}
+
+// The output of the own panels, of what it shows in normalised form.
+template <class C>
+void Layer<C>::ForwardPass::ShowOutputs(Team& team, Thread& my, const Chunk& chunk,
+                                        const Step& step) const {
+  if constexpr (kShows) {
+    team.Sync();
+    my.shown_norm.Find(step.n);
+    for (int64_t at = 0; at < my.count; at++) {
+      const StepRows s = RowsOf(my, chunk, step, at);
+      my.shown_norm.Apply(
+          at, step.n, s.shown, kUnits,
+          p.saved ? NormTapeOfShown(p, my.dir, step.row, my.panels.begin + at) : nullptr);
+      ForRows(s, 0, int(step.n), [](ForwardStep<C, V>& unit, const View& view) FRNN_INLINE_LAMBDA {
+        unit.RunOutput(view);
+      });
     }
   }
 }

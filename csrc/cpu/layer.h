@@ -60,6 +60,10 @@ class Layer {
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
   static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
   static constexpr int kTape = Tape<C>::kSize;
+  static constexpr bool kShows = C::kShows >= 0;
+  using NormX = RowNorm<C::kX, kPanelVecs>;
+  using NormH = RowNorm<C::kH, kPanelVecs>;
+  using NormShown = RowNorm<1, kPanelVecs>;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
 
@@ -192,13 +196,18 @@ class Layer {
     return static_cast<T*>(p.saved) + dir * p.rows * tape * Padded(p.H);
   }
   static T* NormTapeOfX(const LayerParams& p, int dir, int64_t row, int64_t panel) {
-    return TapeOf(p, dir) + p.rows * kTape * Padded(p.H) +
-           (panel * p.rows + row) * RowNorm<C::kX, kPanelVecs>::kTapeRow;
+    return TapeOf(p, dir) + p.rows * kTape * Padded(p.H) + (panel * p.rows + row) * NormX::kTapeRow;
   }
   static T* NormTapeOfH(const LayerParams& p, int dir, int64_t row, int64_t panel) {
-    const int64_t before = kTape + (NormOfX(p) ? RowNorm<C::kX, kPanelVecs>::kTape : 0);
+    const int64_t before = kTape + (NormOfX(p) ? NormX::kTape : 0);
     return TapeOf(p, dir) + p.rows * before * Padded(p.H) +
-           (panel * p.rows + row) * RowNorm<C::kH, kPanelVecs>::kTapeRow;
+           (panel * p.rows + row) * NormH::kTapeRow;
+  }
+  static T* NormTapeOfShown(const LayerParams& p, int dir, int64_t row, int64_t panel) {
+    const int64_t before =
+        kTape + (NormOfX(p) ? NormX::kTape : 0) + (NormOfH(p) ? NormH::kTape : 0);
+    return TapeOf(p, dir) + p.rows * before * Padded(p.H) +
+           (panel * p.rows + row) * NormShown::kTapeRow;
   }
 
   // Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it, their sum.
@@ -207,17 +216,21 @@ class Layer {
     return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
   }
   static bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
+  // Whether what the output shows is.
+  static bool NormOfShown(const LayerParams& p) {
+    return kShows && p.w[0].gains[kShown] != nullptr;
+  }
   // The gains of what NormOfH is about.
   template <class P>
   static P GainOfH(const DirectionTensors<P>& w) {
     return w.gains[kSum] ? w.gains[kSum] : w.gains[kRecurrent];
   }
-  template <int kGates>
-  static typename RowNorm<kGates, kPanelVecs>::Common NormCommon(const LayerParams& p, bool on,
-                                                                 int64_t own_panels, int64_t rows) {
+  template <class Normed>
+  static typename Normed::Common NormCommon(const LayerParams& p, bool on, int64_t own_panels,
+                                            int64_t rows) {
     double eps;
     memcpy(&eps, &p.norm_eps, sizeof(eps));
-    typename RowNorm<kGates, kPanelVecs>::Common common{};
+    typename Normed::Common common{};
     common.on = on;
     common.centred = p.norm == Norm::kLayer;
     common.eps = T(eps);

@@ -1,5 +1,5 @@
-// Normalisation of a product of a layer, row by row, over all gates and units: v becomes
-// gain * n, where n = (v - mean) * scale and scale = 1 / sqrt(var + eps), or, of kind rms,
+// Normalisation of a product of a layer, row by row, over all gates and units, or of a state over all
+// units, as of one gate: v becomes gain * n, where n = (v - mean) * scale and scale = 1 / sqrt(var + eps), or, of kind rms,
 // n = v * scale and scale = 1 / sqrt(mean of squares + eps).
 //
 // A row is spread over the team. Each thread sums up the part of its panels, and after a barrier
@@ -23,7 +23,7 @@ template <int kGates, int kPanelVecs>
 class RowNorm {
  public:
   static constexpr int kUnits = kPanelVecs * N;
-  // On the tape, of each row and panel: n of all gates, then the scale, once for each unit.
+  // On the tape, of each row and panel: n of all gates, then the scale, once for each unit, 0 past H.
   static constexpr int kTape = kGates + 1, kTapeRow = kTape * kUnits;
 
   // What the threads of a team share.
@@ -67,9 +67,8 @@ class RowNorm {
   void Measure(int64_t at, int64_t first, int64_t rows, const T* v, int64_t stride) const {
     const Common& c = *common_;
     const int64_t panel = panels_.begin + at, units = c.Units(panel);
-    V valid[kPanelVecs];  // 1, and 0 past H
-    for (int j = 0; j < kPanelVecs; j++)
-      for (int lane = 0; lane < N; lane++) valid[j][lane] = j * N + lane < units;
+    V valid[kPanelVecs];
+    Valid(at, valid);
     T *const sum = c.Sum(panel, 0) + first, *const squares = c.Sum(panel, 1) + first;
     for (int64_t r = 0; r < rows; r += N) {
       V mean{};
@@ -108,6 +107,8 @@ class RowNorm {
   // In place. `tape` may be null.
   void Apply(int64_t at, int64_t n, T* v, int64_t stride, T* tape) const {
     const T* gain = gain_ + at * kWidth;
+    V valid[kPanelVecs];
+    Valid(at, valid);
     for (int64_t row = 0; row < n; row++, v += stride) {
       const V mean = splat<V>(found_[0][row]), scale = splat<V>(found_[1][row]);
       FRNN_UNROLL
@@ -118,7 +119,7 @@ class RowNorm {
       }
       if (!tape) continue;
       FRNN_UNROLL
-      for (int j = 0; j < kPanelVecs; j++) store<V>(tape + kWidth + j * N, scale);
+      for (int j = 0; j < kPanelVecs; j++) store<V>(tape + kWidth + j * N, scale * valid[j]);
       tape += kTapeRow;
     }
   }
@@ -183,12 +184,19 @@ class RowNorm {
     return largest;
   }
   // [gate][unit] of an own panel.
+  const T* Gains(int64_t at) const { return gain_ + at * kWidth; }
   const T* GainGrads(int64_t at) const { return dgain_ + at * kWidth; }
 
  private:
   static constexpr int kVecs = kGates * kPanelVecs, kWidth = kGates * kUnits;
 
   T Count() const { return T(kGates * common_->H); }
+  // 1 for each unit of an own panel, 0 past H.
+  void Valid(int64_t at, V (&valid)[kPanelVecs]) const {
+    const int64_t units = common_->Units(panels_.begin + at);
+    for (int j = 0; j < kPanelVecs; j++)
+      for (int lane = 0; lane < N; lane++) valid[j][lane] = j * N + lane < units;
+  }
   V SumOfPanels(int which, int64_t r) const {
     V sum{};
     for (int64_t panel = 0; panel < common_->panels; panel++)

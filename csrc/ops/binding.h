@@ -37,7 +37,7 @@ struct frnn_cell_t {
   int gates_x, gates_h, extra_states, tape, reads_h, reads_new_h;
   int has_stages;   // whether there are kernels for Stages
   int block_units;  // a block of a block-diagonal W_hh has a multiple of so many; 0: there are none
-  int has_norm;     // whether there are kernels for Shape::norm
+  int has_norm;  // kernels for Shape::norm: 0 none, 1 of products, 2 of what the output shows, too
 };
 struct frnn_tape_t {
   int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
@@ -207,10 +207,15 @@ template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const CellFacts* found = FindAny<Device>(cell);
   if (found == nullptr) return false;
-  *facts = {
-      found->gates_x,  found->gates_h,     found->extra_states, found->tape,
-      found->reads_h,  found->reads_new_h, Device::kHasStages,  Device::kHasBlocks ? kAlign : 0,
-      Device::kHasNorm};
+  *facts = {found->gates_x,
+            found->gates_h,
+            found->extra_states,
+            found->tape,
+            found->reads_h,
+            found->reads_new_h,
+            Device::kHasStages,
+            Device::kHasBlocks ? kAlign : 0,
+            std::min<int>(Device::kHasNorm, found->shows ? 2 : 1)};
   return true;
 }
 template <class Device>

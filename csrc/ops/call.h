@@ -18,8 +18,8 @@ namespace frnn {
 //     static constexpr const char* kName;        // "CPU"
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
-//     static constexpr bool kHasStages, kHasBlocks, kHasNorm;  // kernels for Stages, Shape::blocks and
-//                                                              // Shape::norm
+//     static constexpr bool kHasStages, kHasBlocks;  // kernels for Stages and Shape::blocks
+//     static constexpr int kHasNorm;                 // and for Shape::norm, as has_norm in frnn_cell_t
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown
@@ -238,7 +238,8 @@ struct Call {
 
   // The sizes that weights have, and each where the engine reads it.
   void TakeWeights(int64_t present, const T* weights, size_t count) {
-    const int known = kernels.tensors() + (p.norm == Norm::kNone ? 0 : kPlaces);
+    constexpr int kOfNorm = DirectionWeights::kCount - DirectionWeights::kGains;
+    const int known = kernels.tensors() + (p.norm == Norm::kNone ? 0 : kOfNorm);
     tensors.reserve(size_t(known));
     for (int i = 0; i < known; i++)
       if (present >> i & 1) tensors.push_back(i);
@@ -259,10 +260,14 @@ struct Call {
     FRNN_CHECK(w_hr == nullptr || kernels.projectable,
                "w_hr: this cell reads h elementwise and takes no projection");
     const T *g_ih = find(kernels.tensors() + kInput), *g_hh = find(kernels.tensors() + kRecurrent),
-            *g = find(kernels.tensors() + kSum);
+            *g = find(kernels.tensors() + kSum), *g_c = find(kernels.tensors() + kShown),
+            *s_c = find(kernels.tensors() + kPlaces);
     FRNN_CHECK(g_hh == nullptr || kernels.gates_h > 0, "g_hh: this cell has no w_hh");
     FRNN_CHECK(g == nullptr || (kernels.adds && g_ih == nullptr && g_hh == nullptr),
                "g: expected without g_ih and g_hh, of a cell that reads sums alone");
+    FRNN_CHECK((g_c != nullptr) == (s_c != nullptr) && (g_c == nullptr || kernels.shows),
+               "g_c, s_c: expected both or none, of a cell whose output shows a state");
+    FRNN_CHECK(g_c == nullptr || Device::kHasNorm > 1, "g_c: no kernels for ", Device::kName);
     const T& sized = w_hh != nullptr ? *w_hh : *w_ih;
     FRNN_CHECK(sized.dim() == 2, w_hh != nullptr ? "w_hh" : "w_ih",
                ": expected 2 dimensions, got shape ", ShapeText(sized.sizes()));
@@ -295,8 +300,11 @@ struct Call {
       case 4:
         return arguments.Take(name, t, {p.Hout, p.H});
       default:
-        if (i < kernels.tensors()) return arguments.Take(name, t, {p.H});
-        return arguments.Take(name, t, {i == kernels.tensors() + kRecurrent ? gates_h : gates_x});
+        const int place = i - kernels.tensors();
+        return arguments.Take(name, t,
+                              {place < 0 || place >= kShown ? p.H
+                               : place == kRecurrent        ? gates_h
+                                                            : gates_x});
     }
   }
 

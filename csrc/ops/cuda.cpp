@@ -45,7 +45,8 @@ struct Cuda {
   using Kernels = CudaKernels;
   static constexpr int kSavedLead = 0;
   static constexpr bool kHsInStorageType = true;
-  static constexpr bool kHasStages = false, kHasBlocks = false, kHasNorm = false;
+  static constexpr bool kHasStages = false, kHasBlocks = false;
+  static constexpr int kHasNorm = 0;
 #ifdef FUSED_RNN_EMULATE
   static constexpr const char* kName = "CPU";
   static int32_t Index(const Tensor&) { return 0; }

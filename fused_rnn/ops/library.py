@@ -67,7 +67,7 @@ def takes(
     has_stages, units_of_block, reads_new_h, has_norm = stages_of_library(target_of(device), cell)
     if stages.reset_to is not None:
         return False
-    if stages.norm is not None and (not has_norm or "cell" in stages.norm.at):
+    if stages.norm is not None and has_norm < (2 if "cell" in stages.norm.at else 1):
         return False
     if stages.blocks > 1 and (not units_of_block or hidden % (stages.blocks * units_of_block)):
         return False
@@ -133,15 +133,14 @@ def tape_values(target: str, cell: str, present: int) -> int:
     """Values of a unit that a row of the tape has: NormTape of csrc/core/params.h and before."""
     facts, values = facts_of(target, cell), 0
     for place in reference.present_norms(cell, present):
-        values += 1 + (facts.gates_x if place == "input" else facts.gates_h)
+        values += 1 + {"input": facts.gates_x, "cell": 1}.get(place, facts.gates_h)
     return facts.tape + values
 
 
 @constant
-def stages_of_library(target: str, cell: str) -> tuple[bool, int, bool, bool]:
+def stages_of_library(target: str, cell: str) -> tuple[bool, int, bool, int]:
     facts = facts_of(target, cell)
-    has = bool(facts.has_stages), facts.block_units, bool(facts.reads_new_h), bool(facts.has_norm)
-    return has
+    return bool(facts.has_stages), facts.block_units, bool(facts.reads_new_h), facts.has_norm
 
 
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:
