@@ -81,6 +81,8 @@ class Layer<C>::BackwardPass {
     const int* column;
   };
   OfProduct x_grads, h_grads;
+  // Where no product reads d, it is kept for a step alone.
+  const bool d_is_of_step = h_norm.on && (x_norm.on || NormOfSum(p));
   T *d, *dh, *dh_seq, *dh_full, *grad_right, *sum_ih, *sum_hh, *dx_sum;
   T *mask = nullptr, *dh_left = nullptr;  // with a mask of h, that and the gradient behind it
   parts::TiledOperand x_right, h_right;   // the right sides of dW, x and h
@@ -117,7 +119,8 @@ class Layer<C>::BackwardPass {
   bool IsReset(const Thread& my, int64_t t, int64_t b) const {
     return p.reset != nullptr && Layer::IsReset(p, my.dir, t, b);
   }
-  const T* Gate(int i, int64_t row) const { return d + row * d_stride + i * gate_stride; }
+  // The d of a step.
+  T* GatesOf(const Step& step) const { return d + (d_is_of_step ? 0 : step.row) * d_stride; }
   const T* Gate(const OfProduct& of, int q, int64_t row) const {
     return of.d + row * of.stride + of.column[q] * gate_stride;
   }
@@ -195,7 +198,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
     d_sizes = s.Take<float>(plan.tiled && plan.d_cut == parts::Cut::kFixed ? p.rows : 0);
     x_right = TakeTiles(s, plan.tiled, RoundUp(p.I, N), grad_rows, plan.grad_cut);
     h_right = TakeTiles(s, plan.tiled, RoundUp(p.Hout, N), grad_rows, plan.grad_cut);
-    d = s.Take<T>(p.rows * d_stride);
+    d = s.Take<T>((d_is_of_step ? p.B : p.rows) * d_stride);
     const auto of_product = [&](bool normalised, int gates, const int* column) -> OfProduct {
       const int64_t stride = gates * gate_stride + 16;
       if (normalised) return {s.Take<T>(p.rows * stride), stride, kInOrder};
@@ -398,7 +401,7 @@ struct Layer<C>::BackwardPass::View {
         unit(panel * kUnits + vec * N),
         lanes(UnitsFrom(pass.p, unit)),
         tape(TapeOf(pass.p, my.dir, step.t, panel) + vec * N),
-        d(pass.d + step.row * pass.d_stride + unit),
+        d(pass.GatesOf(step) + unit),
         largest(largest) {
     const int64_t at = panel - my.panels.begin;
     dc = my.dc + at * pass.p.B * kExtra * kUnits + vec * N;
@@ -556,7 +559,7 @@ Bits Layer<C>::BackwardPass::NormGrads(Team& team, Thread& my, const Step& step,
   };
   const int64_t count = my.panels.end - my.panels.begin;
   const auto gate_of = [&](int64_t at, const int* column) {
-    const T* first = Gate(0, step.row) + (my.panels.begin + at) * kUnits;
+    const T* first = GatesOf(step) + (my.panels.begin + at) * kUnits;
     return [=](int q) FRNN_INLINE_LAMBDA { return first + column[q] * gate_stride; };
   };
   for (int64_t at = 0; at < count; at++)
