@@ -19,9 +19,11 @@ from fused_rnn import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = build.levels()[::-1]  # at most
-TESTS = ["ops", "parity", "ragged", "tiles"]
+TESTS = ["ops", "parity", "ragged", "tiles", "norm", "stages"]
 # About torch, the reference, or processes that this library is not loaded in.
 LEFT_OUT = "not opcheck and not lesser and not fewer and not derivatives and not reaches"
+# Of options between two steps, mixtures are what pairs are; and no graphs.
+LEFT_OUT += " and not sound and not pairs and not compile"
 # What is emulated is slow (some minutes each): each way through the code once, mostly.
 EMULATED = "projection or apart or growing or cells or range and gru and h0"
 

@@ -71,8 +71,10 @@ struct ForwardStep {
   FRNN_HD void RunToShown(const View& view) {
     Compute();
     view.SetShown(s_new[C::kShows]);
-    FRNN_UNROLL
-    for (int j = 1; j < C::kStates && view.Zones(); j++) Stay(view, j);
+    if (view.Zones()) {
+      FRNN_UNROLL
+      for (int j = 1; j < C::kStates; j++) Stay(view, j);
+    }
     StoreTape(view);
     StoreExtras(view);
   }

@@ -51,6 +51,7 @@ struct Problem {
   int dirs;
   bool ragged;
   const char* outside;  // where an element stands that tiles can not hold: "x", "h0", "w", "dy", ""
+  bool stages = false;  // with resets, zoneout, a mask of h, and all normalised that can be
 };
 
 // One tensor in memory, of numbers in [-1, 1] that every storage type holds.
@@ -119,13 +120,33 @@ std::vector<std::vector<char>> Run(const Problem& q, int threads) {
     p.w[d].b_ih = make(gx, true), p.dw[d].b_ih = make(gx);
     p.w[d].b_hh = make(gh, true), p.dw[d].b_hh = make(gh);
     if (q.H != q.Hout) p.w[d].w_hr = make(q.Hout * q.H, true), p.dw[d].w_hr = make(q.Hout * q.H);
+    if (!q.stages) continue;
+    const auto normalise = [&](int tensor, int64_t n) {
+      p.w[d][tensor] = make(n, true), p.dw[d][tensor] = make(n);
+    };
+    normalise(DirectionWeights::kGains + kInput, gx);
+    normalise(DirectionWeights::kGains + kRecurrent, gh);
+    if (kernels->shows) normalise(DirectionWeights::kGains + kShown, q.H);
+    if (kernels->shows) normalise(DirectionWeights::kShift, q.H);
+  }
+  std::vector<uint8_t> resets(p.rows);
+  for (int64_t r = 0; r < p.rows; r++) resets[r] = r % 7 == 3;
+  if (q.stages) {
+    const double eps = 1e-3;
+    p.norm = Norm::kLayer;
+    std::memcpy(&p.norm_eps, &eps, sizeof(eps));
+    p.reset = resets.data();
+    p.h_mask = make(q.dirs * q.B * q.Hout, true);
+    if (q.H == q.Hout) p.zoneout = make(q.dirs * p.rows * (1 + extra) * q.H, true);
+    p.zoneout_rows = p.rows;
   }
   p.y = make(p.rows * width);
   p.h_n = make(q.dirs * q.B * q.Hout);
   p.c_n = make(q.dirs * q.B * extra * q.H);
   Storage computing = q.storage == Storage::kDouble ? Storage::kDouble : Storage::kFloat;
   p.hs = make(q.dirs * (q.B + p.rows) * HsStride(q.H, q.Hout), false, &computing);
-  p.saved = make(q.dirs * p.rows * (kernels->saved + extra) * Padded(q.H), false, &computing);
+  p.saved = make(q.dirs * p.rows * (kernels->tape + kernels->NormTape(p.w[0])) * Padded(q.H), false,
+                 &computing);
   p.dy = make(p.rows * width, true);
   p.dy_t_stride = q.ragged ? 0 : q.B * width;
   p.dy_b_stride = width;
@@ -161,9 +182,12 @@ int main(int count, char** names) {
     problems.push_back({cell, f, 150, 2, 200, 160, 160, 1, false, ""});  // several chunks
     for (const char* outside : {"x", "h0", "w", "dy"})
       problems.push_back({cell, f, 7, 40, 33, 150, 150, 1, false, outside});
+    problems.push_back({cell, f, 7, 40, 33, 150, 150, 2, true, "", true});
+    problems.push_back({cell, d, 7, 20, 33, 150, 150, 1, false, "", true});
   }
   problems.push_back({"lstm", f, 7, 40, 33, 150, 60, 2, true, ""});
   problems.push_back({"lstm", d, 7, 20, 33, 150, 60, 1, false, ""});
+  problems.push_back({"lstm", f, 7, 40, 33, 150, 60, 1, true, "", true});
   const int most = count > 1 ? std::atoi(names[1]) : 4;
   if (most == 0) {  // to see that a race is found
     int counter = 0;
