@@ -440,7 +440,8 @@ class Steps {
       a.c_prev = on.State(static_cast<const T*>(p.c0), kExtra * p.H);
       a.gates = on.GatesOf(0);
       a.gates.h_prev = {on.State(static_cast<const T*>(p.h0), p.H), p.H};
-      for (const void* operand : {a.x, a.w_ih, a.w_hh, a.gates.h_prev.data})
+      const void* const operands[] = {a.x, a.w_ih, a.w_hh, a.gates.h_prev.data};
+      for (const void* operand : operands)
         whole &= reinterpret_cast<uintptr_t>(operand) % 16 == 0;
     }
     const int64_t groups = (p.B + kOneStepRows - 1) / kOneStepRows;
