@@ -47,6 +47,8 @@ void Multiply(const CudaQueue& queue, const Product& p, bool allow_tf32) {
   gemm.compute =
       wide ? kFloat64 : (p.operands == Storage::kFloat && allow_tf32 ? kFastTf32 : kFloat32);
   gemm.algorithm = kAnyAlgorithm;
+  gemm.count = p.count, gemm.stride_a = p.b_apart, gemm.stride_b = p.a_apart;
+  gemm.stride_c = p.c_apart;
   runtime::Multiply(queue.blas, gemm);
 }
 

@@ -21,9 +21,11 @@ struct Engine {
     problem.output_is_h = States<C>::kOutputExtra < 0;
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;
+    problem.stages = Steps<C, T>::HasStages(p);
+    problem.blocks = p.blocks;
     problem.kept = kBackward<P> || p.hs != nullptr || p.saved != nullptr;
     for (int d = 0; d < p.dirs; d++)
-      problem.aligned &= reinterpret_cast<uintptr_t>(p.w[d].w_hh) % 16 == 0;
+      problem.aligned &= p.blocks > 1 || reinterpret_cast<uintptr_t>(p.w[d].w_hh) % 16 == 0;
     const auto at_once = [&](const Plan& plan) {
       int64_t blocks = 0;
       if constexpr (kHasResident<C, T>)

@@ -37,10 +37,64 @@ struct Tape {
   static constexpr int kSize = kNewH + (C::kReadsNewH ? 1 : 0);
 };
 
-// One step of one direction. `rows` sequences are running; the first `next_rows` of them go on.
+// Where the gates of a row lie: one after the other, each of all units; or so in each block of `width`
+// units by itself, one block after the other.
+struct GateOrder {
+  uint32_t gates, H, width;
+  FRNN_HD int64_t operator()(int64_t q, int64_t u) const {
+    if (width == H) return q * H + u;
+    const uint32_t block = uint32_t(u) / width;
+    return (int64_t(block) * gates + q) * width + (u - int64_t(block) * width);
+  }
+  // Of what is number i in the first of these orders.
+  FRNN_HD int64_t At(int64_t i) const {
+    if (width == H) return i;
+    const uint32_t q = uint32_t(i) / H;
+    return (*this)(q, i - int64_t(q) * H);
+  }
+};
+
+// What multiplies h where it goes into W_hh, [B, Hout], or null; and what goes there then.
+template <class T>
+struct HMask {
+  Rows<const T> by;
+  Rows<T> masked;
+  FRNN_HD explicit operator bool() const { return bool(by); }
+  FRNN_HD void Keep(int64_t row, int64_t u, T h) const {
+    masked(row, u) = Narrow<T>(Widen(h) * Widen(by(row, u)));
+  }
+};
+
+// Where the states after a step go: the first `next_rows` rows to the next step, those from
+// `last_from` on to the last states, or to those of every step.
+template <class T>
+struct Onward {
+  int64_t next_rows, last_from;
+  Rows<T> h_next, h_last;
+  // Of kernels with stages:
+  const uint8_t* reset;  // [next_rows] or null: which rows go on as zeros
+  HMask<T> mask;
+
+  FRNN_HD bool GoesOn(int64_t row) const { return row < next_rows; }
+  FRNN_HD bool IsLast(int64_t row) const { return row >= last_from; }
+  template <bool kStages>
+  FRNN_HD bool IsReset(int64_t row) const {
+    return kStages && reset != nullptr && reset[row];
+  }
+  template <bool kStages>
+  FRNN_HD void Put(int64_t row, int64_t u, T h) const {
+    if (IsLast(row)) h_last(row, u) = h;
+    if (!GoesOn(row)) return;
+    if (IsReset<kStages>(row)) h = Narrow<T>(0);
+    h_next(row, u) = h;
+    if (kStages && mask) mask.Keep(row, u, h);
+  }
+};
+
+// One step of one direction, of `rows` sequences that are running.
 template <class T>
 struct GateForwardArgs {
-  int64_t rows, next_rows, H;
+  int64_t rows, H;
   Rows<const Wide<T>> gx;       // [rows, kX H] = x W_ih^T
   Rows<const Wide<T>> gh;       // [rows, kH H] = h W_hh^T
   const T *b_ih, *b_hh;         // [kX H], [kH H] or null
@@ -48,15 +102,18 @@ struct GateForwardArgs {
   Rows<const T> h_prev;         // [rows, H], read if the cell uses h elementwise
   Rows<const Wide<T>> c_prev;   // [rows, kExtra H]; of the tape, if there is one
   Rows<T> output;               // [rows, H]: of y, or before the projection
-  bool publish;                 // not projected: h is also written to
-  Rows<T> h_next, h_last;       // [.., H]: for the rows that go on, and for the others
-  Rows<Wide<T>> c_next;         // [next_rows, kExtra H]
-  Rows<T> c_last;               // [rows, kExtra H], written from next_rows on
-  Rows<Wide<T>> tape;           // [rows, tape H] or null
+  bool publish;                 // not projected: h also goes on
+  Onward<T> to;
+  Rows<Wide<T>> c_next;  // [next_rows, kExtra H]
+  Rows<T> c_last;        // [rows, kExtra H], written from to.last_from on
+  Rows<Wide<T>> tape;    // [rows, tape H] or null
+  // Of kernels with stages, where gh may be null:
+  Rows<const T> zones;  // [rows, kStates H] or null
+  GateOrder of_gh;
 };
 
 // A unit of a row, as core/step.h asks for its operands.
-template <class C, class T>
+template <class C, class T, bool kStages = false>
 struct GateForwardView {
   using A = Wide<T>;
   const GateForwardArgs<T>& a;
@@ -66,7 +123,8 @@ struct GateForwardView {
     return a.gx(row, q * a.H + u) + (a.b_ih ? Widen(a.b_ih[q * a.H + u]) : A(0));
   }
   FRNN_HD A GateH(int q) const {
-    return a.gh(row, q * a.H + u) + (a.b_hh ? Widen(a.b_hh[q * a.H + u]) : A(0));
+    const A product = !kStages ? a.gh(row, q * a.H + u) : a.gh ? a.gh(row, a.of_gh(q, u)) : A(0);
+    return product + (a.b_hh ? Widen(a.b_hh[q * a.H + u]) : A(0));
   }
   FRNN_HD A Param(int k) const { return Widen(a.params[k][u]); }
   FRNN_HD A H() const { return Widen(a.h_prev(row, u)); }
@@ -74,27 +132,32 @@ struct GateForwardView {
   FRNN_HD void SetH(A h) const {
     const T h_new = Narrow<T>(h);
     if (States<C>::kOutputExtra < 0) a.output(row, u) = h_new;
-    if (a.publish) (row < a.next_rows ? a.h_next : a.h_last)(row, u) = h_new;
+    if (a.publish) a.to.template Put<kStages>(row, u, h_new);
     if (C::kReadsNewH && a.tape) Keep(Tape<C>::kNewH, Widen(h_new));
   }
   FRNN_HD void SetExtra(int e, A c) const {
     if (e == States<C>::kOutputExtra) a.output(row, u) = Narrow<T>(c);
-    if (row < a.next_rows)
-      a.c_next(row, e * a.H + u) = c;
-    else
-      a.c_last(row, e * a.H + u) = Narrow<T>(c);
+    if (a.to.GoesOn(row))
+      a.c_next(row, e * a.H + u) = a.to.template IsReset<kStages>(row) ? A(0) : c;
+    if (a.to.IsLast(row)) a.c_last(row, e * a.H + u) = Narrow<T>(c);
   }
   FRNN_HD void Keep(int k, A v) const { a.tape(row, k * a.H + u) = v; }
   FRNN_HD void KeepExtra(int, A) const {}  // c_prev lies on the tape
+  FRNN_HD bool Zones() const { return bool(a.zones); }
+  FRNN_HD A Zone(int j) const { return Widen(a.zones(row, j * a.H + u)); }
 };
 
-template <class C, class T>
-__global__ void GateForward(GateForwardArgs<T> a) {
+// kStages: with what happens between two steps beside the cell.
+template <class C, class T, bool kStages>
+__global__ void GateForward(const __grid_constant__ GateForwardArgs<T> a) {
   ForEach(a.rows, a.H, [&](int64_t row, int64_t u) {
-    const GateForwardView<C, T> view{a, row, u};
+    const GateForwardView<C, T, kStages> view{a, row, u};
     ForwardStep<C, Wide<T>> step;
     step.Load(view);
-    step.Compute();
+    if constexpr (kStages)
+      step.Compute(view);
+    else
+      step.Compute();
     step.StoreStates(view);
     if (a.tape) step.StoreTape(view);
   });
@@ -201,10 +264,38 @@ __global__ void __launch_bounds__(kOneStepThreads)
   step.StoreStates(view);
 }
 
+// What steps already seen pass back to the states after a step.
+template <class T>
+struct Carried {
+  using A = Wide<T>;
+  Rows<A> dh;  // [.., Hout]
+  // Of kernels with stages:
+  int64_t next_rows;     // of these, which have gone on,
+  const uint8_t* reset;  // those that did so as zeros, or null
+  Rows<const T> mask;    // of h, or null, and
+  Rows<const A> masked;  // the gradient of what went into W_hh, beside dh
+  Rows<const T> dh_n;    // what reaches h from outside, or null
+
+  template <bool kStages>
+  FRNN_HD bool IsReset(int64_t row) const {
+    return kStages && reset != nullptr && row < next_rows && reset[row];
+  }
+  template <bool kStages>
+  FRNN_HD A H(int64_t row, int64_t u) const {
+    if (!kStages) return dh(row, u);
+    A sum = IsReset<kStages>(row) ? A(0)
+            : mask                ? dh(row, u) + masked(row, u) * Widen(mask(row, u))
+                                  : dh(row, u);
+    if (dh_n) sum += Widen(dh_n(row, u));
+    return sum;
+  }
+};
+
 template <class T>
 struct GateBackwardArgs {
   int64_t rows, H;
-  Rows<const Wide<T>> dh;       // [rows, H]: what reaches h_t from later steps
+  Carried<T> from;              // [rows, H]: what reaches h_t from later steps
+  bool projected;               // from.dh is behind the projection: all that reaches h_t
   Rows<const T> dy;             // [rows, H]: what reaches the output, or null
   Rows<const Wide<T>> tape;     // as written by GateForward
   Rows<const T> h_prev;         // [rows, H]
@@ -213,6 +304,11 @@ struct GateBackwardArgs {
   Rows<T> dgx, dgh;             // [rows, kX H], [rows, kH H]; dgh null if it is the same
   Rows<Wide<T>> dh_prev;        // [rows, H]: the elementwise path, written if there is one
   Rows<Wide<T>> dparams;        // [rows, kParams H], added to
+  // Of kernels with stages:
+  GateOrder of_dgh;
+  Rows<const T> zones;  // [rows, kStates H] or null
+  Rows<const T> dc_n;   // [rows, kExtra H]: what reaches c from outside, or null
+  HMask<T> mask;        // of h_prev, for dW_hh
 };
 
 // f(q) for the gates whose gradient is d[i]. Device code can not read the cell's static arrays, so
@@ -238,7 +334,7 @@ FRNN_HD void ForGatesH(int i, const F& f) {
 template <class C>
 constexpr bool kGradReachesH = States<C>::kReadsH || C::kH == 0;
 
-template <class C, class T>
+template <class C, class T, bool kStages>
 struct GateBackwardView {
   using A = Wide<T>;
   const GateBackwardArgs<T>& a;
@@ -249,36 +345,52 @@ struct GateBackwardView {
   FRNN_HD A Param(int k) const { return Widen(a.params[k][u]); }
   FRNN_HD A H() const { return Widen(a.h_prev(row, u)); }
   FRNN_HD A NewH() const { return Kept(Tape<C>::kNewH); }
-  FRNN_HD A GradH() const { return a.dh(row, u); }
-  FRNN_HD A GradExtra(int e) const { return a.dc(row, e * a.H + u); }
+  FRNN_HD A GradH() const {
+    return kStages && a.projected ? a.from.dh(row, u) : a.from.template H<kStages>(row, u);
+  }
+  FRNN_HD A GradExtra(int e) const {
+    const A carried = a.from.template IsReset<kStages>(row) ? A(0) : a.dc(row, e * a.H + u);
+    return kStages && a.dc_n ? carried + Widen(a.dc_n(row, e * a.H + u)) : carried;
+  }
   FRNN_HD void AddGradOutput(A& to) const { to += a.dy ? Widen(a.dy(row, u)) : A(0); }
   FRNN_HD void SetGate(int i, A d) const {
     ForGatesX<C>(i, [&](int q) { a.dgx(row, q * a.H + u) = Narrow<T>(d); });
-    if (a.dgh) ForGatesH<C>(i, [&](int q) { a.dgh(row, q * a.H + u) = Narrow<T>(d); });
+    if (a.dgh)
+      ForGatesH<C>(
+          i, [&](int q) { a.dgh(row, kStages ? a.of_dgh(q, u) : q * a.H + u) = Narrow<T>(d); });
   }
   FRNN_HD void SetGradH(A dh) const {
-    if (kGradReachesH<C>) a.dh_prev(row, u) = dh;
+    if (kStages ? bool(a.dh_prev) : kGradReachesH<C>) a.dh_prev(row, u) = dh;
   }
   FRNN_HD void SetGradExtra(int e, A dc) const { a.dc(row, e * a.H + u) = dc; }
   FRNN_HD void AddGradParam(int k, A d) const { a.dparams(row, k * a.H + u) += d; }
+  FRNN_HD bool Zones() const { return bool(a.zones); }
+  FRNN_HD A Zone(int j) const { return Widen(a.zones(row, j * a.H + u)); }
 };
 
-template <class C, class T>
-__global__ void GateBackward(GateBackwardArgs<T> a) {
+template <class C, class T, bool kStages>
+__global__ void GateBackward(const __grid_constant__ GateBackwardArgs<T> a) {
   ForEach(a.rows, a.H, [&](int64_t row, int64_t u) {
-    const GateBackwardView<C, T> view{a, row, u};
+    const GateBackwardView<C, T, kStages> view{a, row, u};
     BackwardStep<C, Wide<T>> step;
     step.Load(view);
-    step.Compute();
+    if constexpr (kStages) {
+      step.Compute(view);
+      if (a.mask) a.mask.Keep(row, u, a.h_prev(row, u));
+    } else {
+      step.Compute();
+    }
     step.Store(view);
   });
 }
 
-// to = from, between storage and computing types; zero without a source.
+// to = from, between storage and computing types; zero without a source, and in rows that are reset.
 template <class To, class From>
-__global__ void Convert(int64_t rows, int64_t columns, Rows<To> to, Rows<const From> from) {
+__global__ void Convert(int64_t rows, int64_t columns, Rows<To> to, Rows<const From> from,
+                        const uint8_t* reset) {
   ForEach(rows, columns, [&](int64_t row, int64_t column) {
-    to(row, column) = Narrow<To>(from ? Wide<To>(Widen(from(row, column))) : Wide<To>(0));
+    const bool there = from && !(reset != nullptr && reset[row]);
+    to(row, column) = Narrow<To>(there ? Wide<To>(Widen(from(row, column))) : Wide<To>(0));
   });
 }
 
@@ -291,32 +403,150 @@ __global__ void ScaleBy(int64_t n, int64_t width, T* data, const T* by) {
   });
 }
 
-// Projected h, copied from y to where the next step reads it, or to the last states.
+// h that no gate math gives, but a projection, or h_0 (null: zeros), to where the next step reads it and
+// to the last states.
 template <class T>
-__global__ void Publish(int64_t rows, int64_t next_rows, int64_t width, Rows<const T> h,
-                        Rows<T> h_next, Rows<T> h_last) {
-  ForEach(rows, width,
-          [&](int64_t row, int64_t u) { (row < next_rows ? h_next : h_last)(row, u) = h(row, u); });
-}
-
-// Gradient of a projected h_t: dh + dy, rounded as an operand of products.
-template <class T>
-__global__ void SumGradients(int64_t rows, int64_t width, Rows<T> sum, Rows<const Wide<T>> dh,
-                             Rows<const T> dy) {
+__global__ void Publish(int64_t rows, int64_t width, Rows<const T> h,
+                        const __grid_constant__ Onward<T> to) {
   ForEach(rows, width, [&](int64_t row, int64_t u) {
-    sum(row, u) = Narrow<T>(dh(row, u) + (dy ? Widen(dy(row, u)) : Wide<T>(0)));
+    to.template Put<true>(row, u, h ? h(row, u) : Narrow<T>(0));
   });
 }
 
-// Sums over rows in a fixed order: each of `parts` blocks of rows by one thread, then the parts.
+// Gradient of an h that no gate math gives: of a projection, rounded as an operand of products, or of
+// h_0. What has been passed back through a mask is used up.
+template <class T>
+__global__ void SumGradients(int64_t rows, int64_t width, Rows<T> sum,
+                             const __grid_constant__ Carried<T> from, Rows<const T> dy,
+                             Rows<const T> h_prev, const __grid_constant__ HMask<T> mask) {
+  ForEach(rows, width, [&](int64_t row, int64_t u) {
+    sum(row, u) = Narrow<T>(from.template H<true>(row, u) + (dy ? Widen(dy(row, u)) : Wide<T>(0)));
+    if (!mask) return;
+    from.dh(row, u) = 0;
+    mask.Keep(row, u, h_prev(row, u));
+  });
+}
+
+// W_hh [gates, blocks, units of a block, width] with all gates of a block together; or anything else
+// whose first two dimensions change places.
+template <class T>
+__global__ void SwapFirst(int64_t first, int64_t second, int64_t rest, const T* from, T* to) {
+  ForEach(first * second, rest, [&](int64_t row, int64_t i) {
+    to[(row % second * first + row / second) * rest + i] = from[row * rest + i];
+  });
+}
+// The whole matrix [rows, H] of a block-diagonal one, which has blocks of `width` columns.
+template <class T>
+__global__ void WholeMatrix(int64_t rows, int64_t H, int64_t width, const T* from, T* to) {
+  ForEach(rows, H, [&](int64_t row, int64_t k) {
+    const int64_t column = k - row % H / width * width;
+    to[row * H + k] = column >= 0 && column < width ? from[row * width + column] : Narrow<T>(0);
+  });
+}
+
+// Normalisation of gates, row by row: v becomes gain * n, where n = (v - mean) * scale and
+// scale = 1 / sqrt(var + eps), or without a mean n = v * scale and scale = 1 / sqrt(mean of squares
+// + eps). A block of threads has a row.
+constexpr int kNormThreads = 256;
+template <class T>
+struct NormRowsArgs {
+  int64_t width;  // gates H
+  bool centred;
+  Wide<T> eps;
+  Rows<Wide<T>> v;
+  GateOrder of_v;
+  Rows<const Wide<T>> added;  // to v beforehand, or null
+  GateOrder of_added;
+  const T* gain;    // [width]
+  Rows<Wide<T>> n;  // for the backward, or null: n, and of each row the scale
+  Wide<T>* scale;
+};
+template <class T>
+struct NormGradsArgs {
+  int64_t width;
+  bool centred;
+  Rows<const T> d;  // the gradients of gain * n
+  const T* gain;
+  Rows<const Wide<T>> n;
+  const Wide<T>* scale;
+  Rows<T> dv;
+  GateOrder of_dv;
+};
+
+// The sum over all threads, for each of them.
+template <class A>
+__device__ __forceinline__ A SumOfBlock(A v) {
+  FRNN_SHARED(parts, A[kNormThreads / 32]);
+  FRNN_UNROLL
+  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
+  __syncthreads();  // the last sum may still be read
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  A sum = 0;
+  FRNN_UNROLL
+  for (int i = 0; i < kNormThreads / 32; i++) sum += parts[i];
+  return sum;
+}
+template <class F>
+__device__ __forceinline__ void ForOwn(int64_t width, const F& f) {
+  for (int64_t i = threadIdx.x; i < width; i += kNormThreads) f(i);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    NormRows(const __grid_constant__ NormRowsArgs<T> a) {
+  using A = Wide<T>;
+  const int64_t row = blockIdx.x;
+  A sum = 0, squares = 0;
+  ForOwn(a.width, [&](int64_t i) {
+    A& v = a.v(row, a.of_v.At(i));
+    if (a.added) v += a.added(row, a.of_added.At(i));
+    sum += v;
+  });
+  const A mean = a.centred ? SumOfBlock(sum) / A(a.width) : A(0);
+  // Distances from the mean, so that a large one costs no digits.
+  ForOwn(a.width, [&](int64_t i) {
+    const A apart = a.v(row, a.of_v.At(i)) - mean;
+    squares += apart * apart;
+  });
+  const A scale = A(1) / A(sqrt(SumOfBlock(squares) / A(a.width) + a.eps));
+  ForOwn(a.width, [&](int64_t i) {
+    A& v = a.v(row, a.of_v.At(i));
+    const A n = (v - mean) * scale;
+    if (a.n) a.n(row, i) = n;
+    v = Widen(a.gain[i]) * n;
+  });
+  if (a.n && threadIdx.x == 0) a.scale[row] = scale;
+}
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    NormGrads(const __grid_constant__ NormGradsArgs<T> a) {
+  using A = Wide<T>;
+  const int64_t row = blockIdx.x;
+  const auto grad = [&](int64_t i) { return Widen(a.d(row, i)) * Widen(a.gain[i]); };
+  A sum = 0, products = 0;
+  ForOwn(a.width, [&](int64_t i) {
+    sum += grad(i);
+    products += grad(i) * a.n(row, i);
+  });
+  const A mean = a.centred ? SumOfBlock(sum) / A(a.width) : A(0);
+  const A slope = SumOfBlock(products) / A(a.width), scale = a.scale[row];
+  ForOwn(a.width, [&](int64_t i) {
+    a.dv(row, a.of_dv.At(i)) = Narrow<T>(scale * (grad(i) - mean - a.n(row, i) * slope));
+  });
+}
+
+// Sums over rows in a fixed order: each of `parts` blocks of rows by one thread, then the parts. Of
+// products, where there is something to multiply by.
 template <class T>
 __global__ void ColumnSumParts(int64_t rows, int64_t columns, int64_t parts, Rows<const T> of,
-                               Wide<T>* partial) {  // [parts, columns]
+                               Rows<const Wide<T>> times, Wide<T>* partial) {  // [parts, columns]
   const int64_t length = (rows + parts - 1) / parts;
   ForEach(parts, columns, [&](int64_t part, int64_t column) {
     const int64_t begin = part * length, end = begin + length < rows ? begin + length : rows;
     Wide<T> sum = 0;
-    for (int64_t row = begin; row < end; row++) sum += Widen(of(row, column));
+    for (int64_t row = begin; row < end; row++)
+      sum += times ? Widen(of(row, column)) * times(row, column) : Widen(of(row, column));
     partial[part * columns + column] = sum;
   });
 }

@@ -41,9 +41,9 @@ constexpr int64_t kResidentSteps = 8;
 bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
   const int64_t size = StorageSize(problem.storage);
   const bool products = size == 2 || (problem.storage == Storage::kFloat && problem.allow_tf32);
-  return device.major >= 8 && products && !problem.projected && problem.output_is_h &&
-         problem.gates_h > 0 && problem.aligned && problem.H * size % 16 == 0 && problem.H > 0 &&
-         problem.B > 0;
+  return device.major >= 8 && products && !problem.projected && !problem.stages &&
+         problem.output_is_h && problem.gates_h > 0 && problem.aligned &&
+         problem.H * size % 16 == 0 && problem.H > 0 && problem.B > 0;
 }
 
 int64_t TilesOf(const Problem& problem) { return (problem.B + kTileRows - 1) / kTileRows; }
@@ -122,7 +122,7 @@ struct Shapes {
     const double rows = double(problem.B * problem.dirs), units = double(problem.H);
     const double values = double(problem.gates_x + 2 * problem.gates_h + 4);
     return 4000 + rows * units * values * 4 / 5500 +
-           rows * 2 * double(problem.gates_h) * units * units / 3e5;
+           rows * 2 * double(problem.gates_h) * units * units / double(problem.blocks) / 3e5;
   }
 
   // And in one of these kernels, all copies together if they must take turns. Measured on an H200:
@@ -172,7 +172,8 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
   // A third of the launches or less. Each kOneStepRows rows read the weights anew.
   const int64_t weights =
       (problem.gates_x + problem.gates_h) * problem.H * problem.H * StorageSize(problem.storage);
-  const bool single = problem.T == 1 && !problem.kept && !problem.projected &&
+  const bool single = problem.T == 1 && !problem.kept && !problem.projected && !problem.stages &&
+                      problem.blocks == 1 &&
                       problem.B <= (weights <= device.l2_bytes / 2 ? 4 : 1) * kOneStepRows;
   const std::string forced = force == nullptr ? "" : force;
   const auto may = [&](const char* variant) {

@@ -25,9 +25,12 @@ struct Problem {
   int64_t H, B, T;
   Storage storage;
   int dirs;
+  int64_t blocks = 1;  // of W_hh
   bool projected = false, output_is_h = true, allow_tf32 = false;
   bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
   bool kept = true;      // for a backward, or it is one
+  bool stages =
+      false;  // more happens between two steps than kernels for one step, or for all, have
 };
 
 // Rows of the batch that a kernel of one step does at once.

@@ -29,6 +29,8 @@ struct Product {
   bool accumulate;  // beta = 1, else 0
   void* c;
   int64_t ldc;
+  // Of so many products, each of whose operands lies so far behind that of the one before.
+  int64_t count = 1, a_apart = 0, b_apart = 0, c_apart = 0;
 };
 
 void Multiply(const CudaQueue& queue, const Product& product, bool allow_tf32);

@@ -6,9 +6,6 @@
 
 #include "cuda/device.h"
 #include "cuda/plan.h"
-#ifndef FUSED_RNN_EMULATE
-#include "cuda/primitives.h"
-#endif
 
 namespace frnn {
 namespace cuda {

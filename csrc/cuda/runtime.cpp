@@ -18,6 +18,12 @@ int cublasGemmEx_64(void* handle, int op_a, int op_b, int64_t m, int64_t n, int6
                     const void* alpha, const void* a, int type_a, int64_t lda, const void* b,
                     int type_b, int64_t ldb, const void* beta, void* c, int type_c, int64_t ldc,
                     int compute, int algorithm);
+int cublasGemmStridedBatchedEx_64(void* handle, int op_a, int op_b, int64_t m, int64_t n, int64_t k,
+                                  const void* alpha, const void* a, int type_a, int64_t lda,
+                                  long long stride_a, const void* b, int type_b, int64_t ldb,
+                                  long long stride_b, const void* beta, void* c, int type_c,
+                                  int64_t ldc, long long stride_c, int64_t count, int compute,
+                                  int algorithm);
 }
 
 namespace frnn {
@@ -247,6 +253,12 @@ void SetMathMode(Blas blas, int mode) {
   CheckBlas(cublasSetMathMode(blas, mode), "cublasSetMathMode");
 }
 void Multiply(Blas blas, const Gemm& g) {
+  if (g.count > 1)
+    return CheckBlas(cublasGemmStridedBatchedEx_64(blas, g.op_a, g.op_b, g.m, g.n, g.k, g.alpha,
+                                                   g.a, g.type_a, g.lda, g.stride_a, g.b, g.type_b,
+                                                   g.ldb, g.stride_b, g.beta, g.c, g.type_c, g.ldc,
+                                                   g.stride_c, g.count, g.compute, g.algorithm),
+                     "cublasGemmStridedBatchedEx");
   CheckBlas(cublasGemmEx_64(blas, g.op_a, g.op_b, g.m, g.n, g.k, g.alpha, g.a, g.type_a, g.lda, g.b,
                             g.type_b, g.ldb, g.beta, g.c, g.type_c, g.ldc, g.compute, g.algorithm),
             "cublasGemmEx");

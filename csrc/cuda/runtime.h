@@ -98,6 +98,8 @@ struct Gemm {
   int type_c;
   int64_t ldc;
   int compute, algorithm;
+  int64_t count, stride_a, stride_b,
+      stride_c;  // of a batch; the strides are nothing to one product
 };
 Blas NewBlas();
 void Free(Blas blas) noexcept;

@@ -9,6 +9,7 @@
 // starts from, so that a step's product reads adjacent rows, ragged or not, and so does dW_hh.
 #pragma once
 #include <algorithm>
+#include <cstring>
 
 #include "cuda/context.h"
 #include "cuda/kernels.cuh"
@@ -41,6 +42,11 @@ class Steps {
  public:
   static constexpr int kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
 
+  // Whether a step has more to do than its cell and a product with W_hh.
+  static bool HasStages(const LayerParams& p) {
+    return p.reset || p.zoneout || p.h_mask || p.every_state || NormOfX(p) || NormOfH(p);
+  }
+
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
     if (plan.variant == Variant::kOne) return 0;
@@ -61,6 +67,7 @@ class Steps {
     Workspace workspace(call.workspace);
     ForwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
+    for (int d = 0; d < p.dirs; d++) Direction(p, plan, call, d).TakeWeights(buffers[d].w_hh);
     const bool resident = plan.keeps_weights();
     ResidentSteps steps{};
     if (resident) {
@@ -88,7 +95,11 @@ class Steps {
     Workspace workspace(call.workspace);
     BackwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
-    for (int d = 0; d < p.dirs; d++) GradDirection(p, plan, call, d).StartCarry(buffers[d]);
+    for (int d = 0; d < p.dirs; d++) {
+      const GradDirection on(p, plan, call, d);
+      on.TakeWeights(buffers[d].w_hh);
+      on.StartCarry(buffers[d]);
+    }
     if (plan.keeps_weights())
       BackwardResident(p, plan, call, buffers, StepsOf(p, plan, call, workspace));
     else
@@ -117,24 +128,68 @@ class Steps {
   }
   static bool Projected(const LayerParams& p) { return p.H != p.Hout; }
 
+  // Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it, their sum.
+  static bool NormOfX(const LayerParams& p) { return p.w[0].gains[kInput] != nullptr; }
+  static bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
+  static bool NormOfH(const LayerParams& p) {
+    return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
+  }
+  // The gains of what NormOfH is about, and of what x W_ih^T is a part of, or their gradients.
+  template <class P>
+  static P GainOfH(const DirectionTensors<P>& w) {
+    return w.gains[kSum] ? w.gains[kSum] : w.gains[kRecurrent];
+  }
+  template <class P>
+  static P GainOfX(const DirectionTensors<P>& w) {
+    return w.gains[kSum] ? w.gains[kSum] : w.gains[kInput];
+  }
+
+  // W_hh is block-diagonal: steps multiply block by block, of weights that have all gates of a block
+  // together. Kernels that keep their weights take the whole matrix.
+  static bool InBlocks(const LayerParams& p) { return p.blocks > 1; }
+  static int64_t Blocks(const LayerParams& p) { return InBlocks(p) ? p.blocks : 1; }
+  static int64_t BlockWidth(const LayerParams& p) { return p.H / Blocks(p); }
+  static int64_t Columns(const LayerParams& p) { return p.Hout / Blocks(p); }  // of W_hh
+  static bool ByBlocks(const LayerParams& p, const Plan& plan) {
+    return InBlocks(p) && !plan.keeps_weights();
+  }
+  static int64_t OwnWeights(const LayerParams& p, const Plan& plan) {
+    return !InBlocks(p) ? 0 : C::kH * p.H * (ByBlocks(p, plan) ? BlockWidth(p) : p.H);
+  }
+  // Of gates beside h.
+  static GateOrder OrderOfH(const LayerParams& p, const Plan& plan) {
+    return {C::kH, uint32_t(p.H), uint32_t(ByBlocks(p, plan) ? BlockWidth(p) : p.H)};
+  }
+  static GateOrder PlainOrder(const LayerParams& p) {
+    return {uint32_t(std::max(C::kX, C::kH)), uint32_t(p.H), uint32_t(p.H)};
+  }
+  // Whether gate gradients of h, as the cell gives them, lie by themselves.
+  static bool HasOwnDgh(const LayerParams& p, const Plan& plan) {
+    return !Same() || (ByBlocks(p, plan) && !NormOfH(p));
+  }
+
   struct ForwardBuffers {
     ForwardBuffers() = default;
     ForwardBuffers(const LayerParams& p, const Plan& plan, Workspace& w)
-        : gx(w.Take<A>(std::min(plan.chunk_steps * p.B, p.rows) * C::kX * p.H)) {
+        : gx(w.Take<A>(std::min(plan.chunk_steps * p.B, p.rows) * C::kX * p.H)),
+          w_hh(w.Take<T>(OwnWeights(p, plan))) {
       if (plan.keeps_weights()) {
         hs = w.Take<T>(p.hs == nullptr ? p.rows * p.Hout : 0);
         c = w.Take<A>(p.B * kExtra * p.H);
         return;
       }
       gh = w.Take<A>(p.B * C::kH * p.H);
+      masked = w.Take<T>(p.h_mask ? p.B * p.Hout : 0);
       if (p.hs != nullptr) return;
       h_ring = w.Take<T>(2 * p.B * p.Hout);
       c_ring = w.Take<A>(2 * p.B * kExtra * p.H);
       h_full = w.Take<T>(Projected(p) ? p.B * p.H : 0);
     }
     A *gx, *gh;  // [rows of a chunk, kX H], [B, kH H]
+    T* w_hh;     // of a block-diagonal one, see ByBlocks
     T* hs;       // [rows, Hout]: of a resident kernel, where none are kept for the backward
     A* c;        // [B, kExtra H]: of resident kernels, from one launch to the next
+    T* masked;   // [B, Hout]: h as it goes into W_hh, where a mask multiplies it
     T* h_ring;   // [2, B, Hout]: states of two steps, where none are kept for the backward
     A* c_ring;   // [2, B, kExtra H]
     T* h_full;   // [B, H]: before the projection
@@ -144,20 +199,30 @@ class Steps {
     BackwardBuffers() = default;
     BackwardBuffers(const LayerParams& p, const Plan& plan, Workspace& w)
         : dgx(w.Take<T>(p.rows * C::kX * p.H)),
-          dgh(Same() ? nullptr : w.Take<T>(p.rows * C::kH * p.H)),
+          dgh(HasOwnDgh(p, plan) ? w.Take<T>(p.rows * C::kH * p.H) : nullptr),
+          dnh(NormOfH(p) ? w.Take<T>(p.rows * C::kH * p.H) : nullptr),
           dh(w.Take<A>(p.B * p.Hout)),
           dc(w.Take<A>(p.B * kExtra * p.H)),
           dhp(w.Take<T>(Projected(p) ? p.rows * p.Hout : 0)),
           dh_full(w.Take<A>(Projected(p) ? p.B * p.H : 0)),
+          h_masked(w.Take<T>(p.h_mask ? p.rows * p.Hout : 0)),
+          dh_masked(w.Take<A>(p.h_mask ? p.B * p.Hout : 0)),
           dparams(w.Take<A>(p.B * C::kParams * p.H)),
           partial(w.Take<A>(kSumParts * std::max({C::kX, C::kH, C::kParams}) * p.H)),
+          sums(w.Take<T>(InBlocks(p) ? C::kH * p.H : 0)),
+          w_hh(w.Take<T>(OwnWeights(p, plan))),
           w_hh_t(w.Take<T>(plan.keeps_weights() ? C::kH * p.H * p.H : 0)) {}
     T *dgx, *dgh;  // [rows, kX H], [rows, kH H]: gate gradients; dgh null if it is the same
+    T* dnh;        // [rows, kH H]: of h W_hh^T before it was normalised, or null
     A *dh, *dc;    // [B, Hout], [B, kExtra H]: what the steps already seen pass back
     T* dhp;        // [rows, Hout]: gradient of the projected h
     A* dh_full;    // [B, H]: and of h before the projection
+    T* h_masked;   // [rows, Hout]: h as it went into W_hh, where a mask multiplied it, and
+    A* dh_masked;  // [B, Hout]: its gradient, from the step seen last
     A* dparams;    // [B, kParams H]: gradients of parameters, of the steps already seen
     A* partial;    // [kSumParts, gates H]
+    T* sums;       // [kH H]: the gradient of b_hh, block by block
+    T* w_hh;       // as in the forward
     T* w_hh_t;     // [H, kH H]: W_hh^T, for a resident kernel
   };
   static constexpr int64_t kSumParts = 64;
@@ -177,7 +242,20 @@ class Steps {
       return static_cast<T*>(p.hs) + d * p.rows * (p.Hout + (Projected(p) ? p.H : 0));
     }
     T* HsFull() const { return Hs() + p.rows * p.Hout; }
-    A* Saved() const { return static_cast<A*>(p.saved) + d * p.rows * kTape * p.H; }
+    A* Saved() const {
+      const int64_t tape = kTape + FactsOf<C>(kTape).NormTape(p.w[0]);
+      return static_cast<A*>(p.saved) + d * p.rows * tape * p.H;
+    }
+    // Behind that, of what was normalised: numbers [rows, gates H], and a scale for each row.
+    struct NormTape {
+      A *n, *scale;
+    };
+    NormTape NormTapeOf(bool of_x, int64_t row) const {
+      const int64_t behind = kTape + (!of_x && NormOfX(p) ? C::kX + 1 : 0);
+      const int64_t width = (of_x ? C::kX : C::kH) * p.H;
+      A* n = Saved() + p.rows * behind * p.H;
+      return {n + row * width, n + p.rows * width + row};
+    }
     A* TapeOf(int64_t s) const { return Saved() + Row(s) * kTape * p.H; }
 
     Rows<T> HPrev(const ForwardBuffers& w, int64_t s) const {  // [batch, Hout]: where step s starts
@@ -196,6 +274,30 @@ class Steps {
       return base == nullptr ? nullptr : base + (d * p.B + row) * width;
     }
 
+    // Of [dirs, B, width], or with the states of every step of [dirs, rows, width]: those of step s.
+    template <class P>
+    Rows<P> StatesAfter(int64_t s, P* all, int64_t width) const {
+      const int64_t first = p.every_state ? d * p.rows + Row(s) : d * p.B;
+      return {all == nullptr ? nullptr : all + first * width, width};
+    }
+    // What a unit keeps of its states in step s.
+    Rows<const T> Zones(int64_t s) const {
+      if (p.zoneout == nullptr) return {nullptr, 0};
+      const int64_t width = C::kStates * p.H, first = d * p.zoneout_rows;
+      const T* zones = static_cast<const T*>(p.zoneout);
+      if (p.zoneout_rows == 1) return {zones + first * width, 0};
+      return {zones + (first + Row(s)) * width, width};
+    }
+    // For the rows that go on from step s, or for -1 to the first one: whether as zeros. Null: none.
+    const uint8_t* Resets(int64_t s) const {
+      if (p.reset == nullptr || s + 1 >= p.T) return nullptr;
+      if (d == 0) return p.reset + Row(s + 1);
+      return s < 0 ? nullptr : p.reset + Row(s);
+    }
+    Rows<const T> Mask(int64_t row = 0) const {
+      return {State(static_cast<const T*>(p.h_mask), p.Hout, row), p.Hout};
+    }
+
     // A kernel over [rows, units].
     template <class... Args>
     void Run(void (*kernel)(Args...), int64_t rows, int64_t units,
@@ -206,6 +308,40 @@ class Steps {
                                unsigned(std::min(most, (rows + y - 1) / y))};
       Start(kernel, ShapeOf(kernel, unsigned(x), unsigned(y)), grid, queue.stream, args...);
     }
+    // W_hh as products read it.
+    const T* WHh(const T* own) const {
+      return InBlocks(p) ? own : static_cast<const T*>(p.w[d].w_hh);
+    }
+    void TakeWeights(T* own) const {
+      if (!InBlocks(p)) return;
+      const int64_t width = BlockWidth(p), rest = width * width;
+      const T* w_hh = static_cast<const T*>(p.w[d].w_hh);
+      if (plan.keeps_weights())
+        Run(WholeMatrix<T>, C::kH * p.H, p.H, C::kH * p.H, p.H, width, w_hh, own);
+      else
+        Run(SwapFirst<T>, C::kH * p.blocks, rest, C::kH, p.blocks, rest, w_hh, own);
+    }
+
+    // Kernels of what is normalised.
+    NormRowsArgs<T> NormOf(bool of_x, const void* gain, int64_t row) const {
+      NormRowsArgs<T> a{};
+      double eps;
+      std::memcpy(&eps, &p.norm_eps, sizeof(eps));
+      a.width = (of_x ? C::kX : C::kH) * p.H, a.centred = p.norm == Norm::kLayer, a.eps = A(eps);
+      a.of_v = a.of_added = PlainOrder(p);
+      a.gain = static_cast<const T*>(gain);
+      if (p.saved) {
+        const NormTape tape = NormTapeOf(of_x, row);
+        a.n = {tape.n, a.width}, a.scale = tape.scale;
+      }
+      return a;
+    }
+    template <class Args>
+    void RunRows(void (*kernel)(Args), int64_t rows, const Args& args) const {
+      if (rows > 0 && p.H > 0)
+        Start(kernel, ShapeOf(kernel, kNormThreads), {unsigned(rows)}, queue.stream, args);
+    }
+
     void Product(const cuda::Product& product) const {
       if (product.m > 0 && product.n > 0) Multiply(queue, product, call.allow_tf32);
     }
@@ -219,6 +355,11 @@ class Steps {
       Product({kStorage<T>, kStorage<A>, false, true, last - first, C::kX * p.H, p.I,
                static_cast<const T*>(p.x) + first * x_stride, x_stride, p.w[d].w_ih, p.I, false,
                w.gx, C::kX * p.H});
+      if (NormOfX(p)) {
+        NormRowsArgs<T> a = NormOf(true, p.w[d].gains[kInput], first);
+        a.v = {w.gx, a.width};
+        RunRows(NormRows<T>, last - first, a);
+      }
       return first;
     }
 
@@ -234,7 +375,7 @@ class Steps {
       Run(cuda::StartStates<T>, p.B, p.H, steps, d == 1, State(static_cast<const T*>(p.h0), p.H),
           hs);
       Run(Convert<A, T>, p.B, kExtra * p.H, p.B, kExtra * p.H, {w.c, kExtra * p.H},
-          {State(static_cast<const T*>(p.c0), kExtra * p.H), kExtra * p.H});
+          {State(static_cast<const T*>(p.c0), kExtra * p.H), kExtra * p.H}, nullptr);
     }
     T* States(const ForwardBuffers& w) const { return p.hs ? Hs() : w.hs; }
     void Unwritten(T* data, int64_t n) const {
@@ -245,53 +386,77 @@ class Steps {
     // What the gate math of a step takes from the layer, and where it goes.
     GateForwardArgs<T> GatesOf(int64_t s) const {
       GateForwardArgs<T> a{};
-      a.rows = Batch(s), a.next_rows = std::min(Batch(s), Batch(s + 1)), a.H = p.H;
+      a.rows = Batch(s), a.H = p.H;
       a.b_ih = static_cast<const T*>(p.w[d].b_ih);
       a.b_hh = static_cast<const T*>(p.w[d].b_hh);
       for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
       a.output = Y(s);
       a.publish = true;
-      a.h_last = {State(static_cast<T*>(p.h_n), p.Hout), p.Hout};
-      a.c_last = {State(static_cast<T*>(p.c_n), kExtra * p.H), kExtra * p.H};
+      a.to.next_rows = std::min(Batch(s), Batch(s + 1));
+      a.to.last_from = p.every_state ? 0 : a.to.next_rows;
+      a.to.h_last = StatesAfter(s, static_cast<T*>(p.h_n), p.Hout);
+      a.c_last = StatesAfter(s, static_cast<T*>(p.c_n), kExtra * p.H);
       return a;
     }
 
-    void LaunchForward(const ForwardBuffers& w, int64_t s, const A* gx) const {
+    void LaunchForward(const ForwardBuffers& w, int64_t s, A* gx) const {
       const int64_t batch = Batch(s);
       const Rows<T> h_prev = HPrev(w, s), y = Y(s);
       const Rows<A> c_prev = CPrev(w, s);
       // Sequences that start here: all at the first step; backwards in time the shorter ones later.
       const int64_t running = std::min(batch, Batch(s - 1)), starting = batch - running;
-      Run(Convert<T, T>, starting, p.Hout, starting, p.Hout, {&h_prev(running, 0), p.Hout},
-          {State(static_cast<const T*>(p.h0), p.Hout, running), p.Hout});
+      const uint8_t* reset = s == 0 ? Resets(-1) : nullptr;
+      Run(Publish<T>, starting, p.Hout, starting, p.Hout,
+          {State(static_cast<const T*>(p.h0), p.Hout, running), p.Hout},
+          {starting, starting, {&h_prev(running, 0), p.Hout}, {}, reset, MaskFor(w, running)});
       Run(Convert<A, T>, starting, kExtra * p.H, starting, kExtra * p.H,
           {&c_prev(running, 0), c_prev.stride},
-          {State(static_cast<const T*>(p.c0), kExtra * p.H, running), kExtra * p.H});
+          {State(static_cast<const T*>(p.c0), kExtra * p.H, running), kExtra * p.H}, reset);
 
-      if (C::kH > 0)
-        Product({kStorage<T>, kStorage<A>, false, true, batch, C::kH * p.H, p.Hout, h_prev.data,
-                 p.Hout, p.w[d].w_hh, p.Hout, false, w.gh, C::kH * p.H});
+      if (C::kH > 0) RecurrentProduct(w, p.h_mask ? w.masked : h_prev.data, batch);
+      if (NormOfH(p)) {
+        NormRowsArgs<T> a = NormOf(false, GainOfH(p.w[d]), Row(s));
+        a.v = {w.gh, a.width}, a.of_v = OrderOfH(p, plan);
+        if (NormOfSum(p)) {
+          a.added = {w.gh, a.width}, a.of_added = a.of_v;
+          a.v = {gx, a.width}, a.of_v = PlainOrder(p);
+        }
+        RunRows(NormRows<T>, batch, a);
+      }
 
       const bool projected = Projected(p);
       GateForwardArgs<T> a = GatesOf(s);
       const Rows<T> full{p.hs ? HsFull() + Row(s) * p.H : w.h_full, p.H};
       a.gx = {gx, C::kX * p.H};
-      a.gh = {w.gh, C::kH * p.H};
+      a.gh = {NormOfSum(p) ? nullptr : w.gh, C::kH * p.H}, a.of_gh = OrderOfH(p, plan);
       a.h_prev = {h_prev.data, h_prev.stride};
       a.c_prev = {c_prev.data, c_prev.stride};
       if (projected) a.output = full;
       a.publish = !projected;
+      a.to.reset = Resets(s);
+      a.to.mask = MaskFor(w);
+      a.zones = Zones(s);
       if (s + 1 < p.T) {
-        a.h_next = HPrev(w, s + 1);
+        a.to.h_next = HPrev(w, s + 1);
         if (kExtra > 0) a.c_next = CPrev(w, s + 1);
       }
       if (p.saved) a.tape = {TapeOf(s), kTape * p.H};
-      Run(GateForward<C, T>, batch, p.H, a);
+      const bool stages = HasStages(p) || InBlocks(p);
+      Run(stages ? GateForward<C, T, true> : GateForward<C, T, false>, batch, p.H, a);
       if (!projected) return;
       Product({kStorage<T>, kStorage<T>, false, true, batch, p.Hout, p.H, full.data, p.H,
                p.w[d].w_hr, p.H, false, y.data, y.stride});
-      Run(Publish<T>, batch, p.Hout, batch, a.next_rows, p.Hout, {y.data, y.stride}, a.h_next,
-          a.h_last);
+      Run(Publish<T>, batch, p.Hout, batch, p.Hout, {y.data, y.stride}, a.to);
+    }
+    // gh = h W_hh^T.
+    void RecurrentProduct(const ForwardBuffers& w, const T* h, int64_t batch) const {
+      const int64_t gates = C::kH * BlockWidth(p), columns = Columns(p);
+      Product({kStorage<T>, kStorage<A>, false, true, batch, gates, columns, h, p.Hout, WHh(w.w_hh),
+               columns, false, w.gh, C::kH * p.H, Blocks(p), columns, gates * columns, gates});
+    }
+    // What the next step multiplies, from a row on.
+    HMask<T> MaskFor(const ForwardBuffers& w, int64_t row = 0) const {
+      return {Mask(row), {w.masked + (p.h_mask ? row * p.Hout : 0), p.Hout}};
     }
 
     // The binding sees to it that rows of x lie evenly spaced.
@@ -312,18 +477,36 @@ class Steps {
         : Direction(g, plan, call, d), g(g) {}
     using Direction::d;
     using Direction::p;
+    using Direction::plan;
     using Direction::Product;
     using Direction::Row;
     using Direction::Run;
     using Direction::State;
 
     void StartCarry(const BackwardBuffers& w) const {
-      Run(Convert<A, T>, p.B, p.Hout, p.B, p.Hout, {w.dh, p.Hout},
-          {State(static_cast<const T*>(g.dh_n), p.Hout), p.Hout});
-      Run(Convert<A, T>, p.B, kExtra * p.H, p.B, kExtra * p.H, {w.dc, kExtra * p.H},
-          {State(static_cast<const T*>(g.dc_n), kExtra * p.H), kExtra * p.H});
-      const int64_t width = C::kParams * p.H;
-      Run(Convert<A, T>, p.B, width, p.B, width, {w.dparams, width}, {nullptr, 0});
+      // Those of the states of every step come in at theirs.
+      const auto start = [&](A* carry, const void* from, int64_t width) {
+        const T* last = p.every_state ? nullptr : static_cast<const T*>(from);
+        Run(Convert<A, T>, p.B, width, p.B, width, {carry, width}, {State(last, width), width},
+            nullptr);
+      };
+      start(w.dh, g.dh_n, p.Hout);
+      start(w.dc, g.dc_n, kExtra * p.H);
+      start(w.dparams, nullptr, C::kParams * p.H);
+      if (p.h_mask) start(w.dh_masked, nullptr, p.Hout);
+    }
+
+    // What reaches the states after step s, or for -1 those before the first one.
+    Carried<T> CarriedTo(const BackwardBuffers& w, int64_t s) const {
+      Carried<T> from{};
+      from.dh = {w.dh, p.Hout};
+      from.next_rows = s < 0 ? p.B : std::min(this->Batch(s), this->Batch(s + 1));
+      from.reset = this->Resets(s);
+      from.mask = this->Mask();
+      from.masked = {w.dh_masked, p.Hout};
+      if (p.every_state && s >= 0)
+        from.dh_n = this->StatesAfter(s, static_cast<const T*>(g.dh_n), p.Hout);
+      return from;
     }
 
     void BackwardChunk(const BackwardBuffers& w, int64_t begin, int64_t end) const {
@@ -335,52 +518,110 @@ class Steps {
       const Rows<const T> dy = Dy(s);
       GateBackwardArgs<T> a{};
       a.rows = batch, a.H = p.H;
+      const Carried<T> from = CarriedTo(w, s);
+      const Rows<const T> h_prev{this->Hs() + row * p.Hout, p.Hout};
+      const HMask<T> mask{this->Mask(), {w.h_masked + (p.h_mask ? row * p.Hout : 0), p.Hout}};
+      a.from = from;
       if (Projected(p)) {  // through h = W_hr h_full first
         T* dhp = w.dhp + row * p.Hout;
-        Run(SumGradients<T>, batch, p.Hout, batch, p.Hout, {dhp, p.Hout}, {w.dh, p.Hout}, dy);
+        Run(SumGradients<T>, batch, p.Hout, batch, p.Hout, {dhp, p.Hout}, from, dy, h_prev, mask);
         Product({kStorage<T>, kStorage<A>, false, false, batch, p.H, p.Hout, dhp, p.Hout,
                  p.w[d].w_hr, p.H, false, w.dh_full, p.H});
-        a.dh = {w.dh_full, p.H};
+        a.from.dh = {w.dh_full, p.H};
+        a.projected = true;
       } else {
-        a.dh = {w.dh, p.H};
         a.dy = dy;
+        a.dh_prev = {w.dh, p.H};
+        a.mask = mask;
       }
       a.tape = {this->TapeOf(s), kTape * p.H};
-      a.h_prev = {this->Hs() + row * p.Hout, p.Hout};
+      a.h_prev = h_prev;
       for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
       a.dc = {w.dc, kExtra * p.H};
       a.dgx = {w.dgx + row * C::kX * p.H, C::kX * p.H};
-      if (!Same()) a.dgh = {w.dgh + row * C::kH * p.H, C::kH * p.H};
-      a.dh_prev = {w.dh, p.H};
+      if (w.dgh) a.dgh = {w.dgh + row * C::kH * p.H, C::kH * p.H};
+      a.of_dgh = NormOfH(p) ? PlainOrder(p) : OrderOfH(p, plan);
       a.dparams = {w.dparams, C::kParams * p.H};
-      Run(GateBackward<C, T>, batch, p.H, a);
+      a.zones = this->Zones(s);
+      if (p.every_state) a.dc_n = this->StatesAfter(s, static_cast<const T*>(g.dc_n), kExtra * p.H);
+      const bool stages = HasStages(p) || InBlocks(p);
+      Run(stages ? GateBackward<C, T, true> : GateBackward<C, T, false>, batch, p.H, a);
 
+      if (NormOfH(p)) {
+        NormGradsArgs<T> n = NormGradsOf(false, GainOfH(p.w[d]), row);
+        n.d = {(Same() ? w.dgx : w.dgh) + row * n.width, n.width};
+        n.dv = {w.dnh + row * n.width, n.width}, n.of_dv = OrderOfH(p, plan);
+        this->RunRows(NormGrads<T>, batch, n);
+      }
       if (C::kH == 0 || (s == 0 && g.dh0 == nullptr)) return;
       // dh_{t-1} = dgh W_hh, beside the elementwise path if there is one.
-      Product({kStorage<T>, kStorage<A>, false, false, batch, p.Hout, C::kH * p.H, Dgh(w, row),
-               C::kH * p.H, p.w[d].w_hh, p.Hout, kGradReachesH<C>, w.dh, p.Hout});
+      const bool beside = stages ? bool(a.dh_prev) : kGradReachesH<C>;
+      const int64_t gates = C::kH * BlockWidth(p), columns = Columns(p);
+      Product({kStorage<T>, kStorage<A>, false, false, batch, columns, gates, Dgh(w, row),
+               C::kH * p.H, this->WHh(w.w_hh), columns, beside && !p.h_mask,
+               p.h_mask ? w.dh_masked : w.dh, p.Hout, Blocks(p), gates, gates * columns, columns});
+    }
+
+    NormGradsArgs<T> NormGradsOf(bool of_x, const void* gain, int64_t row) const {
+      NormGradsArgs<T> a{};
+      a.width = (of_x ? C::kX : C::kH) * p.H, a.centred = p.norm == Norm::kLayer;
+      a.gain = static_cast<const T*>(gain);
+      const auto tape = this->NormTapeOf(of_x && !NormOfSum(p), row);
+      a.n = {tape.n, a.width}, a.scale = tape.scale;
+      a.of_dv = PlainOrder(p);
+      return a;
     }
 
     // Gradients that are sums over all rows, and those of the initial states.
     void Weights(const BackwardBuffers& w) const {
       const DirectionGrads& dw = g.dw[d];
-      Run(Convert<T, A>, g.dh0 ? p.B : 0, p.Hout, p.B, p.Hout,
-          {State(static_cast<T*>(g.dh0), p.Hout), p.Hout}, {w.dh, p.Hout});
+      Run(SumGradients<T>, g.dh0 ? p.B : 0, p.Hout, p.B, p.Hout,
+          {State(static_cast<T*>(g.dh0), p.Hout), p.Hout}, CarriedTo(w, -1), {}, {}, {});
       Run(Convert<T, A>, g.dc0 ? p.B : 0, kExtra * p.H, p.B, kExtra * p.H,
-          {State(static_cast<T*>(g.dc0), kExtra * p.H), kExtra * p.H}, {w.dc, kExtra * p.H});
-      const int64_t x_stride = this->XStride();
-      OuterProduct(dw.w_ih, w.dgx, C::kX * p.H, p.x, p.I, x_stride);
-      OuterProduct(dw.w_hh, Dgh(w, 0), C::kH * p.H, this->Hs(), p.Hout, p.Hout);
+          {State(static_cast<T*>(g.dc0), kExtra * p.H), kExtra * p.H}, {w.dc, kExtra * p.H},
+          this->Resets(-1));
+      RecurrentWeights(w);
       if (Projected(p)) OuterProduct(dw.w_hr, w.dhp, p.Hout, this->HsFull(), p.H, p.H);
-      SumRows<T>(dw.b_ih, p.rows, {w.dgx, C::kX * p.H}, C::kX * p.H, w.partial);
-      SumRows<T>(dw.b_hh, p.rows, {Dgh(w, 0), C::kH * p.H}, C::kH * p.H, w.partial);
+      const int64_t width = C::kX * p.H;
+      SumRows<T>(dw.b_ih, p.rows, {w.dgx, width}, width, w.partial);
+      if (NormOfX(p) || NormOfSum(p)) {
+        NormGradsArgs<T> a = NormGradsOf(true, GainOfX(p.w[d]), 0);
+        SumRows<T>(GainOfX(dw), p.rows, {w.dgx, width}, width, w.partial, a.n);
+        a.d = {w.dgx, width}, a.dv = {w.dgx, width};
+        this->RunRows(NormGrads<T>, p.rows, a);
+      }
+      OuterProduct(dw.w_ih, w.dgx, width, p.x, p.I, this->XStride());
       for (int k = 0; k < C::kParams; k++)
         SumRows<A>(dw.params[k], p.B, {w.dparams + k * p.H, C::kParams * p.H}, p.H, w.partial);
     }
 
    private:
+    // Of h W_hh^T.
     const T* Dgh(const BackwardBuffers& w, int64_t row) const {
-      return (Same() ? w.dgx : w.dgh) + row * C::kH * p.H;
+      return (w.dnh ? w.dnh : w.dgh ? w.dgh : w.dgx) + row * C::kH * p.H;
+    }
+    // Those of W_hh, its bias and its gains.
+    void RecurrentWeights(const BackwardBuffers& w) const {
+      const DirectionGrads& dw = g.dw[d];
+      const T* hs = p.h_mask ? w.h_masked : this->Hs();
+      const int64_t all = C::kH * p.H, width = BlockWidth(p);
+      const GateOrder order = OrderOfH(p, plan);
+      if (!InBlocks(p)) OuterProduct(dw.w_hh, Dgh(w, 0), all, hs, p.Hout, p.Hout);
+      for (int q = 0; q < C::kH && InBlocks(p) && dw.w_hh; q++)
+        Product({kStorage<T>, kStorage<T>, true, false, width, width, p.rows,
+                 Dgh(w, 0) + order(q, 0), all, hs, p.Hout, false,
+                 static_cast<T*>(dw.w_hh) + q * p.H * width, width, p.blocks,
+                 order(0, width) - order(0, 0), width, width * width});
+      // As the cell gives them; of another order if they are operands of products, too.
+      const Rows<const T> d_h{Same() ? w.dgx : w.dgh, all};
+      const bool turned = d_h.data == Dgh(w, 0) && ByBlocks(p, plan);
+      SumRows<T>(turned && dw.b_hh ? w.sums : dw.b_hh, p.rows, d_h, all, w.partial);
+      if (turned && dw.b_hh)
+        Run(SwapFirst<T>, all / width, width, p.blocks, C::kH, width, w.sums,
+            static_cast<T*>(dw.b_hh));
+      if (dw.gains[kRecurrent])
+        SumRows<T>(dw.gains[kRecurrent], p.rows, d_h, all, w.partial,
+                   NormGradsOf(false, nullptr, 0).n);
     }
     Rows<const T> Dy(int64_t s) const {
       if (g.dy == nullptr) return {nullptr, 0};
@@ -395,11 +636,11 @@ class Steps {
                  dw, m});
     }
     template <class Of>
-    void SumRows(void* sum, int64_t rows, const Rows<const Of>& of, int64_t columns,
-                 A* partial) const {
+    void SumRows(void* sum, int64_t rows, const Rows<const Of>& of, int64_t columns, A* partial,
+                 const Rows<const A>& times = {}) const {
       if (sum == nullptr) return;
       const int64_t parts = std::min(kSumParts, rows);
-      Run(ColumnSumParts<Of>, parts, columns, rows, columns, parts, of, partial);
+      Run(ColumnSumParts<Of>, parts, columns, rows, columns, parts, of, times, partial);
       Run(ColumnSum<T>, 1, columns, columns, parts, static_cast<const A*>(partial),
           static_cast<T*>(sum));
     }
@@ -441,8 +682,7 @@ class Steps {
       a.gates = on.GatesOf(0);
       a.gates.h_prev = {on.State(static_cast<const T*>(p.h0), p.H), p.H};
       const void* const operands[] = {a.x, a.w_ih, a.w_hh, a.gates.h_prev.data};
-      for (const void* operand : operands)
-        whole &= reinterpret_cast<uintptr_t>(operand) % 16 == 0;
+      for (const void* operand : operands) whole &= reinterpret_cast<uintptr_t>(operand) % 16 == 0;
     }
     const int64_t groups = (p.B + kOneStepRows - 1) / kOneStepRows;
     const runtime::Grid grid{unsigned((p.H * 32 + kOneStepThreads - 1) / kOneStepThreads),
@@ -467,7 +707,7 @@ class Steps {
         ResidentForwardDirection<T>& a = args.dir[d];
         a.start = on.Time(0), a.way = d == 0 ? 1 : -1;
         a.h0 = on.State(static_cast<const T*>(p.h0), p.Hout);
-        a.w_hh = static_cast<const T*>(w.w_hh);
+        a.w_hh = on.WHh(buffers[d].w_hh);
         a.b_ih = static_cast<const T*>(w.b_ih);
         a.b_hh = static_cast<const T*>(w.b_hh);
         for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(w.params[k]);
@@ -496,7 +736,7 @@ class Steps {
         on.Unwritten(dgh, p.rows * C::kH * p.H);
         Start(Transpose<T>, ShapeOf(Transpose<T>, 32, 8),
               {unsigned(p.H + 31) / 32, unsigned(C::kH * p.H + 31) / 32}, call.streams[0],
-              C::kH * p.H, p.H, static_cast<const T*>(p.w[d].w_hh), buffers[d].w_hh_t);
+              C::kH * p.H, p.H, on.WHh(buffers[d].w_hh), buffers[d].w_hh_t);
         ResidentBackwardDirection<T>& a = args.dir[d];
         a.start = on.Time(0), a.way = d == 0 ? 1 : -1;
         a.w_hh_t = buffers[d].w_hh_t;

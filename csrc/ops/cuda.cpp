@@ -45,8 +45,8 @@ struct Cuda {
   using Kernels = CudaKernels;
   static constexpr int kSavedLead = 0;
   static constexpr bool kHsInStorageType = true;
-  static constexpr bool kHasStages = false, kHasBlocks = false;
-  static constexpr int kHasNorm = 0;
+  static constexpr bool kHasStages = true, kHasBlocks = true;
+  static constexpr int kHasNorm = 1;
 #ifdef FUSED_RNN_EMULATE
   static constexpr const char* kName = "CPU";
   static int32_t Index(const Tensor&) { return 0; }

@@ -39,7 +39,8 @@ std::vector<std::vector<float>> Copied(const std::vector<std::vector<float>>& ro
   Sparse from(stride + width), to(stride + width);
   for (int r = 0; r < 2; r++) std::copy(rows[r].begin(), rows[r].end(), from.data() + r * stride);
   Launch(Convert<float, float>, dim3(1, 1), dim3(32, 1), 0, cudaStream_t{}, int64_t(2), width,
-         Rows<float>{to.data(), stride}, Rows<const float>{from.data(), stride});
+         Rows<float>{to.data(), stride}, Rows<const float>{from.data(), stride},
+         static_cast<const uint8_t*>(nullptr));
   return {{to.data(), to.data() + width}, {to.data() + stride, to.data() + stride + width}};
 }
 
