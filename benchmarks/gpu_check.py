@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tests",
         nargs="+",
-        default=["tests/test_cuda.py", "tests/test_resident.py"],
+        default=["tests/test_cuda.py", "tests/test_resident.py", "tests/test_native_stages.py"],
         help="what pytest is given",
     )
     p.add_argument("--stall", type=float, default=30, help="seconds after which a test hangs")

@@ -57,6 +57,9 @@ class Problem(NamedTuple):
     at_once: int | None = None  # blocks, if not one for each multiprocessor
     largest_cluster: int = 16
     kept: bool = True
+    stages: bool = False
+    norms: bool = False
+    blocks: int = 1
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,8 @@ def plan(engine: Any, problem: Problem) -> Any:
     device.multiprocessors, device.major, device.l2_bytes, device.shared_bytes = CARDS[problem.card]
     p.gates_x = p.gates_h = reference.CELLS[problem.cell].gates
     for name in ("H", "B", "T", "dirs", "projected", "allow_tf32", "kept"):
+        setattr(p, name, getattr(problem, name))
+    for name in ("stages", "norms", "blocks"):
         setattr(p, name, getattr(problem, name))
     p.storage = getattr(engine.Storage, problem.storage)
     p.aligned = True
@@ -195,6 +200,23 @@ def test_plans_of_known_shapes(engine: Any) -> None:
     assert one(H=64, B=16, T=1000, force="graph").chunk_steps == 1000
     # Otherwise for as many steps as fill the card with their product.
     assert one(H=2048, B=256, T=1000).chunk_steps == 4096 // 256
+
+
+def test_between_two_steps(engine: Any) -> None:
+    """Kernels that have not what happens there are not chosen."""
+
+    def variant(**arguments: Any) -> str:
+        return plan(engine, Problem(**arguments)).variant.name
+
+    one = {"T": 1, "B": 1, "kept": False}
+    assert variant(**one) == "one"
+    for more in ({"stages": True}, {"norms": True}, {"blocks": 8}):
+        assert variant(**one, **more) == "steps"
+    assert variant(B=16) == variant(B=16, blocks=8) == "cluster"
+    assert variant(B=16, stages=True) == variant(H=64, B=16, stages=True) == "resident"
+    assert variant(B=16, norms=True) == variant(B=16, stages=True, norms=True) == "graph"
+    found = plan(engine, Problem(B=128, force="resident", stages=True))
+    assert (found.groups, found.tiles) == (1, 4)  # where others have two groups
 
 
 def test_blocks_that_cannot_be_there_at_once(engine: Any) -> None:

@@ -161,6 +161,28 @@ def test_mixed(cell: str, times: int, seed: int) -> None:
     check(cell, names, rng.choice([torch.float64, torch.float32]), rng)
 
 
+@pytest.mark.skipif(not emulated.WANTED, reason="what the emulated runtime was asked is counted")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("times", range(8))
+@pytest.mark.parametrize("cell", KERNELS)
+def test_in_persistent_kernels(
+    cell: str, times: int, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch forward, one backward, for each layer; of one or more tiles of rows."""
+    if cell == "rnn_relu":  # any rounding may flip its derivative
+        return
+    rng = random.Random(f"{seed} {cell} {times} {dtype}")
+    monkeypatch.setattr(ops, "_allow_tf32", lambda x: x.dtype == torch.float32)
+    monkeypatch.setenv("FUSED_RNN_VARIANT", "resident")
+    monkeypatch.setenv("FUSED_RNN_EMULATE_MULTIPROCESSORS", str(rng.choice([132, 12])))
+    own = STAGES[:4]
+    names = (own[times],) if times < 4 else tuple(name for name in STAGES[:5] if rng.random() < 0.6)
+    launches = build.library("cpu").frnn_fake_count
+    before = launches(b"together")
+    layers = check(cell, names, dtype, rng, units=rng.choice([16, 24, 40]), projects=False)
+    assert launches(b"together") - before >= 2 * layers
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_modules_take_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither plain torch, nor a batch in segments, nor whole matrices instead of blocks."""

@@ -54,6 +54,12 @@ struct GateOrder {
   }
 };
 
+// h as a mask leaves it for W_hh.
+template <class T>
+FRNN_HD T Masked(T h, T by) {
+  return Narrow<T>(Widen(h) * Widen(by));
+}
+
 // What multiplies h where it goes into W_hh, [B, Hout], or null; and what goes there then.
 template <class T>
 struct HMask {
@@ -61,7 +67,7 @@ struct HMask {
   Rows<T> masked;
   FRNN_HD explicit operator bool() const { return bool(by); }
   FRNN_HD void Keep(int64_t row, int64_t u, T h) const {
-    masked(row, u) = Narrow<T>(Widen(h) * Widen(by(row, u)));
+    masked(row, u) = Masked<T>(h, by(row, u));
   }
 };
 

@@ -41,7 +41,7 @@ constexpr int64_t kResidentSteps = 8;
 bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
   const int64_t size = StorageSize(problem.storage);
   const bool products = size == 2 || (problem.storage == Storage::kFloat && problem.allow_tf32);
-  return device.major >= 8 && products && !problem.projected && !problem.stages &&
+  return device.major >= 8 && products && !problem.projected && !problem.norms &&
          problem.output_is_h && problem.gates_h > 0 && problem.aligned &&
          problem.H * size % 16 == 0 && problem.H > 0 && problem.B > 0;
 }
@@ -73,6 +73,7 @@ struct Shapes {
   }
 
   bool Local(Plan* plan) const {
+    if (problem.stages) return false;
     int64_t groups = 1;
     while (groups * kUnits < problem.H) groups *= 2;
     const int64_t blocks = (groups * kUnits * size() + kBlockBytes - 1) / kBlockBytes;
@@ -87,7 +88,8 @@ struct Shapes {
     const int64_t blocks = BlocksOfWarp();
     for (int64_t tiles = 1; tiles <= kBlockRows; tiles *= 2)
       for (int64_t groups = 1; groups <= 2; groups++) {
-        if (!IsResidentShape(problem.gates_h, blocks, groups, tiles)) continue;
+        const auto exists = problem.stages ? IsStagedShape : IsResidentShape;
+        if (!exists(problem.gates_h, blocks, groups, tiles)) continue;
         Set(plan, Variant::kResident, blocks, groups, tiles);
         const int64_t sums = SumsOf(kWarps, problem.gates_h * groups * tiles);
         if (2 * int64_t(sizeof(float)) * sums <= device.shared_bytes &&
@@ -99,7 +101,7 @@ struct Shapes {
 
   // The fastest.
   bool Cluster(Plan* plan) const {
-    if (device.major < 9 || !device.together) return false;
+    if (device.major < 9 || !device.together || problem.stages) return false;
     const int64_t blocks = BlocksOfWarp();
     double least = kNever;
     for (int64_t tiles = 1; tiles <= kBlockRows; tiles *= 2)
@@ -155,6 +157,7 @@ struct Shapes {
 Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
               const std::function<int64_t(const Plan&)>& together) {
   Plan plan{};
+  plan.stages = problem.stages;
   Tile(device, problem, &plan);
 
   const int64_t tiles =
@@ -173,7 +176,7 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
   const int64_t weights =
       (problem.gates_x + problem.gates_h) * problem.H * problem.H * StorageSize(problem.storage);
   const bool single = problem.T == 1 && !problem.kept && !problem.projected && !problem.stages &&
-                      problem.blocks == 1 &&
+                      !problem.norms && problem.blocks == 1 &&
                       problem.B <= (weights <= device.l2_bytes / 2 ? 4 : 1) * kOneStepRows;
   const std::string forced = force == nullptr ? "" : force;
   const auto may = [&](const char* variant) {

@@ -29,8 +29,9 @@ struct Problem {
   bool projected = false, output_is_h = true, allow_tf32 = false;
   bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
   bool kept = true;      // for a backward, or it is one
-  bool stages =
-      false;  // more happens between two steps than kernels for one step, or for all, have
+  // More happens between two steps: a kernel for one step has nothing of it, those that keep their
+  // weights have all but norms, where blocks talk through memory.
+  bool stages = false, norms = false;
 };
 
 // Rows of the batch that a kernel of one step does at once.
@@ -49,6 +50,10 @@ constexpr int64_t kLocalGroups = 8, kLocalTiles = 12;
 // The kernels there are, by gates, a warp's blocks of k (of a local one: all), groups and tiles of rows.
 constexpr bool IsResidentShape(int64_t gates, int64_t blocks, int64_t groups, int64_t tiles) {
   return groups <= 2 && gates * blocks * groups <= kWarpTiles && groups * tiles <= kBlockRows;
+}
+// And with stages.
+constexpr bool IsStagedShape(int64_t gates, int64_t blocks, int64_t groups, int64_t tiles) {
+  return groups == 1 && IsResidentShape(gates, blocks, groups, tiles);
 }
 constexpr bool IsClusterShape(int64_t gates, int64_t blocks, int64_t groups, int64_t tiles) {
   return groups >= 2 && blocks * groups <= 4 && gates * blocks * groups <= kWarpTiles &&
@@ -86,6 +91,7 @@ struct Plan {
   // Of a kernel that keeps its weights: a warp's blocks of k in h W_hh^T, a block's groups of units
   // and tiles of rows, and copies of all units, each with its part of the batch.
   int blocks, groups, tiles, copies;
+  int64_t stages;  // 0 or 1
 
   bool keeps_weights() const { return variant > Variant::kGraph; }
 };

@@ -166,6 +166,15 @@ struct ResidentBlock {
   __device__ static int Index(int i) { return int(threadIdx.x / 32) + i * kWarps; }
 };
 
+// What the units of an item keep of their states in a step.
+template <class C, class Block, class Stages, class T>
+__device__ __forceinline__ void FetchZones(const Block& at, const TimeRows& rows, int i,
+                                           const Stages& stages, T (&zones)[C::kStates]) {
+  const int64_t place = stages.one_row ? at.Unit(i) : at.Wide(at.Place(rows, i), i, C::kStates);
+  FRNN_UNROLL
+  for (int j = 0; j < C::kStates; j++) zones[j] = stages.zones[place + j * at.H];
+}
+
 // Numbers that a launch carries, so that a graph keeps them.
 struct OffsetsPart {
   static constexpr int kSize = 448;
@@ -177,18 +186,45 @@ static __global__ void StoreOffsets(const __grid_constant__ OffsetsPart part, in
   if (i < count) to[i] = part.values[i];
 }
 
-// hs of the row in which each sequence starts = h0. Backwards in time that is its last one.
+// hs of the row in which each sequence starts = h0, or zero where it is reset before step 0. Backwards
+// in time that is its last one. And `left` likewise, as a mask leaves it.
 template <class T>
-__global__ void StartStates(ResidentSteps n, bool backwards, const T* h0, T* hs) {
+__global__ void StartStates(ResidentSteps n, bool backwards, const T* h0, const uint8_t* reset,
+                            T* hs, const T* mask, T* left) {
   ForEach(n.B, n.H, [&](int64_t b, int64_t unit) {
     int64_t start = 0, end = backwards ? n.T : 1;  // b runs at `start`, and no more at `end`
     while (end - start > 1) {
       const int64_t middle = (start + end) / 2;
       (b < RowsOf(n, middle).running ? start : end) = middle;
     }
-    T h = h0 ? h0[b * n.H + unit] : Narrow<T>(0);
+    T h = h0 && !(reset && reset[b]) ? h0[b * n.H + unit] : Narrow<T>(0);
     if (Widen(h) != Widen(h)) h = Narrow<T>(__int_as_float(0x7FFFFFFF));  // a NaN, not kUnwritten
-    hs[(RowsOf(n, start).first + b) * n.H + unit] = h;
+    const int64_t place = (RowsOf(n, start).first + b) * n.H + unit;
+    hs[place] = h;
+    if (mask) left[place] = Masked<T>(h, mask[b * n.H + unit]);
+  });
+}
+
+// left [rows, H] = hs as a mask [B, H] leaves it.
+template <class T>
+__global__ void MaskStates(ResidentSteps n, const T* hs, const T* mask, T* left) {
+  ForEach(n.T * n.B, n.H, [&](int64_t i, int64_t unit) {
+    const int64_t b = i % n.B;
+    const TimeRows rows = RowsOf(n, i / n.B);
+    if (b >= rows.running) return;
+    const int64_t place = (rows.first + b) * n.H + unit;
+    left[place] = Masked<T>(hs[place], mask[b * n.H + unit]);
+  });
+}
+
+// cuts [T, B]: whether the states of a row go on from a step as zeros, by `reset` of rows.
+static __global__ void FindCuts(ResidentSteps n, int64_t start, int64_t way, const uint8_t* reset,
+                                uint8_t* cuts) {
+  ForEach(n.T, n.B, [&](int64_t s, int64_t b) {
+    const int64_t time = start + s * way;  // of the step; flags are those of the later time
+    const TimeRows rows = RowsOf(n, way > 0 ? time + 1 : time);
+    const bool goes_on = s + 1 < n.T && b < rows.running;
+    cuts[s * n.B + b] = goes_on && reset[rows.first + b];
   });
 }
 
@@ -211,6 +247,17 @@ template <class C, class T>
 constexpr bool kHasResident =
     kStorage<T> != Storage::kDouble && C::kH > 0 && States<C>::kOutputExtra < 0;
 
+// What happens between two steps beside the cell; each may be null. P: a type in memory, const or not.
+template <class P>
+struct ResidentStages {
+  const uint8_t* cuts;  // [T, B], by steps
+  const P* zones;       // [rows, states H], or one row for all
+  bool one_row;
+  const P* mask;  // [B, H]
+  // The states of every step, or in the backward what reaches them: [rows, H], [rows, kExtra H].
+  P *every_h, *every_c;
+};
+
 template <class T>
 struct ResidentForwardDirection {
   int64_t start, way;           // the time of step 0, +1 or -1
@@ -225,6 +272,9 @@ struct ResidentForwardDirection {
   Wide<T>* c;          // [B, kExtra H]: before step begin, then after step end - 1
   T *h_last, *c_last;  // [B, H], [B, kExtra H]
   Wide<T>* tape;       // [rows, tape H] or null
+  // Of kernels with stages:
+  ResidentStages<T> stages;
+  T* h_kept;  // [rows, H]: with a mask, what a row starts from, where hs has what goes into W_hh
 };
 template <class T>
 struct ResidentForwardArgs {
@@ -233,8 +283,15 @@ struct ResidentForwardArgs {
 };
 
 // Views of an item, as core/step.h asks for them: what lies in registers, and what goes to memory.
+template <class C>
+struct ResidentZones {
+  bool there;
+  const float* zones;  // [kStates]
+  FRNN_HD bool Zones() const { return there; }
+  FRNN_HD Quick Zone(int j) const { return zones[j]; }
+};
 template <class C, class SumH>
-struct ResidentInputs {
+struct ResidentInputs : ResidentZones<C> {
   const float* gx;
   const Pack<float, C::kX>& b_ih;
   const SumH& gate_h;
@@ -270,7 +327,7 @@ struct ResidentResults {
   FRNN_HD void KeepExtra(int e, Quick v) const { Keep(Tape<C>::kC + e, v); }
 };
 
-template <class C, class T, int kBlocks, int kGroups, int kTiles, class E>
+template <class C, class T, int kBlocks, int kGroups, int kTiles, class E, bool kStages>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentForward(const __grid_constant__ ResidentForwardArgs<T> args) {
   if constexpr (E::kCluster && !kHasClusters) return;
@@ -300,7 +357,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   ahead.Load(n, time(n.begin + 1));
   ahead.Put(n.begin + 1);
   const auto start = [&](int64_t b, int64_t u) -> float {  // h before step begin
-    if (b < rows.running) return Widen(a.hs[(rows.first + b) * H + u]);
+    const T* kept = kStages && a.stages.mask ? a.h_kept : a.hs;
+    if (b < rows.running) return Widen(kept[(rows.first + b) * H + u]);
     return a.h0 ? Widen(a.h0[b * H + u]) : 0;
   };
 
@@ -311,13 +369,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   Pack<float, C::kParams> params[kColumns];
   // What does not depend on other blocks is loaded ahead of the wait for them, and not looked at before
   // that is over: a warp that waits for one load waits for all.
-  const auto fetch = [&] {
+  [[maybe_unused]] T zones[kItems][C::kStates] = {};
+  [[maybe_unused]] uint8_t cuts[kItems] = {};
+  const auto fetch = [&]([[maybe_unused]] int64_t s) {
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
       const float* from = a.gx + at.Wide(at.Place(rows, i) - a.gx_row * H, i, C::kX);
       FRNN_UNROLL
       for (int q = 0; q < C::kX; q++) gx[i][q] = from[q * H];
+      if constexpr (kStages) {
+        if (a.stages.cuts) cuts[i] = a.stages.cuts[s * at.B + at.Batch(i)];
+        if (a.stages.zones) FetchZones<C>(at, rows, i, a.stages, zones[i]);
+      }
     }
   };
   FRNN_UNROLL
@@ -336,7 +400,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int j = 0; j < kExtra; j++)
       c[i][j] = at.Exists(i) ? a.c[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
-    h[i] = States<C>::kReadsH && at.Exists(i) ? start(at.Batch(i), at.Unit(i)) : 0;
+    h[i] = (kStages || States<C>::kReadsH) && at.Exists(i) ? start(at.Batch(i), at.Unit(i)) : 0;
   }
   // In shared memory: h of the rows of this block, [kTiles * kTileRows][stride], as LocalPlace says.
   using Box = Mailbox<E::kCluster>;
@@ -358,7 +422,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   for (int64_t s = n.begin; s < n.end; s++) {
     const int mail = int(E::kShared ? s - n.begin : s);
     const bool last = s + 1 == n.end;
-    fetch();
+    fetch(s);
     if constexpr (E::kShared) {
       if (mail > 0) box.Wait(mail);
       if (!last) box.Expect(mail + 1);
@@ -385,9 +449,21 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
                                                  Block::Tile(i), Block::J(i)) +
                b_hh[column][q];
       };
-      unit[i].Load(ResidentInputs<C, decltype(gate_h)>{gx[i], b_ih[column], gate_h, params[column],
-                                                       h[i], c[i]});
-      unit[i].Compute();
+      float kept[C::kStates];
+      FRNN_UNROLL
+      for (int j = 0; j < C::kStates && kStages; j++) kept[j] = Widen(zones[i][j]);
+      const ResidentInputs<C, decltype(gate_h)> view{{kStages && a.stages.zones, kept},
+                                                     gx[i],
+                                                     b_ih[column],
+                                                     gate_h,
+                                                     params[column],
+                                                     h[i],
+                                                     c[i]};
+      unit[i].Load(view);
+      if constexpr (kStages)
+        unit[i].Compute(view);
+      else
+        unit[i].Compute();
       h_new[i] = Narrow<T>(unit[i].s_new[C::kRecurrent].v);
     }
     FRNN_UNROLL
@@ -409,25 +485,47 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       } else if (E::kShared && runs) {
         h_of(mail + 1)[row + LocalPlace<T>(Block::Row(i), at.Unit(i))] = h_new[i];
       }
-      PublishUnit(hs + at.Place(next, i), h_new[i], runs && at.Batch(i) < next.running);
+      const bool goes_on = runs && at.Batch(i) < next.running;
+      if constexpr (kStages) {
+        T v = cuts[i] ? Narrow<T>(0) : h_new[i];
+        if (a.stages.mask) {
+          if (goes_on) a.h_kept[at.Place(next, i)] = v;
+          if (goes_on) v = Masked<T>(v, a.stages.mask[at.Batch(i) * H + at.Unit(i)]);
+        }
+        PublishUnit(hs + at.Place(next, i), v, goes_on);
+      } else {
+        PublishUnit(hs + at.Place(next, i), h_new[i], goes_on);
+      }
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
-      const bool ends = at.Batch(i) >= next.running;
+      bool ends = at.Batch(i) >= next.running;
+      T* h_last = a.h_last + at.Batch(i) * H + at.Unit(i);
+      T* c_last = a.c_last + at.Batch(i) * kExtra * H + at.Unit(i);
+      if (kStages && a.stages.every_h) {
+        ends = true;
+        h_last = a.stages.every_h + at.Place(rows, i);
+        c_last = a.stages.every_c + at.Wide(at.Place(rows, i), i, kExtra);
+      }
       const ResidentResults<C, T> to{h_new[i],
                                      h[i],
                                      c[i],
                                      H,
                                      a.y + at.Wide(at.Place(rows, i), i, n.dirs),
-                                     ends ? a.h_last + at.Batch(i) * H + at.Unit(i) : nullptr,
-                                     a.c_last + at.Batch(i) * kExtra * H + at.Unit(i),
+                                     ends ? h_last : nullptr,
+                                     c_last,
                                      a.tape + at.Wide(at.Place(rows, i), i, Tape<C>::kSize)};
       if (a.tape) {
         unit[i].StoreTape(to);
         if (C::kReadsNewH) to.Keep(Tape<C>::kNewH, Widen(h_new[i]));
       }
       unit[i].StoreStates(to);
+      if (kStages && cuts[i]) {
+        h[i] = 0;
+        FRNN_UNROLL
+        for (int j = 0; j < kExtra; j++) c[i][j] = 0;
+      }
     }
     rows = next;
     ahead.Put(s + 2);
@@ -453,6 +551,7 @@ struct ResidentBackwardDirection {
   T *dgx, *dgh;         // [rows, kX H], [rows, kH H]; dgh is kUnwritten. The same for some cells
   Wide<T>*dh, *dc;      // [B, H], [B, kExtra H]: of the last states, then of the first
   Wide<T>* dparams;     // [B, kParams H]
+  ResidentStages<const T> stages;  // of kernels with stages
 };
 template <class T>
 struct ResidentBackwardArgs {
@@ -462,7 +561,7 @@ struct ResidentBackwardArgs {
 
 // Views as in the forward. Gate gradients of W_hh are published before.
 template <class C>
-struct ResidentGrads {
+struct ResidentGrads : ResidentZones<C> {
   const float* tape;
   const Pack<float, C::kParams>& params;
   const float h;
@@ -479,7 +578,7 @@ struct ResidentGrads {
   FRNN_HD Quick GradExtra(int e) const { return dc[e]; }
   FRNN_HD void AddGradOutput(Quick& to) const { to = to + dy; }
 };
-template <class C, class T>
+template <class C, class T, bool kStages>
 struct ResidentCarry {
   float& dh;
   Pack<float, States<C>::kExtra>& dc;
@@ -490,12 +589,12 @@ struct ResidentCarry {
   FRNN_HD void SetGate(int i, Quick d) const {
     if (dgx) ForGatesX<C>(i, [&](int q) { dgx[q * H] = Narrow<T>(d.v); });
   }
-  FRNN_HD void SetGradH(Quick d) const { dh = kGradReachesH<C> ? d.v : 0; }
+  FRNN_HD void SetGradH(Quick d) const { dh = kStages || kGradReachesH<C> ? d.v : 0; }
   FRNN_HD void SetGradExtra(int e, Quick d) const { dc[e] = d.v; }
   FRNN_HD void AddGradParam(int k, Quick d) const { dparams[k] += d.v; }
 };
 
-template <class C, class T, int kBlocks, int kGroups, int kTiles, class E>
+template <class C, class T, int kBlocks, int kGroups, int kTiles, class E, bool kStages>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     ResidentBackward(const __grid_constant__ ResidentBackwardArgs<T> args) {
   if constexpr (E::kCluster && !kHasClusters) return;
@@ -539,10 +638,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   ahead.Put(n.end - 2);
 
   float dh[kItems];
+  [[maybe_unused]] float mask[kItems];
   Pack<float, kExtra> dc[kItems];
   Pack<float, C::kParams> params[kColumns], dparams[kItems];
   T dy[kItems] = {}, h_prev[kItems] = {};
   float tape[kItems][kTape] = {};
+  [[maybe_unused]] T zones[kItems][C::kStates] = {}, every[kItems][C::kStates] = {};
+  [[maybe_unused]] uint8_t cuts[kItems] = {};
   const auto fetch = [&](int64_t s) {  // as in the forward
     const int64_t dy_at = n.offsets ? rows.first * a.dy_b_stride : time(s) * a.dy_t_stride;
     FRNN_UNROLL
@@ -553,6 +655,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       const float* from = a.tape + at.Wide(at.Place(rows, i), i, kTape);
       FRNN_UNROLL
       for (int k = 0; k < kTape; k++) tape[i][k] = from[k * H];
+      if constexpr (kStages) {
+        if (a.stages.cuts) cuts[i] = a.stages.cuts[s * at.B + at.Batch(i)];
+        if (a.stages.zones) FetchZones<C>(at, rows, i, a.stages, zones[i]);
+        if (a.stages.every_h) every[i][0] = a.stages.every_h[at.Place(rows, i)];
+        FRNN_UNROLL
+        for (int j = 0; j < kExtra && a.stages.every_c; j++)
+          every[i][1 + j] = a.stages.every_c[at.Wide(at.Place(rows, i), i, kExtra) + j * H];
+      }
     }
   };
   FRNN_UNROLL
@@ -569,6 +679,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       dc[i][j] = at.Exists(i) ? a.dc[(at.Batch(i) * kExtra + j) * H + at.Unit(i)] : 0;
     FRNN_UNROLL
     for (int k = 0; k < C::kParams; k++) dparams[i][k] = 0;
+    if (kStages && a.stages.mask)
+      mask[i] = at.Exists(i) ? Widen(a.stages.mask[at.Batch(i) * H + at.Unit(i)]) : 0;
   }
   if constexpr (E::kShared) {  // zero for units that are not there
     for (int k = threadIdx.x; k < 2 * kOwnHalf; k += kWarps * 32) own_dgh[k] = Narrow<T>(0);
@@ -585,9 +697,27 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
       if (!Block::Has(i)) continue;
-      unit[i].Load(ResidentGrads<C>{tape[i], params[Block::Column(i)], Widen(h_prev[i]), dh[i],
-                                    dc[i], Widen(dy[i])});
-      unit[i].Compute();
+      if (kStages && at.Runs(i, rows)) {
+        dh[i] = (cuts[i] ? 0 : dh[i]) + Widen(every[i][0]);
+        FRNN_UNROLL
+        for (int j = 0; j < kExtra; j++)
+          dc[i][j] = (cuts[i] ? 0 : dc[i][j]) + Widen(every[i][1 + j]);
+      }
+      float kept[C::kStates];
+      FRNN_UNROLL
+      for (int j = 0; j < C::kStates && kStages; j++) kept[j] = Widen(zones[i][j]);
+      const ResidentGrads<C> view{{kStages && a.stages.zones, kept},
+                                  tape[i],
+                                  params[Block::Column(i)],
+                                  Widen(h_prev[i]),
+                                  dh[i],
+                                  dc[i],
+                                  Widen(dy[i])};
+      unit[i].Load(view);
+      if constexpr (kStages)
+        unit[i].Compute(view);
+      else
+        unit[i].Compute();
     }
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++) {
@@ -609,7 +739,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     for (int i = 0; i < kItems; i++) {
       if (!at.Runs(i, rows)) continue;
       T* dgx = a.dgx == dgh ? nullptr : a.dgx + at.Wide(at.Place(rows, i), i, C::kX);
-      const ResidentCarry<C, T> to{dh[i], dc[i], dparams[i], dgx, H};
+      const ResidentCarry<C, T, kStages> to{dh[i], dc[i], dparams[i], dgx, H};
       unit[i].Store(to);
     }
     const TimeRows seen = rows;
@@ -637,9 +767,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     ahead.Load(n, time(s - 3));
     FRNN_UNROLL
     for (int i = 0; i < kItems; i++)  // nothing for sequences that do not run
-      if (Block::Has(i))
-        dh[i] += now.template Sum<Products::kPartsBack>(parts, Block::Group(i), Block::Tile(i),
-                                                        Block::J(i));
+      if (Block::Has(i)) {
+        float sum = now.template Sum<Products::kPartsBack>(parts, Block::Group(i), Block::Tile(i),
+                                                           Block::J(i));
+        if (kStages && a.stages.mask) sum *= mask[i];
+        dh[i] += sum;
+      }
   }
 
   FRNN_UNROLL
@@ -655,11 +788,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 }
 
 // The instances: what a plan may ask for.
-template <class C, class T, int kBlocks, int kGroups, int kTiles, class E>
+template <class C, class T, int kBlocks, int kGroups, int kTiles, class E, bool kStages = false>
 struct ResidentInstance {
   using Products = ResidentProducts<C, T, kBlocks, kGroups, kTiles, E>;
-  static constexpr auto kForward = &ResidentForward<C, T, kBlocks, kGroups, kTiles, E>;
-  static constexpr auto kBackward = &ResidentBackward<C, T, kBlocks, kGroups, kTiles, E>;
+  static constexpr auto kForward = &ResidentForward<C, T, kBlocks, kGroups, kTiles, E, kStages>;
+  static constexpr auto kBackward = &ResidentBackward<C, T, kBlocks, kGroups, kTiles, E, kStages>;
 
   static runtime::Shape Shape(bool backward, int64_t H) {
     runtime::Shape shape =
@@ -712,9 +845,13 @@ void WithResidentInstance(const Plan& plan, const F& f) {
     ForEachOf<1, 2, 4>([&](auto groups) {
       ForEachOf<1, 2, 4>([&](auto tiles) {
         if constexpr (IsResidentShape(C::kH, blocks, groups, tiles))
-          offer(plan.variant == Variant::kResident && plan.blocks == blocks &&
+          offer(plan.variant == Variant::kResident && !plan.stages && plan.blocks == blocks &&
                     plan.groups == groups && plan.tiles == tiles,
                 ResidentInstance<C, T, blocks, groups, tiles, InMemory>());
+        if constexpr (IsStagedShape(C::kH, blocks, groups, tiles))
+          offer(plan.variant == Variant::kResident && plan.stages && plan.blocks == blocks &&
+                    plan.groups == groups && plan.tiles == tiles,
+                ResidentInstance<C, T, blocks, groups, tiles, InMemory, true>());
         if constexpr (IsClusterShape(C::kH, blocks, groups, tiles))
           offer(plan.variant == Variant::kCluster && plan.blocks == blocks &&
                     plan.groups == groups && plan.tiles == tiles,

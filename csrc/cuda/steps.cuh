@@ -42,9 +42,15 @@ class Steps {
  public:
   static constexpr int kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
 
-  // Whether a step has more to do than its cell and a product with W_hh.
-  static bool HasStages(const LayerParams& p) {
-    return p.reset || p.zoneout || p.h_mask || p.every_state || NormOfX(p) || NormOfH(p);
+  // Whether states change between two steps, or all of them are wanted.
+  static bool ChangesStates(const LayerParams& p) {
+    return p.reset || p.zoneout || p.h_mask || p.every_state;
+  }
+  // Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it, their sum.
+  static bool NormOfX(const LayerParams& p) { return p.w[0].gains[kInput] != nullptr; }
+  static bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
+  static bool NormOfH(const LayerParams& p) {
+    return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
   }
 
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
@@ -128,11 +134,9 @@ class Steps {
   }
   static bool Projected(const LayerParams& p) { return p.H != p.Hout; }
 
-  // Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it, their sum.
-  static bool NormOfX(const LayerParams& p) { return p.w[0].gains[kInput] != nullptr; }
-  static bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
-  static bool NormOfH(const LayerParams& p) {
-    return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
+  // Whether the gate math of a step is that of kernels with stages.
+  static bool HasStages(const LayerParams& p) {
+    return ChangesStates(p) || NormOfX(p) || NormOfH(p) || InBlocks(p);
   }
   // The gains of what NormOfH is about, and of what x W_ih^T is a part of, or their gradients.
   template <class P>
@@ -175,6 +179,8 @@ class Steps {
           w_hh(w.Take<T>(OwnWeights(p, plan))) {
       if (plan.keeps_weights()) {
         hs = w.Take<T>(p.hs == nullptr ? p.rows * p.Hout : 0);
+        masked = w.Take<T>(p.h_mask ? p.rows * p.Hout : 0);
+        cuts = w.Take<uint8_t>(p.reset ? p.T * p.B : 0);
         c = w.Take<A>(p.B * kExtra * p.H);
         return;
       }
@@ -189,10 +195,12 @@ class Steps {
     T* w_hh;     // of a block-diagonal one, see ByBlocks
     T* hs;       // [rows, Hout]: of a resident kernel, where none are kept for the backward
     A* c;        // [B, kExtra H]: of resident kernels, from one launch to the next
-    T* masked;   // [B, Hout]: h as it goes into W_hh, where a mask multiplies it
-    T* h_ring;   // [2, B, Hout]: states of two steps, where none are kept for the backward
-    A* c_ring;   // [2, B, kExtra H]
-    T* h_full;   // [B, H]: before the projection
+    T* masked;  // [B, Hout], of resident kernels [rows, Hout]: h as it goes into W_hh, where a mask
+                // multiplies it
+    uint8_t* cuts;  // [T, B]: of resident kernels, see FindCuts
+    T* h_ring;      // [2, B, Hout]: states of two steps, where none are kept for the backward
+    A* c_ring;      // [2, B, kExtra H]
+    T* h_full;      // [B, H]: before the projection
   };
 
   struct BackwardBuffers {
@@ -211,19 +219,21 @@ class Steps {
           partial(w.Take<A>(kSumParts * std::max({C::kX, C::kH, C::kParams}) * p.H)),
           sums(w.Take<T>(InBlocks(p) ? C::kH * p.H : 0)),
           w_hh(w.Take<T>(OwnWeights(p, plan))),
-          w_hh_t(w.Take<T>(plan.keeps_weights() ? C::kH * p.H * p.H : 0)) {}
-    T *dgx, *dgh;  // [rows, kX H], [rows, kH H]: gate gradients; dgh null if it is the same
-    T* dnh;        // [rows, kH H]: of h W_hh^T before it was normalised, or null
-    A *dh, *dc;    // [B, Hout], [B, kExtra H]: what the steps already seen pass back
-    T* dhp;        // [rows, Hout]: gradient of the projected h
-    A* dh_full;    // [B, H]: and of h before the projection
-    T* h_masked;   // [rows, Hout]: h as it went into W_hh, where a mask multiplied it, and
-    A* dh_masked;  // [B, Hout]: its gradient, from the step seen last
-    A* dparams;    // [B, kParams H]: gradients of parameters, of the steps already seen
-    A* partial;    // [kSumParts, gates H]
-    T* sums;       // [kH H]: the gradient of b_hh, block by block
-    T* w_hh;       // as in the forward
-    T* w_hh_t;     // [H, kH H]: W_hh^T, for a resident kernel
+          w_hh_t(w.Take<T>(plan.keeps_weights() ? C::kH * p.H * p.H : 0)),
+          cuts(w.Take<uint8_t>(plan.keeps_weights() && p.reset ? p.T * p.B : 0)) {}
+    T *dgx, *dgh;   // [rows, kX H], [rows, kH H]: gate gradients; dgh null if it is the same
+    T* dnh;         // [rows, kH H]: of h W_hh^T before it was normalised, or null
+    A *dh, *dc;     // [B, Hout], [B, kExtra H]: what the steps already seen pass back
+    T* dhp;         // [rows, Hout]: gradient of the projected h
+    A* dh_full;     // [B, H]: and of h before the projection
+    T* h_masked;    // [rows, Hout]: h as it went into W_hh, where a mask multiplied it, and
+    A* dh_masked;   // [B, Hout]: its gradient, from the step seen last
+    A* dparams;     // [B, kParams H]: gradients of parameters, of the steps already seen
+    A* partial;     // [kSumParts, gates H]
+    T* sums;        // [kH H]: the gradient of b_hh, block by block
+    T* w_hh;        // as in the forward
+    T* w_hh_t;      // [H, kH H]: W_hh^T, for a resident kernel
+    uint8_t* cuts;  // [T, B]: as in the forward
   };
   static constexpr int64_t kSumParts = 64;
 
@@ -371,11 +381,29 @@ class Steps {
     // What resident kernels start from, and the words by which they see what is not written yet.
     void StartStates(const ForwardBuffers& w, const ResidentSteps& steps) const {
       T* hs = States(w);
-      Unwritten(hs, p.rows * p.Hout);
+      Unwritten(p.h_mask ? w.masked : hs, p.rows * p.Hout);
+      const uint8_t* reset = Resets(-1);
       Run(cuda::StartStates<T>, p.B, p.H, steps, d == 1, State(static_cast<const T*>(p.h0), p.H),
-          hs);
+          reset, hs, Mask().data, w.masked);
       Run(Convert<A, T>, p.B, kExtra * p.H, p.B, kExtra * p.H, {w.c, kExtra * p.H},
-          {State(static_cast<const T*>(p.c0), kExtra * p.H), kExtra * p.H}, nullptr);
+          {State(static_cast<const T*>(p.c0), kExtra * p.H), kExtra * p.H}, reset);
+      FindCuts(w.cuts, steps);
+    }
+    void FindCuts(uint8_t* cuts, const ResidentSteps& steps) const {
+      if (p.reset)
+        Run(cuda::FindCuts, p.T, p.B, steps, Time(0), int64_t(d == 0 ? 1 : -1), p.reset, cuts);
+    }
+    // The stages of a resident kernel; h and c: those of every step, or their gradients.
+    template <class P>
+    ResidentStages<P> StagesOf(const uint8_t* cuts, P* h, P* c) const {
+      ResidentStages<P> a{};
+      a.cuts = p.reset ? cuts : nullptr;
+      a.zones = Zones(0).data, a.one_row = p.zoneout_rows == 1;
+      if (p.zoneout && p.zoneout_rows != 1) a.zones -= Row(0) * C::kStates * p.H;
+      a.mask = Mask().data;
+      if (p.every_state && h) a.every_h = h + d * p.rows * p.H;
+      if (p.every_state && c) a.every_c = c + d * p.rows * kExtra * p.H;
+      return a;
     }
     T* States(const ForwardBuffers& w) const { return p.hs ? Hs() : w.hs; }
     void Unwritten(T* data, int64_t n) const {
@@ -441,7 +469,7 @@ class Steps {
         if (kExtra > 0) a.c_next = CPrev(w, s + 1);
       }
       if (p.saved) a.tape = {TapeOf(s), kTape * p.H};
-      const bool stages = HasStages(p) || InBlocks(p);
+      const bool stages = HasStages(p);
       Run(stages ? GateForward<C, T, true> : GateForward<C, T, false>, batch, p.H, a);
       if (!projected) return;
       Product({kStorage<T>, kStorage<T>, false, true, batch, p.Hout, p.H, full.data, p.H,
@@ -544,7 +572,7 @@ class Steps {
       a.dparams = {w.dparams, C::kParams * p.H};
       a.zones = this->Zones(s);
       if (p.every_state) a.dc_n = this->StatesAfter(s, static_cast<const T*>(g.dc_n), kExtra * p.H);
-      const bool stages = HasStages(p) || InBlocks(p);
+      const bool stages = HasStages(p);
       Run(stages ? GateBackward<C, T, true> : GateBackward<C, T, false>, batch, p.H, a);
 
       if (NormOfH(p)) {
@@ -712,7 +740,9 @@ class Steps {
         a.b_hh = static_cast<const T*>(w.b_hh);
         for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(w.params[k]);
         a.gx = buffers[d].gx, a.gx_row = first[d];
-        a.hs = on.States(buffers[d]);
+        a.h_kept = on.States(buffers[d]);
+        a.hs = p.h_mask ? buffers[d].masked : a.h_kept;
+        a.stages = on.StagesOf(buffers[d].cuts, static_cast<T*>(p.h_n), static_cast<T*>(p.c_n));
         a.y = static_cast<T*>(p.y) + d * p.Hout;
         a.c = buffers[d].c;
         a.h_last = on.State(static_cast<T*>(p.h_n), p.Hout);
@@ -746,6 +776,12 @@ class Steps {
         a.hs = on.Hs(), a.tape = on.Saved();
         a.dgx = buffers[d].dgx, a.dgh = dgh;
         a.dh = buffers[d].dh, a.dc = buffers[d].dc;
+        on.FindCuts(buffers[d].cuts, steps);
+        a.stages = on.StagesOf(buffers[d].cuts, static_cast<const T*>(p.dh_n),
+                               static_cast<const T*>(p.dc_n));
+        if (p.h_mask)
+          on.Run(MaskStates<T>, p.T * p.B, p.H, steps, static_cast<const T*>(on.Hs()),
+                 on.Mask().data, buffers[d].h_masked);
         a.dparams = buffers[d].dparams;
       }
       WithResidentInstance<C, T>(plan, [&](auto instance) {

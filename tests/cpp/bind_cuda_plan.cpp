@@ -37,7 +37,10 @@ PYBIND11_MODULE(bind_cuda_plan, m) {
       .def_readwrite("output_is_h", &Problem::output_is_h)
       .def_readwrite("allow_tf32", &Problem::allow_tf32)
       .def_readwrite("aligned", &Problem::aligned)
-      .def_readwrite("kept", &Problem::kept);
+      .def_readwrite("kept", &Problem::kept)
+      .def_readwrite("stages", &Problem::stages)
+      .def_readwrite("norms", &Problem::norms)
+      .def_readwrite("blocks", &Problem::blocks);
   py::class_<Plan>(m, "Plan")
       .def_readonly("variant", &Plan::variant)
       .def_readonly("threads_x", &Plan::threads_x)
