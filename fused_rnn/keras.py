@@ -280,8 +280,8 @@ def _runs(x: Any, states: Sequence[Any], mask: Any, layer: Any) -> bool:
 
 
 def _weights(names: _Names, kernel: str, cell: Any) -> list[Tensor]:
-    """W_ih, W_hh and the biases, if any, as torch.nn has them. Keras has the gates in columns, those
-    of a GRU in the order z, r, n, and a second bias in GRUs alone."""
+    """W_ih, W_hh and the biases, if any, as torch.nn has them. Keras has gates in columns, those of
+    a GRU in the order z, r, n, and a second bias in GRUs alone."""
     tensor = names.tensor
     weights = [tensor(cell.kernel).T, tensor(cell.recurrent_kernel).T]
     if cell.bias is not None:

@@ -25,6 +25,8 @@ NAMES = (
     "torch_nn",
     "torch_nn_around",
     "torch_nn_graph",
+    "torchrl",
+    "torchrl_scan",
     "loop",
     "torch_compile",
     "onnxruntime",
