@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.functional import embedding
 
 from .functional import recurrent
 
@@ -274,9 +274,12 @@ def _runs(x: Any, states: Sequence[Any], mask: Any, layer: Any) -> bool:
     shape = (x.shape[0], layer.state_size[0])
     if not all(isinstance(state, Tensor) and state.shape == shape for state in states):
         return False
-    # The lengths of masked sequences are read, which no tracer lets us do.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return mask is None or isinstance(mask, Tensor) and mask.dim() == 2 and not traced
+    if mask is None:
+        return True
+    # Masks are read, which no tracer lets us do.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return isinstance(mask, Tensor) and mask.shape == x.shape[:2] and bool(mask.any())
 
 
 def _weights(names: _Names, kernel: str, cell: Any) -> list[Tensor]:
@@ -328,32 +331,43 @@ def _run(
         return y, [state for state in last if state is not None]
 
     if mask is None:
-        y, last = run(x, states, None)
-        return y, last
+        return run(x, states, None)
     mask = mask.to(x.device, torch.bool)
-
-    def steps(rows: Tensor, which: Tensor) -> Tensor:
-        return rows.gather(1, which.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-
-    # The steps that count stand first for the kernel, and sequences have lengths.
-    x = steps(x, mask.logical_not().byte().argsort(dim=1, stable=True))
-    counts = mask.sum(1)
-    empty = (counts == 0).unsqueeze(-1)
-    x = x.masked_fill(empty.unsqueeze(-1), 0)  # one step over zeros, and nothing comes of it
-    packed = pack_padded_sequence(x, counts.cpu().clamp(min=1), True, enforce_sorted=False)
-    data, batch_sizes, there, back = packed
-    assert there is not None and back is not None
-    rows, last = run(data, [state.index_select(1, there) for state in states], batch_sizes)
-    last = [
-        torch.where(empty, first, state.index_select(1, back))
-        for first, state in zip(states, last, strict=True)
-    ]
-    y, _ = pad_packed_sequence(
-        PackedSequence(rows, *packed[1:]), batch_first=True, total_length=mask.shape[1]
+    packed = _pack(mask)
+    y, found = run(
+        embedding(packed.take, x.flatten(0, 1)),
+        [state.index_select(1, packed.sequences) for state in states],
+        packed.batch_sizes,
     )
+    last = [
+        old.index_copy(1, packed.sequences, new) for old, new in zip(states, found, strict=True)
+    ]
+    nothing = mask.logical_not() if zeros else packed.nothing_yet
+    return embedding(packed.give, y).masked_fill(nothing.unsqueeze(-1), 0), last
+
+
+class _Packed(NamedTuple):
+    """Where the steps that count stand in a packed batch. R rows, of N sequences that have any."""
+
+    batch_sizes: Tensor
+    sequences: Tensor  # [N], the longest first
+    take: Tensor  # [R], which of B*T steps a row is
+    give: Tensor  # [B, T], the row of this step, or of the last one before that counts
+    nothing_yet: Tensor  # [B, T], where there is none
+
+
+def _pack(mask: Tensor) -> _Packed:
+    steps = mask.shape[1]
+    counts, order = mask.sum(1).sort(descending=True, stable=True)
+    rows = torch.arange(steps, device=mask.device).unsqueeze(1) < counts  # [T, B]
+    ones_that_count = mask.logical_not().byte().argsort(dim=1, stable=True)  # they come first
+    take = (order * steps + ones_that_count[order].t())[rows]
+    batch_sizes = rows.sum(1).cpu()
+    batch_sizes = batch_sizes[batch_sizes > 0]
+    numbers = rows.flatten().cumsum(0).view_as(rows) - 1
     latest = mask.cumsum(1) - 1
-    nothing = mask.logical_not() if zeros else latest < 0
-    return steps(y, latest.clamp(min=0)).masked_fill(nothing.unsqueeze(-1), 0), last
+    give = numbers[latest.clamp(min=0), order.argsort().unsqueeze(1)]
+    return _Packed(batch_sizes, order[: int(batch_sizes[0])], take, give, latest < 0)
 
 
 def _last_outputs(h: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:

@@ -128,6 +128,12 @@ def test_options_that_kernels_have(kind: str, options: dict[str, Any], kernel_ca
     compare(make(kind, **options), kernel_calls, mask=MASKS["any"])
 
 
+def test_a_mask_of_no_step_at_all(kernel_calls: Count) -> None:
+    mask = torch.zeros(BATCH, STEPS, dtype=torch.bool)
+    for layer in (make("GRU", return_state=True), keras.layers.Bidirectional(make("LSTM"))):
+        compare(layer, kernel_calls, calls=0, mask=mask)
+
+
 def test_layers_around_keras_cells(kernel_calls: Count) -> None:
     layer = keras.layers.RNN(keras.layers.LSTMCell(UNITS), return_sequences=True)
     compare(layer, kernel_calls, mask=MASKS["any"])
