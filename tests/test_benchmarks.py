@@ -248,10 +248,9 @@ def test_between_steps_peers_do_equal_work(cell: str, between: dict[str, Any]) -
         assert set(between) <= peer.has_between or "has no" in (peer.refuses_at_all(case) or "")
 
 
-@pytest.mark.parametrize("name", ["torchrl", "torchrl_scan"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_torchrl_does_equal_work(cell: str, name: str) -> None:
-    peer = peers.load(name)
+def test_torchrl_does_equal_work(cell: str) -> None:
+    peer = peers.load("torchrl")
     if missing := peer.missing("cpu"):
         pytest.skip(missing)
     case = Case(cell, B=3, T=9, H=16, I=5, phase="training", dtype="float64", resets=0.3)

@@ -26,7 +26,6 @@ NAMES = (
     "torch_nn_around",
     "torch_nn_graph",
     "torchrl",
-    "torchrl_scan",
     "loop",
     "torch_compile",
     "onnxruntime",

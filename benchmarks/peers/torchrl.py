@@ -1,14 +1,14 @@
 """torchrl's modules over trajectories of several episodes, in their recurrent mode.
 
-``is_init`` says where episodes begin. By default the batch is split there, and the pieces are
-padded to the longest, run, and put together again. torchrl says not to trust the last states where
-episodes end inside: c_n is not returned, h_n is the last output.
+``is_init`` says where episodes begin. The batch is split there, and the pieces are padded to the
+longest, run, and put together again. torchrl says not to trust the last states where episodes end
+inside: c_n is not returned, h_n is the last output.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ _STATES = {"lstm": ("h", "c"), "gru": ("h",)}
 class Episodes(nn.Module):
     """torchrl's LSTM or GRU, x [T, B, I] and ``reset`` [T, B]."""
 
-    def __init__(self, problem: Problem, backend: str) -> None:
+    def __init__(self, problem: Problem) -> None:
         super().__init__()
         import torchrl.modules
 
@@ -35,7 +35,7 @@ class Episodes(nn.Module):
             bias=case.bias,
             in_keys=["x", *states],
             out_keys=["y", *(("next", state) for state in states)],
-            recurrent_backend=backend,
+            recurrent_backend="pad",
             default_recurrent_mode=True,
         )
         self.module = made.to(problem.dtype)
@@ -60,15 +60,12 @@ class TorchRL(ModulePeer):
     name, title = "torchrl", "torchrl"
     devices = ("cpu", "cuda")
     has_between = frozenset({"resets"})
-    backend: ClassVar[str] = "pad"  # torchrl's name for how it goes on at the start of an episode
-    needs: ClassVar[tuple[str, ...]] = ("torchrl", "tensordict")
 
     def absent(self) -> str | None:
-        missing = [package for package in self.needs if find_spec(package) is None]
-        return f"not installed: {', '.join(missing)}" if missing else None
+        return None if find_spec("torchrl") else "not installed: torchrl"
 
     def versions(self) -> dict[str, str]:
-        return {package: version(package) or "?" for package in self.needs}
+        return {package: version(package) or "?" for package in ("torchrl", "tensordict")}
 
     def refuses(self, case: Case) -> str | None:
         if case.cell not in _STATES:
@@ -79,10 +76,10 @@ class TorchRL(ModulePeer):
         return None if one else "is one padded layer and direction without projection"
 
     def regime(self, case: Case) -> str | None:
-        return self.backend
+        return "split and padded"
 
     def module(self, problem: Problem) -> Any:
-        return Episodes(problem, self.backend)
+        return Episodes(problem)
 
     def gradients(self, module: Any) -> dict[str, Any]:
         return super().gradients(module.layer)
