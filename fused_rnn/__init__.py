@@ -3,6 +3,7 @@
 rnn = fused_rnn.GRU(64, 128, num_layers=2)  # arguments, parameters, results of torch.nn.GRU
 model = fused_rnn.replace(model)            # or swap torch.nn's in a model that exists
 fused_rnn.patch_torch()                     # or in all packages that are imported afterwards
+fused_rnn.keras.enable()                    # or under the layers of Keras 3
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from . import build
 
 build.check_torch_version()
 
-from . import flops, registries  # noqa: E402, F401
+from . import flops, keras, registries  # noqa: E402, F401
 from .between import BetweenSteps  # noqa: E402
 from .cells import BlockGRU, PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402

@@ -134,7 +134,7 @@ _NAMES = {cls.__name__ for cls in OURS}
 # Where there are classes of these names that are none of torch.nn's, and what they are.
 _ELSEWHERE = {
     "torch.ao": "torch.ao's, which quantizes or stands in for it with code of its own",
-    "keras": "a Keras layer, which loops over time itself",
+    "keras": "a Keras layer, which loops over time itself: fused_rnn.keras.enable() is for these",
 }
 
 

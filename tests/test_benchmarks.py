@@ -248,6 +248,19 @@ def test_between_steps_peers_do_equal_work(cell: str, between: dict[str, Any]) -
         assert set(between) <= peer.has_between or "has no" in (peer.refuses_at_all(case) or "")
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_torchrl_does_equal_work(cell: str) -> None:
+    peer = peers.load("torchrl")
+    if missing := peer.missing("cpu"):
+        pytest.skip(missing)
+    case = Case(cell, B=3, T=9, H=16, I=5, phase="training", dtype="float64", resets=0.3)
+    assert peer.refuses_at_all(case) is None
+    expected, found = (sample(p.prepare(Problem(case)).results()) for p in (loop.peer(), peer))
+    assert mismatch(found, expected, case.dtype) is None
+    assert set(found) == set(expected) - {"c_n"}
+    assert peer.refuses_at_all(Case(cell, B=3, T=9, H=16, I=5)) == "is for resets"
+
+
 @pytest.mark.parametrize("cell", cases.CELLS)
 def test_the_loop_is_torch_nn_where_nothing_is_between(cell: str) -> None:
     """It says what is right for other cases, so it must not err on this one."""

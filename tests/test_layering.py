@@ -138,6 +138,7 @@ PYTHON_LAYERS = {
     "custom": {".between", ".cells", ".compiler", ".functional", ".recurrent", ".reference"},
     "zoo": {".custom"},
     "imports": set(),
+    "keras": {".functional"},
     "flops": {".imports", ".ops", ".reference"},
     "hybrid": {".modules"},
     "convert": {".hybrid", ".recurrent"},

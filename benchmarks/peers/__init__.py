@@ -25,6 +25,7 @@ NAMES = (
     "torch_nn",
     "torch_nn_around",
     "torch_nn_graph",
+    "torchrl",
     "loop",
     "torch_compile",
     "onnxruntime",
