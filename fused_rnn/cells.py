@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .between import Options
+    from .call_types import LayerCall, LSTMCall
 
 __all__ = ["BlockGRU", "PeepholeLSTM"]
 
@@ -88,6 +89,8 @@ class BlockGRU(CustomLayer):
         (torch.Size([5, 3, 32]), torch.Size([1, 3, 32]))
     """
 
+    if TYPE_CHECKING:
+        __call__: LayerCall
     cell = "block_gru"
     _operator = "block_gru"
 
@@ -116,5 +119,7 @@ class PeepholeLSTM(CustomLayer, PairLayers):
         (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
+    if TYPE_CHECKING:
+        __call__: LSTMCall
     cell = "peephole_lstm"
     _operator = "peephole_lstm"
