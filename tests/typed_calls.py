@@ -1,5 +1,5 @@
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true
-"""What type checkers make of the public names: nothing to run, ``test_types.py`` has them read it."""
+"""What type checkers make of the public names: nothing to run, ``test_types.py`` asks them."""
 
 from __future__ import annotations
 
