@@ -41,6 +41,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"\w+:", link):
             continue
+        if workflow := re.match(r"\.\./\.\./actions/workflows/([\w.]+)", link):  # at the host
+            assert (ROOT / ".github" / "workflows" / workflow[1]).exists(), link
+            continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), f"{link} does not exist"
@@ -73,7 +76,7 @@ WITH_CODE = [p for p in PAGES if blocks(p) and p.stem not in GUIDES]
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
 def test_python_runs(page: Path) -> None:
-    """Each page from top to bottom; ``model`` is the reader's. ``test_guides.py`` has the others."""
+    """Each page from top to bottom; ``model`` is the reader's. For the others: test_guides.py."""
     names = {"torch": torch, "nn": nn, "model": nn.Sequential(nn.GRU(4, 8))}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
@@ -116,6 +119,12 @@ def test_reference_is_whole() -> None:
     spec.loader.exec_module(hooks)
     assert not list(hooks.problems((ROOT / hooks.REFERENCE).read_text()))
     assert "LSTM: expected both in fused_rnn.__all__ and in docs/api.md" in hooks.problems("")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_lists_in_lists_are_four_spaces_in(page: Path) -> None:
+    """Less is no list of its own for the site's Markdown."""
+    assert not re.findall(r"^ {1,3}[-*] .*", prose(page), re.M)
 
 
 def test_every_page_of_docs_is_in_the_menu() -> None:

@@ -59,10 +59,12 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> None:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Without badges, whose links are those of the repository's host."""
     if page.file.src_uri == REFERENCE:
         for problem in problems(markdown):
             log.warning(problem)
+    return re.sub(r"^\[!\[.*\n", "", markdown, flags=re.M)
 
 
 def problems(reference: str) -> Iterator[str]:
