@@ -50,8 +50,8 @@ def backend_info() -> dict[str, Any]:
 
     Returns:
         What ``python -m fused_rnn doctor`` prints, by name: ``backend`` ("native" or "reference"),
-            ``reason``, ``library``, ``instructions``, ``cuda`` and, where something stands in the
-            way of the kernels, ``problem`` and ``remedy``, among others.
+        ``reason``, ``library``, ``instructions``, ``cuda`` and, where something stands in the way
+        of the kernels, ``problem`` and ``remedy``, among others.
 
     Raises:
         RuntimeError: the kernels cannot be had, and FUSED_RNN_BACKEND is "native".

@@ -84,7 +84,7 @@ def replace(
 
     Returns:
         The model. ``survey``, asked before with the same arguments, tells what is swapped, what is
-            not, and why.
+        not, and why.
 
     Without ``keep_isinstance`` only the exact classes are taken, and ``isinstance(rnn, nn.LSTM)``
     is False afterwards. With it, ``torch.compile`` leaves these modules out of its graph, as it
@@ -130,8 +130,8 @@ def survey(
 
     Returns:
         A finding for each, in the order of ``model.named_modules()``; printed, it is one line.
-            Modules that are recurrent and none of torch.nn's are named too: scripted ones,
-            quantized ones, and layers of Keras.
+        Modules that are recurrent and none of torch.nn's are named too: scripted ones, quantized
+        ones, and layers of Keras.
     """
     findings = []
     for name, module in model.named_modules():

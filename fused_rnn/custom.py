@@ -58,9 +58,9 @@ def cell(
 
     Returns:
         A class like ``fused_rnn.LSTM``, with the name and the docstring of the function; its
-            ``Cell`` is the module of a single step, ``source()`` the header that is compiled, and
-            ``explain()`` says what it comes to. ``hx`` is a tensor, or a tuple in the order of
-            ``states``; shapes are those of ``LSTM``.
+        ``Cell`` is the module of a single step, ``source()`` the header that is compiled, and
+        ``explain()`` says what it comes to. ``hx`` is a tensor, or a tuple in the order of
+        ``states``; shapes are those of ``LSTM``.
 
     Raises:
         CellError: the function cannot be compiled; the message says where and why.

@@ -95,7 +95,7 @@ def patch_torch(*, keep_isinstance: bool = False) -> Patch:
 
     Returns:
         The patch: print it to see what was done and what was missed, call its ``undo()``, or use it
-            as a context manager. Patches may be nested, and undone in any order.
+        as a context manager. Patches may be nested, and undone in any order.
 
     While a patch is in force, ``torch._dynamo.config.allow_rnn`` is True: Dynamo takes ours for
     torch.nn's then, and would leave them out of its graphs.

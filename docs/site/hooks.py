@@ -67,6 +67,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return re.sub(r"^\[!\[.*\n", "", markdown, flags=re.M)
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """In the reference, names that docstrings mention are links."""
+    if page.file.src_uri != REFERENCE:
+        return html
+    names = "|".join(re.findall(r'id="fused_rnn\.(\w+)"', html))
+    return re.sub(rf"<code>({names})</code>", r'<a href="#fused_rnn.\1"><code>\1</code></a>', html)
+
+
 def problems(reference: str) -> Iterator[str]:
     """Public names without a description, or that the page of reference lacks."""
     import fused_rnn
