@@ -1,5 +1,5 @@
-# make demo | examples | test | test-quick | test-all | bench | wheel | sanitize | cuda-link | lint |
-#      format | clean
+# make demo | examples | test | test-quick | test-all | bench | docs | wheel | sanitize | cuda-link |
+#      lint | format | clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test bench wheel sanitize cuda-link lint format clean
+.PHONY: help setup demo examples test bench docs wheel sanitize cuda-link lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -126,6 +126,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# The site, into build/site; a link that leads nowhere or a public name without a docstring fails.
+# `make docs DOCS=serve` shows it at a local address, anew at each change.
+DOCS ?= build
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(DOCS) --strict
 
 # All but out/, which holds what programs took long to learn and measure.
 clean:

@@ -47,6 +47,15 @@ __all__ = [
 
 
 def backend_info() -> dict[str, Any]:
-    """Which backend does the work, and why. Loads the native library, and builds it if need be."""
+    """Which backend does the work, and why. Loads the native library, and builds it if need be.
+
+    Returns:
+        What ``python -m fused_rnn doctor`` prints, by name: ``backend`` ("native" or "reference"),
+        ``reason``, ``library``, ``instructions``, ``cuda`` and, where something stands in the way
+        of the kernels, ``problem`` and ``remedy``, among others.
+
+    Raises:
+        RuntimeError: the kernels cannot be had, and FUSED_RNN_BACKEND is "native".
+    """
     build.backend()
     return build.info()

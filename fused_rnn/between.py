@@ -3,10 +3,11 @@ of them, ``reference.Stages``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -256,3 +257,16 @@ class BetweenSteps:
 
 
 NOTHING = BetweenSteps()  # as torch.nn has it
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def shows_options(init: Init) -> Init:
+    """A constructor whose ``**options`` help() and editors show by their names."""
+    signature = inspect.signature(init)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for field in fields(BetweenSteps):
+        of = dict(default=field.default, annotation=field.type)
+        named.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, **of))
+    init.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return init

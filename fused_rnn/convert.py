@@ -43,13 +43,21 @@ _GIVEN_UP = "a full graph in torch.compile unless torch._dynamo.config.allow_rnn
 
 @dataclass(frozen=True)
 class Finding:
-    """One recurrent module of a model and what ``replace`` would do, or why it would not."""
+    """One recurrent module of a model and what ``replace`` would do, or why it would not.
 
-    name: str  # the path inside the model, "" for the model itself
+    Attributes:
+        name: its path inside the model, "" for the model itself.
+        type: its class.
+        swapped_for: the class that it would get; None if it stays.
+        reason: why it stays.
+        gives_up: what it could do and cannot once it is swapped.
+    """
+
+    name: str
     type: str
     swapped_for: str | None
-    reason: str = ""  # why it stays
-    gives_up: str = ""  # what it could do and cannot once it is swapped
+    reason: str = ""
+    gives_up: str = ""
 
     def __str__(self) -> str:
         target = f"-> {self.swapped_for}" if self.swapped_for else f"stays: {self.reason}"
@@ -93,8 +101,19 @@ def replace(
 def restore(model: Model, filter_fn: Filter | None = None, *, inplace: bool = True) -> Model:
     """The inverse of ``replace``: turn our modules into what they stand for.
 
-    Warns of those that have to stay: their ``forward`` was set on the instance meanwhile, or they
-    have options that torch.nn has not.
+    Args:
+        model: any module, itself included.
+        filter_fn: ``filter_fn(name, module) -> bool`` says which to take; all if None.
+        inplace: change ``model``; otherwise a deep copy.
+
+    Returns:
+        The model.
+
+    Warns:
+        UserWarning: of modules that have to stay: their ``forward`` was set on the instance
+            meanwhile, or they have options that torch.nn has not.
+
+    Layers that stand for none of torch.nn's, such as ``BlockGRU``, stay as they are.
     """
     return _swap(model, _theirs, filter_fn, inplace, warn=True)
 
@@ -104,8 +123,15 @@ def survey(
 ) -> list[Finding]:
     """What ``replace`` would do with each recurrent module of ``model``. Changes nothing.
 
-    It also names modules that are recurrent and none of torch.nn's: scripted ones, quantized ones,
-    and layers of Keras.
+    Args:
+        model: any module, itself included.
+        filter_fn: as for ``replace``.
+        keep_isinstance: as for ``replace``.
+
+    Returns:
+        A finding for each, in the order of ``model.named_modules()``; printed, it is one line.
+        Modules that are recurrent and none of torch.nn's are named too: scripted ones, quantized
+        ones, and layers of Keras.
     """
     findings = []
     for name, module in model.named_modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .cells import CustomLayer
 from .compiler import CellError, Compiled, Declaration, trace
 from .recurrent import PairLayers, parameter_shapes
 from .reference import CELLS, Cell, Step, present_bits
+
+if TYPE_CHECKING:
+    from .call_types import Call
 
 __all__ = ["CellError", "cell"]
 
@@ -37,7 +40,7 @@ def cell(
     params: Sequence[str] | Mapping[str, Initialiser] = (),
     output: str | None = None,
     given: Sequence[str] = (),
-) -> Callable[[Callable[..., Mapping[str, Any]]], Any]:
+) -> Callable[[Callable[..., Mapping[str, Any]]], type[_Layer]]:
     """Make a layer of a function ``step(x, r, s, p, **hyperparameters)`` of one unit.
 
     Args:
@@ -57,12 +60,12 @@ def cell(
         A class like ``fused_rnn.LSTM``, with the name and the docstring of the function; its
         ``Cell`` is the module of a single step, ``source()`` the header that is compiled, and
         ``explain()`` says what it comes to. ``hx`` is a tensor, or a tuple in the order of
-        ``states``.
+        ``states``; shapes are those of ``LSTM``.
 
     Raises:
         CellError: the function cannot be compiled; the message says where and why.
 
-    Example:
+    Examples:
         >>> @fused_rnn.cell(gates=("f", "g"))
         ... def Minimal(x, r, s, p):
         ...     f = torch.sigmoid(x.f + r.f)
@@ -73,7 +76,7 @@ def cell(
         dict(params) if isinstance(params, Mapping) else dict.fromkeys(params)
     )
 
-    def decorate(fn: Callable[..., Mapping[str, Any]]) -> Any:
+    def decorate(fn: Callable[..., Mapping[str, Any]]) -> type[_Layer]:
         if not inspect.isfunction(fn):
             raise CellError(f"a cell is a plain function, got {type(fn).__name__}")
         declaration = Declaration(
@@ -94,11 +97,11 @@ def cell(
             "_made": made,
             "_operator": fn.__name__,
         }
-        layer = type(fn.__name__, bases, own)
+        layer: type[_Layer] = type(fn.__name__, bases, own)
         own = {key: value for key, value in own.items() if key != "_operator"}
         own["__qualname__"] = f"{fn.__qualname__}.Cell"
         own["__signature__"] = made.signature(_Single.__init__)
-        layer.Cell = type("Cell", (_Single,), own)  # type: ignore[attr-defined]
+        layer.Cell = type("Cell", (_Single,), own)
         return layer
 
     return decorate
@@ -312,6 +315,10 @@ class _Compiled:
 
 class _Layer(_Compiled, CustomLayer):
     """Base of all layers that ``fused_rnn.cell`` makes."""
+
+    Cell: ClassVar[type[_Single]]
+    if TYPE_CHECKING:
+        __call__: Call[Any]
 
     def __init__(
         self,

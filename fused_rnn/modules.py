@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .between import shows_options
 from .recurrent import PairLayers, Recurrent
 from .step_cells import GRUCell, LSTMCell, RNNCell
 from .torch_shaped import torchs_own
@@ -44,11 +45,9 @@ def _refuse_projection(proj_size: object) -> None:
 
 
 class RNN(Recurrent):
-    r"""A stack of Elman networks (Elman 1990, "Finding structure in time") over whole sequences.
+    """A stack of Elman networks (Elman 1990, "Finding structure in time") over whole sequences.
 
-    .. math::
-        h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}),
-        \qquad f = \tanh \text{ or } \mathrm{relu}
+        h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)        f = tanh or relu
 
     Args:
         input_size: features I of an input step.
@@ -59,37 +58,41 @@ class RNN(Recurrent):
         batch_first: whether input and output are [B, T, features]; states never are.
         dropout: probability of zeroing an output of any layer but the last, while training.
         bidirectional: add a direction that runs from the last step to the first.
-        device, dtype: of the parameters.
+        device: where the parameters are.
+        dtype: of the parameters.
         proj_size: refused, as in torch.nn: only LSTM has projections.
         recompute: hold less memory between forward and backward: a layer keeps its input alone, and
             its backward runs the forward once more. The gradients are the same to the last bit, a
             training step takes about a quarter longer. ``module.recompute = True`` does it later.
-        norm, norm_at, norm_eps, zoneout, recurrent_dropout, dropout_over_time, weight_dropout,
-            blocks: what happens between two steps, see ``BetweenSteps``.
+
+    ``norm``, ``norm_at``, ``norm_eps``, ``zoneout``, ``recurrent_dropout``, ``dropout_over_time``,
+    ``weight_dropout`` and ``blocks`` say what happens between two steps, see ``BetweenSteps``.
 
     Call ``module(input, hx=None, *, lengths=None, reset=None, reset_to=None,
-    return_states=False)``:
-        * input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
-          sequence [T, I] (then B is missing everywhere), or a PackedSequence;
-        * hx [L*D, B, H], zeros if None; D is 2 if ``bidirectional``, else 1;
-        * lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
-          the last states are those at its end, and the second direction begins there;
-        * reset, bool, [T, B] ([B, T] if ``batch_first``, [R] for packed rows): where the states
-          before that step begin anew, in all layers. No gradient passes there, and the second
-          direction is cut at the same places;
-        * reset_to: what they begin with, in the form of hx, or of every step, with T in front;
-          zeros if None.
+    return_states=False)`` with
 
-    Returns ``(output, h_n)``, and with ``return_states`` ``states`` behind them:
-        * output [T, B, D*H], laid out like input, or a PackedSequence; forward units come first;
-        * h_n [L*D, B, H], layer-major;
-        * states, h after every step, [L*D, T, B, H] (packed: [L*D, R, H]); 0 past ``lengths``.
+    - input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
+      sequence [T, I] (then B is missing everywhere), or a PackedSequence;
+    - hx ``[L*D, B, H]``, zeros if None; D is 2 if ``bidirectional``, else 1;
+    - lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
+      the last states are those at its end, and the second direction begins there;
+    - reset, bool, [T, B] ([B, T] if ``batch_first``, [R] for packed rows): where the states
+      before that step begin anew, in all layers. No gradient passes there, and the second
+      direction is cut at the same places;
+    - reset_to: what they begin with, in the form of hx, or of every step, with T in front;
+      zeros if None.
+
+    It returns ``(output, h_n)``, and with ``return_states`` ``states`` behind them:
+
+    - output ``[T, B, D*H]``, laid out like input, or a PackedSequence; forward units come first;
+    - h_n ``[L*D, B, H]``, layer-major;
+    - states, h after every step, ``[L*D, T, B, H]`` (packed: ``[L*D, R, H]``); 0 past ``lengths``.
 
     Raises:
         TypeError, ValueError: constructor arguments out of range; input of another rank or dtype.
         RuntimeError: sizes, device or dtype of input and hx that do not fit; T = 0.
 
-    Example:
+    Examples:
         >>> rnn = fused_rnn.RNN(10, 20, num_layers=2)
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
         >>> output.shape, h_n.shape
@@ -101,6 +104,7 @@ class RNN(Recurrent):
         __call__: LayerCall
     _wrong_input = "RNN: Expected input to be 2D or 3D, got {1}D tensor instead"
 
+    @shows_options
     def __init__(
         self,
         input_size: int,
@@ -141,16 +145,15 @@ class RNN(Recurrent):
 
 
 class LSTM(PairLayers):
-    r"""A stack of long short-term memories over whole sequences.
+    """A stack of long short-term memories over whole sequences.
 
     Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000 and, if
     ``proj_size`` is given, the projection of Sak, Senior & Beaufays 2014 (arXiv:1402.1128).
 
-    .. math::
-        i, f, o &= \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \\
-        g &= \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \\
-        c_t &= f \odot c_{t-1} + i \odot g \\
-        h_t &= o \odot \tanh(c_t), \qquad \text{then } h_t = W_{hr} h_t \text{ if projected}
+        i, f, o = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+        g = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+        c_t = f ⊙ c_{t-1} + i ⊙ g
+        h_t = o ⊙ tanh(c_t)        with a projection h_t = W_hr (o ⊙ tanh(c_t))
 
     The rows of every weight hold the gates in the order i, f, g, o.
 
@@ -163,39 +166,43 @@ class LSTM(PairLayers):
         dropout: probability of zeroing an output of any layer but the last, while training.
         bidirectional: add a direction that runs from the last step to the first.
         proj_size: width P < H that h is projected to; 0 for none.
-        device, dtype: of the parameters.
+        device: where the parameters are.
+        dtype: of the parameters.
         recompute: hold less memory between forward and backward: a layer keeps its input alone, and
             its backward runs the forward once more. The gradients are the same to the last bit, a
             training step takes about a quarter longer. ``module.recompute = True`` does it later.
-        norm, norm_at, norm_eps, zoneout, recurrent_dropout, dropout_over_time, weight_dropout,
-            blocks: what happens between two steps, see ``BetweenSteps``.
+
+    ``norm``, ``norm_at``, ``norm_eps``, ``zoneout``, ``recurrent_dropout``, ``dropout_over_time``,
+    ``weight_dropout`` and ``blocks`` say what happens between two steps, see ``BetweenSteps``.
 
     Call ``module(input, hx=None, *, lengths=None, reset=None, reset_to=None,
-    return_states=False)``:
-        * input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
-          sequence [T, I] (then B is missing everywhere), or a PackedSequence;
-        * hx a pair (h_0 [L*D, B, P], c_0 [L*D, B, H]), zeros if None; D is 2 if
-          ``bidirectional``, else 1, and P is H if nothing is projected;
-        * lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
-          the last states are those at its end, and the second direction begins there;
-        * reset, bool, [T, B] ([B, T] if ``batch_first``, [R] for packed rows): where the states
-          before that step begin anew, in all layers. No gradient passes there, and the second
-          direction is cut at the same places;
-        * reset_to: what they begin with, in the form of hx, or of every step, with T in front;
-          zeros if None.
+    return_states=False)`` with
 
-    Returns ``(output, (h_n, c_n))``, and with ``return_states`` ``states`` behind them:
-        * output [T, B, D*P], laid out like input, or a PackedSequence; forward units come first;
-        * h_n [L*D, B, P] and c_n [L*D, B, H], layer-major;
-        * states, (h, c) after every step, [L*D, T, B, ..] (packed: [L*D, R, ..]); 0 past
-          ``lengths``.
+    - input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
+      sequence [T, I] (then B is missing everywhere), or a PackedSequence;
+    - hx a pair (h_0 ``[L*D, B, P]``, c_0 ``[L*D, B, H]``), zeros if None; D is 2 if
+      ``bidirectional``, else 1, and P is H if nothing is projected;
+    - lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
+      the last states are those at its end, and the second direction begins there;
+    - reset, bool, [T, B] ([B, T] if ``batch_first``, [R] for packed rows): where the states
+      before that step begin anew, in all layers. No gradient passes there, and the second
+      direction is cut at the same places;
+    - reset_to: what they begin with, in the form of hx, or of every step, with T in front;
+      zeros if None.
+
+    It returns ``(output, (h_n, c_n))``, and with ``return_states`` ``states`` behind them:
+
+    - output ``[T, B, D*P]``, laid out like input, or a PackedSequence; forward units come first;
+    - h_n ``[L*D, B, P]`` and c_n ``[L*D, B, H]``, layer-major;
+    - states, (h, c) after every step, ``[L*D, T, B, ..]`` (packed: ``[L*D, R, ..]``); 0 past
+      ``lengths``.
 
     Raises:
         TypeError, ValueError: constructor arguments out of range; input of another rank or dtype;
             hx not a pair.
         RuntimeError: sizes, device or dtype of input and hx that do not fit; T = 0.
 
-    Example:
+    Examples:
         >>> rnn = fused_rnn.LSTM(10, 20, num_layers=2, bidirectional=True)
         >>> output, (h_n, c_n) = rnn(torch.randn(5, 3, 10))
         >>> output.shape, h_n.shape, c_n.shape
@@ -207,6 +214,7 @@ class LSTM(PairLayers):
         __call__: LSTMCall
     _operator = "lstm"
 
+    @shows_options
     def __init__(
         self,
         input_size: int,
@@ -241,15 +249,14 @@ class LSTM(PairLayers):
 
 
 class GRU(Recurrent):
-    r"""A stack of gated recurrent units over whole sequences.
+    """A stack of gated recurrent units over whole sequences.
 
     Cho et al. 2014 (arXiv:1406.1078), with the reset gate applied after the product, as in
     torch.nn and cuDNN.
 
-    .. math::
-        r, z &= \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}) \\
-        n &= \tanh(W_{in} x_t + b_{in} + r \odot (W_{hn} h_{t-1} + b_{hn})) \\
-        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+        r, z = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+        n = tanh(W_in x_t + b_in + r ⊙ (W_hn h_{t-1} + b_hn))
+        h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
 
     The rows of every weight hold the gates in the order r, z, n.
 
@@ -261,37 +268,41 @@ class GRU(Recurrent):
         batch_first: whether input and output are [B, T, features]; states never are.
         dropout: probability of zeroing an output of any layer but the last, while training.
         bidirectional: add a direction that runs from the last step to the first.
-        device, dtype: of the parameters.
+        device: where the parameters are.
+        dtype: of the parameters.
         proj_size: refused, as in torch.nn: only LSTM has projections.
         recompute: hold less memory between forward and backward: a layer keeps its input alone, and
             its backward runs the forward once more. The gradients are the same to the last bit, a
             training step takes about a quarter longer. ``module.recompute = True`` does it later.
-        norm, norm_at, norm_eps, zoneout, recurrent_dropout, dropout_over_time, weight_dropout,
-            blocks: what happens between two steps, see ``BetweenSteps``.
+
+    ``norm``, ``norm_at``, ``norm_eps``, ``zoneout``, ``recurrent_dropout``, ``dropout_over_time``,
+    ``weight_dropout`` and ``blocks`` say what happens between two steps, see ``BetweenSteps``.
 
     Call ``module(input, hx=None, *, lengths=None, reset=None, reset_to=None,
-    return_states=False)``:
-        * input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
-          sequence [T, I] (then B is missing everywhere), or a PackedSequence;
-        * hx [L*D, B, H], zeros if None; D is 2 if ``bidirectional``, else 1;
-        * lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
-          the last states are those at its end, and the second direction begins there;
-        * reset, bool, [T, B] ([B, T] if ``batch_first``, [R] for packed rows): where the states
-          before that step begin anew, in all layers. No gradient passes there, and the second
-          direction is cut at the same places;
-        * reset_to: what they begin with, in the form of hx, or of every step, with T in front;
-          zeros if None.
+    return_states=False)`` with
 
-    Returns ``(output, h_n)``, and with ``return_states`` ``states`` behind them:
-        * output [T, B, D*H], laid out like input, or a PackedSequence; forward units come first;
-        * h_n [L*D, B, H], layer-major;
-        * states, h after every step, [L*D, T, B, H] (packed: [L*D, R, H]); 0 past ``lengths``.
+    - input [T, B, I] ([B, T, I] if ``batch_first``) of T steps and B sequences, or one
+      sequence [T, I] (then B is missing everywhere), or a PackedSequence;
+    - hx ``[L*D, B, H]``, zeros if None; D is 2 if ``bidirectional``, else 1;
+    - lengths [B], integers from 0 to T: the steps of each sequence. Outputs past its end are 0,
+      the last states are those at its end, and the second direction begins there;
+    - reset, bool, [T, B] ([B, T] if ``batch_first``, [R] for packed rows): where the states
+      before that step begin anew, in all layers. No gradient passes there, and the second
+      direction is cut at the same places;
+    - reset_to: what they begin with, in the form of hx, or of every step, with T in front;
+      zeros if None.
+
+    It returns ``(output, h_n)``, and with ``return_states`` ``states`` behind them:
+
+    - output ``[T, B, D*H]``, laid out like input, or a PackedSequence; forward units come first;
+    - h_n ``[L*D, B, H]``, layer-major;
+    - states, h after every step, ``[L*D, T, B, H]`` (packed: ``[L*D, R, H]``); 0 past ``lengths``.
 
     Raises:
         TypeError, ValueError: constructor arguments out of range; input of another rank or dtype.
         RuntimeError: sizes, device or dtype of input and hx that do not fit; T = 0.
 
-    Example:
+    Examples:
         >>> rnn = fused_rnn.GRU(10, 20, batch_first=True)
         >>> output, h_n = rnn(torch.randn(3, 5, 10))
         >>> output.shape, h_n.shape
@@ -302,6 +313,7 @@ class GRU(Recurrent):
     if TYPE_CHECKING:
         __call__: LayerCall
 
+    @shows_options
     def __init__(
         self,
         input_size: int,

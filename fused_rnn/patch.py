@@ -40,6 +40,7 @@ class Patch:
 
     @property
     def missed(self) -> list[str]:
+        """What goes on using torch.nn's classes, one line for each."""
         return sorted(_missed())
 
     def apply(self) -> Patch:

@@ -93,14 +93,15 @@ class _Cell(TorchShaped, nn.RNNCellBase):
 
 
 class RNNCell(_Cell):
-    r"""One step of an Elman network; equation and source as in ``RNN``.
+    """One step of an Elman network; equation and source as in ``RNN``.
 
     Args:
         input_size: features I.
         hidden_size: units H.
         bias: whether b_ih and b_hh exist.
         nonlinearity: ``"tanh"`` or ``"relu"``.
-        device, dtype: of the parameters.
+        device: where the parameters are.
+        dtype: of the parameters.
 
     Call ``cell(input, hx=None)`` with input [B, I] of B sequences, or [I], and hx [B, H] or [H],
     zeros if None; returns the next h, like hx.
@@ -109,7 +110,7 @@ class RNNCell(_Cell):
         ValueError: input or hx of another rank.
         RuntimeError: sizes, device or dtype that do not fit; an unknown nonlinearity, at the call.
 
-    Example:
+    Examples:
         >>> cell = fused_rnn.RNNCell(10, 20)
         >>> h = torch.zeros(3, 20)
         >>> for x in torch.randn(5, 3, 10):
@@ -142,13 +143,14 @@ class RNNCell(_Cell):
 
 
 class LSTMCell(HiddenPair, _Cell):
-    r"""One step of a long short-term memory; equations, sources and gate order as in ``LSTM``.
+    """One step of a long short-term memory; equations, sources and gate order as in ``LSTM``.
 
     Args:
         input_size: features I.
         hidden_size: units H.
         bias: whether b_ih and b_hh exist.
-        device, dtype: of the parameters.
+        device: where the parameters are.
+        dtype: of the parameters.
 
     Call ``cell(input, hx=None)`` with input [B, I] of B sequences, or [I], and hx a pair (h, c),
     both [B, H] or [H], zeros if None; returns the next pair (h, c).
@@ -157,7 +159,7 @@ class LSTMCell(HiddenPair, _Cell):
         TypeError, ValueError: hx not a pair; input, h or c of another rank.
         RuntimeError: sizes, device or dtype that do not fit.
 
-    Example:
+    Examples:
         >>> cell = fused_rnn.LSTMCell(10, 20)
         >>> h, c = torch.zeros(3, 20), torch.zeros(3, 20)
         >>> for x in torch.randn(5, 3, 10):
@@ -189,13 +191,14 @@ class LSTMCell(HiddenPair, _Cell):
 
 
 class GRUCell(_Cell):
-    r"""One step of a gated recurrent unit; equations, source and gate order as in ``GRU``.
+    """One step of a gated recurrent unit; equations, source and gate order as in ``GRU``.
 
     Args:
         input_size: features I.
         hidden_size: units H.
         bias: whether b_ih and b_hh exist.
-        device, dtype: of the parameters.
+        device: where the parameters are.
+        dtype: of the parameters.
 
     Call ``cell(input, hx=None)`` with input [B, I] of B sequences, or [I], and hx [B, H] or [H],
     zeros if None; returns the next h, like hx.
@@ -204,7 +207,7 @@ class GRUCell(_Cell):
         ValueError: input or hx of another rank.
         RuntimeError: sizes, device or dtype that do not fit.
 
-    Example:
+    Examples:
         >>> cell = fused_rnn.GRUCell(10, 20)
         >>> h = torch.zeros(3, 20)
         >>> for x in torch.randn(5, 3, 10):

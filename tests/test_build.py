@@ -1002,7 +1002,7 @@ def tree(home, tmp_path):
     pytest.importorskip("setuptools", "77")
     folder = tmp_path / "tree"
     ignored = shutil.ignore_patterns("__pycache__", "_native*")
-    for name in (*FOLDERS, ".ci", "docs"):
+    for name in (*FOLDERS, ".ci", ".github", "docs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for path in ROOT.glob("*"):
@@ -1034,7 +1034,9 @@ def test_source_distribution_is_complete(tree):
     missing = {path.relative_to(tree).as_posix() for path in wanted} - packed
     assert not missing
     top = "CHANGELOG.md LICENSE Makefile README.md pyproject.toml setup.py .ci/run .clang-format"
-    assert set(top.split()) <= packed
+    of_site = "mkdocs.yml CONTRIBUTING.md docs/site/hooks.py docs/site/style.css"
+    public = "CITATION.cff .github/workflows/tests.yml .github/ISSUE_TEMPLATE/config.yml"
+    assert {*top.split(), *of_site.split(), *public.split()} <= packed
 
 
 def test_wheel_without_kernels_says_so(tree):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from test_guides import GUIDES
 from torch import nn
 
 from fused_rnn import build
@@ -39,6 +41,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"\w+:", link):
             continue
+        if workflow := re.match(r"\.\./\.\./actions/workflows/([\w.]+)", link):  # at the host
+            assert (ROOT / ".github" / "workflows" / workflow[1]).exists(), link
+            continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), f"{link} does not exist"
@@ -66,12 +71,28 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+WITH_CODE = [p for p in PAGES if blocks(p) and p.stem not in GUIDES]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
 def test_python_runs(page: Path) -> None:
-    """Each page from top to bottom; ``model`` is the reader's."""
+    """Each page from top to bottom; ``model`` is the reader's. For the others: test_guides.py."""
     names = {"torch": torch, "nn": nn, "model": nn.Sequential(nn.GRU(4, 8))}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_exist(page: Path) -> None:
+    """Targets of make, programs and modules that blocks of shell name."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for text in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+        assert set(re.findall(r"^make ([a-z][\w-]*)", text, re.M)) <= targets
+        for program in re.findall(r"\bpython ([\w/]+\.py)", text):
+            assert (ROOT / program).exists(), program
+        for module in re.findall(r"\bpython -m ((?:fused_rnn|benchmarks)[\w.]*)", text):
+            path = ROOT / module.replace(".", "/")
+            assert (path / "__main__.py").exists() or path.with_suffix(".py").exists(), module
 
 
 def read_by(*patterns: str) -> set[str]:
@@ -88,3 +109,25 @@ def test_environment_variables() -> None:
     of_tests = {name for name in read_by("tests/*.py") if name.startswith("FUSED_RNN_TEST_")}
     page = (ROOT / "docs" / "build.md").read_text()
     assert set(re.findall(r"`([A-Z][A-Z_]+)`", page)) - {"PATH"} == own | of_tests
+
+
+def test_reference_is_whole() -> None:
+    """Every public name is described, and in the reference; ``make docs`` says the same."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "site" / "hooks.py")
+    assert spec and spec.loader
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert not list(hooks.problems((ROOT / hooks.REFERENCE).read_text()))
+    assert "LSTM: expected both in fused_rnn.__all__ and in docs/api.md" in hooks.problems("")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_lists_in_lists_are_four_spaces_in(page: Path) -> None:
+    """Less is no list of its own for the site's Markdown."""
+    assert not re.findall(r"^ {1,3}[-*] .*", prose(page), re.M)
+
+
+def test_every_page_of_docs_is_in_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}\n" in menu, page.name

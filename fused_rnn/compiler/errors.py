@@ -12,7 +12,10 @@ _INSIDE = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).paren
 
 
 class CellError(TypeError):
-    """A function that is no cell, or not one that can be compiled."""
+    """A function that is no cell, or not one that can be compiled.
+
+    The message begins with the file and the line of the author.
+    """
 
 
 def refuse(text: str) -> CellError:
