@@ -25,7 +25,7 @@ from .reference import CELLS, Cell, Step, present_bits
 __all__ = ["CellError", "cell"]
 
 _OPTIONS = tuple(Options.__annotations__)  # arguments of all layers that are no hyperparameters
-MOST_GATES, MOST_PARAMS = 4, 16  # of csrc/cpu/layer.h and csrc/core/params.h
+MOST_GATES, MOST_PARAMS = 8, 16  # of csrc/core/params.h
 
 Initialiser = Callable[[Tensor], Any] | float | None
 

@@ -58,7 +58,7 @@ def cells(draw: st.DrawFn, most: int = 8) -> Drawn:
     def some(kind: str, low: int, high: int) -> tuple[str, ...]:
         return tuple(f"{kind}{i}" for i in range(draw(st.integers(low, high))))
 
-    gates, states, params = some("g", 1, 4), some("s", 1, 3), some("p", 0, 2)
+    gates, states, params = some("g", 1, 6), some("s", 1, 3), some("p", 0, 2)
     parts = [draw(st.sampled_from(["x", "r", "xr"])) for _ in gates]
     parts[0] = "xr"
     operand = draw(st.sampled_from(states))

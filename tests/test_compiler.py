@@ -357,9 +357,9 @@ def _two_products(x: Any, r: Any, s: Any, p: Any) -> Any:
         (lambda x, r, s, p: dict(h=x.a), dict(gates="a"), "nothing recurs"),
         (lambda x, r, s, p: dict(h=r.a), dict(gates="a"), "no gate reads the input"),
         (
-            lambda x, r, s, p: dict(h=x.a + x.b + x.c + x.d + x.e + s.h),
-            dict(gates="a b c d e"),
-            "at most 4 gates with an input part, got a, b, c, d, e: more are not supported",
+            lambda x, r, s, p: dict(h=sum(getattr(x, gate) for gate in "abcdefgij") + s.h),
+            dict(gates="a b c d e f g i j"),
+            "at most 8 gates with an input part, got a, b, c, d, e, f, g, i, j: more are not supp",
         ),
         (lambda x, r, s: dict(h=x.a), dict(gates="a"), r"expected the arguments x, r, s, p"),
         (lambda x, r, s, p, k: dict(h=x.a), dict(gates="a"), r"hyperparameters with defaults"),

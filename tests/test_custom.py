@@ -97,6 +97,22 @@ def pair(name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return ours, by_hand
 
 
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06}
+
+
+def agree(layer: Any, x: Any, hx: Any, tol: float) -> None:
+    """Kernels and the function itself."""
+    assert ops._has_cell("cpu", layer.cell, layer.weight_ih_l0.dtype)
+    ours = run(layer, x, hx)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "supports", lambda *_: False)
+        plain = run(layer, x, hx)
+    for key, value in plain.items():
+        expected = torch.zeros_like(ours[key]) if value is None else value
+        bound = tol * max(1.0, magnitude(expected))
+        assert error(ours[key], expected) <= bound, (key, error(ours[key], expected))
+
+
 # --- Against the headers by hand ----------------------------------------------------------------
 
 
@@ -129,19 +145,28 @@ def test_packed_recomputed_and_projected() -> None:
         assert torch.equal(a, b)
 
 
+# --- More than the cells of the package have ----------------------------------------------------
+
+
+@fused_rnn.cell(gates=("a", "b", "c", "d", "e", "f", "g"))
+def SevenGates(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    ups = torch.sigmoid(x.a + r.a) + torch.tanh(x.b + r.b) * torch.sin(x.c - r.c)
+    downs = torch.sigmoid(x.d * r.d) * torch.tanh(x.e + 0.5 * r.e)
+    mix = torch.sigmoid(x.f + r.f + r.g)
+    return dict(h=torch.tanh(mix * ups - downs + x.g) + 0.1 * s.h)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5, 4, 17), (1, 1, 3, 64), (33, 4, 40, 96)], ids=str)
+def test_many_gates(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, steps, inputs, hidden = sizes
+    layer = SevenGates(inputs, hidden, 2, bidirectional=True, dtype=dtype)
+    x = torch.randn(steps, batch, inputs, dtype=dtype)
+    agree(layer, x, torch.randn(4, batch, hidden, dtype=dtype), TOLERANCES[dtype])
+
+
 # --- Random cells -------------------------------------------------------------------------------
-
-
-def agree(layer: Any, x: Tensor, hx: Any, tol: float) -> None:
-    """Kernels and the function itself."""
-    ours = run(layer, x, hx)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "supports", lambda *_: False)
-        plain = run(layer, x, hx)
-    for key, value in plain.items():
-        expected = torch.zeros_like(ours[key]) if value is None else value
-        bound = tol * max(1.0, magnitude(expected))
-        assert error(ours[key], expected) <= bound, (key, error(ours[key], expected))
 
 
 @needs_kernels

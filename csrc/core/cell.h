@@ -79,6 +79,7 @@ template <class C>
 constexpr bool CheckCell() {
   static_assert(C::kX >= 1 && C::kH >= 0 && C::kStates >= 1 && C::kSaved >= 0,
                 "a cell has gates and states");
+  static_assert(C::kX <= kMaxGates && C::kH <= kMaxGates, "there is room for gates");
   static_assert(sizeof(C::kDx) / sizeof(int) == C::kX &&
                     (C::kH == 0 || sizeof(C::kDh) / sizeof(int) == C::kH),
                 "one gradient per gate");

@@ -28,7 +28,7 @@ constexpr int64_t RowStride(int64_t units) {
 
 // The tensors of one direction of a layer, or their gradients: in the order of the names that
 // TensorName gives them, by which they are known everywhere.
-constexpr int kMaxParams = 16;
+constexpr int kMaxParams = 16, kMaxGates = 8;
 // What can be normalised, row by row: x W_ih^T, h W_hh^T, or their sum, each before its bias is added;
 // and the state that the output shows, which is shifted afterwards.
 enum Place { kInput, kRecurrent, kSum, kShown, kPlaces };

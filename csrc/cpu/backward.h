@@ -34,7 +34,7 @@ class Layer<C>::BackwardPass {
  private:
   using ProductH = StepGradProduct<C::kH>;
   using ProductX = InputGradProduct<C::kX>;
-  static constexpr int kInOrder[4] = {0, 1, 2, 3};
+  static constexpr int kInOrder[kMaxGates] = {0, 1, 2, 3, 4, 5, 6, 7};
   static constexpr int kMostGrads = std::max(kMostGates, C::kD);
 
   const LayerGradParams& p;

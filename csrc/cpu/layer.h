@@ -56,7 +56,6 @@ class Layer {
 
   static constexpr int kMostGates = C::kX > C::kH ? C::kX : C::kH;
   static constexpr int kPanelVecs = kMostGates <= 2 ? 2 : 1;
-  static_assert(kMostGates <= 4, "a tile of a product has up to four gates of a unit");
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
   static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
   static constexpr int kTape = Tape<C>::kSize;
