@@ -45,7 +45,8 @@ class CustomLayer(Recurrent):
         **options: Unpack[Options],
     ) -> None:
         known = CELLS[self.cell]
-        if proj_size and (known.reads_h or known.output or not known.recurrent_gates):
+        own_width = known.reads_h or known.output or known.products
+        if proj_size and (own_width or not known.recurrent_gates):
             raise ValueError(
                 f"proj_size: expected 0, since {type(self).__name__} reads h unit by unit, or has "
                 f"another output, got {proj_size}"

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .between import Options
 from .cells import CustomLayer
 from .compiler import CellError, Compiled, Declaration, trace
-from .recurrent import PairLayers, parameter_shapes
+from .recurrent import PairLayers, Recurrent, parameter_shapes
 from .reference import CELLS, Cell, Step, present_bits
+from .torch_internals import is_any_autocast_enabled
 
 if TYPE_CHECKING:
     from .call_types import Call
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["CellError", "cell"]
 
 _OPTIONS = tuple(Options.__annotations__)  # arguments of all layers that are no hyperparameters
-MOST_GATES, MOST_PARAMS = 4, 16  # of csrc/cpu/layer.h and csrc/core/params.h
+MOST_GATES, MOST_PARAMS = 16, 16  # of csrc/core/params.h
+_ARGUMENTS = tuple(inspect.signature(Recurrent.forward).parameters)  # of the call of any layer
 
 Initialiser = Callable[[Tensor], Any] | float | None
 
@@ -47,11 +50,14 @@ def cell(
         gates: names of the gates. ``x.i`` is the row of W_ih x + b_ih for gate i, ``r.i`` that of
             W_hh h + b_hh. Both have only those gates that the function asks for.
         states: names of what the function reads as ``s.h`` and returns, a dict of all of them. The
-            first is h, which W_hh multiplies; ``r(s.c).i`` says that it is another.
+            first is h, which W_hh multiplies; ``r(s.c).i`` says that it is another, or any value
+            that is known by then, as in ``r(reset * s.h).n``.
         params: names of trained numbers, one per unit, read as ``p.tau``. A dict gives for each how
             it begins: a number, a function of ``torch.nn.init``, or None for the usual draw.
         output: the state that is the layer's output; the first by default.
-        given: reserved.
+        given: names of values that the caller gives for each step, one per unit, read as
+            ``x.decay`` like a gate that has an input part: ``layer(x, decay=decay)`` with [T, B, H]
+            in the layout of x. All layers and directions get the same.
 
     Keyword arguments of the function with a default are hyperparameters: arguments of the layer,
     constants to its kernels.
@@ -80,14 +86,20 @@ def cell(
         if not inspect.isfunction(fn):
             raise CellError(f"a cell is a plain function, got {type(fn).__name__}")
         declaration = Declaration(
-            fn.__name__, tuple(gates), tuple(states), tuple(named), output or (*states, "")[0]
+            fn.__name__,
+            tuple(gates),
+            tuple(states),
+            tuple(named),
+            output or (*states, "")[0],
+            tuple(given),
         )
-        _check(fn, declaration, given)
+        _check(fn, declaration)
         made = _Made(fn, declaration, named)
         name = made.register({})
         one = len(states) == 1
         pair = len(states) == 2 and CELLS[name].states == declaration.states
         bases = (_Layer,) if one else (_Layer, PairLayers) if pair else (_StatesLayer,)
+        bases = (_GivenLayer, *bases) if given else bases
         own = {
             "__module__": fn.__module__,
             "__qualname__": fn.__qualname__,
@@ -107,11 +119,10 @@ def cell(
     return decorate
 
 
-def _check(fn: Callable[..., Any], d: Declaration, given: Sequence[str]) -> None:
+def _check(fn: Callable[..., Any], d: Declaration) -> None:
     where = f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}: "
-    if given:
-        raise CellError(f"{where}given: values for each step are not supported")
-    for kind, names in (("gates", d.gates), ("states", d.states), ("params", d.params)):
+    kinds = {"gates": d.gates, "states": d.states, "params": d.params, "given": d.given}
+    for kind, names in kinds.items():
         for name in names:
             if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
                 raise CellError(f"{where}{kind}: expected names, got {name!r}")
@@ -123,8 +134,15 @@ def _check(fn: Callable[..., Any], d: Declaration, given: Sequence[str]) -> None
         raise CellError(
             f"{where}output: expected one of the states {', '.join(d.states)}, got {d.output!r}"
         )
-    if len(d.params) > MOST_PARAMS:
-        raise CellError(f"{where}params: expected at most {MOST_PARAMS}, got {len(d.params)}")
+    for name in d.given:
+        if name in d.gates or name in _ARGUMENTS:
+            raise CellError(
+                f"{where}given: expected names that no gate has and no argument of the call, got "
+                f"{name!r}"
+            )
+    for kind in ("params", "given"):
+        if (count := len(kinds[kind])) > MOST_PARAMS:
+            raise CellError(f"{where}{kind}: expected at most {MOST_PARAMS}, got {count}")
 
 
 class _Values:
@@ -135,11 +153,31 @@ class _Values:
             setattr(self, name, value)
 
 
-class _Products(_Values):
-    """``r.i``, or ``r(s.h).i``: which state the products are of is known from the trace."""
+class _Products:
+    """``r.i``, or ``r(operand).i`` of tensors.
+
+    ``of_state`` are the gates of the product that is made already; which state it is of is known
+    from the trace. ``others`` make one of an operand.
+    """
+
+    def __init__(
+        self,
+        of_state: Mapping[str, Tensor],
+        others: Mapping[str, Callable[[Tensor], Tensor]],
+        operand: Any,
+    ) -> None:
+        self._of_state, self._others, self._operand = of_state, others, operand
 
     def __call__(self, operand: Any) -> _Products:
-        return self
+        return _Products(self._of_state, self._others, operand)
+
+    def __getattr__(self, gate: str) -> Tensor:
+        made = self._of_state.get(gate)
+        return self._others[gate](self._operand) if made is None else made
+
+
+def _shape_text(shape: tuple[Any, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 class _Made:
@@ -188,6 +226,42 @@ class _Made:
                 )
         return {**self.defaults, **given}
 
+    def together(
+        self, owner: str, given: Mapping[str, Any], rows: Tensor, shape: tuple[Any, ...]
+    ) -> Tensor | None:
+        """The values of a call for each step, side by side, after checks against its input."""
+        names = self.declaration.given
+        for name in given:
+            if name not in names:
+                known = ", ".join(names) or "nothing"
+                raise TypeError(
+                    f"{owner}: got an unexpected keyword argument {name!r}; given for each step is "
+                    f"{known}"
+                )
+        values: list[Any] = [
+            v.data if isinstance(v, PackedSequence) else v for v in map(given.get, names)
+        ]
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{owner}: {name}: expected a tensor {_shape_text(shape)}, which this cell is "
+                    f"given for each step, got {type(value).__name__}"
+                )
+            if value.shape != shape:
+                raise ValueError(
+                    f"{owner}: {name}: expected {_shape_text(shape)}, got {list(value.shape)}"
+                )
+            if value.device != rows.device:
+                raise ValueError(
+                    f"{owner}: {name}: expected it on {rows.device}, as the input is, got "
+                    f"{value.device}"
+                )
+            if value.dtype != rows.dtype and not is_any_autocast_enabled():
+                raise ValueError(
+                    f"{owner}: {name}: expected {rows.dtype}, as the input is, got {value.dtype}"
+                )
+        return torch.cat(values, -1) if len(values) > 1 else values[0] if values else None
+
     def register(self, given: Mapping[str, Any]) -> str:
         """The name that the cell with these hyperparameters has in ``CELLS``."""
         values = self.full(given)
@@ -228,6 +302,8 @@ class _Made:
             reads_h=found.reads_h,
             adds=found.adds,
             source=compiled,
+            given=d.given,
+            products=found.products if found.operands else (),
         )
 
 
@@ -238,17 +314,35 @@ def _step(
     values: Mapping[str, Any],
 ) -> Step:
     """The function as ``reference.Cell`` wants it."""
-    gates_x, gates_h = compiled.trace.gates_x, compiled.trace.gates_h
-    names, first, others = compiled.trace.declaration.params, states[0], states[1:]
+    trace, d = compiled.trace, compiled.trace.declaration
+    gates_x, of_state = (*trace.gates_x, *d.given), trace.gates_h[: trace.products[0]]
+    later = list(enumerate(trace.gates_h))[len(of_state) :]
+    first, others = states[0], states[1:]
 
     def step(
-        gx: Tensor, gh: Tensor | None, h: Tensor, c: Tensor | None, *params: Tensor
+        gx: Tensor,
+        gh: Tensor | None,
+        h: Tensor,
+        c: Tensor | None,
+        *params: Tensor,
+        product: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        x = _Values(gates_x, gx.chunk(len(gates_x), -1))
-        r = _Products(gates_h, () if gh is None else gh.chunk(len(gates_h), -1))
+        parts = gx.chunk(len(gates_x), -1)
+        like = parts[0]
+        x = _Values(gates_x, parts)
         s = _Values(states, (h, *(() if c is None else c.chunk(len(others), -1))))
-        new = fn(x, r, s, _Values(names, params), **values)
-        like = x.__dict__[gates_x[0]]
+        made = () if gh is None else gh.chunk(len(of_state), -1)
+
+        def made_of(gate: int) -> Callable[[Tensor], Tensor]:
+            assert product is not None
+            return lambda operand: product(gate, _full(operand, like))
+
+        r = _Products(
+            dict(zip(of_state, made, strict=True)),
+            {name: made_of(gate) for gate, name in later},
+            getattr(s, d.states[0]),
+        )
+        new = fn(x, r, s, _Values(d.params, params), **values)
         rest = [_full(new[name], like) for name in others]
         return _full(new[first], like), torch.cat(rest, -1) if rest else None
 
@@ -430,6 +524,34 @@ class _StatesLayer(_Layer):
         return tuple(state.index_select(1, permutation) for state in hx)
 
 
+class _GivenLayer(_Layer):
+    """Layers to whose call the caller gives more for each step."""
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        reset: Tensor | None = None,
+        reset_to: Any = None,
+        return_states: bool = False,
+        **given: Any,
+    ) -> Any:
+        """As of other layers; what is given is [T, B, H] each, in the layout of the input, or like
+        it packed rows."""
+        asked = self._asked(input, reset, reset_to, return_states)
+        rows = input.data if isinstance(input, PackedSequence) else input
+        shape = (*rows.shape[:-1], self.hidden_size)
+        together = self._made.together(type(self).__name__, given, rows, shape)
+        assert together is not None
+        if rows is input and rows.dim() == 2:
+            together = together.unsqueeze(1)
+        elif rows is input and self.batch_first:
+            together = together.transpose(0, 1)
+        return self._forward(input, hx, lengths, asked._replace(given=together))
+
+
 class _Single(_Compiled, nn.Module):
     """One step, as ``torch.nn.LSTMCell`` is one of ``torch.nn.LSTM``.
 
@@ -475,8 +597,8 @@ class _Single(_Compiled, nn.Module):
         bias = "" if self.bias else ", bias=False"
         return f"{self.input_size}, {self.hidden_size}{bias}{self._shown()}"
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """Return the new states."""
+    def forward(self, input: Tensor, hx: Any = None, **given: Any) -> Any:
+        """Return the new states. What is given is [B, H] or [H]."""
         if input.dim() not in (1, 2):
             raise ValueError(
                 f"{self._made.declaration.name}.Cell: expected input to be 1D or 2D, got "
@@ -493,6 +615,8 @@ class _Single(_Compiled, nn.Module):
             (None, None) if hx is None else self._states(hx, (*input.shape[:-1], self.hidden_size))
         )
         bits = present_bits(self.cell, biases=self.bias, projection=False)
+        owner, shape = f"{self._made.declaration.name}.Cell", (*input.shape[:-1], self.hidden_size)
+        together = self._made.together(owner, given, input, shape)
         _, h_n, c_n = functional.recurrent(
             self.cell,
             x.unsqueeze(0),
@@ -502,6 +626,7 @@ class _Single(_Compiled, nn.Module):
             num_layers=1,
             bidirectional=False,
             present=bits,
+            given=None if together is None else together.reshape(1, -1, together.shape[-1]),
         )
         order = CELLS[self.cell].states
         new = [h_n, *(() if c_n is None else c_n.split(self.hidden_size, -1))]

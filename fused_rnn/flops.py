@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from .imports import when_imported
-from .reference import present_names
+from .reference import CELLS, present_names
 
 
 class _Matrix(NamedTuple):
@@ -28,7 +28,7 @@ def _matrices(
     cell: str, weights: Sequence[Tensor], directions: int, present: int
 ) -> Iterator[_Matrix]:
     names = present_names(cell, present)
-    for i, weight in enumerate(weights):
+    for i, weight in enumerate(weights[: len(weights) - bool(CELLS[cell].given)]):
         if weight.dim() == 2:
             first = i - i % (directions * len(names))
             yield _Matrix(names[i % len(names)], i, first, 2 * weight.numel())

@@ -96,6 +96,7 @@ def recurrent(
     reset: Tensor | None = None,
     reset_to: tuple[Tensor, Tensor | None] | None = None,
     every_state: bool = False,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run L layers of D directions over a whole sequence.
 
@@ -115,6 +116,7 @@ def recurrent(
         reset_to: h and c that they begin with, like h0 and c0, or for each step [T, L*D, B, ..];
             None for zeros.
         every_state: return the states after every step.
+        given: [T, B, given * H], or packed rows, to a cell that asks for it, in all layers.
 
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0. With ``every_state`` h_n and c_n
@@ -126,6 +128,8 @@ def recurrent(
             f"{len(weights)} weights do not fit num_layers, bidirectional and bias, which are read "
             "at every call"
         )
+    if given is not None:  # is differentiable as they are, and as they are of one dtype
+        weights = [*weights, given]
     usual = between is NOTHING and reset is None and not every_state
     if usual and engines.wants_torch_operator(x, weights) and cell in engines.TORCH_CELLS:
         config = (num_layers, dropout, training, bool(bidirectional))
@@ -239,12 +243,16 @@ def _run(
     if not takes(stages):
         engine = reference
 
-    def call(x: Tensor, h0: Any, c0: Any, masks: Any, batch_sizes: Any, stages: Stages) -> Any:
+    own = weights[: len(weights) - bool(CELLS[cell].given)]
+
+    def call(
+        x: Tensor, h0: Any, c0: Any, masks: Any, batch_sizes: Any, stages: Stages, given: Any
+    ) -> Any:
         usual = stages.nothing and not how.every_state
         extra = () if usual else (stages, how.every_state)
         recompute = how.recompute and not transformed()
         return engine.recurrent(
-            cell, x, h0, c0, weights, masks, batch_sizes, *how.shape, recompute, *extra
+            cell, x, h0, c0, [*own, *given], masks, batch_sizes, *how.shape, recompute, *extra
         )
 
     if how.reset is not None and how.reset.numel() > 0:
@@ -263,11 +271,14 @@ def _run(
                 masks,
                 how.batch_sizes,
                 stages,
+                weights[len(own) :],
                 directions=how.shape[1],
                 every_state=how.every_state,
             )
         stages = whole
-    found: tuple[Tensor, Tensor, Tensor | None] = call(x, h0, c0, masks, batch_sizes, stages)
+    found: tuple[Tensor, Tensor, Tensor | None] = call(
+        x, h0, c0, masks, batch_sizes, stages, weights[len(own) :]
+    )
     return found
 
 

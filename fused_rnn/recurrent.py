@@ -312,6 +312,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             reset=asked.reset,
             reset_to=asked.reset_to,
             every_state=asked.states,
+            given=asked.given,
         )
         if not asked.states:
             return y, self._join_hidden(h_n, c_n), None
@@ -393,6 +394,9 @@ class Recurrent(TorchShaped, nn.RNNBase):
             return node
         if not (reset is None and reset_to is None and return_states is False):
             asked = self._asked(input, reset, reset_to, return_states)
+        return self._forward(input, hx, lengths, asked)
+
+    def _forward(self, input: Any, hx: Any, lengths: Lengths | None, asked: Asked) -> Any:
         if lengths is not None:
             return self._forward_lengths(input, hx, lengths, asked)
         if isinstance(input, PackedSequence):
@@ -458,7 +462,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
         batch, steps = input.size(batch_dim), input.size(1 - batch_dim)
         counts = sequences.checked_lengths(lengths, batch, steps)
         if batch == 0 or steps == 0:
-            return self.forward(input, hx, return_states=asked.states)
+            return self._forward(input, hx, None, asked._replace(reset=None, reset_to=None))
         if hx is not None:
             self._check_hidden_dim(hx, 3)
         if bool((counts == 0).any()):
@@ -476,6 +480,8 @@ class Recurrent(TorchShaped, nn.RNNBase):
         empty = (counts == 0).to(input.device).unsqueeze(-1)  # [B, 1]
         of_batch = empty.unsqueeze(1 - self._batch_dim())
         some = input.masked_fill(of_batch, 0)
+        if asked.given is not None:
+            asked = asked._replace(given=asked.given.masked_fill(empty, 0))
         y, last, *states = self._forward_lengths(some, hx, counts.clamp(min=1), asked)
         begin = self._zero_hidden(input, input.size(self._batch_dim())) if hx is None else hx
         h, c = (

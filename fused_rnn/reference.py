@@ -35,6 +35,9 @@ class Cell:
     ``gx = x W_ih^T + b_ih`` is [B, gates * H], ``gh = h W_hh^T + b_hh`` [B, recurrent_gates * H] or
     None, ``h`` is [B, P], ``c`` [B, C] holds the other states or is None, and parameters are [H].
     Where ``shows_c``, the step takes ``seen``, a function: its output shows seen(c') for c'.
+    What is ``given`` stands in gx behind the gates. Of a cell with ``products``, gh has the gates
+    of the first, and the step takes ``product``, a function: of gate q and what this is of, u
+    [B, H], it makes the part of u W_hh^T + b_hh, [B, H].
     """
 
     step: Step
@@ -46,6 +49,8 @@ class Cell:
     reads_h: bool = False  # whether the step reads h itself, beside its product with W_hh
     adds: bool = True  # whether the step reads gx and gh by nothing but their sum
     shows_c: bool = False  # whether the output is a function of the new c
+    given: tuple[str, ...] = ()  # what the caller gives for each step, one number per unit each
+    products: tuple[int, ...] = ()  # if W_hh multiplies more than h: the gates of each product
     source: Any = None  # of a cell that is not in csrc/cells, what its header is made by
 
     @property
@@ -62,7 +67,7 @@ class Cell:
         """Of NORM_TENSORS: what of this cell can be normalised."""
         has = {
             "input": True,
-            "recurrent": self.recurrent_gates > 0,
+            "recurrent": self.recurrent_gates > 0 and not self.products,
             "sum": self.adds and self.recurrent_gates == self.gates,
             "cell": self.shows_c,
         }
@@ -258,12 +263,19 @@ def present_norms(cell: str, present: int) -> tuple[str, ...]:
 
 
 def by_name(cell: str, present: int, weights: Sequence[Tensor]) -> list[Weights]:
-    """The flat tensors of each layer and direction by themselves."""
-    names = present_names(cell, present)
+    """The flat tensors of each layer and direction by themselves; what is given is of all."""
+    names, of_all = present_names(cell, present), {}
+    if CELLS[cell].given:
+        *weights, of_all["given"] = weights
     return [
-        dict(zip(names, weights[i : i + len(names)], strict=True))
+        dict(zip(names, weights[i : i + len(names)], strict=True)) | of_all
         for i in range(0, len(weights), len(names))
     ]
+
+
+def count_runs(cell: str, present: int, weights: Sequence[Tensor]) -> int:
+    """L*D."""
+    return (len(weights) - bool(CELLS[cell].given)) // present.bit_count()
 
 
 # --- Layers, time --------------------------------------------------------------------------------
@@ -291,7 +303,8 @@ def recurrent(
         x: [T, B, I], or packed rows [R, I] with ``batch_sizes``, both of any strides.
         h0: [L*D, B, P], layer-major; None for zeros.
         c0: [L*D, B, C], or None for zeros, and for a cell without states beside h.
-        weights: the tensors of each layer and direction in turn, in the order of ``Cell.tensors``.
+        weights: the tensors of each layer and direction in turn, in the order of ``Cell.tensors``;
+            then, for a cell that has it, what is given to all of them, [T, B, given * H], or rows.
         masks: [L-1, rows of x.., D*P], which multiply what a layer gives to the next, or None.
         batch_sizes: [T] int64 on the CPU, not increasing: rows of x that belong to each step.
         layers, directions: L and D; the second direction runs backwards in time.
@@ -336,7 +349,7 @@ def initial_states(
     others = len(CELLS[cell].states) - 1
     if h0 is not None and (c0 is not None or not others):
         return h0, c0
-    runs, batch = len(weights) // present.bit_count(), x.shape[1]
+    runs, batch = count_runs(cell, present, weights), x.shape[1]
     if batch_sizes is not None:
         batch = batch_sizes[0]  # type: ignore[assignment]
     width, units = widths(cell, weights, present, blocks)
@@ -470,6 +483,8 @@ def _direction(
         gx = norm(gx, weights["g_ih"], b_ih)
     if norm is not None and "cell" in at:
         how["seen"] = partial(norm, gain=weights["g_c"], shift=weights["s_c"])
+    if cell.given:
+        gx = torch.cat([gx, weights["given"][: len(gx)]], -1)
     steps = gx.unbind(0) if sizes is None else gx.split(sizes)  # step t: [b_t, G*H]
     counts = [g.shape[0] for g in steps]
     cuts = _cuts(stages.reset, counts, reverse=reverse)
@@ -484,10 +499,16 @@ def _direction(
         if (cut := cuts[t]) is not None:
             place = t + 1 if reverse else t
             h_t, c_t = _begun_anew(cut, h_t, c_t, stages.reset_to, place)
-        into = h_t if stages.h_mask is None else h_t * stages.h_mask[:b]
+        mask = None if stages.h_mask is None else stages.h_mask[:b]
         g, gh = steps[t], None
-        if w_hh is not None:
+        if w_hh is not None and cell.products:
+            product = partial(_product, w_hh, b_hh, mask, stages.blocks, cell.recurrent_gates)
+            how["product"] = product
+            gates = [product(q, h_t) for q in range(cell.products[0])]
+            gh = torch.cat(gates, -1) if gates else None
+        elif w_hh is not None:
             late = {"recurrent", "sum"}.intersection(at)
+            into = h_t if mask is None else h_t * mask
             gh = _recurrent_gates(into, w_hh, None if late else b_hh, stages.blocks)
             if norm is not None and "recurrent" in at:
                 gh = norm(gh, weights["g_hh"], b_hh)
@@ -525,6 +546,20 @@ def _recurrent_gates(h: Tensor, w_hh: Tensor, b_hh: Tensor | None, blocks: int) 
     each = w_hh.unflatten(0, (-1, blocks, h.shape[1] // blocks))  # [G, blocks, units, width]
     gates = torch.einsum("bnk,gnuk->bgnu", h.unflatten(1, (blocks, width)), each).flatten(1)
     return gates if b_hh is None else gates + b_hh
+
+
+def _product(
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    mask: Tensor | None,
+    blocks: int,
+    gates: int,
+    q: int,
+    u: Tensor,
+) -> Tensor:
+    """Gate q alone, of any operand u [b, H], which ``mask`` multiplies."""
+    bias = None if b_hh is None else b_hh.chunk(gates)[q]
+    return _recurrent_gates(u if mask is None else u * mask, w_hh.chunk(gates)[q], bias, blocks)
 
 
 def _cuts(reset: Tensor | None, counts: list[int], *, reverse: bool) -> list[Tensor | None]:

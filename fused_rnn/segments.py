@@ -7,7 +7,7 @@ batch, padded or packed, stand time first; ``Segments`` says where each of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,12 +197,13 @@ def run(
     masks: Tensor | None,
     batch_sizes: Tensor | None,
     stages: Stages,
+    given: Sequence[Tensor],
     *,
     directions: int,
     every_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``call(x, h0, c0, masks, batch_sizes, stages)`` for a batch that ``reset`` cuts: its states
-    begin with ``initial``, and after a reset with ``anew``, see ``begun``."""
+    """``call(x, h0, c0, masks, batch_sizes, stages, given)`` for a batch that ``reset`` cuts: its
+    states begin with ``initial``, and after a reset with ``anew``, see ``begun``."""
     cut = find(reset, batch_sizes, initial[0].shape[1])
 
     def placed(rows: Tensor | None, at: Tensor = cut.origin) -> Tensor | None:
@@ -214,6 +215,7 @@ def run(
     lead, padded = x.shape[:-1], batch_sizes is None
     if padded:
         x, masks = x.flatten(0, 1), None if masks is None else masks.flatten(1, 2)
+        given = [rows.flatten(0, 1) for rows in given]
     zoneout = stages.zoneout
     if zoneout is not None and zoneout.shape[1] > 1:  # of each row
         zoneout = placed(zoneout)
@@ -226,6 +228,7 @@ def run(
         placed(masks),
         cut.batch_sizes,
         stages._replace(zoneout=zoneout, h_mask=placed(stages.h_mask, cut.sequence)),
+        [reordered(rows, 0, cut.origin, cut.place) for rows in given],
     )
     if every_state:
         last = [None if s is None else together(s) for s in last]

@@ -25,13 +25,17 @@ class Asked(NamedTuple):
     reset: Tensor | None = None  # [T, B] or packed [R], on the device of the input
     reset_to: Pair | None = None  # like the initial states, or with T in front
     states: bool = False  # whether those of all steps are to be returned
+    given: Tensor | None = None  # to a cell that asks for it: [T, B, given * H] or packed rows
 
     def packed(self, counts: Tensor) -> Asked:
         """For the sequences of a padded batch that are packed as long as ``counts`` says."""
-        if self.reset is None:
-            return self
-        rows = pack_padded_sequence(self.reset, counts, enforce_sorted=False).data
-        return self._replace(reset=rows)
+
+        def rows(padded: Tensor | None) -> Tensor | None:
+            if padded is None:
+                return None
+            return pack_padded_sequence(padded, counts, enforce_sorted=False).data
+
+        return self._replace(reset=rows(self.reset), given=rows(self.given))
 
     def sorted(self, indices: Tensor | None) -> Asked:
         """With the states of ``reset_to`` in the order of a packed batch."""

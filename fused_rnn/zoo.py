@@ -19,7 +19,16 @@ from .custom import cell
 __all__ = [
     "ATR",
     "CIFG",
+    "FGR",
+    "GRUD",
+    "LEM",
+    "MGU",
+    "MUT1",
+    "MUT2",
+    "MUT3",
+    "RHN",
     "CfC",
+    "CoRNN",
     "FastGRNN",
     "IndRNN",
     "JANET",
@@ -38,6 +47,8 @@ __all__ = [
     "AntisymmetricRNN",
     "MinGRU",
     "MinLSTM",
+    "MultiplicativeLSTM",
+    "OriginalGRU",
     "PeepholeLSTM",
     "SLSTM",
     "UnICORNN",
@@ -297,6 +308,164 @@ def UnICORNN(x: Any, r: Any, s: Any, p: Any, step: float = 0.1, alpha: float = 0
     dt = step * torch.sigmoid(p.c)
     z = s.z - dt * (torch.tanh(p.w * s.y + x.a) + alpha * s.y)
     return dict(y=s.y + dt * z, z=z)
+
+
+# --- Products of W_hh with more than the state ---------------------------------------------------
+#
+# [v] stands for the row of R v + b that is of the gate whose name comes before.
+
+
+@cell(gates=("r", "z", "n"))
+def OriginalGRU(x: Any, r: Any, s: Any, p: Any) -> New:
+    """Gated recurrent unit as it was published, which resets before the product.
+
+    Cho et al. 2014 (arXiv:1406.1078): ``r = σ(x_r + h_r)``, ``z = σ(x_z + h_z)``,
+    ``h' = z h + (1 - z) tanh(x_n + n[r h])``.
+    """
+    reset = torch.sigmoid(x.r + r.r)
+    z = torch.sigmoid(x.z + r.z)
+    n = torch.tanh(x.n + r(reset * s.h).n)
+    return dict(h=n + z * (s.h - n))
+
+
+@cell(gates=("z", "r", "n"))
+def MUT1(x: Any, r: Any, s: Any, p: Any) -> New:
+    """The first of three cells that a search found: without h in the update gate.
+
+    Jozefowicz et al. 2015, "An empirical exploration of recurrent network architectures":
+    ``z = σ(x_z)``, ``r = σ(x_r + h_r)``, ``h' = tanh(n[r h] + tanh(x_n)) z + h (1 - z)``, where x_n
+    stands for x, which has a width of its own here.
+    """
+    z = torch.sigmoid(x.z)
+    reset = torch.sigmoid(x.r + r.r)
+    n = torch.tanh(r(reset * s.h).n + torch.tanh(x.n))
+    return dict(h=s.h + z * (n - s.h))
+
+
+@cell(gates=("z", "r", "n"))
+def MUT2(x: Any, r: Any, s: Any, p: Any) -> New:
+    """The second: Jozefowicz et al. 2015, "An empirical exploration of recurrent network
+    architectures": ``z = σ(x_z + h_z)``, ``r = σ(x_r + h_r)``,
+    ``h' = tanh(n[r h] + x_n) z + h (1 - z)``, where x_r stands for x, which has a width of its own
+    here."""
+    z = torch.sigmoid(x.z + r.z)
+    reset = torch.sigmoid(x.r + r.r)
+    n = torch.tanh(r(reset * s.h).n + x.n)
+    return dict(h=s.h + z * (n - s.h))
+
+
+@cell(gates=("z", "r", "n"))
+def MUT3(x: Any, r: Any, s: Any, p: Any) -> New:
+    """The third: Jozefowicz et al. 2015, "An empirical exploration of recurrent network
+    architectures": ``z = σ(x_z + z[tanh(h)])``, ``r = σ(x_r + h_r)``,
+    ``h' = tanh(n[r h] + x_n) z + h (1 - z)``."""
+    z = torch.sigmoid(x.z + r(torch.tanh(s.h)).z)
+    reset = torch.sigmoid(x.r + r.r)
+    n = torch.tanh(r(reset * s.h).n + x.n)
+    return dict(h=s.h + z * (n - s.h))
+
+
+@cell(gates=("f", "n"))
+def MGU(x: Any, r: Any, s: Any, p: Any) -> New:
+    """Minimal gated unit: Zhou et al. 2016 (arXiv:1603.09420): ``f = σ(x_f + h_f)``,
+    ``h' = (1 - f) h + f tanh(x_n + n[f h])``."""
+    f = torch.sigmoid(x.f + r.f)
+    n = torch.tanh(x.n + r(f * s.h).n)
+    return dict(h=s.h + f * (n - s.h))
+
+
+@cell(gates=("m", "i", "f", "g", "o"), states=("h", "c"))
+def MultiplicativeLSTM(x: Any, r: Any, s: Any, p: Any) -> New:
+    """Each input has a transition of its own from h to the gates.
+
+    Krause et al. 2016, "Multiplicative LSTM for sequence modelling" (arXiv:1609.07959):
+    ``m = x_m h_m``, ``i = σ(x_i + i[m])``, f and o alike, ``c' = f c + i tanh(x_g + g[m])``,
+    ``h' = o tanh(c')``.
+    """
+    m = x.m * r.m
+    i = torch.sigmoid(x.i + r(m).i)
+    f = torch.sigmoid(x.f + r(m).f)
+    c = f * s.c + i * torch.tanh(x.g + r(m).g)
+    o = torch.sigmoid(x.o + r(m).o)
+    return dict(h=o * torch.tanh(c), c=c)
+
+
+_OLD = ("i_i", "f_i", "o_i", "i_f", "f_f", "o_f", "i_o", "f_o", "o_o")  # i_f: to i, from f
+
+
+@cell(
+    gates=("i", "f", "g", "o", *_OLD),
+    states=("h", "c", "i", "f", "o"),
+    params=("p_i", "p_f", "p_o"),
+)
+def FGR(x: Any, r: Any, s: Any, p: Any) -> New:
+    """Full gate recurrence: Greff et al. 2015 (arXiv:1503.04069), ``PeepholeLSTM`` whose gates
+    i, f and o each have ``i_i[i] + i_f[f] + i_o[o]`` of all three, as they were before the step,
+    besides."""
+    of_i, of_f, of_o = r(s.i), r(s.f), r(s.o)
+    i = torch.sigmoid(x.i + r.i + p.p_i * s.c + of_i.i_i + of_f.i_f + of_o.i_o)
+    f = torch.sigmoid(x.f + r.f + p.p_f * s.c + of_i.f_i + of_f.f_f + of_o.f_o)
+    c = f * s.c + i * torch.tanh(x.g + r.g)
+    o = torch.sigmoid(x.o + r.o + p.p_o * c + of_i.o_i + of_f.o_f + of_o.o_o)
+    return dict(h=o * torch.tanh(c), c=c, i=i, f=f, o=o)
+
+
+@cell(gates=("n1", "t1", "n2", "t2"))
+def RHN(x: Any, r: Any, s: Any, p: Any) -> New:
+    """Recurrent highway network of depth 2, whose carry gate is 1 - t.
+
+    Zilly et al. 2017 (arXiv:1607.03474): ``t1 = σ(x_t1 + h_t1)``,
+    ``s1 = t1 tanh(x_n1 + h_n1) + (1 - t1) h``, ``t2 = σ(t2[s1])``,
+    ``h' = t2 tanh(n2[s1]) + (1 - t2) s1``.
+    """
+    first = torch.lerp(s.h, torch.tanh(x.n1 + r.n1), torch.sigmoid(x.t1 + r.t1))
+    return dict(h=torch.lerp(first, torch.tanh(r(first).n2), torch.sigmoid(r(first).t2)))
+
+
+@cell(gates=("t", "s", "z", "y"), states=("y", "z"))
+def LEM(x: Any, r: Any, s: Any, p: Any, step: float = 1.0) -> New:
+    """Long expressive memory: two scales of time, of which each unit learns its own.
+
+    Rusch et al. 2022 (arXiv:2110.04744), with step their Δt: ``t = step σ(x_t + y_t)``,
+    ``s = step σ(x_s + y_s)``, ``z' = (1 - t) z + t tanh(x_z + y_z)``,
+    ``y' = (1 - s) y + s tanh(x_y + y[z'])``.
+    """
+    z = torch.lerp(s.z, torch.tanh(x.z + r.z), step * torch.sigmoid(x.t + r.t))
+    y = torch.lerp(s.y, torch.tanh(x.y + r(z).y), step * torch.sigmoid(x.s + r.s))
+    return dict(y=y, z=z)
+
+
+@cell(gates=("y", "z"), states=("y", "z"))
+def CoRNN(
+    x: Any, r: Any, s: Any, p: Any, step: float = 0.05, gamma: float = 1.0, epsilon: float = 1.0
+) -> New:
+    """Coupled oscillators. x_y is the whole part of the input.
+
+    Rusch & Mishra 2021, "Coupled oscillatory recurrent neural network" (arXiv:2010.00951), in the
+    explicit form: ``z' = z + step (tanh(x_y + y[y] + z[z]) - gamma y - epsilon z)``,
+    ``y' = y + step z'``.
+    """
+    force = torch.tanh(x.y + r.y + r(s.z).z)
+    z = s.z + step * (force - gamma * s.y - epsilon * s.z)
+    return dict(y=s.y + step * z, z=z)
+
+
+@cell(gates=("r", "z", "n"), given=("decay",))
+def GRUD(x: Any, r: Any, s: Any, p: Any) -> New:
+    """GRU for series with missing values, whose state fades as time passes: ``decay`` [T, B, H]
+    says what is left of it.
+
+    Che et al. 2018, "Recurrent neural networks for multivariate time series with missing values"
+    (arXiv:1606.01865): ``h = decay h``, then ``r = σ(x_r + r[h])``, ``z = σ(x_z + z[h])``,
+    ``h' = (1 - z) h + z tanh(x_n + n[r h])``. Their decay is exp(-relu(W δ + b)) of the time δ
+    since a value was seen, and x has the values, or what stands for them, and beside them which of
+    them are there.
+    """
+    h = x.decay * s.h
+    reset = torch.sigmoid(x.r + r(h).r)
+    z = torch.sigmoid(x.z + r(h).z)
+    n = torch.tanh(x.n + r(reset * h).n)
+    return dict(h=h + z * (n - h))
 
 
 # --- Linear in the state, gates of the input alone ----------------------------------------------

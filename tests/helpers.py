@@ -54,6 +54,17 @@ def pull_back(outputs: Sequence[Tensor], rounded_to: torch.dtype | None = None) 
     )
 
 
+class Giving(nn.Module):
+    """A layer of a cell from Python, and what it is given for each step, as parameters."""
+
+    def __init__(self, layer: Any, given: Named) -> None:
+        super().__init__()
+        self.layer, self.given = layer, nn.ParameterDict(given)
+
+    def forward(self, x: Any, hx: Any = None, **more: Any) -> Any:
+        return self.layer(x, hx, **self.given, **more)
+
+
 def run(
     module: nn.Module, x: Any, hx: Any = None, cotangent_dtype: torch.dtype | None = None
 ) -> Named:

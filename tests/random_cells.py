@@ -39,6 +39,7 @@ class Drawn:
     states: tuple[str, ...]
     params: tuple[str, ...]
     output: str
+    given: tuple[str, ...]
     text: str
 
     @property
@@ -49,7 +50,7 @@ class Drawn:
         return found
 
     def __repr__(self) -> str:
-        facts = (self.gates, self.states, self.params, self.output)
+        facts = (self.gates, self.states, self.params, self.output, self.given)
         return f"{facts}\n{self.text}"
 
 
@@ -58,24 +59,38 @@ def cells(draw: st.DrawFn, most: int = 8) -> Drawn:
     def some(kind: str, low: int, high: int) -> tuple[str, ...]:
         return tuple(f"{kind}{i}" for i in range(draw(st.integers(low, high))))
 
-    gates, states, params = some("g", 1, 4), some("s", 1, 3), some("p", 0, 2)
-    parts = [draw(st.sampled_from(["x", "r", "xr"])) for _ in gates]
+    gates, states, params = some("g", 1, 6), some("s", 1, 3), some("p", 0, 2)
+    given = some("e", 0, 2)
+    # "u": a product with anything that is known by then.
+    parts = [draw(st.sampled_from(["x", "r", "xr", "u", "xu"])) for _ in gates]
     parts[0] = "xr"
-    operand = draw(st.sampled_from(states))
+    operands = [draw(st.sampled_from(states)) for _ in range(draw(st.integers(1, 2)))]
     lines, pool = [], [f"s.{name}" for name in states] + [f"p.{name}" for name in params]
+    pool += [f"x.{name}" for name in given]
     for gate, part in zip(gates, parts, strict=True):
         pool += [f"x.{gate}"] * ("x" in part)
-        pool += [f"r(s.{operand}).{gate}"] * ("r" in part)
+        pool += [f"r(s.{draw(st.sampled_from(operands))}).{gate}"] * ("r" in part)
     read = list(pool)
-    for i in range(draw(st.integers(1, most))):
+    later = [gate for gate, part in zip(gates, parts, strict=True) if "u" in part]
+
+    def line(text: str) -> None:
+        lines.append(f"v{len(lines)} = {text}")
+        pool.append(f"v{len(lines) - 1}")
+
+    for _ in range(draw(st.integers(1, most))):
         a, b = draw(st.sampled_from(pool)), draw(st.sampled_from(pool))
-        template = draw(st.sampled_from(UNARY + BINARY))
-        lines.append(f"v{i} = {template.format(a=a, b=b)}")
-        pool.append(f"v{i}")
+        line(draw(st.sampled_from(UNARY + BINARY)).format(a=a, b=b))
+        if later and draw(st.booleans()):
+            line(f"r({draw(st.sampled_from(pool[-3:]))}).{later[0]}")
+            read.append(pool[-1])
+            later.pop(0)
+    for gate in later:
+        line(f"r({draw(st.sampled_from(pool))}).{gate}")
+        read.append(pool[-1])
     everything = " + ".join(f"0.3 * {name}" for name in read)  # all are used
     ends = [f"torch.tanh({draw(st.sampled_from(pool))} + {everything})"]
     ends += [f"torch.tanh({draw(st.sampled_from(pool))})" for _ in states[1:]]
     new = ", ".join(f"{name}={end}" for name, end in zip(states, ends, strict=True))
     body = "\n    ".join([*lines, f"return dict({new})"])
     text = f"def Drawn(x, r, s, p):\n    {body}\n"
-    return Drawn(gates, states, params, draw(st.sampled_from(states)), text)
+    return Drawn(gates, states, params, draw(st.sampled_from(states)), given, text)

@@ -5,6 +5,7 @@ Nothing is compiled here; tests/test_custom.py does that.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.unit
 
 
 def compiled(drawn: random_cells.Drawn) -> Compiled:
-    d = Declaration("Drawn", drawn.gates, drawn.states, drawn.params, drawn.output)
+    d = Declaration("Drawn", drawn.gates, drawn.states, drawn.params, drawn.output, drawn.given)
     return Compiled(trace(drawn.fn, d, {}))
 
 
@@ -72,13 +73,27 @@ def test_values_and_gradients(drawn: random_cells.Drawn) -> None:
     def draw() -> Tensor:
         return torch.randn(40, dtype=torch.float64, generator=generator).requires_grad_()
 
-    kinds = {"x": traced.gates_x, "r": traced.gates_h, "s": drawn.states, "p": drawn.params}
+    gates_x = (*traced.gates_x, *drawn.given)
+    kinds = {"x": gates_x, "r": traced.gates_h, "s": drawn.states, "p": drawn.params}
     values = {kind: {name: draw() for name in names} for kind, names in kinds.items()}
-    spaces = {
-        kind: (_Products if kind == "r" else _Values)(list(named), list(named.values()))
-        for kind, named in values.items()
-    }
-    new = drawn.fn(spaces["x"], spaces["r"], spaces["s"], spaces["p"])
+    x, s, p = (_Values(list(values[k]), list(values[k].values())) for k in "xsp")
+    # What an operand is multiplied to has no say here: its gates are values of their own.
+    operands: dict[int, Tensor] = {}
+
+    def product(gate: str) -> Callable[[Tensor], Tensor]:
+        ends = itertools.accumulate(traced.products)
+        number = sum(traced.gates_h.index(gate) >= end for end in ends)
+
+        def made(operand: Tensor) -> Tensor:
+            operands[number - 1] = operand
+            return values["r"][gate]
+
+        return made
+
+    first = traced.products[0]
+    own = {gate: values["r"][gate] for gate in traced.gates_h[:first]}
+    others = {gate: product(gate) for gate in traced.gates_h[first:]}
+    new = drawn.fn(x, _Products(own, others, getattr(s, drawn.states[0])), s, p)
     inputs = {
         traced.input(kind, name): value.detach()
         for kind, named in values.items()
@@ -88,12 +103,18 @@ def test_values_and_gradients(drawn: random_cells.Drawn) -> None:
     for name, node in traced.new.items():
         torch.testing.assert_close(evaluate(node, forward), new[name], rtol=1e-9, atol=1e-10)
 
+    assert operands.keys() == set(range(len(traced.operands)))
+    for i, node in enumerate(traced.operands):
+        found = evaluate(node, forward).expand_as(operands[i])
+        torch.testing.assert_close(found, operands[i], rtol=1e-9, atol=1e-10)
+
     cotangents = {name: draw().detach() for name in drawn.states}
+    of_operands = {str(i): draw().detach() for i in range(len(operands))}
     wanted = [value for named in values.values() for value in named.values()]
     found = torch.autograd.grad(
-        [new[name] for name in drawn.states],
+        [*(new[name] for name in drawn.states), *(operands[int(i)] for i in of_operands)],
         wanted,
-        [cotangents[name] for name in drawn.states],
+        [*(cotangents[name] for name in drawn.states), *of_operands.values()],
         allow_unused=True,
     )
     known = {node: evaluate(node, forward) for node in tape.saved}
@@ -102,6 +123,7 @@ def test_values_and_gradients(drawn: random_cells.Drawn) -> None:
     if tape.reads_new_h:
         known[traced.new[traced.recurrent]] = evaluate(traced.new[traced.recurrent], forward)
     known |= {traced.input("ds_new", name): value for name, value in cotangents.items()}
+    known |= {traced.input("du", i): value for i, value in of_operands.items()}
     ours = [*gradients.gates_x, *gradients.gates_h, *gradients.states, *gradients.params]
     for node, value, theirs in zip(ours, wanted, found, strict=True):
         theirs = torch.zeros_like(value) if theirs is None else theirs
@@ -308,7 +330,7 @@ MISTAKES: dict[str, tuple[Step, str]] = {
     "pow": (lambda x, r, s, p: dict(h=x.a**s.h), r"powers need a constant exponent: torch.exp\(b"),
     "cumsum": (lambda x, r, s, p: dict(h=torch.cumsum(x.a, 0)), r"cumsum mixes units"),
     "fft": (lambda x, r, s, p: dict(h=torch.fft.fft(x.a)), r"fft_fft is not among the elementwise"),
-    "product": (lambda x, r, s, p: dict(h=x.a + r(x.a).a), r"r\(\.\.\.\)\.a .* not supported"),
+    "operand": (lambda x, r, s, p: dict(h=x.a + r(2.0).a), r"r\(\.\.\.\)\.a: expected a value"),
     "assign": (lambda x, r, s, p: setattr(s, "h", x.a), r"h cannot be assigned"),
     "where": (lambda x, r, s, p: dict(h=torch.where(x.a, x.a, s.h)), r"expected a comparison"),
     "type": (lambda x, r, s, p: dict(h=x.a.double() + s.h), r"\.double: .* the type of the layer"),
@@ -331,8 +353,9 @@ def _two_operands(x: Any, r: Any, s: Any, p: Any) -> Any:
     return dict(h=x.a + r(s.h).a + r(s.c).a, c=s.c)
 
 
-def _two_products(x: Any, r: Any, s: Any, p: Any) -> Any:
-    return dict(h=x.a + r(s.h).a + r(s.c).b, c=s.c)
+def _two_values(x: Any, r: Any, s: Any, p: Any) -> Any:
+    reset = torch.sigmoid(x.b)
+    return dict(h=r.a + r(reset * s.h).a)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +366,21 @@ def _two_products(x: Any, r: Any, s: Any, p: Any) -> Any:
             dict(gates="a", states="h c"),
             r"r.a is applied to s.h and to s.c: use two",
         ),
-        (_two_products, dict(gates="a b", states="h c"), r"products with two states are not supp"),
+        (
+            _two_values,
+            dict(gates="a b"),
+            r"r.a is applied to s.h and to \(sigmoid\(x.b\) \* s.h\): use two gates",
+        ),
+        (
+            lambda x, r, s, p: dict(h=x.a + r(s.h > 0).a),
+            dict(gates="a"),
+            r"r\(...\).a: expected a value of the cell, such as s.h",
+        ),
+        (
+            lambda x, r, s, p: dict(h=x.a + r(x.a).a),
+            dict(gates="a"),
+            "nothing recurs: neither a product r nor a state s",
+        ),
         (
             lambda x, r, s, p: dict(h=x.a + r.a),
             dict(gates="a b"),
@@ -357,16 +394,35 @@ def _two_products(x: Any, r: Any, s: Any, p: Any) -> Any:
         (lambda x, r, s, p: dict(h=x.a), dict(gates="a"), "nothing recurs"),
         (lambda x, r, s, p: dict(h=r.a), dict(gates="a"), "no gate reads the input"),
         (
-            lambda x, r, s, p: dict(h=x.a + x.b + x.c + x.d + x.e + s.h),
-            dict(gates="a b c d e"),
-            "at most 4 gates with an input part, got a, b, c, d, e: more are not supported",
+            lambda x, r, s, p: dict(h=sum(getattr(x, f"g{i}") for i in range(17)) + s.h),
+            dict(gates=" ".join(f"g{i}" for i in range(17))),
+            "at most 16 gates with an input part, got g0, g1, .*, g16: more are not supported",
         ),
         (lambda x, r, s: dict(h=x.a), dict(gates="a"), r"expected the arguments x, r, s, p"),
         (lambda x, r, s, p, k: dict(h=x.a), dict(gates="a"), r"hyperparameters with defaults"),
         (peephole, dict(gates="i i"), "gates: expected different names"),
         (peephole, dict(gates="i 2"), "gates: expected names, got '2'"),
         (peephole, dict(gates="i", output="y"), "output: expected one of the states h, got 'y'"),
-        (peephole, dict(gates="i", given=("decay",)), "given: .* not supported"),
+        (
+            peephole,
+            dict(gates="i", given=("i",)),
+            "given: expected names that no gate has .* got 'i'",
+        ),
+        (
+            peephole,
+            dict(gates="i", given=("hx",)),
+            "given: expected names .* of the call, got 'hx'",
+        ),
+        (
+            lambda x, r, s, p: dict(h=x.a + r.a),
+            dict(gates="a", given=("decay",)),
+            "decay is given but not used: it is read as x.decay",
+        ),
+        (
+            lambda x, r, s, p: dict(h=x.decay * s.h),
+            dict(gates="a", given=("decay",)),
+            "gate a is declared but not used",
+        ),
     ],
 )
 def test_declarations(fn: Step, declared: Mapping[str, Any], message: str) -> None:

@@ -116,6 +116,12 @@ def test_plans_are_possible(engine: Any) -> None:
             assert engine.Packing.turned not in (f.w_ih, f.w_hh)
 
 
+def test_further_operands_are_multiplied_on_vectors(engine: Any) -> None:
+    for plan in (forward, backward):
+        assert plan(engine, "fixed_tiles").tiled
+        assert not plan(engine, "fixed_tiles", operands=True).tiled
+
+
 def test_threads(engine: Any) -> None:
     def threads(crowded: bool = False, **given: Any) -> int:
         return forward(engine, crowded=crowded, threads=64, **given).threads

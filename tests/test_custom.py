@@ -18,11 +18,12 @@ import emulated
 import pytest
 import random_cells
 import torch
-from helpers import assert_all_close, error, flatten, leaves, magnitude, native, run
+from helpers import Giving, assert_all_close, error, flatten, leaves, magnitude, native, run
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_rnn
 from fused_rnn import CellError, build, ops, reference, zoo
@@ -97,6 +98,27 @@ def pair(name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return ours, by_hand
 
 
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06}
+
+
+def agree(module: Any, x: Any, hx: Any, tol: float) -> None:
+    """Kernels and the function itself."""
+
+    def again() -> dict[str, Any]:
+        torch.manual_seed(1)
+        return run(module, x, hx)
+
+    ours, layer = again(), getattr(module, "layer", module)
+    assert ops.has_cell("cpu", layer.cell, layer.weight_ih_l0.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "supports", lambda *_: False)
+        plain = again()
+    for key, value in plain.items():
+        expected = torch.zeros_like(ours[key]) if value is None else value
+        bound = tol * max(1.0, magnitude(expected))
+        assert error(ours[key], expected) <= bound, (key, error(ours[key], expected))
+
+
 # --- Against the headers by hand ----------------------------------------------------------------
 
 
@@ -129,19 +151,204 @@ def test_packed_recomputed_and_projected() -> None:
         assert torch.equal(a, b)
 
 
+# --- More than the cells of the package have ----------------------------------------------------
+
+
+@fused_rnn.cell(gates=("a", "b", "c", "d", "e", "f", "g"))
+def SevenGates(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    ups = torch.sigmoid(x.a + r.a) + torch.tanh(x.b + r.b) * torch.sin(x.c - r.c)
+    downs = torch.sigmoid(x.d * r.d) * torch.tanh(x.e + 0.5 * r.e)
+    mix = torch.sigmoid(x.f + r.f + r.g)
+    return dict(h=torch.tanh(mix * ups - downs + x.g) + 0.1 * s.h)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5, 4, 17), (1, 1, 3, 64), (33, 4, 40, 96)], ids=str)
+def test_many_gates(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, steps, inputs, hidden = sizes
+    layer = SevenGates(inputs, hidden, 2, bidirectional=True, dtype=dtype)
+    x = torch.randn(steps, batch, inputs, dtype=dtype)
+    agree(layer, x, torch.randn(4, batch, hidden, dtype=dtype), TOLERANCES[dtype])
+
+
+@fused_rnn.cell(
+    gates=("n", "q", "m"), states=("h", "c"), given=("e", "f"), params=("p",), output="c"
+)
+def ThreeProducts(x: Any, r: Any, s: Any, p: Any) -> dict[str, Tensor]:
+    """The last gate is of a function of the one before, the first of the second state."""
+    a = torch.tanh(x.n + r(s.c).n + x.f)
+    b = torch.sigmoid(r(a * s.h).q + x.e)
+    c = torch.tanh(x.m + r(b * s.h + p.p * s.c).m) + 0.5 * s.c
+    return dict(h=b * torch.tanh(c), c=c)
+
+
+def giving(kind: Any, sizes: tuple[int, ...], dtype: torch.dtype, **own: Any) -> Any:
+    """A layer with what it is given, x and hx, of [T, B, ..]."""
+    batch, steps, inputs, hidden = sizes
+    layer = kind(inputs, hidden, 2, bidirectional=True, dtype=dtype, **own)
+    given = {
+        name: torch.rand(steps, batch, hidden, dtype=dtype)
+        for name in layer._made.declaration.given
+    }
+    x = torch.randn(steps, batch, inputs, dtype=dtype)
+    states = tuple(
+        torch.randn(4, batch, hidden, dtype=dtype) for _ in layer._made.declaration.states
+    )
+    return Giving(layer, given), x, states if len(states) > 1 else states[0]
+
+
+PRODUCTS = (ThreeProducts, zoo.GRUD, zoo.MultiplicativeLSTM)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5, 4, 17), (1, 1, 3, 64), (33, 4, 40, 96)], ids=str)
+@pytest.mark.parametrize("kind", PRODUCTS, ids=lambda kind: kind.__name__)
+def test_products_and_what_is_given(kind: Any, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    module, x, hx = giving(kind, sizes, dtype)
+    agree(module, x, hx, TOLERANCES[dtype])
+    module.layer.recompute = True
+    agree(module, x, hx, TOLERANCES[dtype])
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(run(module, x, hx))
+    for key, value in found[0].items():
+        assert torch.equal(found[1][key], value), key
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", (*PRODUCTS[:2], zoo.LEM), ids=lambda kind: kind.__name__)
+def test_products_between_steps(kind: Any) -> None:
+    options = dict(norm="rms", zoneout=0.2, recurrent_dropout=0.3, weight_dropout=0.1, blocks=2)
+    module, x, hx = giving(kind, (3, 5, 4, 64), torch.float64, **options)
+    assert module.layer.between_steps.norm_at == ("input",)
+    agree(module, x, hx, 1e-12)
+    agree(module.eval(), x, hx, 1e-12)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", PRODUCTS[:2], ids=lambda kind: kind.__name__)
+def test_layouts_of_what_is_given(kind: Any) -> None:
+    """It is cut, padded and packed as x is."""
+    module, x, hx = giving(kind, (3, 6, 4, 9), torch.float64)
+    layer, given, counts = module.layer, dict(module.given), [6, 1, 4]
+    with torch.no_grad():
+        y, last = layer(x, hx, lengths=counts, **given)
+        packed, given_rows = (
+            pack_padded_sequence(t, counts, enforce_sorted=False)
+            for t in (x, torch.cat(list(given.values()), -1))
+        )
+        rows = dict(zip(given, given_rows.data.chunk(len(given), -1), strict=True))
+        of_rows, last_of_rows = layer(packed, hx, **rows)
+        assert_all_close(pad_packed_sequence(of_rows)[0], y, tol=1e-14)
+        assert_all_close(last_of_rows, last, tol=1e-14)
+        as_packed = {name: given_rows._replace(data=value) for name, value in rows.items()}
+        assert_all_close(layer(packed, hx, **as_packed)[0].data, of_rows.data, tol=0)
+        for b, count in enumerate(counts):
+            own = {name: value[:count, b] for name, value in given.items()}
+            alone, end = layer(x[:count, b], tree_map(lambda s, b=b: s[:, b], hx), **own)
+            assert_all_close(alone, y[:count, b], tol=1e-13)
+            assert_all_close(end, tree_map(lambda s, b=b: s[:, b], last), tol=1e-13)
+        layer.batch_first = True
+        turned = {name: value.transpose(0, 1) for name, value in given.items()}
+        again, _ = layer(x.transpose(0, 1), hx, lengths=counts, **turned)
+        assert_all_close(again.transpose(0, 1), y, tol=1e-14)
+
+
+@needs_kernels
+@pytest.mark.parametrize("to", [None, "states"])
+@pytest.mark.parametrize("kind", [zoo.GRUD, zoo.OriginalGRU], ids=lambda kind: kind.__name__)
+def test_resets_and_what_is_given(kind: Any, to: str | None) -> None:
+    """Each segment is a sequence of its own."""
+    module, x, hx = giving(kind, (3, 6, 4, 9), torch.float64)
+    layer, given = module.layer, dict(module.given)
+    reset = torch.rand(6, 3) < 0.4
+    anew = torch.randn_like(hx) if to else torch.zeros_like(hx)
+    more = {"reset_to": anew} if to else {}
+    y, _, states = layer(x, hx, reset=reset, return_states=True, **more, **given)
+    for b in range(3):
+        alone = {name: value[:, b] for name, value in given.items()}
+        to_own = {"reset_to": anew[:, b]} if to else {}
+        first = layer(x[:, b], hx[:, b], reset=reset[:, b], **to_own, **alone)
+        assert_all_close(first[0], y[:, b], tol=1e-13)
+        # The forward direction of the first layer, which sees nothing of the other.
+        h, seen = hx[0, b], []
+        cell = kind.Cell(4, 9, dtype=torch.float64)
+        cell.load_state_dict(
+            {n.removesuffix("_l0"): p for n, p in layer.state_dict().items() if n.endswith("_l0")}
+        )
+        for t in range(6):
+            h = anew[0, b] if reset[t, b] else h
+            h = cell(x[t, b], h, **{n: v[t, b] for n, v in given.items()})
+            seen.append(h)
+        assert_all_close(torch.stack(seen), states[0, :, b], tol=1e-13)
+
+
+def test_mistakes_of_what_is_given() -> None:
+    layer, decay = zoo.GRUD(3, 4), torch.rand(5, 2, 4)
+    x = torch.randn(5, 2, 3)
+    mistakes: list[tuple[Any, str, dict[str, Any]]] = [
+        (TypeError, r"GRUD: decay: expected a tensor \[5, 2, 4\].*, got NoneType", {}),
+        (ValueError, r"expected \[5, 2, 4\], got \[2, 5, 4\]", {"decay": decay.transpose(0, 1)}),
+        (ValueError, r"expected torch.float32.*got torch.float64", {"decay": decay.double()}),
+        (TypeError, "unexpected keyword argument 'dcay'; given for each step is", {"dcay": x}),
+    ]
+    for kind, message, named in mistakes:
+        with pytest.raises(kind, match=message):
+            layer(x, **named)
+    with pytest.raises(TypeError, match=r"GRUD.Cell: decay: expected a tensor \[2, 4\]"):
+        zoo.GRUD.Cell(3, 4)(x[0])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'decay'"):
+        Tanh.Cell(3, 4)(x[0], decay=decay[0])
+    with pytest.raises(ValueError, match="proj_size"):
+        zoo.MultiplicativeLSTM(3, 4, proj_size=2)
+    with pytest.raises(ValueError, match=r"norm_at: expected some of \('input',\)"):
+        zoo.OriginalGRU(3, 4, norm="layer", norm_at=("recurrent",))
+    empty = layer(x[:0].transpose(0, 1).reshape(5, 0, 3), decay=decay[:, :0])
+    assert empty[0].shape == (5, 0, 4)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_what_is_given_compiles_into_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "reference":
+        monkeypatch.setattr(ops, "supports", lambda *_: False)
+    module, x, hx = giving(zoo.GRUD, (2, 5, 3, 4), torch.float64)
+    torch._dynamo.reset()
+    fast = torch.compile(module, backend="aot_eager", fullgraph=True)
+    ours, plain = run(fast, x, hx), run(module, x, hx)
+    ours = {key.replace("_orig_mod.", ""): v for key, v in ours.items()}
+    assert_all_close(ours, plain, tol=1e-12)
+
+
+def test_transforms_of_what_is_given() -> None:
+    module, x, hx = giving(zoo.GRUD, (2, 3, 2, 3), torch.float64)
+    decay = module.given["decay"].detach()
+
+    def call(decay: Tensor) -> Tensor:
+        return module.layer(x, hx, decay=decay)[0]
+
+    tangent = torch.randn_like(decay)
+    _, forward = torch.func.jvp(call, (decay,), (tangent,))
+    reverse = torch.autograd.functional.jacobian(call, decay, vectorize=True)
+    assert_all_close(forward, torch.einsum("abcdef,def->abc", reverse, tangent), tol=1e-12)
+    narrow, x, hx = module.float(), x.float(), hx.float()
+    with torch.autocast("cpu"):
+        low = narrow(x, hx)[0]
+    assert error(low, narrow(x, hx)[0]) < 0.05
+
+
+def test_flops_of_what_is_given() -> None:
+    """Products with matrices are counted, and it is none."""
+    layer = zoo.GRUD(3, 4)
+    x = pack_sequence([torch.randn(n, 3) for n in (5, 2)])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x, decay=torch.rand(7, 4))
+    assert counter.get_total_flops() == 2 * 7 * (3 * 4 * 3 + 3 * 4 * 4)
+
+
 # --- Random cells -------------------------------------------------------------------------------
-
-
-def agree(layer: Any, x: Tensor, hx: Any, tol: float) -> None:
-    """Kernels and the function itself."""
-    ours = run(layer, x, hx)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "supports", lambda *_: False)
-        plain = run(layer, x, hx)
-    for key, value in plain.items():
-        expected = torch.zeros_like(ours[key]) if value is None else value
-        bound = tol * max(1.0, magnitude(expected))
-        assert error(ours[key], expected) <= bound, (key, error(ours[key], expected))
 
 
 @needs_kernels
@@ -156,23 +363,26 @@ def agree(layer: Any, x: Tensor, hx: Any, tol: float) -> None:
 @given(random_cells.cells(most=20))
 def test_random_cells(drawn: random_cells.Drawn) -> None:
     declare = fused_rnn.cell(
-        gates=drawn.gates, states=drawn.states, params=drawn.params, output=drawn.output
+        gates=drawn.gates,
+        states=drawn.states,
+        params=drawn.params,
+        output=drawn.output,
+        given=drawn.given,
     )
     kind = declare(drawn.fn)
-    layer = kind(3, 5, 2, bidirectional=True, dtype=torch.float64)
-    assert ops.has_cell("cpu", layer.cell, torch.float64)
-    x = torch.randn(4, 3, 3, dtype=torch.float64)
-    hx = tree_map(torch.randn_like, layer(x)[1])
-    agree(layer, x, hx, 1e-6)  # of ATen's hardsigmoid
+    agree(*giving(kind, (3, 4, 3, 5), torch.float64), 1e-6)  # of ATen's hardsigmoid
     small = kind(2, 2, dtype=torch.float64)
     x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
     states = leaves(tuple(torch.randn(1, 2, 2, dtype=torch.float64) for _ in drawn.states))
+    more = leaves(tuple(torch.randn(2, 2, 2, dtype=torch.float64) for _ in drawn.given))
 
-    def call(x: Tensor, *hx: Tensor) -> Any:
-        return tuple(flatten(small(x, hx if len(hx) > 1 else hx[0])))
+    def call(x: Tensor, *rest: Tensor) -> Any:
+        hx, given = rest[: len(states)], rest[len(states) :]
+        named = dict(zip(drawn.given, given, strict=True))
+        return tuple(flatten(small(x, hx if len(hx) > 1 else hx[0], **named)))
 
-    torch.autograd.gradcheck(call, (x, *states), atol=1e-4, rtol=1e-3)
-    torch.autograd.gradgradcheck(call, (x, *states), atol=1e-4, rtol=1e-3)
+    torch.autograd.gradcheck(call, (x, *states, *more), atol=1e-4, rtol=1e-3)
+    torch.autograd.gradgradcheck(call, (x, *states, *more), atol=1e-4, rtol=1e-3)
 
 
 @needs_kernels

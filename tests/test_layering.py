@@ -143,6 +143,7 @@ PYTHON_LAYERS = {
         ".functional",
         ".recurrent",
         ".reference",
+        ".torch_internals",
     },
     "zoo": {".custom"},
     "imports": set(),

@@ -10,8 +10,8 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from helpers import assert_all_close, assert_close, error, flatten, magnitude, run
-from torch import Tensor, nn
+from helpers import Giving, assert_all_close, assert_close, error, flatten, magnitude, run
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from fused_rnn import build, ops, zoo
@@ -103,6 +103,89 @@ def _mixed(gate: str, content: Callable[[Named, Named], Tensor]) -> Any:
     return lambda a, w, s, p: {"h": torch.lerp(content(a, w), s["h"], S(a[gate]))}
 
 
+Product = Callable[[str, Tensor], Tensor]  # of a gate, R v + b
+
+
+def _resetting(
+    x_in: Callable[[Named], Tensor] = lambda w: w["n"],
+    of_z: Callable[[Tensor], Tensor] = lambda h: h,
+    *,
+    to_old: bool = True,
+    has_z: bool = True,
+) -> Any:
+    """GRUs that reset before the product. z is a part of the old state, or of the new."""
+
+    def step(r: Product, w: Named, s: Named, p: Named) -> Named:
+        h = s["h"]
+        z = S(w["z"] + r("z", of_z(h))) if has_z else S(w["z"])
+        n = tanh(x_in(w) + r("n", S(w["r"] + r("r", h)) * h))
+        return {"h": z * h + (1 - z) * n if to_old else z * n + (1 - z) * h}
+
+    return step
+
+
+def _mgu(r: Product, w: Named, s: Named, p: Named) -> Named:
+    f = S(w["f"] + r("f", s["h"]))
+    return {"h": (1 - f) * s["h"] + f * tanh(w["n"] + r("n", f * s["h"]))}
+
+
+def _mlstm(r: Product, w: Named, s: Named, p: Named) -> Named:
+    m = w["m"] * r("m", s["h"])
+    a = {gate: w[gate] + r(gate, m) for gate in "ifgo"}
+    return _lstm("peepholes")(a, w, s, p)
+
+
+def _fgr(r: Product, w: Named, s: Named, p: Named) -> Named:
+    a = {gate: w[gate] + r(gate, s["h"]) for gate in "ifgo"}
+    for gate in "ifo":
+        for before in "ifo":
+            a[gate] = a[gate] + r(f"{gate}_{before}", s[before])
+    i, f = S(a["i"] + p["p_i"] * s["c"]), S(a["f"] + p["p_f"] * s["c"])
+    c = tanh(a["g"]) * i + s["c"] * f
+    o = S(a["o"] + p["p_o"] * c)
+    return {"h": tanh(c) * o, "c": c, "i": i, "f": f, "o": o}
+
+
+def _rhn(r: Product, w: Named, s: Named, p: Named) -> Named:
+    v = s["h"]
+    for layer in "12":
+        x_n, x_t = (w.get(f"{gate}{layer}", 0) for gate in "nt")
+        n, t = tanh(x_n + r(f"n{layer}", v)), S(x_t + r(f"t{layer}", v))
+        v = n * t + v * (1 - t)
+    return {"h": v}
+
+
+def _lem(r: Product, w: Named, s: Named, p: Named) -> Named:
+    t, bar = S(w["t"] + r("t", s["y"])), S(w["s"] + r("s", s["y"]))
+    z = (1 - t) * s["z"] + t * tanh(w["z"] + r("z", s["y"]))
+    return {"y": (1 - bar) * s["y"] + bar * tanh(w["y"] + r("y", z)), "z": z}
+
+
+def _cornn(r: Product, w: Named, s: Named, p: Named) -> Named:
+    force = tanh(r("y", s["y"]) + r("z", s["z"]) + w["y"])
+    z = s["z"] + 0.05 * (force - s["y"] - s["z"])
+    return {"y": s["y"] + 0.05 * z, "z": z}
+
+
+def _grud(r: Product, w: Named, s: Named, p: Named) -> Named:
+    return _resetting(to_old=False)(r, w, {"h": w["decay"] * s["h"]}, p)
+
+
+# What they multiply with W_hh is not the state alone: in the place of a they take the product.
+WITH_PRODUCTS: dict[str, Callable[[Product, Named, Named, Named], Named]] = {
+    "OriginalGRU": _resetting(),
+    "MUT1": _resetting(lambda w: tanh(w["n"]), to_old=False, has_z=False),
+    "MUT2": _resetting(to_old=False),
+    "MUT3": _resetting(of_z=tanh, to_old=False),
+    "MGU": _mgu,
+    "MultiplicativeLSTM": _mlstm,
+    "FGR": _fgr,
+    "RHN": _rhn,
+    "LEM": _lem,
+    "CoRNN": _cornn,
+    "GRUD": _grud,
+}
+
 STEPS: dict[str, Callable[[Named, Named, Named, Named], Named]] = {
     "PeepholeLSTM": _lstm(),
     "NIG": _lstm("input"),
@@ -131,15 +214,11 @@ STEPS: dict[str, Callable[[Named, Named, Named, Named], Named]] = {
 }
 
 
-class Loop(nn.Module):
+class Loop(Giving):
     """The equations over the parameters of a layer, on x [T, B, I]."""
 
-    def __init__(self, name: str, layer: Any) -> None:
-        super().__init__()
-        self.step, self.layer = STEPS[name], layer
-
-    def forward(self, x: Tensor, hx: Any) -> Any:
-        layer = self.layer
+    def forward(self, x: Tensor, hx: Any, **_: Any) -> Any:
+        layer, kind = self.layer, type(self.layer).__name__
         states = layer._made.declaration.states
         last: list[list[Tensor]] = [[] for _ in states]
         hx = hx if isinstance(hx, tuple) else (hx,)
@@ -158,6 +237,19 @@ class Loop(nn.Module):
                     len(traced.gates_x), -1
                 )
                 w = dict(zip(traced.gates_x, gates, strict=True))
+                w |= {name: value[t] for name, value in self.given.items()}
+                if kind in WITH_PRODUCTS:
+                    whole = (weights["weight_hh"], weights["bias_hh"])
+                    parts = (tensor.chunk(len(traced.gates_h)) for tensor in whole)
+                    of_gate = dict(zip(traced.gates_h, zip(*parts, strict=True), strict=True))
+                    now = WITH_PRODUCTS[kind](
+                        lambda gate, v, of_gate=of_gate: v @ of_gate[gate][0].T + of_gate[gate][1],
+                        w,
+                        now,
+                        params,
+                    )
+                    outputs[t] = now[states[0]]
+                    continue
                 a = dict(w)
                 if traced.gates_h:
                     products = now[states[0]] @ weights["weight_hh"].T + weights["bias_hh"]
@@ -165,7 +257,7 @@ class Loop(nn.Module):
                         traced.gates_h, products.chunk(len(traced.gates_h), -1), strict=True
                     ):
                         a[gate] = a[gate] + part
-                now = self.step(a, w, now, params)
+                now = STEPS[kind](a, w, now, params)
                 outputs[t] = now[states[0]]
             for of, name in zip(last, states, strict=True):
                 of.append(now[name])
@@ -183,43 +275,44 @@ def layer_trace(layer: Any) -> Any:
     return CELLS[layer.cell].source.trace
 
 
-def example(name: str, **sizes: Any) -> tuple[Any, Tensor, Any]:
+def example(name: str, **sizes: Any) -> tuple[Any, Tensor, Any, Named]:
     sizes = {"input_size": 5, "hidden_size": 9, "num_layers": 2, "bidirectional": True, **sizes}
     layer = getattr(zoo, name)(**sizes, dtype=torch.float64)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
     x = torch.randn(6, 4, sizes["input_size"], dtype=torch.float64)
-    _, hx = layer(x)
+    given = {
+        given: torch.rand(6, 4, sizes["hidden_size"], dtype=torch.float64)
+        for given in layer._made.declaration.given
+    }
+    _, hx = layer(x, **given)
     hx = torch.utils._pytree.tree_map(torch.randn_like, hx)
     if name == "SLSTM":  # the normaliser is a sum of exponentials
         hx = (*hx[:2], hx[2].abs() + 1, hx[3])
-    return layer, x, hx
+    return layer, x, hx, given
 
 
 @pytest.mark.drawn(8)  # each is compiled
 @pytest.mark.parametrize("name", zoo.__all__)
 def test_agrees_with_its_equations(name: str) -> None:
-    layer, x, hx = example(name)
+    layer, x, hx, given = example(name)
     if build.backend() == "native" and not emulated.ENGINE:
         assert ops.has_cell("cpu", layer.cell, torch.float64), "it has kernels"
-    loop = Loop(name, layer)
-    ours, theirs = run(layer, x, hx), run(loop, x, hx)
+    loop = Loop(layer, given)
+    ours, theirs = run(Giving(layer, given), x, hx), run(loop, x, hx)
     for key, value in theirs.items():  # what nothing reads has no gradient there
-        name_here = key.replace("d layer.", "d ")
-        assert_close(
-            ours.pop(name_here), torch.zeros_like(hx[0]) if value is None else value, 1e-11, key
-        )
+        assert_close(ours.pop(key), torch.zeros_like(hx[0]) if value is None else value, 1e-11, key)
     assert not ours
     with torch.no_grad():
-        assert_all_close(layer(x, hx), loop(x, hx), tol=1e-12)
+        assert_all_close(layer(x, hx, **given), loop(x, hx), tol=1e-12)
     assert re.search(r"(19|20)\d\d.*``.*``", getattr(zoo, name).__doc__, re.DOTALL), "its source"
 
 
 @pytest.mark.drawn(1)
-@pytest.mark.parametrize("name", ["SLSTM", "MinLSTM", "FastGRNN"])
+@pytest.mark.parametrize("name", ["SLSTM", "MinLSTM", "FastGRNN", "MultiplicativeLSTM", "FGR"])
 def test_float32(name: str) -> None:
-    layer, x, hx = example(name, hidden_size=33)
+    layer, x, hx, _ = example(name, hidden_size=33)
     narrow = copy.deepcopy(layer).float()
     exact = run(layer, x, hx)
     ours = run(narrow, x.float(), torch.utils._pytree.tree_map(lambda t: t.float(), hx))
@@ -229,7 +322,7 @@ def test_float32(name: str) -> None:
 
 @pytest.mark.skipif(build.backend() != "native", reason="about direct calls")
 def test_a_cell_without_a_product_is_called_directly() -> None:
-    layer, x, hx = example("MinGRU")
+    layer, x, hx, _ = example("MinGRU")
     with torch.no_grad():
         expected = layer(x, hx)
         assert layer._is_usual() and layer._run_directly(x, hx) is not None
@@ -238,7 +331,7 @@ def test_a_cell_without_a_product_is_called_directly() -> None:
 
 def test_slstm_from_zeros_and_far_out() -> None:
     """The stabiliser holds where the exponentials would overflow."""
-    layer, x, _ = example("SLSTM", num_layers=1)
+    layer, x, *_ = example("SLSTM", num_layers=1)
     x = 1000 * x
     y = layer(x)[0]
     y.sum().backward()

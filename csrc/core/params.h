@@ -28,7 +28,7 @@ constexpr int64_t RowStride(int64_t units) {
 
 // The tensors of one direction of a layer, or their gradients: in the order of the names that
 // TensorName gives them, by which they are known everywhere.
-constexpr int kMaxParams = 16;
+constexpr int kMaxParams = 16, kMaxGates = 16;
 // What can be normalised, row by row: x W_ih^T, h W_hh^T, or their sum, each before its bias is added;
 // and the state that the output shows, which is shifted afterwards.
 enum Place { kInput, kRecurrent, kSum, kShown, kPlaces };
@@ -77,8 +77,9 @@ struct LayerParams {
   // x_t[b] = x + t * x_t_stride + b * x_b_stride; ragged: row r = x + r * x_b_stride
   const void* x;
   int64_t x_t_stride, x_b_stride;
-  const void* h0;  // [dirs, B, Hout], null: zeros
-  const void* c0;  // [dirs, B, kStates - 1, H], null: zeros
+  const void* given;  // [rows, kGiven, H], of all layers and directions
+  const void* h0;     // [dirs, B, Hout], null: zeros
+  const void* c0;     // [dirs, B, kStates - 1, H], null: zeros
   DirectionWeights w[2];
   // What happens to the states between two steps; each may be null.
   const uint8_t* reset;  // [rows]: before this step (for direction 1: after it) they become zeros
@@ -106,6 +107,7 @@ struct LayerGradParams : LayerParams {
   const void* dh_n;  // [dirs, B, Hout] or null
   const void* dc_n;  // [dirs, B, kStates - 1, H] or null
   void* dx;          // [rows, I], null: not wanted
+  void* dgiven;      // [rows, kGiven, H], to which is added; null: not wanted
   void* dh0;         // [dirs, B, Hout], always written
   void* dc0;         // [dirs, B, kStates - 1, H], written when kStates > 1
   DirectionGrads dw[2];
@@ -125,6 +127,8 @@ struct CellFacts {
   int extra_states;  // beside h
   int tape;          // values of a unit that a row keeps for the backward
   int params;
+  int given;     // values of a unit that the caller gives for each step
+  int operands;  // of W_hh, beside h
   bool projectable;
   bool reads_h;      // elementwise
   bool reads_new_h;  // in the backward

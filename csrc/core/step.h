@@ -8,8 +8,11 @@
 
 namespace frnn {
 
+// A cell with several products has a step after each: Load<k> has the gates of the first k + 1, and
+// StoreOperand<k> is all that comes of it but for the last, which is a step like any other.
+//
 // An engine without stages calls Compute() alone. A view of the forward has
-//   V GateX(q), GateH(q)     pre-activations with their biases
+//   V GateX(q), GateH(q)     pre-activations with their biases; GateX(kX + k): what is given
 //   V Param(k)
 //   V H(), Extra(e)          the states before the step
 //   bool Zones()             whether states keep a part of what they were:
@@ -17,24 +20,26 @@ namespace frnn {
 //   void SetH(V), SetExtra(e, V)
 //   void Keep(k, V)          for the backward: value k that the cell saved
 //   void KeepExtra(e, V)     and state e of c before the step
+//   void SetOperand(k, V)    also for the backward
 // and, where what a cell shows is normalised,
 //   void SetShown(V)         the state, as it is
 //   V Shown()                and as the output shows it
 //   V Kept(k)                as Keep had it
 template <class C, class V>
 struct ForwardStep {
-  Pack<V, C::kX> x;
+  Pack<V, C::kX + C::kGiven> x;
   Pack<V, C::kH> h;
   Pack<V, C::kStates> s, s_new;
   Pack<V, C::kParams> p;
   Pack<V, C::kSaved> saved;
 
-  template <class View>
+  template <int kProduct = C::kOperands, class View>
   FRNN_HD void Load(const View& from) {
     FRNN_UNROLL
-    for (int q = 0; q < C::kX; q++) x[q] = from.GateX(q);
+    for (int q = 0; q < C::kX + C::kGiven; q++) x[q] = from.GateX(q);
+    constexpr int kKnown = Products<C>::First(kProduct + 1);
     FRNN_UNROLL
-    for (int q = 0; q < C::kH; q++) h[q] = from.GateH(q);
+    for (int q = 0; q < C::kH; q++) h[q] = q < kKnown ? from.GateH(q) : V{};
     s[C::kRecurrent] = States<C>::kReadsH ? from.H() : V{};
     FRNN_UNROLL
     for (int e = 0; e < States<C>::kExtra; e++) s[States<C>::OfExtra(e)] = from.Extra(e);
@@ -51,6 +56,10 @@ struct ForwardStep {
     for (int j = 0; j < C::kStates; j++) Stay(view, j);
   }
 
+  template <int kProduct, class View>
+  FRNN_HD void StoreOperand(const View& to) const {
+    to.SetOperand(kProduct, saved[kProduct]);
+  }
   template <class View>
   FRNN_HD void StoreStates(const View& to) const {
     to.SetH(s_new[C::kRecurrent]);
@@ -59,7 +68,7 @@ struct ForwardStep {
   template <class View>
   FRNN_HD void StoreTape(const View& to) const {
     FRNN_UNROLL
-    for (int k = 0; k < C::kSaved; k++) to.Keep(k, saved[k]);
+    for (int k = C::kOperands; k < C::kSaved; k++) to.Keep(k, saved[k]);
     FRNN_UNROLL
     for (int e = 0; e < States<C>::kExtra; e++)
       if (States<C>::ReadsExtra(e)) to.KeepExtra(e, s[States<C>::OfExtra(e)]);
@@ -105,11 +114,13 @@ struct ForwardStep {
   }
 };
 
-// A view of the backward has
+// Likewise, the step of product k stores the gradients of its gates; that of h, all others. A view of
+// the backward has
 //   V Kept(k), KeptExtra(e)         what the forward kept
 //   V Param(k)
 //   V H(), NewH()                   h before and after the step
 //   V GradH(), GradExtra(e)         what reaches the new states from later steps
+//   V GradOperand(k)                what reaches operand k from its product
 //   void AddGradOutput(V&)          and from the layer's output
 //   bool Zones(), V Zone(j)         as in the forward
 //   void SetGate(i, V)              gate gradient d[i]
@@ -121,12 +132,13 @@ struct ForwardStep {
 template <class C, class V>
 struct BackwardStep {
   Pack<V, C::kSaved> saved;
-  Pack<V, C::kStates> s, ds_new, ds;
+  Pack<V, C::kStates + C::kOperands> ds_new;
+  Pack<V, C::kStates> s, ds;
   Pack<V, C::kParams> p, dp;
   Pack<V, C::kD> d;
   V h_new;
 
-  template <class View>
+  template <int kProduct = 0, class View>
   FRNN_HD void Load(const View& from) {
     FRNN_UNROLL
     for (int k = 0; k < C::kSaved; k++) saved[k] = from.Kept(k);
@@ -142,6 +154,11 @@ struct BackwardStep {
       ds_new[j] = from.GradExtra(e);
     }
     from.AddGradOutput(ds_new[C::kOutput]);
+    if constexpr (C::kOperands > 0) {
+      FRNN_UNROLL
+      for (int k = 0; k < C::kOperands; k++)
+        ds_new[C::kStates + k] = k >= kProduct ? from.GradOperand(k) : V{};
+    }
   }
   FRNN_HD void Compute() { C::backward(saved, s, h_new, p, ds_new, d, ds, dp); }
   template <class View>
@@ -166,10 +183,13 @@ struct BackwardStep {
     AddStaying(view, stays);
   }
 
-  template <class View>
+  template <int kProduct = 0, class View>
   FRNN_HD void Store(View&& to) const {
+    constexpr uint64_t kOwn = Products<C>::Gradients(kProduct);
     FRNN_UNROLL
-    for (int i = 0; i < C::kD; i++) to.SetGate(i, d[i]);
+    for (int i = 0; i < C::kD; i++)
+      if (kOwn >> i & 1) to.SetGate(i, d[i]);
+    if (kProduct > 0) return;
     to.SetGradH(ds[C::kRecurrent]);
     FRNN_UNROLL
     for (int e = 0; e < States<C>::kExtra; e++) to.SetGradExtra(e, ds[States<C>::OfExtra(e)]);

@@ -1,10 +1,11 @@
 // The backward of cpu/layer.h.
 //
 // Per step, from the last one on: gate gradients d of the own units, one barrier, dh = d W_hh for
-// the own units (with a projection, dh_full = dh W_hr and a barrier before that). Then dX, dW and
-// db of the whole sequence as large products. Where a product of the forward was normalised, its
-// gradients follow from d after one more barrier, and take the place of d in these products. Where
-// what the output shows was, its gradient and one more barrier come before d.
+// the own units (with a projection, dh_full = dh W_hr and a barrier before that; with further
+// operands of W_hh the same for each before, from the last one on). Then dX, dW and db of the whole
+// sequence as large products. Where a product of the forward was normalised, its gradients follow
+// from d after one more barrier, and take the place of d in these products. Where what the output
+// shows was, its gradient and one more barrier come before d.
 #pragma once
 #include <algorithm>
 
@@ -32,9 +33,13 @@ class Layer<C>::BackwardPass {
   const cpu::BackwardPlan plan;
 
  private:
-  using ProductH = StepGradProduct<C::kH>;
+  template <int kGates>
+  using ProductOf = StepGradProduct<kGates>;
+  template <int kGates>
+  using CommonOf = typename ProductOf<kGates>::Common;
+  using ProductH = ProductOf<Products<C>::Gates(0)>;
   using ProductX = InputGradProduct<C::kX>;
-  static constexpr int kInOrder[4] = {0, 1, 2, 3};
+  static constexpr int kInOrder[kMaxGates] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   static constexpr int kMostGrads = std::max(kMostGates, C::kD);
 
   const LayerGradParams& p;
@@ -51,6 +56,7 @@ class Layer<C>::BackwardPass {
   // A thread's memory, its slice of the layer, and the direction it is at.
   struct Thread : Slice {
     ProductH dh_product;
+    OfOperands<ProductOf> du_products;
     ProductX dx_product;
     NormX x_norm;
     NormH h_norm;
@@ -69,6 +75,7 @@ class Layer<C>::BackwardPass {
   };
   Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductH::Common h_common;
+  OfOperands<CommonOf> u_common;
   typename ProductX::Common x_common{p.dx ? p.I : 0};
   typename NormX::Common x_norm = NormCommon<NormX>(p, NormOfX(p), own_panels, p.B);
   typename NormH::Common h_norm = NormCommon<NormH>(p, NormOfH(p), own_panels, p.B);
@@ -81,10 +88,11 @@ class Layer<C>::BackwardPass {
     const int* column;
   };
   OfProduct x_grads, h_grads;
-  // Where no product reads d, it is kept for a step alone.
-  const bool d_is_of_step = h_norm.on && (x_norm.on || NormOfSum(p));
+  // Where nothing reads d once its step is done, it is kept for a step alone.
+  const bool d_is_of_step = h_norm.on && (x_norm.on || NormOfSum(p)) && C::kGiven == 0;
   T *d, *dh, *dh_seq, *dh_full, *grad_right, *sum_ih, *sum_hh, *dx_sum;
   T *mask = nullptr, *dh_left = nullptr;  // with a mask of h, that and the gradient behind it
+  T* d_operands[Products<C>::kCount];     // of a step, [B, full_stride] each
   parts::TiledOperand x_right, h_right;   // the right sides of dW, x and h
   float* d_sizes;                         // in fixed point, the largest d of each row
   // Out of the range of tiles: any d of a direction, a block of dW.
@@ -134,9 +142,11 @@ class Layer<C>::BackwardPass {
   struct View;
   struct ShownView;
   void ShownGrads(Team& team, Thread& my, const Step& step) const;
-  template <class View>
+  template <class View, int kProduct = 0>
   Bits GateGrads(Thread& my, const Step& step) const;
+  void OperandGrads(Team& team, Thread& my, const Step& step) const;
   Bits NormGrads(Team& team, Thread& my, const Step& step, Bits largest) const;
+  void AddGivenGrads(const Thread& my) const;
   void StoreGains(const Thread& my) const;
   void ShareGrads(Team& team, Thread& my, const Step& step, const Bits& largest);
   void RecurrentGrad(Thread& my, const Step& step) const;
@@ -149,6 +159,8 @@ class Layer<C>::BackwardPass {
   void StoreInputGrad(int dir, int64_t row, int64_t n, T* rows, int64_t stride, int64_t col,
                       int64_t width) const;
   void WeightGrads(Team& team, Thread& my);
+  template <class F>
+  void RecurrentWeightGrad(Team& team, const WeightGrad& grad, const F& load) const;
 };
 
 template <class C>
@@ -156,25 +168,39 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
     : plan(cpu::PlanBackward(ProblemOf(p), TheMachine())), p(p) {
   const int64_t widest = p.I > p.H ? p.I : p.H;  // of the right operands: x, h, h_full
   const int64_t grad_rows = Gradients::Block(p.rows);
-  h_common.storage = x_common.storage = p.storage;
+  x_common.storage = p.storage;
   x_common.K = p.H;
-  h_common.K = h_common.left.K = p.blocks > 1 ? BlockWidth(p) : p.H;
-  h_common.blocks = p.blocks > 1 ? p.blocks : 1;
-  h_common.packing = plan.w_hh;
   x_common.packing = plan.w_ih;
-  h_common.tiled = x_common.tiled = h_common.left.tiled = plan.tiled;
-  h_common.cut = x_common.cut = plan.cut;
-  h_common.left.cut = x_common.d_cut = plan.d_cut;
-  h_common.cols = p.Hout;
-  h_common.own_columns = own_columns;
-  h_common.left.gates = C::kH;
-  h_common.left.batch = p.B;
+  x_common.tiled = plan.tiled;
+  x_common.cut = plan.cut;
+  x_common.d_cut = plan.d_cut;
+  const auto set_up = [&](auto& common, int gates) {
+    common.storage = p.storage;
+    common.K = common.left.K = p.blocks > 1 ? BlockWidth(p) : p.H;
+    common.blocks = p.blocks > 1 ? p.blocks : 1;
+    common.packing = plan.w_hh;
+    common.tiled = common.left.tiled = plan.tiled;
+    common.cut = plan.cut;
+    common.left.cut = plan.d_cut;
+    common.cols = p.Hout;
+    common.own_columns = own_columns;
+    common.left.gates = gates;
+    common.left.batch = p.B;
+  };
+  set_up(h_common, Products<C>::Gates(0));
+  ForOperands([&](auto k) { set_up(std::get<k - 1>(u_common), Products<C>::Gates(k)); });
   x_common.rows = p.dx ? plan.dx_rows : 0;
   scratch.Build([&](Scratch& s) {
     h_common.Take(s, plan.threads);
+    ForOperands([&](auto k) {
+      std::get<k - 1>(u_common).Take(s, plan.threads);
+      d_operands[k - 1] = s.Take<T>(p.B * full_stride);
+    });
     x_common.Take(s, plan.threads);
     for (Thread& my : threads) {
       my.dh_product.Take(s, h_common);
+      ForOperands(
+          [&](auto k) { std::get<k - 1>(my.du_products).Take(s, std::get<k - 1>(u_common)); });
       my.dx_product.Take(s, x_common);
       my.w_hr = s.Take<T>(projected ? p.Hout * own_panels * kUnits : 0);
       my.dc = s.Take<T>(own_panels * p.B * kExtra * kUnits);
@@ -235,6 +261,10 @@ void Layer<C>::BackwardPass::RunDirection(Team& team, Thread& my) {
   my.new_h = p.hs ? my.hs + p.B * hs_stride
                   : static_cast<const T*>(p.h_n) + my.dir * rows_of_hs * hs_stride;
   my.dh_product.Begin(team, my.dir, my.w->w_hh, my.first, my.last);
+  ForOperands([&](auto k) {
+    const void* w_hh = RowsOfProduct(p, k, my.w->w_hh);
+    std::get<k - 1>(my.du_products).Begin(team, my.dir, w_hh, my.first, my.last);
+  });
   if (projected) PackProjection(my);
   Start(my);
   my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);
@@ -248,17 +278,19 @@ void Layer<C>::BackwardPass::RunDirection(Team& team, Thread& my) {
     for (int64_t i = my.panels.begin; i < my.panels.end && ZonesVary(p); i++)
       LoadZones(p, my.dir, step.row, step.n, i, Zones(my, i));
     if (shown_norm.on) ShownGrads(team, my, step);
+    if (C::kOperands > 0) OperandGrads(team, my, step);
     Bits largest = shown_norm.on ? GateGrads<ShownView>(my, step) : GateGrads<View>(my, step);
     if (x_norm.on || h_norm.on) largest = NormGrads(team, my, step, largest);
     if (plan.tiled) ShareGrads(team, my, step, largest);
     if (C::kH > 0 || x_norm.on || shown_norm.on) team.Sync();
-    if (C::kH > 0) RecurrentGrad(my, step);
+    if (Products<C>::Gates(0) > 0) RecurrentGrad(my, step);
     CutResets(my, step);
   }
   team.Sync();
 
   StoreGrads(my);
   StoreGains(my);
+  if constexpr (C::kGiven > 0) AddGivenGrads(my);
   if (p.dx) InputGrad(team, my);
   WeightGrads(team, my);
   team.Sync();
@@ -303,6 +335,8 @@ void Layer<C>::BackwardPass::Start(Thread& my) const {
     }
   CopyState(p, p.every_state ? nullptr : p.dh_n, my.dir, my.first, my.last, dh, h_stride);
   if (mask) CopyState(p, p.h_mask, my.dir, my.first, my.last, mask, h_stride);
+  for (int k = 0; k < C::kOperands; k++)
+    CopyState(p, nullptr, my.dir, my.first, my.last, d_operands[k], full_stride);
   for (int64_t i = my.panels.begin; i < my.panels.end && ZonesStay(p); i++)
     LoadZones(p, my.dir, 0, 1, i, Zones(my, i));
 }
@@ -430,6 +464,9 @@ struct Layer<C>::BackwardPass::View {
   FRNN_INLINE V GradH() const {
     return load<V>(pass.projected ? pass.dh_full + row * pass.full_stride + unit : OfGradH());
   }
+  FRNN_INLINE V GradOperand(int k) const {
+    return load<V>(pass.d_operands[k] + row * pass.full_stride + unit);
+  }
   FRNN_INLINE V GradExtra(int e) const { return load<V>(dc + (row * kExtra + e) * kUnits); }
   // With a projection it is in GradH already.
   FRNN_INLINE void AddGradOutput(V& to) const {
@@ -521,9 +558,9 @@ void Layer<C>::BackwardPass::ShownGrads(Team& team, Thread& my, const Step& step
 }
 
 // d of the own units, from dh, dc and what the forward saved; dc and the elementwise path of dh are
-// replaced by those of the step before. The largest |d|, as bits.
+// replaced by those of the step before. The largest |d|, as bits. Of product k > 0 its gates alone.
 template <class C>
-template <class View>
+template <class View, int kProduct>
 Bits Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const {
   Bits largest{};
   for (int64_t panel = my.panels.begin; panel < my.panels.end; panel++) {
@@ -532,18 +569,37 @@ Bits Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const {
       View view(*this, my, step, panel, vec, largest);
       for (; view.row < step.n; view.row++) {
         BackwardStep<C, V> unit;
-        unit.Load(view);
+        unit.template Load<kProduct>(view);
         if constexpr (kShows && std::is_same_v<View, ShownView>)
           unit.ComputeFromShown(view);
         else
           unit.Compute(view);
-        unit.Store(view);
+        unit.template Store<kProduct>(view);
       }
       view.StoreSums();
       largest = view.largest;
     }
   }
   return largest;
+}
+
+// Of all operands but h, from the last one on: the gates of its product, then its own columns.
+template <class C>
+void Layer<C>::BackwardPass::OperandGrads(Team& team, Thread& my, const Step& step) const {
+  ForOperands([&](auto from_first) {
+    constexpr int k = Products<C>::kCount - decltype(from_first)::value;
+    GateGrads<View, k>(my, step);
+    team.Sync();
+    T* out = d_operands[k - 1];
+    std::get<k - 1>(my.du_products)
+        .Multiply(
+            my.dir * p.T + step.number, step.n,
+            [&](int q) { return GatesOf(step) + C::kDh[Products<C>::First(k) + q] * gate_stride; },
+            d_stride, out, full_stride, false);
+    for (int64_t b = 0; b < step.n && mask; b++)
+      for (int64_t u = my.first; u < my.first + my.valid; u++)
+        out[b * full_stride + u] *= mask[b * h_stride + u];
+  });
 }
 
 // The gradients of what was normalised, the own units, from those of what came of it. The largest
@@ -646,6 +702,22 @@ void Layer<C>::BackwardPass::StoreGrads(Thread& my) const {
   }
 }
 
+// To those of what is given, the own units, are added those of this direction.
+template <class C>
+void Layer<C>::BackwardPass::AddGivenGrads(const Thread& my) const {
+  alignas(kLine) T block[kUnits];
+  for (int64_t r = 0; r < p.rows && p.dgiven; r++)
+    for (int64_t i = my.panels.begin; i < my.panels.end; i++)
+      for (int k = 0; k < C::kGiven; k++) {
+        const int64_t unit = i * kUnits, n = std::min<int64_t>(p.H - unit, kUnits);
+        void* sum = At(p.dgiven, p.storage, (r * C::kGiven + k) * p.H + unit);
+        const T* own = d + r * d_stride + C::kDx[C::kX + k] * gate_stride + unit;
+        LoadRow(sum, p.storage, block, n);
+        for (int64_t u = 0; u < n; u++) block[u] += own[u];
+        StoreRow(sum, p.storage, block, n);
+      }
+}
+
 // The gradients of the own gains and shifts.
 template <class C>
 void Layer<C>::BackwardPass::StoreGains(const Thread& my) const {
@@ -699,6 +771,29 @@ void Layer<C>::BackwardPass::StoreInputGrad(int dir, int64_t row, int64_t n, T* 
   }
 }
 
+// dW_hh of a product, where load(first row, rows, first column, ..) brings its operand. Of a
+// block-diagonal W_hh one gate and block after the other: a block of d with its columns of h.
+template <class C>
+template <class F>
+void Layer<C>::BackwardPass::RecurrentWeightGrad(Team& team, const WeightGrad& grad,
+                                                 const F& load) const {
+  if (p.blocks <= 1) return grad.Run(team, load);
+  const int64_t width = BlockWidth(p);
+  for (int q = 0; q < grad.gates && grad.dw; q++)
+    for (int64_t block = 0; block < p.blocks; block++) {
+      const int64_t first = block * width;
+      WeightGrad block_grad = grad;
+      block_grad.gates = 1;
+      block_grad.column = grad.column + q;
+      block_grad.left.d = grad.left.d + first;
+      block_grad.left.H = block_grad.cols = width;
+      block_grad.dw = At(grad.dw, p.storage, (q * p.H + first) * width);
+      block_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
+        load(r0, n, first + col, nv, dst);
+      });
+    }
+}
+
 // dW_ih = d^T x, dW_hh = d^T h_{t-1}, dW_hr = (dh + dy)^T h_full.
 template <class C>
 void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
@@ -731,7 +826,7 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
   WeightGrad h_grad = x_grad;
   h_grad.left.d = h_grads.d;
   h_grad.left.stride = h_grads.stride;
-  h_grad.gates = C::kH;
+  h_grad.gates = Products<C>::Gates(0);
   h_grad.column = h_grads.column;
   h_grad.cols = p.Hout;
   h_grad.tiles = h_right;
@@ -762,23 +857,29 @@ void Layer<C>::BackwardPass::WeightGrads(Team& team, Thread& my) {
     WeightGrad::RunTiles(team, kMostGrads, h_grad, load_h, no_grad, load_h);
   } else {
     x_grad.Run(team, load_x);
-    if (C::kH > 0 && p.blocks <= 1) h_grad.Run(team, load_h);
-  }
-  // Of a block-diagonal W_hh one gate and block after the other: a block of d with its columns of h.
-  const int64_t width = BlockWidth(p);
-  for (int q = 0; q < C::kH && p.blocks > 1 && my.dw->w_hh; q++)
-    for (int64_t block = 0; block < p.blocks; block++) {
-      const int64_t first = block * width;
-      WeightGrad block_grad = h_grad;
-      block_grad.gates = 1;
-      block_grad.column = &h_grads.column[q];
-      block_grad.left.d = h_grads.d + first;
-      block_grad.left.H = block_grad.cols = width;
-      block_grad.dw = At(my.dw->w_hh, p.storage, (q * p.H + first) * width);
-      block_grad.Run(team, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
-        load_h(r0, n, first + col, nv, dst);
+    if (Products<C>::Gates(0) > 0) RecurrentWeightGrad(team, h_grad, load_h);
+    ForOperands([&](auto k) {
+      WeightGrad grad = h_grad;
+      grad.gates = Products<C>::Gates(k);
+      grad.column = h_grads.column + Products<C>::First(k);
+      grad.dw = RowsOfProduct(p, k, my.dw->w_hh);
+      RecurrentWeightGrad(team, grad, [&](int64_t r0, int64_t n, int64_t col, auto nv, T* dst) {
+        constexpr int kWidth = decltype(nv)::value * N;
+        RowCursor cursor(p, r0);
+        for (int64_t r = 0; r < n; r++, cursor.Next())
+          for (int64_t u = col; u < col + kWidth; u += N, dst += N) {
+            if (u >= p.H) {
+              store<V>(dst, V{});
+              continue;
+            }
+            const T* tape = TapeOf(p, my.dir, cursor.t, u / kUnits) +
+                            (cursor.b * kTape + k - 1) * kUnits + u % kUnits;
+            store<V>(dst, mask ? Masked(tape, mask + cursor.b * h_stride + u, p.storage)
+                               : load<V>(tape));
+          }
       });
-    }
+    });
+  }
   if (projected) {
     WeightGrad projection_grad = h_grad;
     projection_grad.gates = 1;

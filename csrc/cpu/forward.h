@@ -2,7 +2,8 @@
 //
 // Per chunk of time steps: gates_x = x W_ih^T for the thread's own units (no barrier), then per
 // step gates_h = h W_hh^T, gate math, what happens to the states before the next step, one barrier
-// (two more around the product of a projection, and one more before each thing that is normalised).
+// (two more around the product of a projection, one more before each thing that is normalised, and
+// one before the product of each further operand of W_hh).
 #pragma once
 #include <algorithm>
 
@@ -22,7 +23,11 @@ class Layer<C>::ForwardPass {
 
  private:
   using ProductX = InputProduct<C::kX, kPanelVecs>;
-  using ProductH = StepProduct<C::kH, kPanelVecs>;
+  template <int kGates>
+  using ProductOf = StepProduct<kGates, kPanelVecs>;
+  template <int kGates>
+  using CommonOf = typename ProductOf<kGates>::Common;
+  using ProductH = ProductOf<Products<C>::Gates(0)>;
 
   const LayerParams& p;
   const bool projected = Projected(p);
@@ -39,12 +44,14 @@ class Layer<C>::ForwardPass {
   // One step reads h0 and writes h_n in place: nobody waits for what another thread writes, but for
   // rows that are turned.
   const bool in_one = p.T == 1 && p.hs == nullptr && p.h0 != nullptr && direct_y && !plan.tiled &&
-                      p.Hout % kUnits == 0 && !states_change && p.norm == Norm::kNone;
+                      p.Hout % kUnits == 0 && !states_change && p.norm == Norm::kNone &&
+                      C::kOperands == 0;
 
   // A thread's memory, its slice of the layer, and the direction it is at.
   struct Thread : Slice {
     ProductX x_product;
     ProductH h_product;
+    OfOperands<ProductOf> u_products;
     NormX x_norm;
     NormH h_norm;
     NormShown shown_norm;
@@ -53,11 +60,13 @@ class Layer<C>::ForwardPass {
     // If what the output shows is normalised, that [panel][row][unit], what is added to it [panel][unit],
     // and where no tape is kept, that of a step.
     T *shown, *shift, *tape;
+    T* given;    // [panel][row][number][unit]
     T* gates_x;  // [group of panels][row][panel of the group][gate][unit]
     // [row][panel of the group][gate][unit] of a block of rows, or as gates_x of a step if they are
-    // normalised.
+    // normalised, or not all gates.
     T* gates_h;
-    T* no_gates_x;  // zeros, where gates_h has the sum of both
+    T* gates_u[Products<C>::kCount];  // the same of the operand with the same number
+    T* no_gates_x;                    // zeros, where gates_h has the sum of both
 
     int64_t count;  // of the panels
 
@@ -68,6 +77,8 @@ class Layer<C>::ForwardPass {
   Vector<Thread> threads = Vector<Thread>(plan.threads);
   typename ProductX::Common x_common;
   typename ProductH::Common h_common;
+  OfOperands<CommonOf> u_common;
+  T* operands[Products<C>::kCount];  // of a step, [B, h_stride] each
   typename NormX::Common x_norm = NormCommon<NormX>(p, NormOfX(p), own_panels, plan.gates_rows);
   typename NormH::Common h_norm = NormCommon<NormH>(p, NormOfH(p), own_panels, p.B);
   typename NormShown::Common shown_norm = NormCommon<NormShown>(p, NormOfShown(p), own_panels, p.B);
@@ -93,8 +104,11 @@ class Layer<C>::ForwardPass {
   // The operands of the gate math of one panel.
   struct StepRows {
     const T* gates_x;  // [n, kX, units], without bias, rows gates_x_stride apart
-    const T* gates_h;  // [n, kH, units], without bias, rows gates_h_stride apart
+    const T* gates_h;  // [n, kH, units], without bias, rows gates_h_stride apart: those of h
     int64_t gates_x_stride, gates_h_stride;
+    const T* gates_u[Products<C>::kCount];  // of operands
+    int64_t gates_u_stride[Products<C>::kCount];
+    const T* given;   // [n, kGiven, units]
     const T* b_ih;    // [kX, units]
     const T* b_hh;    // [kH, units]
     const T* params;  // [kParams, units]
@@ -106,8 +120,11 @@ class Layer<C>::ForwardPass {
     const T* shift;  // [units], where what the output shows is normalised
     const T* zones;  // [n, kStates, units], rows zones_stride apart, or null
     int64_t zones_stride;
-    T* tape;  // [n, kTape, units] or null
-    T* y;     // rows y_stride apart, or null
+    T* tape;                           // [n, kTape, units] or null
+    T* operands[Products<C>::kCount];  // rows operand_stride apart
+    const T* mask;                     // what multiplies them, likewise, or null
+    int64_t operand_stride;
+    T* y;  // rows y_stride apart, or null
     int64_t y_stride;
     int64_t units;  // valid units from the panel's first one on
     Storage round;  // h is rounded to this
@@ -119,11 +136,18 @@ class Layer<C>::ForwardPass {
     int vec;                 // of the panel
 
     FRNN_INLINE V GateX(int q) const {
+      if constexpr (C::kGiven > 0)
+        if (q >= C::kX) return load<V>(s.given + row * C::kGiven * kUnits + OfGate(q - C::kX));
       return load<V>(s.gates_x + row * s.gates_x_stride + OfGate(q)) + load<V>(s.b_ih + OfGate(q));
     }
     FRNN_INLINE V GateH(int q) const {
-      return load<V>(s.gates_h + gates_row * s.gates_h_stride + OfGate(q)) +
-             load<V>(s.b_hh + OfGate(q));
+      const T* gate = s.gates_h + gates_row * s.gates_h_stride + OfGate(q);
+      ForOperands([&](auto k) FRNN_INLINE_LAMBDA {
+        constexpr int kFirst = Products<C>::First(decltype(k)::value);
+        if (q >= kFirst)
+          gate = s.gates_u[k - 1] + gates_row * s.gates_u_stride[k - 1] + OfGate(q - kFirst);
+      });
+      return load<V>(gate) + load<V>(s.b_hh + OfGate(q));
     }
     FRNN_INLINE V Param(int k) const { return load<V>(s.params + OfGate(k)); }
     FRNN_INLINE V H() const { return load<V>(s.h + row * s.h_stride + vec * N); }
@@ -138,6 +162,13 @@ class Layer<C>::ForwardPass {
     FRNN_INLINE void SetExtra(int e, const V& c) const {
       store<V>(OfExtra(e), c);
       if (e == kOutputExtra) SetOutput(c);
+    }
+    FRNN_INLINE void SetOperand(int k, const V& u) const {
+      const int64_t at = row * s.operand_stride + vec * N;
+      const V rounded = RoundToStorage(u, s.round);
+      store<V>(s.operands[k] + at, rounded);
+      if (s.tape) Keep(k, rounded);
+      if (s.mask) store<V>(s.operands[k] + at, Masked(s.operands[k] + at, s.mask + at, s.round));
     }
     FRNN_INLINE void KeepExtra(int e, const V& c) const { Keep(Tape<C>::OfExtra(e), c); }
     FRNN_INLINE void Keep(int k, const V& v) const { store<V>(OfTape(k), v); }
@@ -166,6 +197,9 @@ class Layer<C>::ForwardPass {
   T* Zones(const Thread& my, int64_t own_panel) const {
     return my.zones + own_panel * ZoneRows(p) * C::kStates * kUnits;
   }
+  T* Given(const Thread& my, int64_t own_panel) const {
+    return my.given + own_panel * p.B * C::kGiven * kUnits;
+  }
   // Steps counted on over both directions.
   int64_t NumberOf(const Thread& my, int64_t number) const { return my.dir * p.T + number; }
 
@@ -179,9 +213,11 @@ class Layer<C>::ForwardPass {
   MatrixRows Stage(Thread& my, const Chunk& chunk) const;
   Step StepAt(const Thread& my, int64_t number, int64_t t) const;
   StepRows RowsOf(const Thread& my, const Chunk& chunk, const Step& step, int64_t at) const;
-  void RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const;
+  void RecurrentGates(Team& team, Thread& my, const Chunk& chunk, const Step& step) const;
   void NormalisedGates(Team& team, Thread& my, const Chunk& chunk, const Step& step) const;
+  template <int kProduct>
   void Gates(const Thread& my, const StepRows& s, int64_t at, int64_t first, int rows) const;
+  template <int kProduct>
   static void GateMath(const StepRows& s, int64_t first, int rows);
   template <class F>
   static void ForRows(const StepRows& s, int64_t first, int rows, const F& run);
@@ -194,21 +230,33 @@ class Layer<C>::ForwardPass {
 template <class C>
 Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
     : plan(cpu::PlanForward(ProblemOf(p), TheMachine())), p(p) {
-  x_common.storage = h_common.storage = p.storage;
-  x_common.H = h_common.H = p.H;
-  x_common.own_panels = h_common.own_panels = own_panels;
-  x_common.paired = h_common.paired = plan.paired;
+  x_common.storage = p.storage;
+  x_common.H = p.H;
+  x_common.own_panels = own_panels;
+  x_common.paired = plan.paired;
   x_common.K = p.I;
   x_common.packing = plan.w_ih;
   x_common.tiled = plan.tiled;
   x_common.cut = plan.x_cut;
-  h_common.K = h_common.left.K = BlockWidth(p);
-  h_common.block_units = p.blocks > 1 ? BlockWidth(p) : 0;
-  h_common.packing = plan.w_hh;
-  h_common.tiled = h_common.left.tiled = plan.tiled && C::kH > 0;
-  h_common.cut = h_common.left.cut = plan.h_cut;
-  h_common.left.gates = 1;
-  h_common.left.batch = p.B;
+  const auto set_up = [&](auto& common) {
+    common.storage = p.storage;
+    common.H = p.H;
+    common.own_panels = own_panels;
+    common.paired = plan.paired;
+    common.K = common.left.K = BlockWidth(p);
+    common.block_units = p.blocks > 1 ? BlockWidth(p) : 0;
+    common.packing = plan.w_hh;
+    common.tiled = common.left.tiled = plan.tiled && C::kH > 0;
+    common.cut = common.left.cut = plan.h_cut;
+    common.left.gates = 1;
+    common.left.batch = p.B;
+  };
+  set_up(h_common);
+  ForOperands([&](auto k) {
+    auto& common = std::get<k - 1>(u_common);
+    set_up(common);
+    if (common.Turns()) common.packing = cpu::Packing::kOnce;
+  });
   scratch.Build([&](Scratch& s) {
     h_common.left.Take(s, plan.threads);
     for (Thread& my : threads) {
@@ -219,8 +267,14 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
       my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.w_hr = s.Take<T>(projected ? own_vecs * N * p.H : 0);
       my.gates_x = s.Take<T>(x_common.Groups(own_panels) * plan.gates_rows * x_common.Stride());
-      my.gates_h = s.Take<T>((h_norm.on ? h_common.Groups(own_panels) * p.B : cpu::kRowBlock) *
+      const bool whole = h_norm.on || C::kOperands > 0;
+      my.gates_h = s.Take<T>((whole ? h_common.Groups(own_panels) * p.B : cpu::kRowBlock) *
                              h_common.Stride());
+      ForOperands([&](auto k) {
+        const auto& common = std::get<k - 1>(u_common);
+        std::get<k - 1>(my.u_products).Take(s, std::get<k - 1>(u_common));
+        my.gates_u[k - 1] = s.Take<T>(common.Groups(own_panels) * p.B * common.Stride());
+      });
       my.no_gates_x = s.Take<T>(NormOfSum(p) ? x_common.Stride() : 0);
       my.x_norm.Take(s, x_norm);
       my.h_norm.Take(s, h_norm);
@@ -232,9 +286,14 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
       my.c = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.x = s.Take<T>(input.direct ? 0 : plan.gates_rows * x_stride);
       my.zones = s.Take<T>(own_panels * ZoneRows(p) * C::kStates * kUnits);
+      my.given = s.Take<T>(own_panels * p.B * C::kGiven * kUnits);
     }
     x_common.Take(s, plan.threads, p.B);
     h_common.Take(s, plan.threads, p.B);
+    ForOperands([&](auto k) {
+      std::get<k - 1>(u_common).Take(s, plan.threads, p.B);
+      operands[k - 1] = s.Take<T>(p.B * h_stride);
+    });
     x_norm.Take(s);
     h_norm.Take(s);
     shown_norm.Take(s);
@@ -261,6 +320,10 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   my.hs = p.hs ? static_cast<T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride : nullptr;
   my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih);
   my.h_product.Begin(team, my.panels, my.dir, my.w->w_hh);
+  ForOperands([&](auto k) {
+    const void* w_hh = RowsOfProduct(p, k, my.w->w_hh);
+    std::get<k - 1>(my.u_products).Begin(team, my.panels, my.dir, w_hh);
+  });
   PackPanels(my);
   my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);
   my.h_norm.Begin(my.panels, GainOfH(*my.w), p.storage);
@@ -282,10 +345,12 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
       const Step step = StepAt(my, number, my.dir == 0 ? chunk.begin + k : chunk.end - 1 - k);
       for (int64_t at = 0; at < my.count && zones_vary; at++)
         LoadZones(p, my.dir, step.row, step.n, my.panels.begin + at, Zones(my, at));
+      for (int64_t at = 0; at < my.count && C::kGiven > 0; at++)
+        LoadGiven(p, step.row, step.n, my.panels.begin + at, Given(my, at));
       if (h_norm.on)
         NormalisedGates(team, my, chunk, step);
       else
-        RecurrentGates(my, chunk, step);
+        RecurrentGates(team, my, chunk, step);
       if (shown_norm.on) ShowOutputs(team, my, chunk, step);
       if (projected) Project(team, my, step);
       if (my.valid > 0 && !in_one) StoreOutputs(my, step);
@@ -470,9 +535,18 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
   StepRows s;
   const bool in_sum = NormOfSum(p);
   s.gates_x = in_sum ? my.no_gates_x : GatesX(my, at) + (step.row - chunk.row) * x_common.Stride();
-  s.gates_h = h_norm.on ? GatesH(my, at) : my.gates_h + h_common.InGroup(at);
+  s.gates_h = h_norm.on || C::kOperands > 0 ? GatesH(my, at) : my.gates_h + h_common.InGroup(at);
+  ForOperands([&](auto k) {
+    const auto& common = std::get<k - 1>(u_common);
+    s.gates_u[k - 1] = my.gates_u[k - 1] + common.Offset(at, p.B);
+    s.gates_u_stride[k - 1] = common.Stride();
+    s.operands[k - 1] = operands[k - 1] + unit;
+  });
+  s.mask = mask ? mask + unit : nullptr;
+  s.operand_stride = h_stride;
   s.gates_x_stride = in_sum ? 0 : x_common.Stride();
   s.gates_h_stride = h_common.Stride();
+  s.given = Given(my, at);
   s.b_ih = my.b_ih + at * C::kX * kUnits;
   s.b_hh = my.b_hh + at * C::kH * kUnits;
   s.params = my.params + at * C::kParams * kUnits;
@@ -497,14 +571,33 @@ auto Layer<C>::ForwardPass::RowsOf(const Thread& my, const Chunk& chunk, const S
   return s;
 }
 
-// gates_h and the gate math of the own panels, block by block.
+// gates_h and the gate math of the own panels, block by block; of each product the math that can go
+// on from there.
 template <class C>
-void Layer<C>::ForwardPass::RecurrentGates(Thread& my, const Chunk& chunk, const Step& step) const {
+void Layer<C>::ForwardPass::RecurrentGates(Team& team, Thread& my, const Chunk& chunk,
+                                           const Step& step) const {
+  const int64_t number = NumberOf(my, step.number);
   my.h_product.Multiply(
-      NumberOf(my, step.number), step.n, step.left, step.ld_left,
-      [&](int64_t, int64_t) FRNN_INLINE_LAMBDA { return my.gates_h; },
+      number, step.n, step.left, step.ld_left,
+      [&](int64_t group, int64_t first) FRNN_INLINE_LAMBDA {
+        return C::kOperands == 0 ? my.gates_h
+                                 : my.gates_h + (group * p.B + first) * h_common.Stride();
+      },
       [&](int64_t at, int64_t first, int rows)
-          FRNN_INLINE_LAMBDA { Gates(my, RowsOf(my, chunk, step, at), at, first, rows); });
+          FRNN_INLINE_LAMBDA { Gates<0>(my, RowsOf(my, chunk, step, at), at, first, rows); });
+  ForOperands([&](auto k) {
+    team.Sync();
+    const int64_t stride = std::get<k - 1>(u_common).Stride();
+    std::get<k - 1>(my.u_products)
+        .Multiply(
+            number, step.n, operands[k - 1], h_stride,
+            [&](int64_t group, int64_t first) {
+              return my.gates_u[k - 1] + (group * p.B + first) * stride;
+            },
+            [&](int64_t at, int64_t first, int rows) {
+              GateMath<decltype(k)::value>(RowsOf(my, chunk, step, at), first, rows);
+            });
+  });
 }
 
 // The same where gates_h is normalised, which takes whole rows of it.
@@ -529,7 +622,7 @@ void Layer<C>::ForwardPass::NormalisedGates(Team& team, Thread& my, const Chunk&
   for (int64_t at = 0; at < my.count; at++) {
     my.h_norm.Apply(at, step.n, GatesH(my, at), stride,
                     p.saved ? NormTapeOfH(p, my.dir, step.row, my.panels.begin + at) : nullptr);
-    Gates(my, RowsOf(my, chunk, step, at), at, 0, int(step.n));
+    Gates<C::kOperands>(my, RowsOf(my, chunk, step, at), at, 0, int(step.n));
   }
 }
 
@@ -592,9 +685,10 @@ void Layer<C>::ForwardPass::StoreExtraStates(Thread& my, int64_t rows, int64_t r
     }
 }
 
-// The pointwise part of a step, for one panel and the rows from `first` on: up to what the output
+// The pointwise part of a step after a product, for one panel and the rows from `first` on: up to what the output
 // shows, if that is normalised.
 template <class C>
+template <int kProduct>
 void Layer<C>::ForwardPass::Gates(const Thread& my, const StepRows& s, int64_t at, int64_t first,
                                   int rows) const {
   if constexpr (kShows) {
@@ -606,15 +700,21 @@ void Layer<C>::ForwardPass::Gates(const Thread& my, const StepRows& s, int64_t a
       return my.shown_norm.Measure(at, first, rows, s.shown + first * kUnits, kUnits);
     }
   }
-  GateMath(s, first, rows);
+  GateMath<kProduct>(s, first, rows);
 }
 template <class C>
+template <int kProduct>
 void Layer<C>::ForwardPass::GateMath(const StepRows& s, int64_t first, int rows) {
   ForRows(s, first, rows, [&](ForwardStep<C, V>& step, const View& view) FRNN_INLINE_LAMBDA {
-    step.Load(view);
-    step.Compute(view);
-    step.StoreStates(view);
-    if (s.tape) step.StoreTape(view);
+    step.template Load<kProduct>(view);
+    if constexpr (kProduct < C::kOperands) {
+      step.Compute();
+      step.template StoreOperand<kProduct>(view);
+    } else {
+      step.Compute(view);
+      step.StoreStates(view);
+      if (s.tape) step.StoreTape(view);
+    }
   });
 }
 // run(step, view) for each row and vector of units.
@@ -626,7 +726,7 @@ FRNN_INLINE void Layer<C>::ForwardPass::ForRows(const StepRows& s, int64_t first
     FRNN_UNROLL
     for (int vec = 0; vec < kPanelVecs; vec++) {
       ForwardStep<C, V> step;
-      run(step, View{s, row, row - first, vec});
+      run(step, View{s, row, C::kOperands == 0 ? row - first : row, vec});
     }
   }
 }

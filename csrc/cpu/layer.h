@@ -9,6 +9,8 @@
 // How matrices are multiplied is behind cpu/product: on vectors, or on tiles where the processor
 // has a unit for them. All choices by shape and machine are in cpu/plan.h.
 #pragma once
+#include <tuple>
+
 #include "core/scratch.h"
 #include "core/step.h"
 #include "cpu/convert.h"
@@ -54,9 +56,8 @@ class Layer {
   class ForwardPass;
   class BackwardPass;
 
-  static constexpr int kMostGates = C::kX > C::kH ? C::kX : C::kH;
+  static constexpr int kMostGates = C::kX > Products<C>::Most() ? C::kX : Products<C>::Most();
   static constexpr int kPanelVecs = kMostGates <= 2 ? 2 : 1;
-  static_assert(kMostGates <= 4, "a tile of a product has up to four gates of a unit");
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
   static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
   static constexpr int kTape = Tape<C>::kSize;
@@ -66,6 +67,23 @@ class Layer {
   using NormShown = RowNorm<1, kPanelVecs>;
   static_assert(CheckCell<C>());
   static_assert(kAlign % kUnits == 0, "buffers are padded to whole panels");
+
+  // What there is for each product with another operand than h: of Product<its gates>.
+  template <template <int> class Product, int... k>
+  static std::tuple<Product<Products<C>::Gates(k + 1)>...> MakeOfOperands(
+      std::integer_sequence<int, k...>);
+  template <template <int> class Product>
+  using OfOperands =
+      decltype(MakeOfOperands<Product>(std::make_integer_sequence<int, C::kOperands>()));
+  // f(k as a constant) for the numbers of these products, 1, 2 ..
+  template <class F, int... k>
+  FRNN_INLINE static void ForOperands(const F& f, std::integer_sequence<int, k...>) {
+    (f(std::integral_constant<int, k + 1>()), ...);
+  }
+  template <class F>
+  FRNN_INLINE static void ForOperands(const F& f) {
+    ForOperands(f, std::make_integer_sequence<int, C::kOperands>());
+  }
 
   // A pass on a team, or on one thread where a team is not complete.
   template <class Pass, class Params>
@@ -97,6 +115,7 @@ class Layer {
     problem.panels = Panels(p);
     problem.h_changes = p.reset != nullptr || p.h_mask != nullptr;
     problem.norm = NormOfX(p) || NormOfH(p);
+    problem.operands = C::kOperands > 0;
     return problem;
   }
   static cpu::Machine TheMachine() {
@@ -256,7 +275,20 @@ class Layer {
   static int64_t ZoneRows(const LayerParams& p) {
     return p.zoneout == nullptr ? 0 : (ZonesStay(p) ? 1 : p.B);
   }
-  // h as it goes into W_hh.
+  // What is given, for n rows from `row` on and the units of a panel: [row][number][unit].
+  static void LoadGiven(const LayerParams& p, int64_t row, int64_t n, int64_t panel, T* given) {
+    const int64_t unit = panel * kUnits;
+    for (int64_t i = 0; i < n * C::kGiven; i++)
+      LoadPadded<kUnits>(At(p.given, p.storage, (row * C::kGiven + i) * p.H + unit), p.storage,
+                         p.H - unit, given + i * kUnits);
+  }
+  // The rows of a matrix W_hh that product k is with.
+  template <class P>
+  static P RowsOfProduct(const LayerParams& p, int k, P w_hh) {
+    return w_hh == nullptr ? w_hh
+                           : At(w_hh, p.storage, Products<C>::First(k) * p.H * BlockWidth(p));
+  }
+  // h, or another operand, as it goes into W_hh.
   FRNN_INLINE static V Masked(const T* h, const T* mask, Storage storage) {
     return RoundToStorage(V(load<V>(h) * load<V>(mask)), storage);
   }

@@ -43,7 +43,7 @@ int Threads(const Problem& p, const Machine& m, int products) {
 // from so many rows per step, and in all, on; fixed point is fewer bytes than floats are, so that
 // wide layers stream faster for any batch.
 bool IsTiled(const Problem& p, const Machine& m) {
-  if (p.vector_bytes != 64 || p.scalar_bytes != 4 || p.in_blocks) return false;
+  if (p.vector_bytes != 64 || p.scalar_bytes != 4 || p.in_blocks || p.operands) return false;
   // Vectors multiply two bfloat16 in the time of one float, which six products per float do not
   // repay.
   const bool available = m.unit >= MatrixUnit::kTiles ||

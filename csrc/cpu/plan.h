@@ -121,6 +121,7 @@ struct Problem {
   bool h_changes = false;  // between two steps: the first one, too, multiplies with no row of h0
   bool in_blocks = false;  // W_hh is block-diagonal, and Hout the width of a block
   bool norm = false;       // products have other gradients than gates
+  bool operands = false;   // W_hh multiplies other values than h, too
 };
 
 // The same for both passes of a layer.

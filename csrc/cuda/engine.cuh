@@ -10,6 +10,7 @@ namespace cuda {
 template <class C, class T>
 struct Engine {
   static_assert(CheckCell<C>());
+  static_assert(C::kGiven == 0 && C::kOperands == 0, "these are the CPU's alone");
 
   template <class P>
   static constexpr bool kBackward = std::is_same_v<P, LayerGradParams>;

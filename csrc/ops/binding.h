@@ -34,7 +34,7 @@ class Text {
 // What fakes need to know of a cell and of a tape.
 extern "C" {
 struct frnn_cell_t {
-  int gates_x, gates_h, extra_states, tape, reads_h, reads_new_h;
+  int gates_x, gates_h, extra_states, tape, given, operands, reads_h, reads_new_h;
   int has_stages;   // whether there are kernels for Stages
   int block_units;  // a block of a block-diagonal W_hh has a multiple of so many; 0: there are none
   int has_norm;  // kernels for Shape::norm: 0 none, 1 of products, 2 of what the output shows, too
@@ -150,8 +150,8 @@ struct Operators {
     return {w.y, w.h_n, w.c_n, w.between};
   }
 
-  // Gradients of x, h0 and c0, then of the weights. `needs` lists those that are wanted, numbered in
-  // this order; the others are empty. Without a tape, hs and saved are.
+  // Gradients of x, h0 and c0, then of the weights and of what is given. `needs` lists those that are
+  // wanted, numbered in this order; the others are empty. Without a tape, hs and saved are.
   static std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> Backward(
       const Optional& dy, const Optional& dh_n, const Optional& dc_n, const Tensor& between,
       const Tensor& hs, const Tensor& saved, const std::vector<int64_t>& needs, FRNN_INPUTS) {
@@ -167,7 +167,7 @@ struct Operators {
       const bool wanted = like.has_value() && Contains(needs, i);
       const Dims shape =
           wanted ? Dims(like->sizes().begin(), like->sizes().end()) : Dims({int64_t(0)});
-      if (wanted && (nothing || (i == 0 && call.SkipsRowsOf(x))))
+      if (wanted && (nothing || call.IsAddedTo(i) || (i == 0 && call.SkipsRowsOf(x))))
         gradients.push_back(NewZeros(x, shape, dtype));
       else if (i == 0)  // dx goes on to what was before and is gone; those of weights stay
         gradients.push_back(Device::NewLarge(x, shape, dtype));
@@ -211,6 +211,8 @@ bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
             found->gates_h,
             found->extra_states,
             found->tape,
+            found->given,
+            found->operands,
             found->reads_h,
             found->reads_new_h,
             Device::kHasStages,

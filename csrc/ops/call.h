@@ -69,7 +69,8 @@ class Arguments {
 };
 
 // What a call is about beside its tensors. Bit i of `present`: tensor i of the cell's list is among the
-// weights, which are those of each layer and direction in turn.
+// weights, which are those of each layer and direction in turn. Behind them all is what is given for
+// each step, to a cell that asks for it.
 struct Shape {
   const char* cell;
   int64_t layers, directions, present;
@@ -123,7 +124,9 @@ struct Call {
                shape.norm_eps);
     p.norm = Norm(shape.norm);
     std::memcpy(&p.norm_eps, &shape.norm_eps, sizeof(p.norm_eps));
+    if (kernels.given > 0 && count > 0) count--;
     TakeWeights(shape.present, weights, count);
+    if (kernels.given > 0) TakeGiven(weights[count], x);
     TakeStages(stages, x);
     const int64_t runs = stack.layers * p.dirs;
     p.h0 = arguments.Take("h0", h0, {runs, p.B, p.Hout});
@@ -199,19 +202,25 @@ struct Call {
       p.dy_t_stride = p.ragged ? 0 : rows.stride(0);
       p.dy_b_stride = rows.stride(p.ragged ? 0 : 1);
     }
-    FRNN_CHECK(p.zoneout == nullptr || p.zoneout_rows == p.rows || !kernels.reads_new_h,
-               "zoneout: this cell's backward takes no single row for all steps");
+    FRNN_CHECK(
+        p.zoneout == nullptr || !kernels.reads_new_h ||
+            (p.zoneout_rows == p.rows && kernels.extra_states == 0),
+        "zoneout: this cell's backward takes no single row for all steps, and none of a cell "
+        "with more states than h");
     p.dh_n = arguments.Take("dh_n", dh_n, {runs(), StateRows(), p.Hout});
     if (kernels.extra_states > 0)
       p.dc_n = arguments.Take("dc_n", dc_n, {runs(), StateRows(), kernels.extra_states * p.H});
   }
-  // Where the gradients of x, h0, c0 and the weights go, in this order.
+  // Where the gradients of x, h0, c0, the weights and what is given go, in this order. To the last
+  // is added.
   void** GradientSlot(int64_t i) {
     void** const first[] = {&p.dx, &p.dh0, &p.dc0};
     if (i < 3) return first[i];
     const auto each = int64_t(tensors.size());
+    if (IsAddedTo(i)) return &p.dgiven;
     return &stack.gradients[(i - 3) / each][kernels.Slot(tensors[(i - 3) % each])];
   }
+  bool IsAddedTo(int64_t i) const { return i == 3 + runs() * int64_t(tensors.size()); }
   // Whether the engine leaves rows of dx alone, which must then be zero.
   bool SkipsRowsOf(const T& x) const { return p.ragged && x.size(0) > p.rows; }
 
@@ -262,7 +271,8 @@ struct Call {
     const T *g_ih = find(kernels.tensors() + kInput), *g_hh = find(kernels.tensors() + kRecurrent),
             *g = find(kernels.tensors() + kSum), *g_c = find(kernels.tensors() + kShown),
             *s_c = find(kernels.tensors() + kPlaces);
-    FRNN_CHECK(g_hh == nullptr || kernels.gates_h > 0, "g_hh: this cell has no w_hh");
+    FRNN_CHECK(g_hh == nullptr || (kernels.gates_h > 0 && kernels.operands == 0),
+               "g_hh: this cell has no w_hh, or other operands of it than h");
     FRNN_CHECK(g == nullptr || (kernels.adds && g_ih == nullptr && g_hh == nullptr),
                "g: expected without g_ih and g_hh, of a cell that reads sums alone");
     FRNN_CHECK((g_c != nullptr) == (s_c != nullptr) && (g_c == nullptr || kernels.shows),
@@ -308,6 +318,11 @@ struct Call {
     }
   }
 
+  void TakeGiven(const T& given, const T& x) {
+    const int64_t width = kernels.given * p.H;
+    p.given = p.ragged ? arguments.Take("given", given, {x.size(0), width})
+                       : arguments.Take("given", given, {p.T, p.B, width});
+  }
   void TakeStages(const Stages<T>& stages, const T& x) {
     FRNN_CHECK(Device::kHasStages || (!stages.reset.has_value() && !stages.zoneout.has_value() &&
                                       !stages.h_mask.has_value() && !p.every_state),

@@ -114,7 +114,7 @@ struct Stack {
 
   // The first layer of which a gradient is wanted.
   int LowestWanted() const {
-    if (all.dx || all.dh0 || all.dc0) return 0;
+    if (all.dx || all.dgiven || all.dh0 || all.dc0) return 0;
     for (int i = 0; i < int(gradients.size()); i++)
       for (int k = 0; k < DirectionGrads::kCount; k++)
         if (gradients[i][k]) return i / all.dirs;

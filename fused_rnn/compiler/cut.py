@@ -32,7 +32,7 @@ NEW_H = 10
 
 @dataclass(frozen=True)
 class Tape:
-    saved: Sequence[Node]  # in the order in which the forward computes them
+    saved: Sequence[Node]  # operands of products, then others as the forward computes them
     states: Sequence[str]  # whose value before the step the backward reads
     reads_new_h: bool
     again: Sequence[Node]  # what the backward computes again
@@ -48,7 +48,8 @@ def choose(trace: Trace, gradients: Gradients) -> Tape:
     flow.add_nodes_from(("had", "wanted"))
     for node in _all_of(wanted):
         into, out = (node.index, 0), (node.index, 1)
-        if node.op == "input" and (node is h or node.args[0] == "p"):
+        is_there = node.op == "input" and (node is h or node.args[0] == "p")
+        if is_there or node in trace.operands:  # these lie there in any case
             flow.add_edge(into, out, capacity=0)
         elif node is h_new and node.op != "input":
             flow.add_edge(into, out, capacity=NEW_H)
@@ -70,11 +71,12 @@ def choose(trace: Trace, gradients: Gradients) -> Tape:
     kept = [
         node for node in _all_of(wanted) if (node.index, 0) in had and (node.index, 1) not in had
     ]
-    saved = [n for n in kept if n is not h_new and (n.op != "input" or n.args[0] in ("x", "r"))]
-    reads_new_h = h_new in kept and h_new.op != "input"
-    states = [n.args[1] for n in kept if n.op == "input" and n.args[0] == "s"]
+    others = [n for n in kept if n not in trace.operands]
+    saved = [n for n in others if n is not h_new and (n.op != "input" or n.args[0] in ("x", "r"))]
+    reads_new_h = h_new in others and h_new.op != "input"
+    states = [n.args[1] for n in others if n.op == "input" and n.args[0] == "s"]
     again = [n for n in _until(wanted, set(kept)) if n.op not in ("const", "input")]
-    return Tape(saved, states, reads_new_h, again)
+    return Tape([*trace.operands, *saved], states, reads_new_h, again)
 
 
 def _first_of(ends: Sequence[Node], forward: set[Node]) -> list[Node]:

@@ -19,7 +19,7 @@ from .trace import Trace
 class Gradients:
     """In the order of the trace; what no gradient reaches is the constant 0."""
 
-    gates_x: Sequence[Node]
+    gates_x: Sequence[Node]  # and, behind them, what is given
     gates_h: Sequence[Node]
     states: Sequence[Node]
     params: Sequence[Node]
@@ -134,9 +134,11 @@ def derive(trace: Trace) -> Gradients:
 
     for name, node in trace.new.items():
         reach(node, trace.input("ds_new", name))
+    for i, node in enumerate(trace.operands):
+        reach(node, trace.input("du", str(i)))
     # A value's gradient is complete when all that is made of it is done, which is further from the
     # end. So sums come in that order too, and those equally far in the author's.
-    for node in _by_distance(list(trace.new.values())):
+    for node in _by_distance(trace.ends):
         if node in found and node.op not in _FLAT:
             rule: Callable[..., Sequence[Node | None]] = getattr(
                 rules, "select" if node.op == "where" else node.op
@@ -151,7 +153,11 @@ def derive(trace: Trace) -> Gradients:
 
     d = trace.declaration
     return Gradients(
-        of("x", trace.gates_x), of("r", trace.gates_h), of("s", d.states), of("p", d.params), found
+        of("x", (*trace.gates_x, *d.given)),
+        of("r", trace.gates_h),
+        of("s", d.states),
+        of("p", d.params),
+        found,
     )
 
 

@@ -21,6 +21,8 @@ _INFIX = {
 }
 _UNARY = 5
 
+_BY_DEFAULT = ("kParams", "kGiven", "kOperands")  # 0 in CellDefaults
+
 # What C++ or the header itself means by a name.
 _TAKEN = set(
     """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const
@@ -174,18 +176,17 @@ def _backward(
     for node in tape.saved:
         own = forward.have[node] if node.op != "input" and node in forward.have else "u"
         body.have[node] = body.name(names.get(node, own))
-    if tape.saved:
-        loads = [f"{body.have[node]} = saved[{i}]" for i, node in enumerate(tape.saved)]
-        body.lines.append(f"const V {', '.join(loads)};")
     if tape.reads_new_h:
         body.have[trace.new[trace.recurrent]] = "h_new"
     ends = gradients.all
+    order, uses = _needed(ends, body.have)
+    loads = [f"{body.have[n]} = saved[{i}]" for i, n in enumerate(tape.saved) if n in uses]
+    body.lines += [f"const V {', '.join(loads)};"] if loads else []
     gates = {node: f"d[{i}]" for i, node in enumerate(gradients.distinct)}
     of_named = {
         gradients.of[node]: f"d{name}" for node, name in names.items() if node in gradients.of
     }
     wishes = {**of_named, **names}
-    order, uses = _needed(ends, body.have)
     for node in order:
         if node.op in ("input", "const"):
             continue
@@ -260,18 +261,22 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     d = trace.declaration
     states = list(d.states)
     numbers: Mapping[str, Callable[[str], int]] = {
-        "x": trace.gates_x.index,
+        "x": (*trace.gates_x, *d.given).index,
         "r": trace.gates_h.index,
         "s": states.index,
         "p": d.params.index,
         "ds_new": states.index,
+        "du": lambda name: len(states) + int(name),
     }
+    arrays = {"r": "h", "du": "ds_new"}
     inputs = {
-        node: f"{'h' if node.args[0] == 'r' else node.args[0]}"
-        f"[{numbers[node.args[0]](node.args[1])}]"
+        node: f"{arrays.get(node.args[0], node.args[0])}[{numbers[node.args[0]](node.args[1])}]"
         for node in trace.graph
         if node.op == "input"
-        and (node.args[0] not in ("x", "r") or node.args[1] in (*trace.gates_x, *trace.gates_h))
+        and (
+            node.args[0] not in ("x", "r")
+            or node.args[1] in (*trace.gates_x, *trace.gates_h, *d.given)
+        )
     }
     for_backward = {n: text for n, text in inputs.items() if n.args[0] not in ("x", "r")}
     distinct = gradients.distinct
@@ -284,11 +289,18 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
         "kSaved": len(tape.saved),
         "kD": len(distinct),
         "kParams": len(d.params),
+        "kGiven": len(d.given),
+        "kOperands": len(trace.operands),
     }
     facts = [
-        "int " + ", ".join(f"{name} = {n}" for name, n in counts.items() if n or name != "kParams")
+        "int "
+        + ", ".join(f"{name} = {n}" for name, n in counts.items() if n or name not in _BY_DEFAULT)
     ]
-    places = f"int kDx[kX] = {_list(map(distinct.index, gradients.gates_x))}"
+    if trace.operands:
+        facts.append(f"int kHOf[kOperands + 1] = {_list(trace.products)}")
+    all_x = "kX" + " + kGiven" * bool(d.given)
+    ends = "kStates" + " + kOperands" * bool(trace.operands)
+    places = f"int kDx[{all_x}] = {_list(map(distinct.index, gradients.gates_x))}"
     if trace.gates_h:
         places += f", kDh[kH] = {_list(map(distinct.index, gradients.gates_h))}"
     facts += [places, f"int kReads = {'0b' + bits if int(bits) else 0}"]
@@ -307,7 +319,7 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     forward_text = _function(
         "forward",
         [
-            ("const Pack<V, kX>& ", "x"),
+            (f"const Pack<V, {all_x}>& ", "x"),
             ("const Pack<V, kH>& ", "h"),
             ("const Pack<V, kStates>& ", "s"),
             ("const Pack<V, kParams>& ", "p"),
@@ -323,7 +335,7 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
             ("const Pack<V, kStates>& ", "s"),
             ("V ", "h_new"),
             ("const Pack<V, kParams>& ", "p"),
-            ("const Pack<V, kStates>& ", "ds_new"),
+            (f"const Pack<V, {ends}>& ", "ds_new"),
             ("Pack<V, kD>& ", "d"),
             ("Pack<V, kStates>& ", "ds"),
             ("Pack<V, kParams>& ", "dp"),
@@ -333,6 +345,8 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     name = type_name(d.name)
     described = [f"// {name}, written by fused_rnn/compiler. Gates: {', '.join(d.gates)}."]
     described += [f"// States: {', '.join(f's[{i}] = {state}' for i, state in enumerate(states))}."]
+    if d.given:
+        described += [f"// Given for each step: {', '.join(d.given)}."]
     return f"""\
 {chr(10).join(described)}
 #pragma once

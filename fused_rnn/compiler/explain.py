@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from .cut import COMPUTE, KEEP, Tape
 from .derive import Gradients
 from .graph import Node, reachable
-from .trace import Trace
+from .trace import Trace, said
 
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 # Operations of a function, about as many as core/math.h has for it.
 _FUNCTION_FLOPS = 20
 
@@ -20,10 +19,10 @@ def explanation(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     backward = _backward_nodes(trace, gradients, tape)
     lines = [
         f"{d.name}: states {', '.join(d.states)}, output {d.output}",
-        f"gates       {_listed(trace.gates_x)} of the input; {_listed(trace.gates_h)} of "
-        f"{trace.recurrent}",
+        f"gates       {_listed(trace.gates_x)} of the input; {'; '.join(_products(trace))}",
+        *([f"given       {_listed(d.given)} for each step"] if d.given else []),
         f"parameters  {_listed(d.params)}",
-        f"kept        {_listed(_named(trace, tape.saved))} for the backward"
+        f"kept        {_listed(said(node, trace.local) for node in tape.saved)} for the backward"
         + "".join(f", {name} before the step" for name in tape.states)
         + (f", the new {trace.recurrent}" if tape.reads_new_h else ""),
         f"tape        {4 * kept} bytes per step, row and unit in float32, beside {trace.recurrent}",
@@ -36,8 +35,8 @@ def explanation(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     for node in functions:
         cost = COMPUTE[node.op] / KEEP
         lines.append(
-            f"again       {_name(trace, node)}: computed in the backward once more, which costs "
-            f"{cost:g} of keeping it"
+            f"again       {said(node, trace.local)}: computed in the backward once more, which "
+            f"costs {cost:g} of keeping it"
         )
     if rest := len(tape.again) - len(functions):
         lines.append(f"again       {rest} sums, products and choices")
@@ -48,25 +47,15 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _name(trace: Trace, node: Node) -> str:
-    """As the author would say it."""
-    if node in trace.local:
-        return trace.local[node]
-    if node.op == "input":
-        return f"{node.args[0]}.{node.args[1]}"
-    if node.op == "const":
-        return f"{node.args[0]:g}"
-    if node.op in _SIGNS:
-        return (
-            f"({f' {_SIGNS[node.op]} '.join(_name(trace, operand) for operand in node.operands)})"
-        )
-    inner = ", ".join(_name(trace, operand) for operand in node.operands)
-    alone = len(node.operands) == 1 and node.operands[0].op in _SIGNS and inner.startswith("(")
-    return f"{node.op}{inner if alone else f'({inner})'}"
-
-
-def _named(trace: Trace, nodes: Sequence[Node]) -> list[str]:
-    return [_name(trace, node) for node in nodes]
+def _products(trace: Trace) -> list[str]:
+    """The gates of W_hh, by what it multiplies."""
+    names = [trace.recurrent, *(said(node, trace.local) for node in trace.operands)]
+    gates, found = iter(trace.gates_h), []
+    for name, count in zip(names, trace.products, strict=True):
+        own = [next(gates) for _ in range(count)]
+        if own or len(names) == 1:
+            found.append(f"{_listed(own)} of {name}")
+    return found
 
 
 def _backward_nodes(trace: Trace, gradients: Gradients, tape: Tape) -> list[Node]:

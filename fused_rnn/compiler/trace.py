@@ -10,7 +10,7 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,17 +38,24 @@ class Declaration:
     states: tuple[str, ...]
     params: tuple[str, ...]
     output: str
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A function, traced. Gates come in the order of the declaration."""
+    """A function, traced. Gates come in the order of the declaration, those of W_hh by product.
+
+    Product 0 is that of a state. An operand of another may be anything that is made of states,
+    gates of the input, and gates of products before its own.
+    """
 
     declaration: Declaration
     graph: Graph
     gates_x: tuple[str, ...]  # with a part of W_ih
     gates_h: tuple[str, ...]  # with a part of W_hh
     recurrent: str  # the state that W_hh multiplies
+    products: tuple[int, ...]  # how many gates each product has
+    operands: tuple[Node, ...]  # of all products but the first
     new: Mapping[str, Node]  # of each state, in their order
     local: Mapping[Node, str]  # the author's own names
 
@@ -56,8 +63,13 @@ class Trace:
         return self.graph.node("input", kind, name)
 
     @property
+    def ends(self) -> list[Node]:
+        """What is computed, all in all."""
+        return [*self.new.values(), *self.operands]
+
+    @property
     def forward(self) -> list[Node]:
-        return reachable(self.new.values())
+        return reachable(self.ends)
 
     @property
     def reads_h(self) -> bool:
@@ -67,14 +79,24 @@ class Trace:
     @property
     def adds(self) -> bool:
         """Whether both parts of each gate are read by nothing but their sum."""
-        parts = [node for node in self.forward if node.op == "input" and node.args[0] in ("x", "r")]
+        parts = [
+            node
+            for node in self.forward
+            if node.op == "input"
+            and node.args[0] in ("x", "r")
+            and node.args[1] not in self.declaration.given
+        ]
         users = [node for node in self.forward if not set(parts).isdisjoint(node.operands)]
-        return self.gates_x == self.gates_h and all(
-            node.op == "add"
-            and node.args == (self.input("x", gate), self.input("r", gate))
-            or node.args == (self.input("r", gate), self.input("x", gate))
-            for node in users
-            for gate in [next(p.args[1] for p in parts if p in node.operands)]
+        return (
+            self.gates_x == self.gates_h
+            and not self.operands
+            and all(
+                node.op == "add"
+                and node.args == (self.input("x", gate), self.input("r", gate))
+                or node.args == (self.input("r", gate), self.input("x", gate))
+                for node in users
+                for gate in [next(p.args[1] for p in parts if p in node.operands)]
+            )
         )
 
     @property
@@ -83,6 +105,7 @@ class Trace:
         named = [(node.index, name) for node, name in self.local.items()]
         new = [(name, node.index) for name, node in self.new.items()]
         facts = [self.declaration, self.gates_x, self.gates_h, self.recurrent, new, named]
+        facts += [self.products, [node.index for node in self.operands]]
         return "\n".join(map(repr, [*facts, *self.forward]))
 
 
@@ -543,32 +566,27 @@ def _trace(
     d, outer = declaration, _graph
     _graph = graph = Graph()
     used: dict[str, set[str]] = {"x": set(), "r": set(), "s": set(), "p": set()}
-    operands: dict[str, str] = {}  # of each recurrent gate, the state
+    operand_of: dict[str, Node] = {}  # of each gate of W_hh
 
     def symbol(kind: str, name: str) -> Symbol:
         used[kind].add(name)
         return Symbol(graph.node("input", kind, name))
 
     def product(gate: str, operand: Any) -> Symbol:
-        state = d.states[0] if operand is None else _state_of(operand)
-        if state not in d.states:
-            raise refuse(
-                f"r(...).{gate} is not of a state of the step before: products with other values "
-                "are not supported"
-            )
-        known = operands.setdefault(gate, state)
-        if known != state:
-            raise refuse(f"r.{gate} is applied to s.{known} and to s.{state}: use two gates")
-        other = next(iter(operands.items()))
-        if other[1] != state:
-            raise refuse(
-                f"r.{other[0]} is applied to s.{other[1]} and r.{gate} to s.{state}: products with "
-                "two states are not supported"
-            )
+        h = graph.node("input", "s", d.states[0])
+        node = h if operand is None else getattr(operand, "node", graph.const(0))
+        if node.op == "const" or node.is_condition:
+            raise refuse(f"r(...).{gate}: expected a value of the cell, such as s.{d.states[0]}")
+        if node.op == "input" and node.args[0] == "s":
+            used["s"].add(node.args[1])
+        known = operand_of.setdefault(gate, node)
+        if known is not node:
+            names = f"{said(known)} and to {said(node)}"
+            raise refuse(f"r.{gate} is applied to {names}: use two gates")
         return symbol("r", gate)
 
     arguments = (
-        _Names("gate", d.gates, lambda name: symbol("x", name)),
+        _Names("gate", (*d.gates, *d.given), lambda name: symbol("x", name)),
         _Recurrent(d.gates, product),
         _Names("state", d.states, lambda name: symbol("s", name)),
         _Names("parameter", d.params, lambda name: symbol("p", name)),
@@ -582,7 +600,12 @@ def _trace(
         _graph = outer
     where = f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}"
     _check_used(d, used, where)
-    reached = {node: None for node in reachable(new.values())}
+    recurrent, operands = _operands(operand_of.values(), graph.node("input", "s", d.states[0]))
+    by_product = [
+        tuple(gate for gate in d.gates if operand_of.get(gate) is node)
+        for node in (recurrent, *operands)
+    ]
+    reached = set(reachable([*new.values(), *operands]))
     local: dict[Node, str] = {}
     for name, value in names.items():
         if value.node in reached and value.node.op not in ("input", "const"):
@@ -591,17 +614,43 @@ def _trace(
         declaration,
         graph,
         gates_x=tuple(gate for gate in d.gates if gate in used["x"]),
-        gates_h=tuple(gate for gate in d.gates if gate in used["r"]),
-        recurrent=next(iter(operands.values()), d.states[0]),
+        gates_h=sum(by_product, ()),
+        recurrent=recurrent.args[1],
+        products=tuple(map(len, by_product)),
+        operands=operands,
         new=new,
         local=local,
     )
 
 
-def _state_of(operand: Any) -> str | None:
-    """The name of a state as it is, or None."""
-    node = operand.node if isinstance(operand, Symbol) else None
-    return node.args[1] if node and node.op == "input" and node.args[0] == "s" else None
+def _operands(found: Iterable[Node], h: Node) -> tuple[Node, tuple[Node, ...]]:
+    """The state of product 0, h if there is none, and the operands of the others, each once.
+
+    In the order in which the function asks for them none needs a gate of a later product.
+    """
+    each = list(dict.fromkeys(found))
+    states = (node for node in each if node.op == "input" and node.args[0] == "s")
+    first = next(states, h)
+    return first, tuple(node for node in each if node is not first)
+
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+
+
+def said(node: Node, local: Mapping[Node, str] | None = None) -> str:
+    """A value as the author would say it, who has these names."""
+    if local and node in local:
+        return local[node]
+    if node.op == "input":
+        return f"{node.args[0]}.{node.args[1]}"
+    if node.op == "const":
+        return f"{node.args[0]:g}"
+    operands = [said(operand, local) for operand in node.operands]
+    if node.op in _SIGNS:
+        return f"({f' {_SIGNS[node.op]} '.join(operands)})"
+    inner = ", ".join(operands)
+    alone = len(operands) == 1 and node.operands[0].op in _SIGNS and inner.startswith("(")
+    return f"{node.op}{inner if alone else f'({inner})'}"
 
 
 @contextmanager
@@ -656,10 +705,13 @@ def _check_used(d: Declaration, used: Mapping[str, set[str]], where: str) -> Non
     for name in d.params:
         if name not in used["p"]:
             raise CellError(f"{where}: parameter {name} is declared but not used")
-    if not used["r"] and not used["s"]:
+    if not used["s"]:
         raise CellError(
             f"{where}: nothing recurs: neither a product r nor a state s is read from the "
             "step before"
         )
-    if not used["x"]:
+    if used["x"] <= set(d.given):
         raise CellError(f"{where}: no gate reads the input: expected one that is x.{d.gates[0]}")
+    for name in d.given:
+        if name not in used["x"]:
+            raise CellError(f"{where}: {name} is given but not used: it is read as x.{name}")

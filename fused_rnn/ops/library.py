@@ -73,8 +73,10 @@ def takes(
         return False
     if not has_stages:
         return stages._replace(blocks=1, norm=None).nothing and not every_state
-    # The derivative of such a cell is that at the new h, which a part of the old one is mixed into.
-    mixes = stages.zoneout is not None and stages.zoneout.shape[1] == 1
+    # The derivative of such a cell is that at the new h, which a part of the old one is mixed into;
+    # or all of it, where that of another state has its share in the gradients.
+    more = len(reference.CELLS[cell].states) > 1
+    mixes = stages.zoneout is not None and (more or stages.zoneout.shape[1] == 1)
     return not (mixes and train and reads_new_h)
 
 
@@ -93,6 +95,8 @@ class _Facts(ctypes.Structure):
             "gates_h",
             "extra_states",
             "tape",
+            "given",
+            "operands",
             "reads_h",
             "reads_new_h",
             "has_stages",

@@ -27,8 +27,8 @@ SCHEMAS = {
     "recurrent": f"({_INPUTS}) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor between, Tensor hs, Tensor saved)",
     "recurrent_recomputed": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor between)",
-    # needs: which gradients are wanted, by their numbers: x, h0, c0, then the weights. The others
-    # come back empty.
+    # needs: which gradients are wanted, by their numbers: x, h0, c0, then the weights, with what is
+    # given behind them. The others come back empty.
     "recurrent_backward": "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor between, Tensor hs, "
     f"Tensor saved, int[] needs, {_INPUTS}) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw)",
 }
@@ -66,8 +66,9 @@ def stages_of(call: Call, tensors: Sequence[Tensor | None]) -> reference.Stages:
 
 
 def is_plain(call: Call, stages: StageTensors) -> bool:
-    """Whether nothing happens between two steps: direct calls know nothing of it."""
-    there = any(t is not None for t in stages)
+    """Whether nothing happens between two steps, and nothing is given for them: direct calls know
+    nothing of it."""
+    there = any(t is not None for t in stages) or reference.CELLS[call.cell].given
     return not there and call.blocks == 1 and not call.norm and not call.every_state
 
 

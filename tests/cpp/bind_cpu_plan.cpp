@@ -46,7 +46,8 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readwrite("scalar_bytes", &Problem::scalar_bytes)
       .def_readwrite("vector_bytes", &Problem::vector_bytes)
       .def_readwrite("panel_vecs", &Problem::panel_vecs)
-      .def_readwrite("panels", &Problem::panels);
+      .def_readwrite("panels", &Problem::panels)
+      .def_readwrite("operands", &Problem::operands);
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)
       .def_readonly("spins", &Plan::spins)

@@ -127,7 +127,10 @@ class PanelProduct {
       PackPanel(panel, packed);
     else
       packed += at * c.K * kWidth;
-    GemmRows<kGates * kPanelVecs>(rows, a, lda, packed, kWidth, c.K, gates, stride, false, before);
+    ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
+      GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
+                                      gates + first * N, stride, false, before);
+    });
   }
   // All rows of a step: the gates come out as [unit][row], and are turned back.
   FRNN_NOINLINE void MultiplyTurned(int64_t n, int64_t panel, T* gates, int64_t stride) const {
@@ -182,13 +185,28 @@ class PanelProduct {
                                                                         : 0;
     return s.Take<T>(panels * common_->K * kWidth);
   }
-  // [k][gate][unit]
+  // f(first vector, vectors as a constant) for the bands of a panel, each as wide as a product may
+  // be at once.
+  template <class F, int... kBand>
+  FRNN_INLINE static void ForBands(const F& f, std::integer_sequence<int, kBand...>) {
+    constexpr int kVecs = kGates * kPanelVecs, kCount = sizeof...(kBand);
+    (f(kVecs * kBand / kCount,
+       std::integral_constant<int, kVecs*(kBand + 1) / kCount - kVecs * kBand / kCount>()),
+     ...);
+  }
+  template <class F>
+  FRNN_INLINE static void ForBands(const F& f) {
+    ForBands(f, std::make_integer_sequence<int, (kGates * kPanelVecs + 3) / 4>());
+  }
+  // [band][k][gate][unit]
   void PackPanel(int64_t panel, T* packed) const {
     const Common& c = *common_;
-    for (int q = 0; q < kGates; q++)
-      for (int j = 0; j < kPanelVecs; j++)
-        PackTransposed(At(w_, c.storage, q * c.H * c.K), c.storage, panel * kUnits + j * N, c.H,
-                       c.K, c.K, packed + (q * kPanelVecs + j) * N, kWidth);
+    ForBands([&](int first, int vecs) {
+      for (int v = first; v < first + vecs; v++)
+        PackTransposed(At(w_, c.storage, v / kPanelVecs * c.H * c.K), c.storage,
+                       panel * kUnits + v % kPanelVecs * N, c.H, c.K, c.K,
+                       packed + first * N * c.K + (v - first) * N, vecs * N);
+    });
   }
   void PackTiles(Team& team, std::initializer_list<parts::TiledOperand*> left) {
     const Common& c = *common_;
