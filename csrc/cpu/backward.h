@@ -12,6 +12,7 @@
 #include "cpu/layer.h"
 #include "cpu/product/column_product.h"
 #include "cpu/product/weight_grad.h"
+#include "cpu/sums.h"
 
 FRNN_BEGIN
 
@@ -61,7 +62,7 @@ class Layer<C>::BackwardPass {
     NormX x_norm;
     NormH h_norm;
     NormShown shown_norm;
-    T *w_hr, *params, *dc, *dy, *db, *dparams;
+    T *w_hr, *params, *dc, *dy, *db, *db_low, *dparams, *dparams_low;
     T* zones;  // [panel][row][state][unit]
     // Where what the output shows is normalised, the gradient of that [panel][row][unit], what is
     // added to it [panel][unit], and the gradient of that.
@@ -206,8 +207,10 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
       my.dc = s.Take<T>(own_panels * p.B * kExtra * kUnits);
       my.dy = s.Take<T>(stage_dy ? p.B * own_columns : 0);
       my.db = s.Take<T>(own_panels * C::kD * kUnits);
+      my.db_low = s.Take<T>(own_panels * C::kD * kUnits);
       my.params = s.Take<T>(own_panels * C::kParams * kUnits);
       my.dparams = s.Take<T>(own_panels * C::kParams * kUnits);
+      my.dparams_low = s.Take<T>(own_panels * C::kParams * kUnits);
       my.zones = s.Take<T>(own_panels * ZoneRows(p) * C::kStates * kUnits);
       my.gradients.Take(s, p.rows, plan.tiled, plan.d_grad_cut);
       my.x_norm.Take(s, x_norm);
@@ -310,8 +313,8 @@ void Layer<C>::BackwardPass::PackProjection(Thread& my) const {
 template <class C>
 void Layer<C>::BackwardPass::Start(Thread& my) const {
   const int64_t count = my.panels.end - my.panels.begin;
-  for (int64_t i = 0; i < count * C::kD * kUnits; i++) my.db[i] = 0;
-  for (int64_t i = 0; i < count * C::kParams * kUnits; i++) my.dparams[i] = 0;
+  for (int64_t i = 0; i < count * C::kD * kUnits; i++) my.db[i] = my.db_low[i] = 0;
+  for (int64_t i = 0; i < count * C::kParams * kUnits; i++) my.dparams[i] = my.dparams_low[i] = 0;
   for (int64_t at = 0; at < count; at++)
     for (int k = 0; k < C::kParams; k++) {
       const int64_t unit = (my.panels.begin + at) * kUnits;
@@ -420,7 +423,7 @@ struct Layer<C>::BackwardPass::View {
   int64_t unit;  // its first one
   int lanes;     // of them below H
   const T* tape;
-  T *d, *dc, *db, *dparams;
+  T *d, *dc, *db, *db_low, *dparams, *dparams_low;
   const T *params, *zones;
   int64_t zones_stride;
   int64_t row = 0;
@@ -439,9 +442,13 @@ struct Layer<C>::BackwardPass::View {
         largest(largest) {
     const int64_t at = panel - my.panels.begin;
     dc = my.dc + at * pass.p.B * kExtra * kUnits + vec * N;
-    db = my.db + at * C::kD * kUnits + vec * N;
-    params = my.params + at * C::kParams * kUnits + vec * N;
-    dparams = my.dparams + at * C::kParams * kUnits + vec * N;
+    const int64_t of_biases = at * C::kD * kUnits + vec * N,
+                  of_params = at * C::kParams * kUnits + vec * N;
+    db = my.db + of_biases;
+    db_low = my.db_low + of_biases;
+    params = my.params + of_params;
+    dparams = my.dparams + of_params;
+    dparams_low = my.dparams_low + of_params;
     zones = pass.p.zoneout ? pass.Zones(my, panel) + vec * N : nullptr;
     zones_stride = ZonesStay(pass.p) ? 0 : C::kStates * kUnits;
     FRNN_UNROLL
@@ -490,10 +497,10 @@ struct Layer<C>::BackwardPass::View {
   FRNN_INLINE void AddGradParam(int k, const V& g) { dparam[k] += g; }
   FRNN_INLINE void StoreSums() const {
     FRNN_UNROLL
-    for (int q = 0; q < C::kD; q++) store<V>(db + q * kUnits, load<V>(db + q * kUnits) + bias[q]);
+    for (int q = 0; q < C::kD; q++) AddExactly(db + q * kUnits, db_low + q * kUnits, bias[q]);
     FRNN_UNROLL
     for (int k = 0; k < C::kParams; k++)
-      store<V>(dparams + k * kUnits, load<V>(dparams + k * kUnits) + dparam[k]);
+      AddExactly(dparams + k * kUnits, dparams_low + k * kUnits, dparam[k]);
   }
 
  private:
@@ -687,15 +694,18 @@ void Layer<C>::BackwardPass::StoreGrads(Thread& my) const {
              dh + b * h_stride + my.first, my.valid);
   for (int64_t i = my.panels.begin; i < my.panels.end; i++) {
     const int64_t unit = i * kUnits, n = p.H - unit < kUnits ? p.H - unit : kUnits;
-    const T* db = my.db + (i - my.panels.begin) * C::kD * kUnits;
+    const int64_t at = i - my.panels.begin;
+    T sums[std::max(C::kD, C::kParams) * kUnits];
+    Rounded(my.db + at * C::kD * kUnits, my.db_low + at * C::kD * kUnits, C::kD * kUnits, sums);
     for (int q = 0; q < C::kX && my.dw->b_ih; q++)
-      StoreRow(At(my.dw->b_ih, p.storage, q * p.H + unit), p.storage, db + C::kDx[q] * kUnits, n);
+      StoreRow(At(my.dw->b_ih, p.storage, q * p.H + unit), p.storage, sums + C::kDx[q] * kUnits, n);
     for (int q = 0; q < C::kH && my.dw->b_hh; q++)
-      StoreRow(At(my.dw->b_hh, p.storage, q * p.H + unit), p.storage, db + C::kDh[q] * kUnits, n);
+      StoreRow(At(my.dw->b_hh, p.storage, q * p.H + unit), p.storage, sums + C::kDh[q] * kUnits, n);
+    Rounded(my.dparams + at * C::kParams * kUnits, my.dparams_low + at * C::kParams * kUnits,
+            C::kParams * kUnits, sums);
     for (int k = 0; k < C::kParams; k++)
       if (my.dw->params[k])
-        StoreRow(At(my.dw->params[k], p.storage, unit), p.storage,
-                 my.dparams + ((i - my.panels.begin) * C::kParams + k) * kUnits, n);
+        StoreRow(At(my.dw->params[k], p.storage, unit), p.storage, sums + k * kUnits, n);
     for (int64_t r = 0; r < p.B * kExtra && p.dc0; r++)
       StoreRow(At(p.dc0, p.storage, (my.dir * p.B * kExtra + r) * p.H + unit), p.storage,
                my.dc + ((i - my.panels.begin) * p.B * kExtra + r) * kUnits, n);

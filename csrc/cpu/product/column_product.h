@@ -35,21 +35,39 @@ struct ColumnWeights {
   template <int NV, class GateOf>
   void Multiply(int64_t v, int64_t n, const GateOf& gate, int64_t gate_stride, T* c, int64_t ldc,
                 bool accumulate) const {
+    if constexpr (kGates > 0) {
+      if (!accumulate) return Store<NV>(v, n, gate, gate_stride, c, ldc);
+      // What c has, such as dh z of a GRU, may be far larger than the products: it is added to their
+      // sum.
+      constexpr int kWidth = NV * N;
+      ForRowBlocks<cpu::kRowBlock>(n, [&](int rows, int64_t r) {
+        alignas(kLine) T sums[cpu::kRowBlock * kWidth];
+        const auto of_rows = [&](int q) { return gate(q) + r * gate_stride; };
+        Store<NV>(v, rows, of_rows, gate_stride, sums, kWidth);
+        for (int i = 0; i < rows; i++)
+          for (int u = 0; u < kWidth; u += N) {
+            T* to = c + (r + i) * ldc + u;
+            store<V>(to, load<V>(to) + load<V>(sums + i * kWidth + u));
+          }
+      });
+    }
+  }
+
+ private:
+  template <int NV, class GateOf>
+  void Store(int64_t v, int64_t n, const GateOf& gate, int64_t gate_stride, T* c,
+             int64_t ldc) const {
     if (packing == cpu::Packing::kEachUse) {
       for (int q = 0; q < kGates; q++)
-        GemmColumns<NV>(n, gate(q), gate_stride, Gate(q), storage, K, cols, v * N, c, ldc,
-                        q > 0 || accumulate);
+        GemmColumns<NV>(n, gate(q), gate_stride, Gate(q), storage, K, cols, v * N, c, ldc, q > 0);
       return;
     }
     const bool lies = IsInPlace(v, NV);
     const T* right = lies ? static_cast<const T*>(w) + v * N : Packed(v);
     const int64_t stride = lies ? cols : NV * N, rows = lies ? gate_rows : K;
     for (int q = 0; q < kGates; q++)
-      GemmRows<NV>(n, gate(q), gate_stride, right + q * rows * stride, stride, K, c, ldc,
-                   q > 0 || accumulate);
+      GemmBlocks<NV>(n, gate(q), gate_stride, right + q * rows * stride, stride, K, c, ldc, q > 0);
   }
-
- private:
   const void* Gate(int q) const { return At(w, storage, q * gate_rows * cols); }
   bool IsInPlace(int64_t v, int vecs) const {
     return packing == cpu::Packing::kNone && (v + vecs) * N <= cols;

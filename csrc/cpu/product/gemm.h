@@ -1,7 +1,7 @@
 // Products of matrices on vectors, and the order in memory that their right operands want: packed
 // in tiles of columns [K][NV vectors]. The left operand is read as it lies (rows lda apart) or
 // packed ([K][rows]). The order of summation depends on K alone, never on the number of threads, so
-// results are the same for any. The products themselves (cpu/product/gemm_tile.h) are compiled once
+// results are the same for any. What c has already is added to the sum of all products. The products themselves (cpu/product/gemm_tile.h) are compiled once
 // for each instruction set and computing type, not again for every cell.
 #pragma once
 #include <utility>
@@ -212,14 +212,22 @@ void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col,
     LoadPadded<kWidth>(At(w, s, k * cols + col), s, cols - col, dst + k * kWidth);
 }
 
-// c[M][NV vectors] (+)= a[M][K] w[K][col .. col + NV vectors), w used once: packed by so many rows as
-// stay in the first-level cache. For M > 2 the order of summation is that with w packed as a whole.
+// c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], a sum of sums of kSumDepth products: rows of w ldw
+// apart.
+template <int NV>
+void GemmBlocks(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
+                int64_t ldc, bool accumulate) {
+  for (int64_t k = 0; k < K; k += cpu::kSumDepth)
+    GemmRows<NV>(M, a + k, lda, w + k * ldw, ldw, K - k < cpu::kSumDepth ? K - k : cpu::kSumDepth,
+                 c, ldc, accumulate || k > 0);
+}
+// The same with the columns from col on of a w that is used once: packed by so many rows.
 template <int NV>
 void GemmColumns(int64_t M, const T* a, int64_t lda, const void* w, Storage s, int64_t K,
                  int64_t cols, int64_t col, T* c, int64_t ldc, bool accumulate) {
-  alignas(kLine) T packed[cpu::kColumnDepth * NV * N];
-  for (int64_t k = 0; k < K; k += cpu::kColumnDepth) {
-    const int64_t depth = K - k < cpu::kColumnDepth ? K - k : cpu::kColumnDepth;
+  alignas(kLine) T packed[cpu::kSumDepth * NV * N];
+  for (int64_t k = 0; k < K; k += cpu::kSumDepth) {
+    const int64_t depth = K - k < cpu::kSumDepth ? K - k : cpu::kSumDepth;
     PackColumns<NV * N>(At(w, s, k * cols), s, depth, cols, col, packed);
     GemmRows<NV>(M, a + k, lda, packed, NV * N, depth, c, ldc, accumulate || k > 0);
   }

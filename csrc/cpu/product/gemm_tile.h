@@ -20,13 +20,6 @@ FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ld
       for (int v = 0; v < NV; v++) acc[u][m][v] = V{};
     }
   }
-  if (accumulate) {
-    FRNN_UNROLL
-    for (int m = 0; m < MR; m++) {
-      FRNN_UNROLL
-      for (int v = 0; v < NV; v++) acc[0][m][v] = load<V>(c + m * ldc + v * N);
-    }
-  }
   const auto left = [&](int m, int64_t k) FRNN_INLINE_LAMBDA {
     return splat<V>(kPackedA ? a[k * a_stride + m] : a[m * a_stride + k]);
   };
@@ -79,6 +72,7 @@ FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ld
       V sum = acc[0][m][v];
       FRNN_UNROLL
       for (int u = 1; u < kChains; u++) sum += acc[u][m][v];
+      if (accumulate) sum += load<V>(c + m * ldc + v * N);
       store<V>(c + m * ldc + v * N, sum);
     }
   }

@@ -17,12 +17,14 @@ struct Gradients {
   int64_t rows, H;
   const float* sizes;  // in fixed point, the largest d of each row
   T* packed;
+  T* sums;  // of a block, for the rows of dw and a tile of columns
   parts::TiledOperand tiles;
   Balance balance;  // in fixed point, of a block
 
   static int64_t Block(int64_t rows) { return rows < cpu::kGradRows ? rows : cpu::kGradRows; }
   void Take(Scratch& s, int64_t rows, bool tiled, parts::Cut cut) {
     packed = s.Take<T>(kGroup / kTileRows * kPackedRow * Block(rows));
+    sums = s.Take<T>(kGroup * kTileVecs * N);
     tiles = TakeTiles(s, tiled, cpu::kTileGroup * parts::kRows, Block(rows), cut);
     balance.Take(s, tiles);
   }
@@ -30,8 +32,8 @@ struct Gradients {
 
 // dw[gates * H, cols] = sum over rows r of d[r]^T b[r], in blocks of rows. The team packs the right
 // side of a block together; each thread owns rows of dw and packs its left side group by group.
-// Within a group the sum runs in steps that keep a right tile in the first-level cache, and dw in
-// the second.
+// Within a group the sum runs in steps that keep a right tile in the first-level cache. Sums of
+// kSumDepth products make those of blocks, which make dw.
 class WeightGrad {
  public:
   Gradients left;
@@ -194,14 +196,25 @@ class WeightGrad {
       Left of_d[Gradients::kGroup / kTileRows];
       PackLeft(m0, m1, r0, n, of_d);
       columns.For(0, columns.count, [&](int64_t v, auto nv) {
-        constexpr int NV = decltype(nv)::value;
-        for (int64_t k = 0; k < n; k += cpu::kGradDepth)
-          for (int64_t m = m0; m < m1; m += kTileRows)
-            MultiplyPacked<NV>(Result() + m * cols + v * N,
-                               int(m1 - m < kTileRows ? m1 - m : kTileRows), cols - v * N,
-                               of_d[(m - m0) / kTileRows].From(k),
-                               packed + v * N * block + k * NV * N,
-                               n - k < cpu::kGradDepth ? n - k : cpu::kGradDepth, r0 + k > 0);
+        constexpr int NV = decltype(nv)::value, kWidth = NV * N;
+        const int64_t width = cols - v * N < kWidth ? cols - v * N : kWidth;
+        T* const out = Result() + m0 * cols + v * N;
+        // In place the first block's; the sum of each further block is added as a whole.
+        const bool in_place = r0 == 0 && width == kWidth;
+        T* const sums = in_place ? out : left.sums;
+        const int64_t stride = in_place ? cols : kWidth;
+        for (int64_t k = 0; k < n; k += cpu::kSumDepth)
+          for (int64_t m = m0; m < m1; m += kTileRows) {
+            const Left a = of_d[(m - m0) / kTileRows].From(k);
+            GemmPacked<NV>(int(m1 - m < kTileRows ? m1 - m : kTileRows), a.first, a.stride,
+                           packed + v * N * block + k * kWidth,
+                           n - k < cpu::kSumDepth ? n - k : cpu::kSumDepth,
+                           sums + (m - m0) * stride, stride, k > 0);
+          }
+        for (int64_t i = 0; i < m1 - m0 && !in_place; i++) {
+          T *row = out + i * cols, *sum = sums + i * kWidth;
+          for (int64_t j = 0; j < width; j++) row[j] = r0 > 0 ? row[j] + sum[j] : sum[j];
+        }
       });
     }
     team.Sync();
@@ -213,24 +226,6 @@ class WeightGrad {
     int64_t stride;
     Left From(int64_t row) const { return {first + row * stride, stride}; }
   };
-
-  // `width` columns of dw are left from `out` on.
-  template <int NV>
-  void MultiplyPacked(T* out, int count, int64_t width, const Left& a, const T* b, int64_t depth,
-                      bool accumulate) const {
-    constexpr int kWidth = NV * N;
-    if (width >= kWidth) {
-      GemmPacked<NV>(count, a.first, a.stride, b, depth, out, cols, accumulate);
-      return;
-    }
-    T edge[kTileRows * kWidth];
-    GemmPacked<NV>(count, a.first, a.stride, b, depth, edge, kWidth, false);
-    for (int i = 0; i < count; i++)
-      for (int64_t j = 0; j < width; j++) {
-        T& value = out[i * cols + j];
-        value = accumulate ? value + edge[i * kWidth + j] : edge[i * kWidth + j];
-      }
-  }
 
   // The gate rows m0 .. m1. left.packed: [block of kTileRows gate rows][row][kPackedRow]
   void PackLeft(int64_t m0, int64_t m1, int64_t r0, int64_t n, Left* of_d) const {
