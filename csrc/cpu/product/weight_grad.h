@@ -211,13 +211,22 @@ class WeightGrad {
                            n - k < cpu::kSumDepth ? n - k : cpu::kSumDepth,
                            sums + (m - m0) * stride, stride, k > 0);
           }
-        for (int64_t i = 0; i < m1 - m0 && !in_place; i++) {
-          T *row = out + i * cols, *sum = sums + i * kWidth;
-          for (int64_t j = 0; j < width; j++) row[j] = r0 > 0 ? row[j] + sum[j] : sum[j];
-        }
+        if (!in_place) StoreSums<kWidth>(sums, m1 - m0, out, width, r0 > 0);
       });
     }
     team.Sync();
+  }
+
+  // `width` columns of dw from `out` on (+)= those of sums [rows][kWidth].
+  template <int kWidth>
+  void StoreSums(const T* sums, int64_t rows, T* out, int64_t width, bool accumulate) const {
+    for (int64_t i = 0; i < rows; i++, sums += kWidth, out += cols)
+      for (int64_t u = 0; u < width; u += N) {
+        const int lanes = width - u < N ? int(width - u) : N;
+        V value = load<V>(sums + u);
+        if (accumulate) value += load_n(out + u, lanes);
+        store_n(out + u, value, lanes);
+      }
   }
 
   // kTileRows gate rows of d, packed or not: row r of d is at r * stride.
