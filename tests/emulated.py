@@ -116,8 +116,8 @@ def compile_cpu(engine: str) -> Path:
     return library if library.is_file() else build.compile_library(target, place, tools=tools)
 
 
-def compile_emulated() -> Path:
-    """The CUDA engine's library."""
+def emulated_target() -> build.Target:
+    """The CUDA engine's library, without the stand-ins."""
     flags = ["-DFUSED_RNN_EMULATE", f"-I{ROOT / 'tests/cpp'}"]
     flags += ["-O0"]  # compiling takes longer than the tests
     link_flags = build.CPU.link_flags
@@ -126,15 +126,19 @@ def compile_emulated() -> Path:
         # Calls instead of code at each access: a quarter less to compile.
         flags += ["--param", "asan-instrumentation-with-call-threshold=0"]
         link_flags = ("-shared", "-fopenmp", "-fsanitize=address")
-    target = replace(
+    return replace(
         build.CUDA,
         csrc=sources_of(ENGINE),
+        find_tools=build.CPU.find_tools,
         rule="cxx",
         kernel_flags=(*build.CPU.kernel_flags, *flags, "-x", "c++"),
         binding_flags=(*build.CPU.binding_flags, *flags),
         link_flags=link_flags,
         torch_libraries=build.CPU.torch_libraries,
     )
+
+
+def compile_emulated(target: build.Target) -> Path:
     # For the stand-ins: all matrix products are there.
     fast = [*target.binding_flags, f"-I{target.csrc}", "-O2"]
 
@@ -160,5 +164,8 @@ def compile_race_check() -> Path:
 
 def use() -> None:
     """Have the package use it, from now on, for CPU tensors."""
-    library = compile_emulated() if WANTED else compile_cpu(ENGINE)
-    build.use("cpu", library)
+    if WANTED:
+        target = emulated_target()
+        build.use("cpu", compile_emulated(target), target)
+    else:
+        build.use("cpu", compile_cpu(ENGINE))

@@ -32,7 +32,7 @@ from fused_rnn.reference import CELLS
 pytestmark = pytest.mark.compiling
 
 needs_kernels = pytest.mark.skipif(
-    bool(emulated.ENGINE) or not native(), reason="these cells have kernels on the CPU alone"
+    bool(emulated.ENGINE) or not native(), reason="about the CPU's kernels"
 )
 
 

@@ -194,12 +194,13 @@ struct CudaKernels : CellFacts {
 
 // The instance for a cell's name and storage, or null for an unknown name.
 const CudaKernels* FindCudaKernels(const char* cell, Storage storage);
+// Has it find a cell that another library brings, from now on and for good.
+FRNN_EXPORT void AddCudaKernels(const char* cell, Storage storage, const CudaKernels& kernels);
 
 // The same on this machine, which computes 16-bit types in float.
 const CpuKernels* FindCpuKernels(const char* cell, Storage storage);
 const char* CpuCapability();
-// Has FindCpuKernels find a cell that another library brings, from now on and for good. It is compiled
-// for the instruction set of this machine.
+// Likewise; compiled for the instruction set of this machine.
 FRNN_EXPORT void AddCpuKernels(const char* cell, Storage computing, const CpuKernels& kernels);
 
 }  // namespace frnn

@@ -1,10 +1,10 @@
 // Chooses the instances for this machine, once.
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "core/added.h"
 #include "core/params.h"
 #include "cpu/levels.h"
 #include "cpu/parts.h"
@@ -76,14 +76,7 @@ const char* const kLevels[] = {
 };
 #undef LEVEL
 
-// Cells of other libraries.
-struct Added {
-  std::string name;
-  Storage computing;
-  const CpuKernels* kernels;
-  Added* next;
-};
-std::atomic<Added*> added{nullptr};
+AddedCells<CpuKernels> added;
 
 }  // namespace
 
@@ -104,16 +97,11 @@ Level HighestLevel() {
 const CpuKernels* FindCpuKernels(const char* cell, Storage storage) {
   for (const Entry& entry : kTable)
     if (!std::strcmp(entry.name, cell)) return entry.kernels[tier()][storage == Storage::kDouble];
-  const Storage computing = storage == Storage::kDouble ? storage : Storage::kFloat;
-  for (const Added* a = added.load(std::memory_order_acquire); a; a = a->next)
-    if (a->computing == computing && a->name == cell) return a->kernels;
-  return nullptr;
+  return added.Find(cell, storage == Storage::kDouble ? storage : Storage::kFloat);
 }
 
 void AddCpuKernels(const char* cell, Storage computing, const CpuKernels& kernels) {
-  auto* a = new Added{cell, computing, &kernels, added.load()};
-  while (!added.compare_exchange_weak(a->next, a)) {
-  }
+  added.Add(cell, computing, kernels);
 }
 
 const char* CpuCapability() {

@@ -16,7 +16,7 @@ namespace cuda {
 struct Context;
 
 // A device, for all threads. It lives as long as the process.
-class Device {
+class FRNN_EXPORT Device {
  public:
   static Device& Get(int index);  // the current one
 
@@ -60,7 +60,7 @@ struct Context {
 };
 
 // One call.
-struct Call {
+struct FRNN_EXPORT Call {
   explicit Call(const CudaCall& from);
 
   // Memory for the engine, behind that for the products in so many streams.
@@ -81,7 +81,7 @@ struct Call {
 // The second stream of a call beside the first: it starts after what the first was given before. Both
 // go on together after Join, or when an exception ends the work: then, too, the caller's memory must
 // not go to others while the second stream still uses it.
-class Beside {
+class FRNN_EXPORT Beside {
  public:
   Beside(const Call& call, bool wanted);
   ~Beside();

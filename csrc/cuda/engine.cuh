@@ -10,7 +10,7 @@ namespace cuda {
 template <class C, class T>
 struct Engine {
   static_assert(CheckCell<C>());
-  static_assert(C::kGiven == 0 && C::kOperands == 0, "these are the CPU's alone");
+  static_assert(C::kGiven == 0 && C::kOperands == 0, "kHasProducts in ops/cuda.cpp says so");
 
   template <class P>
   static constexpr bool kBackward = std::is_same_v<P, LayerGradParams>;
@@ -19,7 +19,7 @@ struct Engine {
   static Plan PlanOf(const P& p, const Call& call) {
     Problem problem{C::kX, C::kH, p.H, p.B, p.T, kStorage<T>, p.dirs};
     problem.projected = p.H != p.Hout;
-    problem.output_is_h = States<C>::kOutputExtra < 0;
+    problem.has_resident = kHasResident<C, T>;
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;
     problem.stages = Steps<C, T>::ChangesStates(p);

@@ -12,7 +12,7 @@ namespace cuda {
 
 // The graphs of one thread on one device. What comes for the second time is captured, and replayed
 // from then on; what never comes again leaves nothing but a number.
-class GraphCache {
+class FRNN_EXPORT GraphCache {
  public:
   // Runs work(stream), as the next thing in `stream`. Two calls with equal keys must do the same work
   // on the same memory: sizes, pointers and streams belong into a key. To capture, work is given

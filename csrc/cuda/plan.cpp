@@ -42,8 +42,8 @@ bool FitsTensorCores(const CudaDevice& device, const Problem& problem) {
   const int64_t size = StorageSize(problem.storage);
   const bool products = size == 2 || (problem.storage == Storage::kFloat && problem.allow_tf32);
   return device.major >= 8 && products && !problem.projected && !problem.norms &&
-         problem.output_is_h && problem.gates_h > 0 && problem.aligned &&
-         problem.H * size % 16 == 0 && problem.H > 0 && problem.B > 0;
+         problem.has_resident && problem.aligned && problem.H * size % 16 == 0 && problem.H > 0 &&
+         problem.B > 0;
 }
 
 int64_t TilesOf(const Problem& problem) { return (problem.B + kTileRows - 1) / kTileRows; }
@@ -175,7 +175,8 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
   // A third of the launches or less. Each kOneStepRows rows read the weights anew.
   const int64_t weights =
       (problem.gates_x + problem.gates_h) * problem.H * problem.H * StorageSize(problem.storage);
-  const bool single = problem.T == 1 && !problem.kept && !problem.projected && !problem.stages &&
+  const bool single = problem.T == 1 && !problem.kept && !problem.projected &&
+                      problem.gates_x + problem.gates_h <= kOneStepGates && !problem.stages &&
                       !problem.norms && problem.blocks == 1 &&
                       problem.B <= (weights <= device.l2_bytes / 2 ? 4 : 1) * kOneStepRows;
   const std::string forced = force == nullptr ? "" : force;

@@ -26,9 +26,10 @@ struct Problem {
   Storage storage;
   int dirs;
   int64_t blocks = 1;  // of W_hh
-  bool projected = false, output_is_h = true, allow_tf32 = false;
-  bool aligned = false;  // rows of W_hh can be read 16 bytes at a time
-  bool kept = true;      // for a backward, or it is one
+  bool projected = false, allow_tf32 = false;
+  bool has_resident = true;  // the cell has kernels that keep their weights, of this type
+  bool aligned = false;      // rows of W_hh can be read 16 bytes at a time
+  bool kept = true;          // for a backward, or it is one
   // More happens between two steps: a kernel for one step has nothing of it, those that keep their
   // weights have all but norms, where blocks talk through memory.
   bool stages = false, norms = false;
@@ -36,6 +37,8 @@ struct Problem {
 
 // Rows of the batch that a kernel of one step does at once.
 constexpr int kOneStepRows = 4;
+// Gates that it has room for, both parts together.
+constexpr int64_t kOneStepGates = 8;
 // Kernels that keep their weights: warps of a block, units of a group, rows of the batch of a tile,
 // bytes of a row in a block of k.
 constexpr int kWarps = 8, kUnits = 16, kTileRows = 8, kBlockBytes = 64;
@@ -100,8 +103,8 @@ static_assert(std::has_unique_object_representations_v<Plan>);  // compared byte
 // together: how many blocks of the plan's kernel can be on the card at once.
 // `force`: "steps", "graph", "one", "resident", "cluster" or "local" (FUSED_RNN_VARIANT), or null. Where
 // the last four cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
-Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
-              const std::function<int64_t(const Plan&)>& together);
+FRNN_EXPORT Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
+                          const std::function<int64_t(const Plan&)>& together);
 
 }  // namespace cuda
 }  // namespace frnn

@@ -33,7 +33,7 @@ struct Product {
   int64_t count = 1, a_apart = 0, b_apart = 0, c_apart = 0;
 };
 
-void Multiply(const CudaQueue& queue, const Product& product, bool allow_tf32);
+FRNN_EXPORT void Multiply(const CudaQueue& queue, const Product& product, bool allow_tf32);
 
 }  // namespace cuda
 }  // namespace frnn

@@ -242,10 +242,16 @@ __global__ void Transpose(int64_t rows, int64_t columns, const T* from, T* to) {
       to[(column + i) * rows + row + threadIdx.x] = square[threadIdx.x][i];
 }
 
+// They take minutes to compile: libraries that are compiled while somebody waits do without.
+#ifdef FRNN_STEPS_ONLY
+constexpr bool kCompilesResident = false;
+#else
+constexpr bool kCompilesResident = true;
+#endif
 // Whether a cell has resident kernels for a type: blocks tell each other h, which is the output.
 template <class C, class T>
-constexpr bool kHasResident =
-    kStorage<T> != Storage::kDouble && C::kH > 0 && States<C>::kOutputExtra < 0;
+constexpr bool kHasResident = kCompilesResident && kStorage<T> != Storage::kDouble && C::kH > 0 &&
+                              States<C>::kOutputExtra < 0;
 
 // What happens between two steps beside the cell; each may be null. P: a type in memory, const or not.
 template <class P>

@@ -33,12 +33,12 @@ struct Grid {
   unsigned x, y = 1;
 };
 
-class Error : public std::runtime_error {
+class FRNN_EXPORT Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 // Blocks that wait for each other are more than the card can have at once.
-class DoesNotFit : public Error {
+class FRNN_EXPORT DoesNotFit : public Error {
  public:
   DoesNotFit(const std::string& what, const Shape& shape) : Error(what), shape(shape) {}
   Shape shape;
@@ -67,8 +67,8 @@ void Wait(Stream stream, Event event);  // for what the event has recorded last
 void Synchronize(Stream stream) noexcept;
 
 // arguments: the address of each.
-void Start(const Shape& shape, const Grid& grid, Stream stream, void** arguments);
-void Fill(Stream stream, void* data, int byte, size_t bytes);
+FRNN_EXPORT void Start(const Shape& shape, const Grid& grid, Stream stream, void** arguments);
+FRNN_EXPORT void Fill(Stream stream, void* data, int byte, size_t bytes);
 
 // ---- graphs ----
 

@@ -719,7 +719,8 @@ class Steps {
       if (p.B > 0 && p.H > 0)
         Start(kernel, ShapeOf(kernel, kOneStepThreads), grid, call.streams[0], args, groups);
     };
-    whole ? run(cuda::OneStep<C, T, kAtOnce>) : run(cuda::OneStep<C, T, 1>);
+    if constexpr (C::kX + C::kH <= kOneStepGates)
+      whole ? run(cuda::OneStep<C, T, kAtOnce>) : run(cuda::OneStep<C, T, 1>);
   }
 
   // first[d]: the row that gx of direction d begins with.

@@ -1,9 +1,13 @@
 // The instances by name.
 #include <cstring>
 
+#include "core/added.h"
 #include "core/params.h"
 
 namespace frnn {
+namespace {
+AddedCells<CudaKernels> added;
+}  // namespace
 
 #define CELL(name, type, header)                                                  \
   extern const CudaKernels k_cuda_##name##_float, k_cuda_##name##_double,         \
@@ -19,7 +23,11 @@ const CudaKernels* FindCudaKernels(const char* cell, Storage storage) {
   if (!std::strcmp(cell, #name)) return k_cuda_##name[int(storage)];
 #include "cells/registry.def"
 #undef CELL
-  return nullptr;
+  return added.Find(cell, storage);
+}
+
+void AddCudaKernels(const char* cell, Storage storage, const CudaKernels& kernels) {
+  added.Add(cell, storage, kernels);
 }
 
 }  // namespace frnn

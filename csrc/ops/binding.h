@@ -200,8 +200,9 @@ struct Operators {
 // A cell as one of its instances knows it: not every type may have one.
 template <class Device>
 const CellFacts* FindAny(const char* cell) {
-  const CellFacts* found = Device::Find(cell, Storage::kFloat);
-  return found != nullptr ? found : Device::Find(cell, Storage::kDouble);
+  for (Storage s : {Storage::kFloat, Storage::kDouble, Storage::kBFloat16, Storage::kHalf})
+    if (const CellFacts* found = Device::Find(cell, s)) return found;
+  return nullptr;
 }
 template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
@@ -265,6 +266,8 @@ struct torch::stable::detail::ToImpl<frnn::Text> {
   __attribute__((visibility("default"))) const char* frnn_tensor(const char* cell, int i) {        \
     return frnn::FindTensor<Device>(cell, i);                                                      \
   }                                                                                                \
+  /* Whether there can be kernels for cells with several products, or with given values. */        \
+  __attribute__((visibility("default"))) bool frnn_has_products() { return Device::kHasProducts; } \
   /* The shape of a tape, see Call. */                                                             \
   __attribute__((visibility("default"))) frnn::frnn_tape_t frnn_tape(int64_t H, int64_t Hout) {    \
     return {Device::SavedUnits(H), Device::HsStride(H, Hout), Device::kSavedLead,                  \

@@ -20,6 +20,7 @@ namespace frnn {
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
 //     static constexpr bool kHasStages, kHasBlocks;  // kernels for Stages and Shape::blocks
 //     static constexpr int kHasNorm;                 // and for Shape::norm, as has_norm in frnn_cell_t
+//     static constexpr bool kHasProducts;  // for cells with several products, or with given values
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown

@@ -1,12 +1,14 @@
-"""The library of one cell that is not in the registry, for one computing type.
+"""The library of one cell that is not in the registry, for one type.
 
-It is compiled against the CPU's library, which has all that the cells share, for the instructions
-of this machine alone. When it is loaded it enters itself there (csrc/core/params.h), and so needs
-no more than to be loaded.
+It is compiled against the library of its device, which has all that the cells share: on the CPU for
+a computing type and for the instructions of this machine alone, on CUDA for a type in memory and
+without the kernels that keep their weights. When it is loaded it enters itself there
+(csrc/core/params.h), and so needs no more than to be loaded.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -18,16 +20,22 @@ from typing import Any
 
 from . import record, tools
 from .ninja import Unit
-from .target import CPU, STRICT, TIERS, Target, cpu_variants
+from .target import TIERS, Target, Variant, cpu_variants, filled
 from .tools import Tools
 from .version import VERSION
 
 STEM = "cell"  # of the libraries and their records
 
+# How it enters itself, by the folder of its engine: a function, its kernels, more flags.
+_ENTRY = {
+    "cpu": ("AddCpuKernels", "k_{tier}_{name}_{scalar}", ()),
+    "cuda": ("AddCudaKernels", "k_cuda_{name}_{storage}", ("-DFRNN_STEPS_ONLY",)),
+}
+_STORAGE = {"float": "kFloat", "double": "kDouble", "bfloat16": "kBFloat16", "half": "kHalf"}
 _ENTERED = """
 namespace {{
 [[maybe_unused]] const bool entered =
-    (frnn::AddCpuKernels("{name}", frnn::Storage::{storage}, frnn::k_{tier}_{name}_{scalar}), true);
+    (frnn::{add}("{name}", frnn::Storage::{storage}, frnn::{kernels}), true);
 }}
 """
 
@@ -38,80 +46,107 @@ class CellTarget(Target):
 
     cell: str = ""
     type: str = ""  # in C++
-    scalar: str = "float"
-    tier: str = "generic"
-    main: Path = Path()  # the CPU's library
+    kind: str = "float"  # see kind_of
+    engine: str = "cpu"  # the folder of csrc
+    main: Path = Path()  # the library of the device
     header: Callable[[], str] = str
 
     def source_hash(self) -> str:
         """The cell's name stands for what it computes."""
-        facts = (
-            self.cell,
-            self.scalar,
-            self.tier,
-            str(self.main),
-            record.read(self.main)["sha256"],
-        )
+        made = record.read(self.main).get("sha256")  # that of a test has its hash in its path
+        facts = (self.cell, self.variants[0].name, str(self.main), made)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def units(self, folder: Path) -> list[Unit]:
         (folder / "cells").mkdir(exist_ok=True)
         file = f"{self.cell}.h"
         (folder / "cells" / file).write_text(self.header(), encoding="utf-8")
+        variant = self.variants[0]
         words = {"name": self.cell, "type": f"custom::{self.type}", "header": file}
-        words |= {"tier": self.tier, "scalar": self.scalar}
-        text = (self.csrc / "cpu" / "instance.cpp.in").read_text(encoding="utf-8")
-        for word, value in words.items():
-            text = text.replace(f"@{word.upper()}@", value)
-        storage = "kDouble" if self.scalar == "double" else "kFloat"
-        source = folder / f"{self.cell}.cpp"
-        source.write_text(text + _ENTERED.format(storage=storage, **words), encoding="utf-8")
-        includes = ["-I.", f"-I{self.csrc}"]
-        return [Unit(source, [*self.kernel_flags, *includes, *self.variants[0].flags])]
+        words |= variant.words
+        (template,) = (self.csrc / self.engine).glob("instance.*.in")
+        add, kernels, flags = _ENTRY[self.engine]
+        entered = _ENTERED.format(
+            add=add,
+            name=self.cell,
+            storage=_STORAGE[self.kind],
+            kernels=kernels.format(**words),
+        )
+        source = folder / f"{self.cell}{Path(template.stem).suffix}"
+        source.write_text(filled(template, words) + entered, encoding="utf-8")
+        flags = (*self.kernel_flags, "-I.", f"-I{self.csrc}", *variant.flags, *flags)
+        return [Unit(source, flags, self.rule)]
 
     def link(self) -> list[str]:
-        return [str(self.main), "-shared", "-fopenmp", *STRICT]
+        return [str(self.main), *self.link_flags]
 
     def facts(self) -> dict[str, Any]:
-        return {"cells": [self.cell], "type": self.type, "scalar": self.scalar}
+        return {"cells": [self.cell], "type": self.type, "scalar": self.kind}
 
     def label(self, kinds: list[str]) -> str:
-        return f"cell {self.type} ({self.scalar}, {', '.join(kinds)})"
+        return f"cell {self.type} ({self.kind}, {', '.join(kinds)})"
 
 
 @functools.lru_cache
-def _tools(compiler: str | None, path: str | None) -> Tools:
-    """Asked once: it runs the compiler."""
-    return tools.for_cpu()
+def _tools(find: Callable[[], Tools], *environment: str | None) -> Tools:
+    """Asked once: it runs the compilers."""
+    return find()
 
 
-def _find_tools() -> Tools:
-    return _tools(os.environ.get("CXX"), os.environ.get("PATH"))
+def _find_tools(find: Callable[[], Tools]) -> Tools:
+    return _tools(find, *map(os.environ.get, tools.ASKED))
+
+
+def kind_of(device: Target, storage: str) -> str:
+    """Which type a library of a cell is for that takes tensors of ``storage``.
+
+    The CPU computes 16-bit types in float.
+    """
+    if device.name == "cpu" and storage != "double":
+        return "float"
+    return storage
+
+
+def _variant(device: Target, library: ctypes.CDLL, kind: str) -> Variant:
+    if device.name != "cpu":
+        return next(variant for variant in device.variants if variant.name == kind)
+    find = library.frnn_cpu_capability  # what it uses of this machine
+    find.restype = ctypes.c_char_p
+    capability: str = find().decode()
+    tier = capability if capability in TIERS else list(TIERS)[-1]
+    variants = cpu_variants({tier: TIERS[tier]})
+    return next(variant for variant in variants if variant.words["scalar"] == kind)
 
 
 def target_of(
-    cell: str, type: str, scalar: str, header: Callable[[], str], main: Path, capability: str
+    device: Target,
+    library: ctypes.CDLL,
+    main: Path,
+    name: str,
+    cell: str,
+    type: str,
+    kind: str,
+    header: Callable[[], str],
 ) -> CellTarget:
-    """``capability`` is what the CPU's library says that it uses of this machine."""
-    tier = capability if capability in TIERS else list(TIERS)[-1]
-    variants = [v for v in cpu_variants({tier: TIERS[tier]}) if v.words["scalar"] == scalar]
-    inherited = {f.name: getattr(CPU, f.name) for f in dataclasses.fields(Target)}
+    """``library``, at ``main``, is that of the device, and loaded."""
+    variant = _variant(device, library, kind)
+    inherited = {f.name: getattr(device, f.name) for f in dataclasses.fields(Target)}
     changed = {
-        "name": f"{cell} {scalar}",
-        "title": f"{type} ({scalar})",
+        "name": name,
+        "title": f"{type} ({kind})" if device.name == "cpu" else f"{type} ({kind}, {device.title})",
         "stem": STEM,
         "ahead_of_time": "",
         "bindings": (),
-        "variants": tuple(variants),
-        "kinds": (tier,),
-        "find_tools": _find_tools,
+        "variants": (variant,),
+        "kinds": tuple(variant.words[word] for word in ("tier",) if word in variant.words),
+        "find_tools": functools.partial(_find_tools, device.find_tools),
     }
     return CellTarget(
         **{**inherited, **changed},
         cell=cell,
         type=type,
-        scalar=scalar,
-        tier=tier,
+        kind=kind,
+        engine=device.name,
         main=main,
         header=header,
     )

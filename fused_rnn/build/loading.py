@@ -35,6 +35,9 @@ class State(NamedTuple):
     seconds: float = 0.0  # to find, build and load
     failure: BuildError | None = None
     fatal: bool = False  # native was asked for: raise the failure, do not warn
+    made: Target | None = (
+        None  # what libraries of single cells are compiled like; None: there are none
+    )
 
 
 class Found(NamedTuple):
@@ -76,27 +79,31 @@ class Libraries:
             raise RuntimeError(f"fused_rnn runs on its reference path: there is no {title} library")
         return ctypes.CDLL(str(self._states[target].library))
 
-    def use(self, target: str, library: Path, origin: str = "given") -> None:
-        """Load this library in place of the package's own. Raises BuildError."""
-        _load_into_torch(library)
-        self._states[target] = State("native", "it was asked for", library, origin)
+    def use(self, target: str, library: Path, made: Target | None = None) -> None:
+        """Load this library in place of the package's own. Raises BuildError.
 
-    def has_cell(self, cell: str, type: str, scalar: str, header: Callable[[], str]) -> bool:
-        """Whether the CPU's kernels know a cell beside those of the registry, in a computing type.
+        Where it was ``made`` like this, cells have libraries of their own beside it.
+        """
+        _load_into_torch(library)
+        self._states[target] = State("native", "it was asked for", library, "given", made=made)
+
+    def has_cell(
+        self, target: str, cell: str, type: str, storage: str, header: Callable[[], str]
+    ) -> bool:
+        """Whether the kernels of a device know a cell beside those of the registry, in a type.
 
         The first call loads or builds its library; ``header()`` is the text to build it of, and
         ``type`` its name there.
         """
-        name = f"{cell} {scalar}"
+        main, library = self._states[target], self.library(target)
+        if main.library is None or main.made is None:
+            return False
+        kind = custom.kind_of(main.made, storage)
+        name = f"{target} {cell} {kind}"
         if state := self._states.get(name):
             return state.backend == "native"
-        main, find = self._states["cpu"], getattr(self.library(), "frnn_cpu_capability", None)
-        if main.library is None or find is None or main.origin == "given":  # by tests
-            return False
-        find.restype = ctypes.c_char_p
-        level: bytes = find()
         self.targets[name] = custom.target_of(
-            cell, type, scalar, header, main.library, level.decode()
+            main.made, library, main.library, name, cell, type, kind, header
         )
         return self.backend(name) == "native"
 
@@ -208,7 +215,8 @@ class Libraries:
         if library is None:
             library, origin = _build_in_cache(target)
         _load_into_torch(library)
-        return State("native", reason, library, origin, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        return State("native", reason, library, origin, seconds, made=target)
 
 
 def _load_into_torch(library: Path) -> None:

@@ -63,6 +63,14 @@ def cpu_variants(tiers: Mapping[str, tuple[str, ...]]) -> tuple[Variant, ...]:
     )
 
 
+def filled(template: Path, words: Mapping[str, str]) -> str:
+    """The text of a template with each @WORD@ replaced."""
+    text = template.read_text(encoding="utf-8")
+    for word, value in words.items():
+        text = text.replace(f"@{word.upper()}@", value)
+    return text
+
+
 X86_TIERS = {"generic": (), "avx2": AVX2, "avx512": AVX512 + AVX2}
 TIERS: dict[str, tuple[str, ...]] = X86_TIERS if machine() == "x86_64" else {"generic": ()}
 
@@ -168,11 +176,8 @@ class Target:
                 for cell in known if "@NAME@" in text else [None]:
                     parts = [stem, variant.name, *([cell.name] if cell else [])]
                     words = {**variant.words, **(cell._asdict() if cell else {})}
-                    instance = text
-                    for word, value in words.items():
-                        instance = instance.replace(f"@{word.upper()}@", value)
                     path = folder / f"{'_'.join(parts)}.{suffix}"
-                    path.write_text(instance, encoding="utf-8")
+                    path.write_text(filled(template, words), encoding="utf-8")
                     yield path, variant
 
     def facts(self) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from typing import NamedTuple
 from . import settings
 from .messages import BuildError
 
+# The environment variables that say where they are.
+ASKED = ("CXX", "PATH", "CUDA_HOME", "CUDA_PATH", "FUSED_RNN_CUDA_ARCH")
+
 
 class Compiler(NamedTuple):
     command: tuple[str, ...]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import build, reference
 from ..torch_internals import constant
 from . import direct
-from .schemas import DTYPES
+from .schemas import STORAGES
 
 
 # Dynamo asks once and keeps the answer: it must not trace into a build.
@@ -27,12 +27,21 @@ def is_native(target: str) -> bool:
 
 @constant
 def has_cell(target: str, cell: str, dtype: torch.dtype) -> bool:
-    source = reference.CELLS[cell].source
-    if source is None:
+    known = reference.CELLS[cell]
+    if known.source is None:
         return True
-    scalar = "double" if dtype == torch.float64 else "float"
-    header = lambda: source.header  # noqa: E731
-    return target == "cpu" and build.has_cell(cell, source.type_name, scalar, header)
+    if (known.products or known.given) and not _has_products(target):
+        return False
+    header = lambda: known.source.header  # noqa: E731
+    return build.has_cell(target, cell, known.source.type_name, STORAGES[dtype], header)
+
+
+@lru_cache
+def _has_products(target: str) -> bool:
+    """Whether kernels take cells with several products, or with given values."""
+    find = build.library(target).frnn_has_products
+    find.restype = ctypes.c_bool
+    return bool(find())
 
 
 def supports(tensors: Iterable[Tensor | None], cell: str) -> bool:
@@ -48,7 +57,7 @@ def supports(tensors: Iterable[Tensor | None], cell: str) -> bool:
             dtype, device = t.dtype, t.device
         if t.dtype != dtype or t.device != device or t.layout != torch.strided:
             return False
-    if dtype not in DTYPES or device is None or device.type not in ("cpu", "cuda", "meta"):
+    if dtype not in STORAGES or device is None or device.type not in ("cpu", "cuda", "meta"):
         return False
     target = target_of(device)
     return is_native(target) and has_cell(target, cell, dtype)

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from .. import reference
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The names that builds have for the types of tensors, see enum Storage in csrc/core/params.h.
+STORAGES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "half",
+}
+DTYPES = tuple(STORAGES)
 
 
 # As for ``reference.recurrent``. between [L-1, rows, D*P] is what a layer gives to the next; hs and

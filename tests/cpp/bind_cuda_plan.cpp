@@ -34,7 +34,7 @@ PYBIND11_MODULE(bind_cuda_plan, m) {
       .def_readwrite("storage", &Problem::storage)
       .def_readwrite("dirs", &Problem::dirs)
       .def_readwrite("projected", &Problem::projected)
-      .def_readwrite("output_is_h", &Problem::output_is_h)
+      .def_readwrite("has_resident", &Problem::has_resident)
       .def_readwrite("allow_tf32", &Problem::allow_tf32)
       .def_readwrite("aligned", &Problem::aligned)
       .def_readwrite("kept", &Problem::kept)

@@ -39,6 +39,8 @@
 #include <type_traits>
 #include <utility>
 
+#pragma GCC visibility push(default)  // for libraries of single cells
+
 // ---- keywords ----
 
 #define __global__
@@ -281,3 +283,5 @@ void Launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
   Launch(kernel, config, stream, arguments...);
 }
 }  // namespace frnn::cuda
+
+#pragma GCC visibility pop

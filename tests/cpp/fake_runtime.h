@@ -13,8 +13,8 @@ namespace fake {
 
 using runtime::Stream;
 
-void Start(const runtime::Shape& shape, const runtime::Grid& grid, Stream stream,
-           std::function<void()> work);
+FRNN_EXPORT void Start(const runtime::Shape& shape, const runtime::Grid& grid, Stream stream,
+                       std::function<void()> work);
 void Compute(const runtime::Gemm& gemm);  // host.cpp
 
 // The stream of a caller, one for each thread.

@@ -1,0 +1,101 @@
+"""Cells from Python on the CUDA engine, emulated: each in a library of its own beside the engine's,
+compiled and registered as on a card. The same bits as a header by hand, and the function itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from helpers import assert_all_close, error, flatten, run
+from test_custom import TOLERANCES, SevenGates, Swapped, agree, giving, pair
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_map
+
+import fused_rnn
+from fused_rnn import ops, reference, zoo
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(not emulated.WANTED, reason="about the CUDA engine"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bits_are_those_of_the_header(dtype: torch.dtype) -> None:
+    """Layers of both directions, padded and packed, and single steps without gradients."""
+    ours, by_hand = pair("peephole", 5, 9, 2, bidirectional=True, dtype=dtype)
+    inputs = [torch.randn(4, 3, 5, dtype=dtype)]
+    inputs += [pack_sequence([torch.randn(n, 5, dtype=dtype) for n in (6, 3, 3, 1)])]
+    for x in inputs:
+        found, expected = run(ours, x), run(by_hand, x)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    step = torch.randn(1, 2, 5, dtype=dtype)
+    with torch.no_grad():
+        for a, b in zip(flatten(ours(step)), flatten(by_hand(step)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.drawn(4)  # each is compiled
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [Swapped, SevenGates, zoo.MinGRU, zoo.SLSTM, zoo.FastGRNN, zoo.UnICORNN],
+    ids=lambda kind: kind.__name__,
+)
+def test_agrees_with_the_function(kind: Any, dtype: torch.dtype) -> None:
+    layer = kind(4, 17, 2, bidirectional=True, dtype=dtype)
+    x = torch.randn(5, 3, 4, dtype=dtype)
+    states = layer(x)[1]
+    hx = tree_map(lambda s: torch.rand_like(s) + 0.5, states)
+    agree(layer, x, hx, TOLERANCES[dtype])
+    with torch.no_grad():
+        expected = tree_map(lambda s: s.double(), layer.double()(x[:1].double()))
+        found = layer.to(dtype)(x[:1])
+        assert_all_close(tree_map(lambda s: s.double(), found), expected, tol=TOLERANCES[dtype])
+
+
+def test_what_happens_between_steps() -> None:
+    """In the kernels, as the library says."""
+    options = dict(norm="rms", zoneout=0.2, recurrent_dropout=0.3, weight_dropout=0.1, blocks=2)
+    layer = Swapped(4, 64, 2, bidirectional=True, dtype=torch.float64, **options)
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    hx = tree_map(torch.randn_like, layer.eval()(x)[1])
+    assert ops.library.stages_of_library("cpu", layer.cell)[0], "it has kernels with stages"
+    agree(layer, x, hx, 1e-12)
+    plain, reset = Swapped(4, 9, dtype=torch.float64), torch.rand(6, 3) < 0.3
+    y, states = plain(x, reset=reset)
+    for b in range(3):
+        start = max([0, *reset[:, b].nonzero().flatten().tolist()])
+        alone, last = plain(x[start:, b])
+        assert_all_close(y[start:, b], alone, tol=1e-13)
+        assert_all_close(tree_map(lambda s, b=b: s[:, b], states), last, tol=1e-13)
+
+
+@pytest.mark.parametrize("variant", ["local", "cluster", "resident"])
+def test_no_kernel_that_keeps_its_weights(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans offer none that was not compiled."""
+    monkeypatch.setenv("FUSED_RNN_VARIANT", variant)
+    layer = zoo.FastGRNN(8, 32, dtype=torch.bfloat16)
+    x = torch.randn(9, 8, 8, dtype=torch.bfloat16)
+    agree(layer, x, torch.rand(1, 8, 32, dtype=torch.bfloat16), TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kind", [zoo.GRUD, zoo.OriginalGRU], ids=lambda kind: kind.__name__)
+def test_what_it_has_no_kernels_for(kind: Any) -> None:
+    """Several products, and given values: these run in plain PyTorch, and nothing is compiled."""
+    module, x, hx = giving(kind, (2, 3, 4, 5), torch.float64)
+    assert not ops.has_cell("cpu", module.layer.cell, torch.float64)
+    assert not ops.supports((x,), module.layer.cell)
+    assert error(module(x, hx)[0], module(x.clone(), hx)[0]) == 0
+
+
+def test_what_the_library_knows() -> None:
+    layer = zoo.MinLSTM(3, 4)
+    layer(torch.zeros(2, 1, 3))
+    known = reference.CELLS[layer.cell]
+    assert ops.tensor_names("cpu", layer.cell) == known.tensors
+    facts = ops.facts_of("cpu", layer.cell)
+    assert (facts.gates_x, facts.gates_h) == (known.gates, known.recurrent_gates)
+    assert fused_rnn.build.info()["backend"] == "native"
