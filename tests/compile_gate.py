@@ -6,7 +6,8 @@ What differs in no register is compiled once: float16 is like bfloat16, and that
 tried with. That sm_75 compiles is enough. sm_86 and sm_89 have the instructions and registers of
 sm_80, sm_100a and sm_120a get from the same sources what sm_90a gets: each is tried with one cell
 in one type, a different one. --all leaves out nothing and takes ten times as long; ARCH, such as
-sm_86, leaves out the others.
+sm_86, leaves out the others. Of cells from Python (gate_cells.py) the gate kernels are compiled, of
+one for all of these.
 
 A kernel that spills registers, has a stack, or takes more registers than the table allows is an
 error: on a card it would be slow without being wrong. So is a resident kernel whose steps wait for
@@ -63,6 +64,11 @@ WIDER = {"GateForward<PeepholeLSTM": 72}
 # With what happens between two steps beside the cell; in double precision as without.
 GATES_WITH_STAGES = r"Gate(For|Back)ward<.*, true>"
 MOST_WITH_STAGES = 80
+# Of cells from Python, which may be as wide as an LSTM with two more states.
+PYTHON = "Gate(For|Back)ward<custom::"
+MOST_OF_PYTHON = (96, 136)
+# In double precision their sine may call libm's, which has this stack for what is far out.
+STACK_OF_PYTHON = 40
 # Bytes that may be spilled all the same, by kernels that have as many registers as there are.
 SPILLS = {
     ("sm_80", "ResidentForward<PeepholeLSTM"): 8,
@@ -83,6 +89,9 @@ WANTED = {
     "sm_100a": ("float rnn_tanh",),
     "sm_120a": ("bfloat16 gru",),
 }
+# Of cells from Python: types, of all of them or of one.
+PYTHON_WANTED = {arch: ("simple",) for arch in WANTED}
+PYTHON_WANTED |= {arch: ("float", "bfloat16", "double") for arch in LOOKED_AT}
 
 
 def load_builder():
@@ -144,7 +153,8 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
     """Registers by kernel, and what is wrong."""
     pattern = (
         r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads\s+.*?Used (\d+) registers"
+        # Of kernels, not of functions that they call, the registers come next.
+        r"(\d+) bytes spill loads\s+(?:(?!Function).)*?Used (\d+) registers"
     )
     found = re.findall(pattern, report, re.DOTALL)
     registers, errors = {}, []
@@ -158,6 +168,10 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
         wider = next((n for name, n in WIDER.items() if short.startswith(name)), 0)
         if re.match(GATES_WITH_STAGES, short):
             wider = MOST_WITH_STAGES
+        most = 0  # of stack and spills
+        if re.match(PYTHON, short):
+            wider = MOST_OF_PYTHON["double" in short]
+            most = STACK_OF_PYTHON * ("double" in short)
         allowed = max(REGISTERS[kind]["double" in short], wider)
         if arch in FEWER_THREADS:
             allowed = min(255, allowed * 4 // 3 // 8 * 8)
@@ -165,7 +179,7 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
         if arch == "sm_75":
             continue
         budgets = [n for (on, name), n in SPILLS.items() if on == arch and short.startswith(name)]
-        if max(stack, stores, loads) > max(budgets, default=0):
+        if max(stack, stores, loads) > max(budgets, default=most):
             errors.append(f"{arch} {short}: {stack} bytes of stack, spills {stores} + {loads}")
         if used > allowed:
             errors.append(f"{arch} {short}: {used} registers, {allowed} allowed")
@@ -174,6 +188,18 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
 
 def is_wanted(arch: str, storage: str, cell: str) -> bool:
     return bool({storage, f"{storage} {cell}"} & set(WANTED[arch]))
+
+
+def python_sources(folder: Path, target) -> dict[str, Path]:
+    """None where there is no torch, which traces them."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        import gate_cells
+    except ImportError as error:
+        print(f"cells from Python were not compiled: {error}")
+        return {}
+    scalars = {variant.name: variant.words["scalar"] for variant in target.variants}
+    return gate_cells.sources(folder, scalars)
 
 
 def main() -> None:
@@ -186,12 +212,23 @@ def main() -> None:
     flags = [*target.kernel_flags, f"-I{target.csrc}"]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            (arch, pool.submit(compile_kernels, nvcc, flags, source, arch, disassembler))
+        everything, flags = "--all" in sys.argv[1:], [*flags, f"-I{folder}"]
+        wanted = [
+            (source, arch)
             for source, variant in target.instances(Path(folder))
             for arch in chosen
-            if "--all" in sys.argv[1:]
+            if everything
             or is_wanted(arch, variant.name, source.stem.partition(f"_{variant.name}_")[2])
+        ]
+        wanted += [
+            (source, arch)
+            for name, source in python_sources(Path(folder), target).items()
+            for arch in chosen
+            if everything or name in PYTHON_WANTED[arch]
+        ]
+        jobs = [
+            (arch, pool.submit(compile_kernels, nvcc, flags, source, arch, disassembler))
+            for source, arch in wanted
         ]
         errors, most, kernels = [], {}, 0
         for arch, job in jobs:

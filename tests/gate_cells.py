@@ -1,0 +1,84 @@
+"""Cells from Python whose gate kernels tests/compile_gate.py compiles.
+
+Of the zoo, one with all functions, and random ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import contract_cells
+import random_cells
+from hypothesis import HealthCheck, Phase, given, settings
+
+import fused_rnn
+from fused_rnn import zoo
+from fused_rnn.reference import CELLS
+
+SIMPLE = zoo.FastGRNN
+
+
+def drawn(most: int) -> list[Any]:
+    """The longest of those with as many gates and states, always the same."""
+    longest: dict[tuple[int, int], random_cells.Drawn] = {}
+
+    @settings(
+        max_examples=200,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(random_cells.cells(most=40))
+    def draw(cell: random_cells.Drawn) -> None:
+        shape = (len(cell.gates), len(cell.states))
+        before = longest.get(shape)
+        if "r(v" in cell.text or cell.given or (before and len(before.text) >= len(cell.text)):
+            return
+        longest[shape] = cell
+
+    draw()
+    layers: list[Any] = []
+    for cell in longest.values():
+        fn = cell.fn
+        fn.__name__ = f"Drawn{len(layers)}"
+        declare = fused_rnn.cell(
+            gates=cell.gates, states=cell.states, params=cell.params, output=cell.output
+        )
+        layer = declare(fn)
+        if not CELLS[layer.cell].products:
+            layers.append(layer)
+    return layers[:most]
+
+
+def write(layers: list[Any], scalar: str, path: Path) -> None:
+    """A source of all kernels of their steps, for tensors of this type."""
+    (path.parent / "cells").mkdir(exist_ok=True)
+    includes, kernels = ['#include "cuda/kernels.cuh"'], []
+    for layer in layers:
+        header = f"cells/{layer.cell}.h"
+        (path.parent / header).write_text(layer.source())
+        includes.append(f'#include "{header}"')
+        name = f"custom::{CELLS[layer.cell].source.type_name}"
+        kernels += [
+            f"template __global__ void Gate{way}<{name}, {scalar}, {stages}>("
+            f"const __grid_constant__ Gate{way}Args<{scalar}>);"
+            for way in ("Forward", "Backward")
+            for stages in ("false", "true")
+        ]
+    text = [*includes, "namespace frnn {", "namespace cuda {", *kernels, "}", "}", ""]
+    path.write_text("\n".join(text))
+
+
+def sources(folder: Path, scalars: Mapping[str, str]) -> dict[str, Path]:
+    """Of all these cells by the types' names; and under "simple" of one, for the first."""
+    layers = [zoo.SLSTM, zoo.UnICORNN, contract_cells.Everything, *drawn(3)]
+    found = {name: folder / f"python_{name}.cu" for name in scalars}
+    for name, path in found.items():
+        write(layers, scalars[name], path)
+    found["simple"] = folder / "python_simple.cu"
+    write([SIMPLE], next(iter(scalars.values())), found["simple"])
+    return found
