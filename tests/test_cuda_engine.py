@@ -60,6 +60,8 @@ class Problem(NamedTuple):
     stages: bool = False
     norms: bool = False
     blocks: int = 1
+    has_resident: bool = True
+    gates: int | None = None  # of each part, if not the cell's
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +72,10 @@ def engine() -> Any:
 def plan(engine: Any, problem: Problem) -> Any:
     p, device = engine.Problem(), engine.Device()
     device.multiprocessors, device.major, device.l2_bytes, device.shared_bytes = CARDS[problem.card]
-    p.gates_x = p.gates_h = reference.CELLS[problem.cell].gates
+    p.gates_x = p.gates_h = problem.gates or reference.CELLS[problem.cell].gates
     for name in ("H", "B", "T", "dirs", "projected", "allow_tf32", "kept"):
         setattr(p, name, getattr(problem, name))
-    for name in ("stages", "norms", "blocks"):
+    for name in ("stages", "norms", "blocks", "has_resident"):
         setattr(p, name, getattr(problem, name))
     p.storage = getattr(engine.Storage, problem.storage)
     p.aligned = True
@@ -217,6 +219,18 @@ def test_between_two_steps(engine: Any) -> None:
     assert variant(B=16, norms=True) == variant(B=16, stages=True, norms=True) == "graph"
     found = plan(engine, Problem(B=128, force="resident", stages=True))
     assert (found.groups, found.tiles) == (1, 4)  # where others have two groups
+
+
+def test_cells_that_lack_some_kernels(engine: Any) -> None:
+    """Those from Python have none that keep their weights, and wide ones none of a single step."""
+
+    def variant(**arguments: Any) -> str:
+        return plan(engine, Problem(**arguments)).variant.name
+
+    for force, units in itertools.product((None, "resident", "cluster", "local"), (32, 512)):
+        assert variant(B=16, H=units, force=force, has_resident=False) == "graph"
+    one = {"T": 1, "B": 1, "kept": False}
+    assert variant(**one, gates=4) == "one" and variant(**one, gates=5) == "steps"
 
 
 def test_blocks_that_cannot_be_there_at_once(engine: Any) -> None:

@@ -4,6 +4,7 @@ the function itself, and layers that are like all others."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import os
 import pickle
@@ -609,6 +610,39 @@ def test_other_instruction_sets(capability: str) -> None:
     assert "cell Fresh" not in done.stderr or f"(float, {capability})" in done.stderr
     plain = fresh("0.5", FUSED_RNN_BACKEND="reference")
     assert float(done.stdout.split()[0]) == pytest.approx(float(plain.stdout.split()[0]), rel=1e-5)
+
+
+@needs_kernels
+def test_its_source_on_cuda(tmp_path: Path) -> None:
+    """A type in memory, by nvcc; without that the function itself runs, with one warning."""
+
+    def no_nvcc() -> Any:
+        raise build.BuildError("nvcc was not found", "install it")
+
+    cuda = dataclasses.replace(build.CUDA, find_tools=no_nvcc)
+    libraries, main = build.Libraries([cuda]), build.state()
+    assert main and main.library
+    libraries.use("cuda", main.library, cuda)
+
+    def has_cell() -> bool:
+        return libraries.has_cell("cuda", "fresh", "Fresh", "bfloat16", lambda: "// the header")
+
+    with pytest.warns(RuntimeWarning, match=r"no Fresh \(bfloat16, CUDA\) library: nvcc was not f"):
+        assert not has_cell()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not has_cell()
+    (unit,) = libraries.targets["cuda fresh bfloat16"].units(tmp_path)
+    assert unit.rule == "nvcc" and unit.source.suffix == ".cu"
+    assert {"-DFRNN_STEPS_ONLY", f"-I{build.CSRC}"} < set(unit.flags)
+    assert (tmp_path / "cells/fresh.h").read_text() == "// the header"
+    text = unit.source.read_text()
+    assert "k_cuda_fresh_bfloat16 = cuda::Engine<custom::Fresh, __nv_bfloat16>::Kernels();" in text
+    entry = 'AddCudaKernels("fresh", frnn::Storage::kBFloat16, frnn::k_cuda_fresh_bfloat16)'
+    assert entry in text
+    # A library that a test brings has no cells beside it unless it says how it was made.
+    libraries.use("cuda", main.library)
+    assert not libraries.has_cell("cuda", "other", "Other", "float", str)
 
 
 @needs_kernels
