@@ -26,7 +26,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import fused_rnn
-from fused_rnn import build
+from fused_rnn import build, ops, zoo
 
 pytestmark = [
     pytest.mark.cuda,
@@ -92,6 +92,22 @@ def test_equal_to_the_cpu(case: Case) -> None:
     expected = run(ours, x, hx)
     card = run(copy.deepcopy(ours).cuda(), *map_tensors((x, hx), lambda t: t.cuda()))
     assert_all_close({name: t.cpu() for name, t in card.items()}, expected)
+
+
+@pytest.mark.parametrize("variant", ["steps", "graph"])
+@pytest.mark.parametrize(
+    "kind", [zoo.SLSTM, zoo.FastGRNN, zoo.OriginalGRU], ids=lambda kind: kind.__name__
+)
+def test_cells_from_python(kind: Any, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From libraries of their own, and where a cell has none in plain PyTorch: as on the CPU."""
+    monkeypatch.setenv("FUSED_RNN_VARIANT", variant)
+    layer = kind(5, 9, 2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    expected, card = run(layer, x), copy.deepcopy(layer).cuda()
+    for _ in range(3):  # as it is, captured, replayed
+        found = run(card, x.cuda())
+        assert_all_close({name: t.cpu() for name, t in found.items()}, expected, tol=1e-11)
+    assert ops.has_cell("cuda", layer.cell, x.dtype) == (kind is not zoo.OriginalGRU)
 
 
 # Hidden sizes and types that take another variant each: a graph of steps, a local kernel, one for
