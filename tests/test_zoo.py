@@ -217,8 +217,12 @@ STEPS: dict[str, Callable[[Named, Named, Named, Named], Named]] = {
 class Loop(Giving):
     """The equations over the parameters of a layer, on x [T, B, I]."""
 
+    def __init__(self, kind: str, layer: Any, given: Named) -> None:
+        super().__init__(layer, given)
+        self.kind = kind
+
     def forward(self, x: Tensor, hx: Any, **_: Any) -> Any:
-        layer, kind = self.layer, type(self.layer).__name__
+        layer, kind = self.layer, self.kind
         states = layer._made.declaration.states
         last: list[list[Tensor]] = [[] for _ in states]
         hx = hx if isinstance(hx, tuple) else (hx,)
@@ -301,7 +305,7 @@ def test_agrees_with_its_equations(name: str) -> None:
         known = CELLS[layer.cell]
         missing = emulated.WANTED and bool(known.products or known.given)
         assert ops.has_cell("cpu", layer.cell, torch.float64) != missing, "it has kernels"
-    loop = Loop(layer, given)
+    loop = Loop(name, layer, given)
     ours, theirs = run(Giving(layer, given), x, hx), run(loop, x, hx)
     for key, value in theirs.items():  # what nothing reads has no gradient there
         assert_close(ours.pop(key), torch.zeros_like(hx[0]) if value is None else value, 1e-11, key)
