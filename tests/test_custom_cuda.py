@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import emulated
+import gate_cells
 import pytest
 import torch
 from helpers import assert_all_close, error, flatten, run
@@ -54,6 +55,13 @@ def test_agrees_with_the_function(kind: Any, dtype: torch.dtype) -> None:
         expected = tree_map(lambda s: s.double(), layer.double()(x[:1].double()))
         found = layer.to(dtype)(x[:1])
         assert_all_close(tree_map(lambda s: s.double(), found), expected, tol=TOLERANCES[dtype])
+
+
+def test_random_cells() -> None:
+    """Those that compile_gate.py compiles for cards."""
+    for kind in gate_cells.drawn(3):
+        module, x, hx = giving(kind, (3, 4, 3, 5), torch.float64)
+        agree(module, x, hx, 1e-6)  # of ATen's hardsigmoid
 
 
 def test_what_happens_between_steps() -> None:
