@@ -26,6 +26,7 @@ import argparse
 import ast
 import functools
 import inspect
+import itertools
 import math
 import random
 import re
@@ -67,8 +68,8 @@ GRU = """def GRU(x, r, s, p):
     return dict(h=torch.lerp(n, s.h, z))"""
 
 
-def parse(text: str) -> ast.FunctionDef:
-    """The function in a text of one, bare: without decorator, docstring and annotations."""
+def bare(text: str) -> ast.FunctionDef:
+    """The function in a text of one, without decorator, docstring and annotations."""
     (function,) = ast.parse(text).body
     assert isinstance(function, ast.FunctionDef)
     if ast.get_docstring(function) is not None:
@@ -121,17 +122,17 @@ def layer_of(text: str) -> Any:
     """The layer that a text makes. Raises ``fused_rnn.CellError`` if it is no cell."""
     space: dict[str, Any] = {"torch": torch, "F": F, "fused_rnn": fused_rnn}
     exec(compile(text, "<cell>", "exec"), space)
-    return space[parse(text).name]
+    return space[bare(text).name]
 
 
 def known_cells() -> dict[str, str]:
     """Cells to begin with, by name: the plain network, GRU and LSTM, and those of the zoo that have
     no hyperparameters and are declared by names alone."""
-    cells = {"RNN": declared(parse(PLAIN)), "GRU": declared(parse(GRU))}
+    cells = {"RNN": declared(bare(PLAIN)), "GRU": declared(bare(GRU))}
     for node in ast.parse(inspect.getsource(zoo)).body:
         if isinstance(node, ast.FunctionDef) and len(node.args.args) == 4 and by_names(node):
             # Torch's LSTM is Greff's variant without peepholes.
-            cells["LSTM" if node.name == "NP" else node.name] = declared(parse(ast.unparse(node)))
+            cells["LSTM" if node.name == "NP" else node.name] = declared(bare(ast.unparse(node)))
     return cells
 
 
@@ -206,7 +207,7 @@ class Replace(ast.NodeTransformer):
 
 def change(text: str, rng: random.Random) -> str:
     """A cell with another expression in the place of one, which may be no cell any more."""
-    function = parse(text)
+    function = bare(text)
     line, old = rng.choice(expressions(function))
     leaf = functools.partial(leaves, function, line, rng)
     inner = parts(old)
@@ -229,7 +230,7 @@ def change(text: str, rng: random.Random) -> str:
 
 def is_cell(text: str) -> bool:
     """Whether it compiles, sees its input and has not grown too large."""
-    function = parse(text)
+    function = bare(text)
     read = read_names(function)
     size = len(expressions(function))
     if not read["x"] or len(read["x"] | read["r"]) > MOST_GATES or size > MOST_EXPRESSIONS:
@@ -253,10 +254,19 @@ def mutate(text: str, rng: random.Random, times: int = 1) -> str:
 
 def draw_cell(rng: random.Random) -> str:
     """A random cell: a plain one, changed often."""
-    return mutate(declared(parse(rng.choice([PLAIN, PLAIN_WITH_MEMORY]))), rng, 8)
+    return mutate(declared(bare(rng.choice([PLAIN, PLAIN_WITH_MEMORY]))), rng, 8)
 
 
 # --- what a cell is worth ------------------------------------------------------------------------
+
+
+def flops(layer: Any, inputs: int, width: int, symbols: int) -> int:
+    """Operations per character, forward: of the layer, as it counts itself, and of the head."""
+    said = layer.explain()
+    (per_unit,) = re.findall(r"operations +(\d+) forward", said)
+    ((per_input, per_state),) = re.findall(r"products +(\d+) I \+ (\d+) H", said)
+    products = int(per_input) * inputs + int(per_state) * width + 2 * symbols
+    return width * (int(per_unit) + products)
 
 
 class Tasks:
@@ -264,16 +274,7 @@ class Tasks:
 
     def __init__(self, run: Run) -> None:
         self.run, self.characters = run, Characters(run)
-        self.symbols = len(self.characters.text.symbols)
         self.adding = functools.partial(adding_problem, run.args.adding_length)
-
-    def flops(self, layer: Any, inputs: int, width: int) -> int:
-        """Of one character of one sequence, forward: the layer as it counts itself, the head."""
-        said = layer.explain()
-        per_unit = int(re.search(r"operations +(\d+) forward", said)[1])
-        per_input, per_state = re.search(r"products +(\d+) I \+ (\d+) H", said).groups()
-        products = int(per_input) * inputs + int(per_state) * width
-        return width * (per_unit + products + 2 * self.symbols)
 
     def measure(self, text: str, parameters: int) -> dict[str, float]:
         """Train a cell on both; ``ArithmeticError`` if its numbers leave the range of floats."""
@@ -283,7 +284,7 @@ class Tasks:
         model = self.characters.build(layer, width).to(self.run.device)
         self.characters.train(model, args.steps, 0, args.lr)
         results["bits"] = self.characters.measure(model)
-        results["flops"] = self.flops(layer, model.rnn.input_size, width)
+        results["flops"] = flops(layer, model.rnn.input_size, width, model.symbols)
         results["width"] = width
         width = width_for(lambda w: Reader(layer, 2, w), parameters)
         torch.manual_seed(args.seed)
@@ -328,10 +329,9 @@ def open_study(run: Run) -> optuna.Study:
     if not study.trials:
         study.set_user_attr("arguments", ours)
         cells = known_cells()
-        for parameters in args.parameters:
-            for name in args.known:
-                asked = {"name": name, "cell": cells[name], "parameters": parameters}
-                study.enqueue_trial({}, user_attrs=asked)
+        for place, (parameters, name) in enumerate(itertools.product(args.parameters, args.known)):
+            asked = {"name": name, "cell": cells[name], "parameters": parameters, "place": place}
+            study.enqueue_trial({}, user_attrs=asked)
     elif args.storage is None:  # what was under way when an earlier run ended; no other is there
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
@@ -346,24 +346,23 @@ def is_done(trial: FrozenTrial) -> bool:
 
 
 def choose(study: optuna.Study, trial: Trial, args: argparse.Namespace) -> None:
-    """Give a trial its cell, a mutation or a new one. It depends on the seed, on how many came
-    before and on the front."""
+    """Give a trial its cell, a mutation or a new one. It depends on the seed, on the place in the
+    search and on the front."""
     before = study.get_trials(deepcopy=False)[: trial.number]
     ended = [t for t in before if t.state is TrialState.FAIL and "error" not in t.user_attrs]
-    rng = random.Random(f"{args.seed} {trial.number - len(ended)}")
-    seen, text = {t.user_attrs.get("cell") for t in before}, None
-    front = study.best_trials
+    place = trial.number - len(ended)  # the same if the search was interrupted
+    rng = random.Random(f"{args.seed} {place}")
+    seen, text, parent = {t.user_attrs.get("cell") for t in before}, None, None
+    front = sorted(study.best_trials, key=lambda t: t.user_attrs["place"])
     while text is None or text in seen:
         if front and rng.random() < 0.8:
-            parent = rng.choice(front)
-            trial.set_user_attr("parent", parent.user_attrs["name"])
-            text = mutate(parent.user_attrs["cell"], rng, rng.choice([1, 2, 3]))
+            origin = rng.choice(front).user_attrs
+            text, parent = mutate(origin["cell"], rng, rng.choice([1, 2, 3])), origin["name"]
         else:
-            trial.set_user_attr("parent", None)
-            text = draw_cell(rng)
-    trial.set_user_attr("name", f"found {trial.number - len(ended)}")
-    trial.set_user_attr("parameters", rng.choice(args.parameters))
-    trial.set_user_attr("cell", text)
+            text, parent = draw_cell(rng), None
+    chosen = {"name": f"found {place}", "cell": text, "parent": parent, "place": place}
+    for name, value in {**chosen, "parameters": rng.choice(args.parameters)}.items():
+        trial.set_user_attr(name, value)
 
 
 def search(run: Run, study: optuna.Study, tasks: Tasks) -> None:
@@ -394,16 +393,16 @@ def search(run: Run, study: optuna.Study, tasks: Tasks) -> None:
 
 
 def results_of(study: optuna.Study) -> list[dict[str, Any]]:
-    """One dictionary for each cell that was trained or failed; those of the front are marked."""
+    """One dictionary for each cell that was trained or failed, in the order of the search."""
     front = {trial.number for trial in study.best_trials}
+    done = sorted(filter(is_done, study.trials), key=lambda trial: trial.user_attrs["place"])
     return [
         {
             **trial.user_attrs,
             **dict(zip(OBJECTIVES, trial.values or (), strict=False)),
             "front": trial.number in front,
         }
-        for trial in study.trials
-        if is_done(trial)
+        for trial in done
     ]
 
 
@@ -461,7 +460,7 @@ def draw(path: Path, results: list[dict[str, Any]], baselines: dict[str, float])
             ax.legend()
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = arguments(__doc__, "cell_search", cell=None, hidden=None, lr=5e-3, steps=300)
     some = ["RNN", "LSTM", "GRU", "CIFG", "RAN", "UGRNN", "LiGRU", "MGU", "MUT1", "MinGRU"]
     p.add_argument("--cells", type=positive, default=16, help="to find, beside the known ones")
@@ -481,7 +480,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(argv)
     run = start(args)
     if run.world > 1:
         raise SystemExit("a cell is trained by one process: start several with one --storage")
