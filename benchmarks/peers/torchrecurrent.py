@@ -147,9 +147,9 @@ class TorchRecurrent(ModulePeer):
         (cell,) = layer.cells
         missing, unexpected = cell.load_state_dict(theirs(ours), strict=False)
         lacking = dict(cell.named_parameters()).keys() & missing
-        if unexpected or lacking - {"bias_ih", "bias_hh"}:
+        if unexpected or lacking - {"bias_ih", "bias_hh", "beta"}:
             raise RuntimeError(f"{name}: lacks {sorted(lacking)} and has no {unexpected}")
-        for bias in lacking:  # ours has it once
+        for bias in lacking - {"beta"}:  # ours has it once; JANET's beta is a number
             getattr(cell, bias).data.zero_()
         states = 1 if isinstance(problem.module(problem.padded)[1], Tensor) else 2
         return Layer(layer, states).train(problem.module.training)
