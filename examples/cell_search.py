@@ -461,8 +461,8 @@ def draw(path: Path, results: list[dict[str, Any]], baselines: dict[str, float])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = arguments(__doc__, "cell_search", cell=None, hidden=None, lr=5e-3, steps=300)
-    some = ["RNN", "LSTM", "GRU", "CIFG", "RAN", "UGRNN", "LiGRU", "MGU", "MUT1", "MinGRU"]
+    p = arguments(__doc__, "cell_search", cell=None, hidden=None, lr=1e-2, steps=400)
+    some = ["RNN", "LSTM", "GRU", "CIFG", "UGRNN", "MGU", "MUT1", "MinGRU"]
     p.add_argument("--cells", type=positive, default=16, help="to find, beside the known ones")
     p.add_argument(
         "--known", nargs="+", choices=sorted(known_cells()), default=some, metavar="CELL",
@@ -472,8 +472,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--parameters", nargs="+", type=positive, default=[12_000, 48_000],
         help="sizes of the models: at most so many numbers each",
     )  # fmt: skip
-    p.add_argument("--adding-length", type=positive, default=40, help="steps to remember over")
-    p.add_argument("--adding-steps", type=positive, default=500, help="of the optimizer there")
+    p.add_argument("--adding-length", type=positive, default=20, help="steps to remember over")
+    p.add_argument("--adding-steps", type=positive, default=800, help="of the optimizer there")
     p.add_argument("--data", type=Path, help="UTF-8 text or folder (default: Python's own source)")
     p.add_argument("--storage", help="URL of a database that several machines share")
     return p.parse_args(argv)

@@ -160,7 +160,7 @@ def test_searches_share_a_storage(search: Any, tmp_path: Path) -> None:
     assert search("one", *storage, "--cells", "1", trained=pretended)["trained"] == 5
     other = search("other", *storage, "--cells", "3")
     assert other["trained"] == 7
-    with pytest.raises(SystemExit, match=r"other arguments: --steps 300 \(now 7\)"):
+    with pytest.raises(SystemExit, match=r"other arguments: --steps 400 \(now 7\)"):
         search("third", *storage, "--steps", "7")
 
 
