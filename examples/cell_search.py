@@ -15,7 +15,8 @@ searched like this, 10,000 cells.)
     python examples/cell_search.py --parameters 300000 --steps 5000
 
 Optuna keeps the record. With a database that they share, any number of machines search together,
-each started with the same line (``pip install psycopg2-binary`` for this one):
+each started with the same line (``pip install psycopg2-binary`` for this one). The cells in it are
+run as Python, so it must be one's own:
 
     python examples/cell_search.py --storage postgresql://user:password@host/cells --cells 2000
 """
