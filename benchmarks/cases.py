@@ -23,7 +23,9 @@ SUITES = Path(__file__).with_name("suites")
 # included; loop_weights: the same without dx.
 PHASES = ("inference", "forward", "training", "decode", "loop", "loop_weights")
 LOOPS = ("loop", "loop_weights")
+WHOLE = ("inference", "forward", "training")  # of whole sequences from zeros
 CELLS = ("lstm", "gru", "rnn", "rnn_relu")
+ZOO = "zoo."  # before the name of a cell of fused_rnn.zoo, as in "zoo.MGU"
 GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rnn_relu": 1}
 # Fields of Case for what happens between two steps, and their values for a layer as of torch.nn.
 BETWEEN: dict[str, Any] = {"resets": 0.0, "blocks": 1, "norm": ""}
@@ -52,7 +54,8 @@ class Case:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.cell not in CELLS or self.phase not in PHASES or self.dtype not in BYTES:
+        known = self.cell in CELLS or self.zoo
+        if not known or self.phase not in PHASES or self.dtype not in BYTES:
             raise ValueError(f"no such cell, phase or dtype: {self}")
         if min(self.B, self.T, self.H, self.layers) < 1 or not 0 < self.shortest <= 1:
             raise ValueError(f"sizes out of range: {self}")
@@ -63,10 +66,17 @@ class Case:
         if self.norm not in ("", "layer", "rms"):
             raise ValueError(f"no such norm: {self}")
         alone = self.layers == self.directions == 1 and not (self.proj or self.ragged)
-        if self.between and not (alone and self.phase in ("inference", "forward", "training")):
+        if self.between and not (alone and self.phase in WHOLE):
             raise ValueError(f"resets, blocks and norm are for one padded layer: {self}")
+        if self.zoo and (self.between or not (alone and self.phase in WHOLE)):
+            raise ValueError(f"a cell of the zoo is one padded layer, and nothing else: {self}")
         if self.I == 0:
             object.__setattr__(self, "I", self.H)
+
+    @property
+    def zoo(self) -> str:
+        """The name in fused_rnn.zoo of a cell that torch.nn does not have."""
+        return self.cell.removeprefix(ZOO) if self.cell.startswith(ZOO) else ""
 
     @property
     def loops(self) -> bool:

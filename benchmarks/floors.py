@@ -62,9 +62,9 @@ class Floor:
 
 
 def floor(case: Case, limits: dict[str, Any]) -> Floor | None:
-    """None when the limits were not measured."""
+    """None when the limits were not measured, and for a cell of the zoo."""
     rate = gemm_rate(limits, case.dtype)
-    if not rate:
+    if not rate or case.zoo:
         return None
     todo = work(case)
     spent: dict[str, float] = defaultdict(float)

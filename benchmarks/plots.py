@@ -268,8 +268,8 @@ def _roofline(results: Results) -> Any:
     dtype = max(set(dtypes), key=dtypes.count)
     peak = gemm_rate(limits, dtype) / 1e9
     points = [(row, case_of(row)) for row in results.rows.values() if row["case"]["dtype"] == dtype]
-    points = [(row, case) for row, case in points if seconds(row, OURS)]
-    if not peak:
+    points = [(row, case) for row, case in points if seconds(row, OURS) and not case.zoo]
+    if not peak or not points:
         return None
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     xs = [_intensity(case) for _, case in points]

@@ -1,7 +1,7 @@
 """The work of one case, the same for everybody: weights, input, cotangent, and who is right.
 
-torch.nn's module holds the weights, drawn from one seed; a peer takes them from there, or from
-``Problem.weights``, where the case has what torch.nn does not.
+The module of torch.nn, or of fused_rnn.zoo, holds the weights, drawn from one seed; a peer takes
+them from there, or from ``Problem.weights``, where the case has what torch.nn does not.
 """
 
 from __future__ import annotations
@@ -52,6 +52,24 @@ def module_arguments(case: Case) -> dict[str, Any]:
     return arguments
 
 
+def module_class(case: Case) -> Callable[..., nn.Module]:
+    """Of torch.nn, or of fused_rnn.zoo for what torch.nn does not have."""
+    if case.zoo:
+        from fused_rnn import zoo
+
+        return getattr(zoo, case.zoo)
+    return (CELL_MODULES if case.loops else MODULES)[case.cell]
+
+
+def given_names(case: Case, module: Any) -> tuple[str, ...]:
+    """What a cell of the zoo wants to be given for each step, [T, B, H]."""
+    if not case.zoo:
+        return ()
+    from fused_rnn.reference import CELLS
+
+    return CELLS[module.cell].given
+
+
 def gain_sizes(case: Case) -> dict[str, int]:
     """The parameters of ``norm``: over all gates of a row, and over the c that an LSTM shows. A
     gain is drawn about 1; so is a shift, since any number does."""
@@ -77,8 +95,7 @@ class Problem:
         self.dtype = getattr(torch, case.dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            classes = CELL_MODULES if case.loops else MODULES
-            self.module: nn.Module = classes[case.cell](**module_arguments(case))
+            self.module: nn.Module = module_class(case)(**module_arguments(case))
             padded = torch.randn(case.T, case.B, case.I)
             cotangent = torch.randn(case.T, case.B, case.directions * case.width)
             states = case.layers * case.directions
@@ -86,6 +103,7 @@ class Problem:
             c = torch.randn(states, case.B, case.H) * 0.1
             reset = torch.rand(case.T, case.B) < case.resets
             gains = {name: 1 + 0.1 * torch.randn(size) for name, size in gain_sizes(case).items()}
+            given = torch.rand(case.T, case.B, case.H)
         self.module.to(case.device, self.dtype).train(case.trains or case.phase == "forward")
         # By the names of torch.nn and fused_rnn.
         self.weights = dict(self.module.state_dict())
@@ -93,6 +111,7 @@ class Problem:
             self.weights["weight_hh_l0"] = diagonal(self.module.weight_hh_l0.detach(), case.blocks)
         self.weights |= {name: self._to(gain) for name, gain in gains.items()}
         self.reset = reset.to(case.device) if case.resets else None  # [T, B] bool
+        self.given = {name: self._to(given) for name in given_names(case, self.module)}
         self.lengths = torch.tensor(case.lengths())
         self.padded = self._to(padded)  # [T, B, I]
         self.cotangent = self._to(cotangent)  # [T, B, D*P], of y
@@ -105,7 +124,7 @@ class Problem:
     @property
     def keywords(self) -> dict[str, Tensor]:
         """What a call is given beside input and states."""
-        return {} if self.reset is None else {"reset": self.reset}
+        return self.given if self.reset is None else {"reset": self.reset}
 
     @property
     def state(self) -> Any:

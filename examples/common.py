@@ -57,11 +57,13 @@ CELLS: dict[str, type[nn.RNNBase]] = {
 }
 
 
-def find_cell(name: str) -> type[nn.RNNBase]:
-    """The recurrent layer of fused_rnn with this name; case does not matter.
+def find_cell(name: str | type[nn.RNNBase]) -> type[nn.RNNBase]:
+    """The recurrent layer of fused_rnn with this name; case does not matter. A layer is itself.
 
     Raises ``ValueError`` with the choices if there is none.
     """
+    if not isinstance(name, str):
+        return name
     if name.lower() not in CELLS:
         raise ValueError(f"no cell {name!r}; there are {', '.join(sorted(CELLS))}")
     return CELLS[name.lower()]

@@ -83,7 +83,7 @@ class Characters:
         p = shares / shares.sum()
         self.baseline = -p[self.text.held_out].log2().mean().item()
 
-    def build(self, cell: str, width: int) -> nn.Module:
+    def build(self, cell: str | type[nn.RNNBase], width: int) -> nn.Module:
         return CharModel(cell, len(self.text.symbols), width)
 
     def train(self, model: nn.Module, steps: int, seed: int, rate: float) -> list[float]:

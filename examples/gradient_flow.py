@@ -250,7 +250,12 @@ class Reader(nn.Module):
     """A recurrent layer and a linear map of its last output ([B]) or of all ([T, B, classes])."""
 
     def __init__(
-        self, cell: str, inputs: int, hidden: int, classes: int | None = None, **options: Any
+        self,
+        cell: str | type[nn.RNNBase],
+        inputs: int,
+        hidden: int,
+        classes: int | None = None,
+        **options: Any,
     ):
         super().__init__()
         self.rnn = find_cell(cell)(inputs, hidden, **options)

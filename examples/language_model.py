@@ -54,7 +54,14 @@ class CharModel(nn.Module):
     columns of W_ih are the embedding).
     """
 
-    def __init__(self, cell: str, symbols: int, hidden: int, layers: int = 1, inputs="embedding"):
+    def __init__(
+        self,
+        cell: str | type[nn.RNNBase],
+        symbols: int,
+        hidden: int,
+        layers: int = 1,
+        inputs: str = "embedding",
+    ):
         super().__init__()
         self.symbols = symbols
         self.embedding = nn.Embedding(symbols, hidden // 4) if inputs == "embedding" else None

@@ -145,7 +145,8 @@ def NP(x: Any, r: Any, s: Any, p: Any) -> New:
 def SLSTM(x: Any, r: Any, s: Any, p: Any) -> New:
     """LSTM with exponential input gate, normaliser n and stabiliser m.
 
-    Beck et al. 2024, "xLSTM" (arXiv:2405.04517) with a sigmoid forget gate, and one head:
+    Beck et al. 2024, "xLSTM" (arXiv:2405.04517) with a sigmoid forget gate. ``blocks=`` is its
+    number of heads, whose units do not see each other's h: 1 by default.
     ``m' = max(log f + m, i)``, ``i' = exp(i - m')``, ``f' = exp(log f + m - m')``,
     ``c' = f' c + i' z``, ``n' = f' n + i'``, ``h' = o c' / n'``. Where n is 0, as at the first
     step, ``m' = i``, as in its code, and there is nothing to forget.

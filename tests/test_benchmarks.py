@@ -22,6 +22,7 @@ from benchmarks.cases import Case, Item, load_suite
 from benchmarks.gpu import page as gpu_page
 from benchmarks.peers import Prepared, loop, torch_nn
 from benchmarks.problem import Problem, diagonal, mismatch, sample
+from fused_rnn import zoo
 
 pytestmark = pytest.mark.unit
 
@@ -215,6 +216,25 @@ def test_peers_do_equal_work(name: str, cell: str) -> None:
         assert mismatch(found, expected, case.dtype) is None, case.label
 
 
+@pytest.mark.parametrize("name", zoo.__all__)
+def test_the_zoos_peers_do_equal_work(name: str) -> None:
+    """In float64; ours for one cell of each kind, since each is compiled."""
+    case = Case(f"zoo.{name}", B=3, T=7, H=17, I=9, phase="training", dtype="float64")
+    case = replace(case, bias=name != "RAN")  # whose content has none in the other package
+    expected = sample(peers.load("zoo_loop").prepare(Problem(case)).results())
+    assert {f"d {name}" for name in Problem(case).weights} | {"y", "h_n", "d x"} <= set(expected)
+    for other in ("ours", "torchrecurrent"):
+        peer = peers.load(other)
+        drawn = name in ("GRUD", "AntisymmetricRNN", "SLSTM") or other != "ours"
+        if drawn and not (peer.missing("cpu") or peer.refuses_at_all(case)):
+            found = sample(peer.prepare(Problem(case)).results())
+            assert mismatch(found, expected, case.dtype) is None, other
+            assert {"y", "h_n", "d x"} <= set(found)
+    for other in set(peers.NAMES) - {"ours", "zoo_loop", "torchrecurrent"}:
+        inherits = other.startswith("ours")
+        assert inherits or peers.load(other).refuses_at_all(case) == "has not this cell", other
+
+
 BETWEEN = ({"resets": 0.3}, {"blocks": 4}, {"norm": "layer"}, {"norm": "rms", "resets": 0.3})
 
 
@@ -339,7 +359,7 @@ def test_mismatch_sees_nan_and_sizes() -> None:
 
 def test_every_suite_can_be_read() -> None:
     asked = "quick deepbench-train deepbench-infer fastrnns flashrnn char-rnn decode ragged deep"
-    asked += " cells-train resets blocks normalised"
+    asked += " cells-train resets blocks normalised zoo"
     assert {*asked.split(), "odd", "scaling", "headline"} <= set(cases.suite_names())
     for name in cases.suite_names():
         items = load_suite(name)
@@ -350,6 +370,7 @@ def test_every_suite_can_be_read() -> None:
         assert all(item.case.B == item.case.T == 1 for item in items if item.case.phase == "decode")
     assert len(load_suite("deepbench-train")) == 53
     assert len(load_suite("headline")) == 21
+    assert {item.case.zoo for item in load_suite("zoo")} == set(zoo.__all__)
 
 
 def test_suites_are_narrowed_and_checked(tmp_path: Path) -> None:

@@ -344,3 +344,22 @@ def test_slstm_from_zeros_and_far_out() -> None:
     y = layer(x)[0]
     y.sum().backward()
     assert all(torch.isfinite(t).all() for t in flatten((y, [p.grad for p in layer.parameters()])))
+
+
+def test_heads_of_slstm_are_blocks() -> None:
+    """Its recurrent matrices are block-diagonal, one block for each head."""
+    layer, x, hx, _ = example("SLSTM", hidden_size=8, num_layers=1, blocks=2)
+    whole, *_ = example("SLSTM", hidden_size=8, num_layers=1)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.startswith("weight_hh"):
+                gates = [torch.block_diag(*gate.chunk(2)) for gate in parameter.chunk(4)]
+                parameter = torch.cat(gates)
+            whole.get_parameter(name).copy_(parameter)
+    ours, theirs = run(Giving(layer, {}), x, hx), run(Loop(whole, {}), x, hx)
+    for key, value in theirs.items():
+        if "weight_hh" in key:
+            gates = [(gate[:4, :4], gate[4:, 4:]) for gate in value.chunk(4)]
+            value = torch.cat([head for gate in gates for head in gate])
+        assert_close(ours.pop(key), value, 1e-11, key)
+    assert not ours

@@ -27,6 +27,8 @@ NAMES = (
     "torch_nn_graph",
     "torchrl",
     "loop",
+    "zoo_loop",
+    "torchrecurrent",
     "torch_compile",
     "onnxruntime",
     "openvino",
@@ -56,6 +58,7 @@ class Peer(ABC):
     title: ClassVar[str]  # in tables
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     has_cells: ClassVar[bool] = False  # of single steps
+    has_zoo: ClassVar[bool] = False  # cells of fused_rnn.zoo; which, says ``refuses``
     has_between: ClassVar[frozenset[str]] = frozenset()  # which of ``Case.between``
 
     def missing(self, device: str) -> str | None:
@@ -78,6 +81,8 @@ class Peer(ABC):
         """``refuses``, or the whole kind of case."""
         if case.loops and not self.has_cells:
             return "has no cells of single steps"
+        if bool(case.zoo) > self.has_zoo:
+            return "has not this cell"
         if lacking := sorted(case.between - self.has_between):
             return f"has no {' and no '.join(lacking)}"
         return self.refuses(case)

@@ -12,7 +12,7 @@ from .modules import ModulePeer, copy_weights
 class Ours(ModulePeer):
     name, title = "ours", "ours"
     devices = ("cpu", "cuda")
-    has_cells = True
+    has_cells = has_zoo = True
     has_between = frozenset(BETWEEN)
     options: ClassVar[dict[str, Any]] = {}  # of the constructor, beside those of torch.nn
 
@@ -33,7 +33,8 @@ class Ours(ModulePeer):
 
         if fused_rnn.build.backend(problem.case.device) != "native":
             raise RuntimeError(f"no native kernels on {problem.case.device}")
-        layer: Any = getattr(fused_rnn, type(problem.module).__name__)
+        kind = type(problem.module)
+        layer: Any = kind if problem.case.zoo else getattr(fused_rnn, kind.__name__)
         arguments = module_arguments(problem.case) | between(problem.case) | self.options
         return copy_weights(layer(**arguments), problem)
 
