@@ -37,8 +37,7 @@ struct ColumnWeights {
                 bool accumulate) const {
     if constexpr (kGates > 0) {
       if (!accumulate) return Store<NV>(v, n, gate, gate_stride, c, ldc);
-      // What c has, such as dh z of a GRU, may be far larger than the products: it is added to their
-      // sum.
+      // What c has may be far larger than the products: it is added to their sum.
       constexpr int kWidth = NV * N;
       ForRowBlocks<cpu::kRowBlock>(n, [&](int rows, int64_t r) {
         alignas(kLine) T sums[cpu::kRowBlock * kWidth];
