@@ -29,6 +29,8 @@ COLOURS = {
     "torch_nn_graph": "#8c510a",
     "onnxruntime": "#0072b2",
     "openvino": "#009e73",
+    "zoo_loop": "#a6761d",
+    "torchrecurrent": "#8da0cb",
     "torch_compile": "#cc79a7",
     "ours_recompute": "#f0e442",
     "reference": "#999999",

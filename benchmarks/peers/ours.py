@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ..cases import BETWEEN, Case
-from ..problem import Problem, module_arguments
+from ..problem import Problem, module_arguments, module_class
 from .modules import ModulePeer, copy_weights
 
 
@@ -33,7 +33,7 @@ class Ours(ModulePeer):
 
         if fused_rnn.build.backend(problem.case.device) != "native":
             raise RuntimeError(f"no native kernels on {problem.case.device}")
-        kind = type(problem.module)
+        kind = module_class(problem.case)
         layer: Any = kind if problem.case.zoo else getattr(fused_rnn, kind.__name__)
         arguments = module_arguments(problem.case) | between(problem.case) | self.options
         return copy_weights(layer(**arguments), problem)
