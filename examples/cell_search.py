@@ -426,38 +426,42 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def draw(path: Path, results: list[dict[str, Any]], baselines: dict[str, float]) -> None:
-    """For each task, loss against operations: what was found, what was known, and the front of the
-    two."""
+    """A row for each task, a column for each number of parameters: loss against operations of what
+    was found and what was known, and the front of the two."""
     trained = [r for r in results if "bits" in r]
-    with picture(path, figsize=(13, 6)) as figure:
+    sizes = sorted({r["parameters"] for r in results})
+    titles = {
+        "bits": ("held-out text", "bits per character"),
+        "adding": ("adding problem", "mean squared error"),
+    }
+    with picture(path, figsize=(6.5 * len(sizes), 10)) as figure:
         figure.suptitle(f"{len(trained)} cells, each trained on two tasks", x=0.01, ha="left")
-        titles = {
-            "bits": ("Characters of held-out text", "bits per character"),
-            "adding": ("Adding problem", "mean squared error"),
-        }
-        for ax, (task, (title, label)) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-            for is_found, colour, kind in ((True, COLOURS[0], "found"), (False, GREY, "known")):
-                shown = [r for r in trained if ("parent" in r) is is_found]
-                x, y = [r["flops"] / 1000 for r in shown], [r[task] for r in shown]
+        grid = figure.subplots(2, len(sizes), squeeze=False)
+        for (i, task), (j, size) in itertools.product(enumerate(titles), enumerate(sizes)):
+            ax, (title, label) = grid[i, j], titles[task]
+            own = [(r["flops"] / 1000, r[task], r) for r in trained if r["parameters"] == size]
+            own.sort(key=lambda point: point[:2])
+            best: list[tuple[float, float, Any]] = []
+            for point in own:
+                if not best or point[1] < best[-1][1]:
+                    best.append(point)
+            for kind, colour in (("found", COLOURS[0]), ("known", GREY)):
+                shown = [p for p in own if ("parent" in p[2]) is (kind == "found")]
+                x, y = [p[0] for p in shown], [p[1] for p in shown]
                 ax.plot(x, y, "o", color=colour, alpha=0.6, label=kind)
-            best: list[dict[str, Any]] = []
-            for r in sorted(trained, key=lambda r: (r["flops"], r[task])):
-                if not best or r[task] < best[-1][task]:
-                    best.append(r)
-            x, y = [r["flops"] / 1000 for r in best], [r[task] for r in best]
+            x, y = [p[0] for p in best], [p[1] for p in best]
             ax.step(x, y, where="post", color=COLOURS[1], label="best at its cost")
-            for r in trained:
-                if r in best or "parent" not in r:
+            for x, y, r in own:
+                if (x, y, r) in best or "parent" not in r:
                     ax.annotate(
-                        r["name"], (r["flops"] / 1000, r[task]), (4, 3), fontsize=7,
-                        textcoords="offset points",
-                        color=COLOURS[1] if r in best else GREY,
+                        r["name"], (x, y), (4, 3), textcoords="offset points", fontsize=7,
+                        color=COLOURS[1] if (x, y, r) in best else GREY,
                     )  # fmt: skip
-            ax.axhline(baselines[task], color=GREY, ls=(0, (4, 3)), lw=1, label="baseline")
-            ax.set(title=title, xlabel="thousand operations per character", ylabel=label)
-            ax.set_xscale("log")
-            if task == "adding":
-                ax.set_yscale("log")
+            ax.set(
+                title=f"{size:,} parameters, {title} (baseline {baselines[task]:.3g})",
+                xlabel="thousand operations per character", ylabel=label,
+                yscale="log" if task == "adding" else "linear",
+            )  # fmt: skip
             ax.legend()
 
 
