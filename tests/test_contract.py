@@ -56,6 +56,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(bool(emulated.ENGINE) or build.backend() != "native", reason="needs a compiler")
+@pytest.mark.drawn(1)  # each is compiled as a whole
 @pytest.mark.parametrize("engine", ["cpu", "emulated"])
 def test_on(engine: str, seed: int) -> None:
     own = {"FUSED_RNN_TEST_ENGINE": f"{engine}-contract", "FUSED_RNN_TEST_SEED": str(seed)}

@@ -315,6 +315,7 @@ def test_variant_can_be_forced(engine: Any) -> None:
     assert forced("local", H=129).variant.name == forced("cluster").variant.name == "graph"
 
 
+@pytest.mark.slow  # minutes of compiling
 def test_stays_in_bounds() -> None:
     """No kernel and no product of the engine reads or writes past a tensor or its workspace."""
     env = emulated.sanitizer("emulated-asan")

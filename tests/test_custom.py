@@ -124,6 +124,7 @@ def agree(module: Any, x: Any, hx: Any, tol: float) -> None:
 
 
 @needs_kernels
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_bits_are_those_of_the_headers(name: str, dtype: torch.dtype) -> None:
@@ -203,6 +204,7 @@ PRODUCTS = (ThreeProducts, zoo.GRUD, zoo.MultiplicativeLSTM)
 
 
 @needs_kernels
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("sizes", [(3, 5, 4, 17), (1, 1, 3, 64), (33, 4, 40, 96)], ids=str)
 @pytest.mark.parametrize("kind", PRODUCTS, ids=lambda kind: kind.__name__)

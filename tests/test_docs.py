@@ -78,8 +78,13 @@ WITH_CODE = [p for p in PAGES if blocks(p) and p.stem not in GUIDES]
 def test_python_runs(page: Path) -> None:
     """Each page from top to bottom; ``model`` is the reader's. For the others: test_guides.py."""
     names = {"torch": torch, "nn": nn, "model": nn.Sequential(nn.GRU(4, 8))}
-    for block in blocks(page):
-        exec(compile(block, str(page), "exec"), names)
+    rnn = torch.backends.cudnn.rnn  # a page may set it for its reader
+    before = rnn.fp32_precision  # type: ignore[attr-defined]
+    try:
+        for block in blocks(page):
+            exec(compile(block, str(page), "exec"), names)
+    finally:
+        rnn.fp32_precision = before  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -19,6 +19,7 @@ GUIDES = ("export", "many-gpus", "serving")
 BLOCK = re.compile(r'^```(\w+)(?: title="(.+)")?\n(.*?)^```$', re.M | re.S)
 
 
+@pytest.mark.drawn(1)  # they compile and start processes
 @pytest.mark.parametrize("page", GUIDES)
 def test_guide(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks with a title are files. All else is Python of one session, or a shell's lines."""
