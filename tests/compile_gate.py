@@ -59,7 +59,7 @@ REGISTERS = {
 # Multiprocessors that hold 1536 threads, where others hold 2048: with a third more registers each,
 # as large a part of them lives there.
 FEWER_THREADS = ("sm_86", "sm_89", "sm_120a")
-# Where loops of the small kernels, which wait for memory, are unrolled further: 48 registers are for
+# Where loops of small kernels, which wait for memory, are unrolled further: 48 registers are for
 # 1365 of 2048 threads.
 UNROLLED = {("sm_100a", name): 8 for name in ("ColumnSumParts", "SumGradients", "NormRows")}
 # Of a cell whose parameters take registers of their own.
