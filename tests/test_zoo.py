@@ -356,7 +356,7 @@ def test_heads_of_slstm_are_blocks() -> None:
                 gates = [torch.block_diag(*gate.chunk(2)) for gate in parameter.chunk(4)]
                 parameter = torch.cat(gates)
             whole.get_parameter(name).copy_(parameter)
-    ours, theirs = run(Giving(layer, {}), x, hx), run(Loop(whole, {}), x, hx)
+    ours, theirs = run(Giving(layer, {}), x, hx), run(Loop("SLSTM", whole, {}), x, hx)
     for key, value in theirs.items():
         if "weight_hh" in key:
             gates = [(gate[:4, :4], gate[4:, 4:]) for gate in value.chunk(4)]
