@@ -2,6 +2,7 @@
 // torch, no CUDA runtime.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "core/macros.h"
@@ -113,6 +114,23 @@ struct LayerGradParams : LayerParams {
   DirectionGrads dw[2];
 };
 static_assert(std::has_unique_object_representations_v<LayerGradParams>);
+
+// Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it their sum.
+inline bool NormOfX(const LayerParams& p) { return p.w[0].gains[kInput] != nullptr; }
+inline bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
+inline bool NormOfH(const LayerParams& p) {
+  return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
+}
+// The gains of what NormOfH is about, or their gradients.
+template <class P>
+P GainOfH(const DirectionTensors<P>& w) {
+  return w.gains[kSum] ? w.gains[kSum] : w.gains[kRecurrent];
+}
+inline double NormEps(const LayerParams& p) {
+  double eps;
+  std::memcpy(&eps, &p.norm_eps, sizeof(eps));
+  return eps;
+}
 
 // Whether the CPU's backward can do without hs: given a single step, whose rows of h are as it reads
 // them, in h0 and h_n.

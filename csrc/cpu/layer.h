@@ -229,30 +229,17 @@ class Layer {
            (panel * p.rows + row) * NormShown::kTapeRow;
   }
 
-  // Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it, their sum.
-  static bool NormOfX(const LayerParams& p) { return p.w[0].gains[kInput] != nullptr; }
-  static bool NormOfH(const LayerParams& p) {
-    return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
-  }
-  static bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
-  // Whether what the output shows is.
+  // Whether what the output shows is normalised.
   static bool NormOfShown(const LayerParams& p) {
     return kShows && p.w[0].gains[kShown] != nullptr;
-  }
-  // The gains of what NormOfH is about.
-  template <class P>
-  static P GainOfH(const DirectionTensors<P>& w) {
-    return w.gains[kSum] ? w.gains[kSum] : w.gains[kRecurrent];
   }
   template <class Normed>
   static typename Normed::Common NormCommon(const LayerParams& p, bool on, int64_t own_panels,
                                             int64_t rows) {
-    double eps;
-    memcpy(&eps, &p.norm_eps, sizeof(eps));
     typename Normed::Common common{};
     common.on = on;
     common.centred = p.norm == Norm::kLayer;
-    common.eps = T(eps);
+    common.eps = T(NormEps(p));
     common.H = p.H;
     common.panels = Panels(p);
     common.own_panels = own_panels;

@@ -23,7 +23,7 @@ struct Engine {
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;
     problem.stages = Steps<C, T>::ChangesStates(p);
-    problem.norms = Steps<C, T>::NormOfX(p) || Steps<C, T>::NormOfH(p);
+    problem.norms = NormOfX(p) || NormOfH(p);
     problem.blocks = p.blocks;
     problem.kept = kBackward<P> || p.hs != nullptr || p.saved != nullptr;
     for (int d = 0; d < p.dirs; d++)

@@ -46,12 +46,6 @@ class Steps {
   static bool ChangesStates(const LayerParams& p) {
     return p.reset || p.zoneout || p.h_mask || p.every_state;
   }
-  // Whether x W_ih^T is normalised by itself, and h W_hh^T, or with it, their sum.
-  static bool NormOfX(const LayerParams& p) { return p.w[0].gains[kInput] != nullptr; }
-  static bool NormOfSum(const LayerParams& p) { return p.w[0].gains[kSum] != nullptr; }
-  static bool NormOfH(const LayerParams& p) {
-    return p.w[0].gains[kRecurrent] != nullptr || NormOfSum(p);
-  }
 
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
@@ -138,11 +132,7 @@ class Steps {
   static bool HasStages(const LayerParams& p) {
     return ChangesStates(p) || NormOfX(p) || NormOfH(p) || InBlocks(p);
   }
-  // The gains of what NormOfH is about, and of what x W_ih^T is a part of, or their gradients.
-  template <class P>
-  static P GainOfH(const DirectionTensors<P>& w) {
-    return w.gains[kSum] ? w.gains[kSum] : w.gains[kRecurrent];
-  }
+  // The gains of what x W_ih^T is a part of, or their gradients.
   template <class P>
   static P GainOfX(const DirectionTensors<P>& w) {
     return w.gains[kSum] ? w.gains[kSum] : w.gains[kInput];
@@ -335,9 +325,8 @@ class Steps {
     // Kernels of what is normalised.
     NormRowsArgs<T> NormOf(bool of_x, const void* gain, int64_t row) const {
       NormRowsArgs<T> a{};
-      double eps;
-      std::memcpy(&eps, &p.norm_eps, sizeof(eps));
-      a.width = (of_x ? C::kX : C::kH) * p.H, a.centred = p.norm == Norm::kLayer, a.eps = A(eps);
+      a.width = (of_x ? C::kX : C::kH) * p.H, a.centred = p.norm == Norm::kLayer,
+      a.eps = A(NormEps(p));
       a.of_v = a.of_added = PlainOrder(p);
       a.gain = static_cast<const T*>(gain);
       if (p.saved) {
