@@ -369,8 +369,8 @@ void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
 
 // ---- once per direction ----
 
-// Biases [gate][unit], parameters [number][unit], what is added to what is shown, and c_0 [row][state][unit] of the own panels, and
-// zones that are the same in all steps.
+// Biases [gate][unit], parameters [number][unit], what is added to what is shown, and c_0
+// [row][state][unit] of the own panels, and zones that are the same in all steps.
 template <class C>
 void Layer<C>::ForwardPass::PackPanels(Thread& my) const {
   for (int64_t at = 0; at < my.count; at++) {
@@ -685,8 +685,8 @@ void Layer<C>::ForwardPass::StoreExtraStates(Thread& my, int64_t rows, int64_t r
     }
 }
 
-// The pointwise part of a step after a product, for one panel and the rows from `first` on: up to what the output
-// shows, if that is normalised.
+// The pointwise part of a step after a product, for one panel and the rows from `first` on: up to
+// what the output shows, if that is normalised.
 template <class C>
 template <int kProduct>
 void Layer<C>::ForwardPass::Gates(const Thread& my, const StepRows& s, int64_t at, int64_t first,

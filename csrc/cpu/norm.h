@@ -1,6 +1,7 @@
 // Normalisation of a product of a layer, row by row, over all gates and units, or of a state over all
-// units, as of one gate: v becomes gain * n, where n = (v - mean) * scale and scale = 1 / sqrt(var + eps), or, of kind rms,
-// n = v * scale and scale = 1 / sqrt(mean of squares + eps).
+// units, as of one gate: v becomes gain * n, where n = (v - mean) * scale and
+// scale = 1 / sqrt(var + eps), or, of kind rms, n = v * scale and
+// scale = 1 / sqrt(mean of squares + eps).
 //
 // A row is spread over the team. Each thread sums up the part of its panels, and after a barrier
 // adds up those of all panels, in their order: what comes out depends on no number of threads.

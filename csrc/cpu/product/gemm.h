@@ -1,8 +1,9 @@
 // Products of matrices on vectors, and the order in memory that their right operands want: packed
 // in tiles of columns [K][NV vectors]. The left operand is read as it lies (rows lda apart) or
 // packed ([K][rows]). The order of summation depends on K alone, never on the number of threads, so
-// results are the same for any. What c has already is added to the sum of all products. The products themselves (cpu/product/gemm_tile.h) are compiled once
-// for each instruction set and computing type, not again for every cell.
+// results are the same for any. What c has already is added to the sum of all products. The products
+// themselves (cpu/product/gemm_tile.h) are compiled once for each instruction set and computing type,
+// not again for every cell.
 #pragma once
 #include <utility>
 
