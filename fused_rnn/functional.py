@@ -206,11 +206,11 @@ def _takes(
     engine: Any, how: _How, x: Tensor, states: States, weights: Sequence[Tensor], stages: Stages
 ) -> bool:
     """Whether an engine has what is to happen between two steps; the reference has all."""
-    if engine is not ops or (stages.nothing and not how.every_state):
+    if engine is not ops or stages.nothing:
         return True
     _, units = reference.widths(how.cell, weights, how.shape[2])
     train = ops.wants_grad((x, *_present(states), *weights))
-    return ops.takes(stages, how.every_state, how.cell, units, x.device, train=train)
+    return ops.takes(stages, how.cell, units, x.device, train=train)
 
 
 def _kept_for_backward(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:

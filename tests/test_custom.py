@@ -404,6 +404,17 @@ def test_output_recurrent_state_and_counter(dtype: torch.dtype) -> None:
     assert torch.equal(count[0, :, 0], torch.tensor([5, 2, 2], dtype=dtype))
 
 
+def assert_resets_cut(layer: Any, x: Tensor) -> None:
+    """What comes after the last reset of a sequence is as if nothing had been before."""
+    reset = torch.rand(x.shape[:2]) < 0.3
+    y, states = layer(x, reset=reset)
+    for b in range(x.shape[1]):
+        start = max([0, *reset[:, b].nonzero().flatten().tolist()])
+        alone, last = layer(x[start:, b])
+        assert_all_close(y[start:, b], alone, tol=1e-13)
+        assert_all_close(tree_map(lambda s, b=b: s[:, b], states), last, tol=1e-13)
+
+
 @needs_kernels
 def test_what_happens_between_steps() -> None:
     """Options of all layers, and resets, on kernels or past them: as the function itself."""
@@ -411,14 +422,7 @@ def test_what_happens_between_steps() -> None:
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     hx = tree_map(torch.randn_like, layer.eval()(x)[1])
     agree(layer, x, hx, 1e-12)
-    reset = torch.rand(6, 3) < 0.3
-    plain = Swapped(4, 9, dtype=torch.float64)
-    y, states = plain(x, reset=reset)
-    for b in range(3):
-        start = max([0, *reset[:, b].nonzero().flatten().tolist()])
-        alone, last = plain(x[start:, b])
-        assert_all_close(y[start:, b], alone, tol=1e-13)
-        assert_all_close(tree_map(lambda s, b=b: s[:, b], states), last, tol=1e-13)
+    assert_resets_cut(Swapped(4, 9, dtype=torch.float64), x)
 
 
 # --- A module like others -----------------------------------------------------------------------

@@ -10,7 +10,15 @@ import gate_cells
 import pytest
 import torch
 from helpers import assert_all_close, error, flatten, run
-from test_custom import TOLERANCES, SevenGates, Swapped, agree, giving, pair
+from test_custom import (
+    TOLERANCES,
+    SevenGates,
+    Swapped,
+    agree,
+    assert_resets_cut,
+    giving,
+    pair,
+)
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_map
 
@@ -70,15 +78,13 @@ def test_what_happens_between_steps() -> None:
     layer = Swapped(4, 64, 2, bidirectional=True, dtype=torch.float64, **options)
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     hx = tree_map(torch.randn_like, layer.eval()(x)[1])
-    assert ops.library.stages_of_library("cpu", layer.cell)[0], "it has kernels with stages"
+    stages = reference.Stages(
+        zoneout=torch.zeros(4, 1, 128), blocks=2, norm=reference.Norm("rms", ("input",), 1e-5)
+    )
+    device = torch.device("cpu")
+    assert ops.takes(stages, layer.cell, 64, device, train=False), "it has kernels with stages"
     agree(layer, x, hx, 1e-12)
-    plain, reset = Swapped(4, 9, dtype=torch.float64), torch.rand(6, 3) < 0.3
-    y, states = plain(x, reset=reset)
-    for b in range(3):
-        start = max([0, *reset[:, b].nonzero().flatten().tolist()])
-        alone, last = plain(x[start:, b])
-        assert_all_close(y[start:, b], alone, tol=1e-13)
-        assert_all_close(tree_map(lambda s, b=b: s[:, b], states), last, tol=1e-13)
+    assert_resets_cut(Swapped(4, 9, dtype=torch.float64), x)
 
 
 @pytest.mark.parametrize("variant", ["local", "cluster", "resident"])

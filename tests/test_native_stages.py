@@ -126,9 +126,9 @@ def check(
     """The number of layers."""
     tensors, rest = problem(rng, cell, names, dtype, **shape)
     print(cell, names, tensors[0].shape, *rest[:-2])
-    stages, every_state = rest[-2:]
+    stages = rest[-2]
     units = tensors[1].shape[2]
-    assert ops.takes(stages, every_state, cell, units, DEVICE, train=True)
+    assert ops.takes(stages, cell, units, DEVICE, train=True)
     exact = run(reference, cell, tensors, rest, torch.float64)
     for ours, want in zip(run(ops, cell, tensors, rest, dtype), exact, strict=True):
         limit = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 0.03)

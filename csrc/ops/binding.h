@@ -35,8 +35,7 @@ class Text {
 extern "C" {
 struct frnn_cell_t {
   int gates_x, gates_h, extra_states, tape, given, operands, reads_h, reads_new_h;
-  int has_stages;   // whether there are kernels for Stages
-  int block_units;  // a block of a block-diagonal W_hh has a multiple of so many; 0: there are none
+  int block_units;  // a block of a block-diagonal W_hh has a multiple of so many
   int has_norm;  // kernels for Shape::norm: 0 none, 1 of products, 2 of what the output shows, too
 };
 struct frnn_tape_t {
@@ -216,8 +215,7 @@ bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
             found->operands,
             found->reads_h,
             found->reads_new_h,
-            Device::kHasStages,
-            Device::kHasBlocks ? kAlign : 0,
+            kAlign,
             std::min<int>(Device::kHasNorm, found->shows ? 2 : 1)};
   return true;
 }

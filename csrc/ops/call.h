@@ -18,9 +18,8 @@ namespace frnn {
 //     static constexpr const char* kName;        // "CPU"
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
-//     static constexpr bool kHasStages, kHasBlocks;  // kernels for Stages and Shape::blocks
-//     static constexpr int kHasNorm;                 // and for Shape::norm, as has_norm in frnn_cell_t
-//     static constexpr bool kHasProducts;  // for cells with several products, or with given values
+//     static constexpr int kHasNorm;             // kernels for Shape::norm, as has_norm in frnn_cell_t
+//     static constexpr bool kHasProducts;        // for cells with several products, or given values
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown
@@ -325,13 +324,10 @@ struct Call {
                        : arguments.Take("given", given, {p.T, p.B, width});
   }
   void TakeStages(const Stages<T>& stages, const T& x) {
-    FRNN_CHECK(Device::kHasStages || (!stages.reset.has_value() && !stages.zoneout.has_value() &&
-                                      !stages.h_mask.has_value() && !p.every_state),
-               "reset, zoneout, h_mask, every_state: no kernels for ", Device::kName);
-    FRNN_CHECK(p.blocks == 1 || (Device::kHasBlocks && p.H == p.Hout && kernels.gates_h > 0 &&
-                                 p.H % (p.blocks * kAlign) == 0),
-               "blocks: expected 1, or blocks of a multiple of ", kAlign, " units, got ", p.blocks,
-               " of ", p.H, " units");
+    FRNN_CHECK(
+        p.blocks == 1 || (p.H == p.Hout && kernels.gates_h > 0 && p.H % (p.blocks * kAlign) == 0),
+        "blocks: expected 1, or blocks of a multiple of ", kAlign, " units, got ", p.blocks, " of ",
+        p.H, " units");
     if (stages.reset.has_value()) p.reset = TakeResets(*stages.reset, x);
     if (stages.zoneout.has_value()) {
       FRNN_CHECK(p.H == p.Hout, "zoneout: expected no projection");

@@ -17,7 +17,7 @@ struct Cpu {
   static constexpr const char* kName = "CPU";
   static constexpr int kSavedLead = 1;
   static constexpr bool kHsInStorageType = false;
-  static constexpr bool kHasStages = true, kHasBlocks = true, kHasProducts = true;
+  static constexpr bool kHasProducts = true;
   static constexpr int kHasNorm = 2;
 
   template <class T>

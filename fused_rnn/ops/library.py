@@ -65,7 +65,6 @@ def supports(tensors: Iterable[Tensor | None], cell: str) -> bool:
 
 def takes(
     stages: reference.Stages,
-    every_state: bool,
     cell: str,
     hidden: int,
     device: torch.device,
@@ -73,15 +72,13 @@ def takes(
     train: bool,
 ) -> bool:
     """Whether the native kernels have what is to happen between two steps of this cell's layers."""
-    has_stages, units_of_block, reads_new_h, has_norm = stages_of_library(target_of(device), cell)
+    units_of_block, reads_new_h, has_norm = _stages_of(target_of(device), cell)
     if stages.reset_to is not None:
         return False
     if stages.norm is not None and has_norm < (2 if "cell" in stages.norm.at else 1):
         return False
-    if stages.blocks > 1 and (not units_of_block or hidden % (stages.blocks * units_of_block)):
+    if stages.blocks > 1 and hidden % (stages.blocks * units_of_block):
         return False
-    if not has_stages:
-        return stages._replace(blocks=1, norm=None).nothing and not every_state
     # The derivative of such a cell is that at the new h, which a part of the old one is mixed into;
     # or all of it, where that of another state has its share in the gradients.
     more = len(reference.CELLS[cell].states) > 1
@@ -108,7 +105,6 @@ class _Facts(ctypes.Structure):
             "operands",
             "reads_h",
             "reads_new_h",
-            "has_stages",
             "block_units",
             "has_norm",
         )
@@ -151,9 +147,9 @@ def tape_values(target: str, cell: str, present: int) -> int:
 
 
 @constant
-def stages_of_library(target: str, cell: str) -> tuple[bool, int, bool, int]:
+def _stages_of(target: str, cell: str) -> tuple[int, bool, int]:
     facts = facts_of(target, cell)
-    return bool(facts.has_stages), facts.block_units, bool(facts.reads_new_h), facts.has_norm
+    return facts.block_units, bool(facts.reads_new_h), facts.has_norm
 
 
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:
