@@ -3,10 +3,9 @@ which it counts one by one where torch.nn's layers do them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
@@ -24,75 +23,29 @@ class _Matrix(NamedTuple):
     flops: int
 
 
-def _matrices(
-    cell: str, weights: Sequence[Tensor], directions: int, present: int
-) -> Iterator[_Matrix]:
-    names = present_names(cell, present)
-    for i, weight in enumerate(weights[: len(weights) - bool(CELLS[cell].given)]):
+def _matrices(i: ops.Inputs) -> Iterator[_Matrix]:
+    names = present_names(i.cell, i.present)
+    for number, weight in enumerate(i.weights[: len(i.weights) - bool(CELLS[i.cell].given)]):
         if weight.dim() == 2:
-            first = i - i % (directions * len(names))
-            yield _Matrix(names[i % len(names)], i, first, 2 * weight.numel())
+            first = number - number % (i.directions * len(names))
+            yield _Matrix(names[number % len(names)], number, first, 2 * weight.numel())
 
 
-def _forward(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    masks: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    zoneout: Tensor | None,
-    h_mask: Tensor | None,
-    layers: int,
-    directions: int,
-    present: int,
-    blocks: int,
-    norm: int,
-    norm_eps: float,
-    every_state: bool,
-    allow_tf32: bool,
-    **_: Any,
-) -> int:
-    rows = x.shape[:-1].numel()
-    return sum(rows * m.flops for m in _matrices(cell, weights, directions, present))
+def _forward(*inputs: Any, **_: Any) -> int:
+    i = ops.Inputs(*inputs)
+    rows = i.x.shape[:-1].numel()
+    return sum(rows * m.flops for m in _matrices(i))
 
 
-def _backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    between: Tensor,
-    hs: Tensor,
-    saved: Tensor,
-    needs: Sequence[int],
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    masks: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    zoneout: Tensor | None,
-    h_mask: Tensor | None,
-    layers: int,
-    directions: int,
-    present: int,
-    blocks: int,
-    norm: int,
-    norm_eps: float,
-    every_state: bool,
-    allow_tf32: bool,
-    **_: Any,
-) -> int:
+def _backward(*arguments: Any, **_: Any) -> int:
     """Two products for each of the forward: the gradient of the weight, and of what it multiplied,
     unless nobody wants them. The states at the first step are wanted only if h0 is. Without a tape
     the forward is run again."""
-    rows, total = x.shape[:-1].numel(), 0
-    first_rows = 0 if 1 in needs else _batch(x, h0, batch_sizes)
-    for m in _matrices(cell, weights, directions, present):
+    _, _, _, _, hs, _, needs, *inputs = arguments
+    i = ops.Inputs(*inputs)
+    rows, total = i.x.shape[:-1].numel(), 0
+    first_rows = 0 if 1 in needs else _batch(i)
+    for m in _matrices(i):
         below = min(needs) < 3 + m.first if m.first else 0 in needs
         through = {"w_ih": rows * below, "w_hh": rows - first_rows}.get(m.name, rows)
         own = rows * (3 + m.number in needs)
@@ -101,12 +54,12 @@ def _backward(
     return total
 
 
-def _batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int:
-    if h0 is not None:
-        return h0.shape[1]
-    if batch_sizes is None:
-        return x.shape[1]
-    return 0 if isinstance(batch_sizes, FakeTensor) else int(batch_sizes[0])
+def _batch(i: ops.Inputs) -> int:
+    if i.h0 is not None:
+        return i.h0.shape[1]
+    if i.batch_sizes is None:
+        return i.x.shape[1]
+    return 0 if isinstance(i.batch_sizes, FakeTensor) else int(i.batch_sizes[0])
 
 
 def _register(counter: Any) -> None:

@@ -33,9 +33,10 @@ from . import direct, registration, step
 from .derivatives import EagerRecomputed, EagerRecurrent
 from .direct import called_directly, direct_calls
 from .library import facts_of, has_cell, supports, takes, tensor_names
-from .schemas import Call, StageTensors, inputs_of, is_plain, operators
+from .schemas import Call, Inputs, StageTensors, inputs_of, is_plain, operators
 
 __all__ = [
+    "Inputs",
     "called_directly",
     "direct",
     "direct_calls",

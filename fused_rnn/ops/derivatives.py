@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..torch_internals import Batch, below_autograd, is_legacy_batched
 from . import direct
-from .schemas import Call, StageTensors, inputs_of, is_plain, operators
+from .schemas import Call, Inputs, StageTensors, inputs_of, is_plain, operators
 
 Gradients = tuple[Any, ...]
 
@@ -190,13 +190,13 @@ class EagerRecomputed(EagerRecurrent):
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Of both operators: what ``EagerRecurrent`` and ``EagerRecomputed`` do."""
-    cell, x, h0, c0, weights, masks, batch_sizes, reset, zoneout, h_mask, *rest = inputs
-    ctx.call = Call(cell, *rest)
-    stages = (reset, zoneout, h_mask)
+    i = Inputs(*inputs)
+    ctx.call = i.call
     between, hs, tape = (*output[3:], None, None)[:3]
     kept = (between, hs, tape)
     ctx.mark_non_differentiable(*output[3:])
-    _save(ctx, Saved(x, h0, c0, masks, batch_sizes, *stages, *kept, tuple(weights)))
+    weights = tuple(i.weights)
+    _save(ctx, Saved(i.x, i.h0, i.c0, i.masks, i.batch_sizes, *i.stages, *kept, weights))
 
 
 def grad(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> Gradients:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from .library import tape_of, tape_values, target_of
-
-
-def _computing(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .schemas import Inputs
 
 
 class _Sizes(NamedTuple):
@@ -27,85 +23,60 @@ class _Sizes(NamedTuple):
     rows: Any
 
 
-def _sizes(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    present: int,
-    blocks: int,
-) -> _Sizes:
-    found = reference.CELLS[cell]
-    run = dict(zip(reference.present_names(cell, present), weights, strict=False))
+def _sizes(i: Inputs) -> _Sizes:
+    found, x = reference.CELLS[i.cell], i.x
+    run = dict(zip(reference.present_names(i.cell, i.present), i.weights, strict=False))
     hidden = run["w_ih"].shape[0] // found.gates
-    width = run["w_hh"].shape[1] * blocks if "w_hh" in run else hidden
+    width = run["w_hh"].shape[1] * i.blocks if "w_hh" in run else hidden
     batch: Any
-    if h0 is not None:
-        batch = h0.shape[1]
-    elif batch_sizes is None:
+    if i.h0 is not None:
+        batch = i.h0.shape[1]
+    elif i.batch_sizes is None:
         batch = x.shape[1]
     else:  # a number that is in the data
         batch = torch.library.get_ctx().new_dynamic_size()
-    rows = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
+    rows = x.shape[0] if i.batch_sizes is not None else x.shape[0] * x.shape[1]
     return _Sizes(batch, hidden, width, (len(found.states) - 1) * hidden, rows)
 
 
-def infer_fake(
-    cell: str,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    masks: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    zoneout: Tensor | None,
-    h_mask: Tensor | None,
-    layers: int,
-    directions: int,
-    present: int,
-    blocks: int,
-    norm: int,
-    norm_eps: float,
-    every_state: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = _sizes(cell, x, h0, c0, weights, batch_sizes, present, blocks)
-    runs, states = layers * directions, n.rows if every_state else n.batch
-    y = x.new_empty((*x.shape[:-1], directions * n.width))
+def infer_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    i = Inputs(*inputs)
+    n, x = _sizes(i), i.x
+    runs, states = i.layers * i.directions, n.rows if i.every_state else n.batch
+    y = x.new_empty((*x.shape[:-1], i.directions * n.width))
     return y, x.new_empty((runs, states, n.width)), x.new_empty((runs, states, n.extra))
 
 
-def recomputed_fake(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    y, h_n, c_n = infer_fake(cell, x, *rest)
-    layers, rows = rest[8], y.numel() // max(y.shape[-1], 1)
-    return y, h_n, c_n, x.new_empty((layers - 1, rows, y.shape[-1]))
+def recomputed_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    i = Inputs(*inputs)
+    y, h_n, c_n = infer_fake(*inputs)
+    rows = y.numel() // max(y.shape[-1], 1)
+    return y, h_n, c_n, i.x.new_empty((i.layers - 1, rows, y.shape[-1]))
 
 
-def fake(cell: str, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    h0, c0, weights, _, batch_sizes, _, _, _, layers, directions, present, blocks, *_ = rest
-    n, target = _sizes(cell, x, h0, c0, weights, batch_sizes, present, blocks), target_of(x.device)
-    tape, runs, dtype = tape_of(target, int(n.hidden), int(n.width)), layers * directions, x.dtype
-    y, h_n, c_n, between = recomputed_fake(cell, x, *rest)
+def fake(*inputs: Any) -> tuple[Tensor, ...]:
+    i = Inputs(*inputs)
+    n, x, target = _sizes(i), i.x, target_of(i.x.device)
+    tape, runs = tape_of(target, int(n.hidden), int(n.width)), i.layers * i.directions
+    y, h_n, c_n, between = recomputed_fake(*inputs)
     hs = (runs, tape.hs_lead * n.batch + n.rows, tape.hs_row)
-    saved = (runs, n.rows, tape_values(target, cell, present), tape.units)
-    hs_dtype = dtype if tape.hs_as_x else _computing(dtype)
+    saved = (runs, n.rows, tape_values(target, i.cell, i.present), tape.units)
+    computing = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         y,
         h_n,
         c_n,
         between,
-        x.new_empty(hs, dtype=hs_dtype),
-        x.new_empty(saved, dtype=_computing(dtype)),
+        x.new_empty(hs, dtype=x.dtype if tape.hs_as_x else computing),
+        x.new_empty(saved, dtype=computing),
     )
 
 
 def backward_fake(*arguments: Any) -> tuple[Any, ...]:
-    needs, (_, x, h0, c0, weights, *_) = arguments[6], arguments[7:]
+    _, _, _, _, _, _, needs, *inputs = arguments
+    i = Inputs(*inputs)
     gradients = [
-        x.new_empty(0) if t is None or i not in needs else t.new_empty(t.shape)
-        for i, t in enumerate((x, h0, c0, *weights))
+        i.x.new_empty(0) if t is None or number not in needs else t.new_empty(t.shape)
+        for number, t in enumerate((i.x, i.h0, i.c0, *i.weights))
     ]
     return (*gradients[:3], gradients[3:])

@@ -11,11 +11,10 @@ import torch
 import torch.library
 from torch import Tensor
 
-from .. import reference
 from .derivatives import grad, setup
 from .fakes import backward_fake, fake, infer_fake, recomputed_fake
 from .library import supports
-from .schemas import CELL_AT, DTYPES, SCHEMAS, Call, library, operators, stages_of
+from .schemas import CELL_AT, DTYPES, SCHEMAS, Inputs, by_reference, library, operators
 from .second_derivatives import backward_grad, backward_setup
 
 # ---- where no library has registered its kernels ----
@@ -35,24 +34,11 @@ def _load_kernels(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any
     return call
 
 
-def _reference_infer(
-    cell: str, x: Tensor, h0: Any, c0: Any, weights: Sequence[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    masks, batch_sizes, *stages = rest[:5]
-    call = Call(cell, *rest[5:])
-    y, h_n, c_n = reference.recurrent(
-        cell,
-        x,
-        h0,
-        c0,
-        weights,
-        masks,
-        batch_sizes,
-        *call[1:4],
-        stages=stages_of(call, stages),
-        every_state=call.every_state,
-    )
-    return y, h_n, x.new_empty((*h_n.shape[:2], 0)) if c_n is None else c_n
+def _reference_infer(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    i = Inputs(*inputs)
+    tensors = i.x, i.h0, i.c0, i.weights, i.masks, i.batch_sizes
+    y, h_n, c_n = by_reference(i.call, i.stages, *tensors)
+    return y, h_n, i.x.new_empty((*h_n.shape[:2], 0)) if c_n is None else c_n
 
 
 def _reference_recomputed(*inputs: Any) -> tuple[Tensor, ...]:

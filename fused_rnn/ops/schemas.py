@@ -56,6 +56,37 @@ class Call(NamedTuple):
     allow_tf32: bool = False
 
 
+class Inputs(NamedTuple):
+    """What the arguments of all operators end with, in the order of the schemas."""
+
+    cell: str
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    weights: Sequence[Tensor]
+    masks: Tensor | None
+    batch_sizes: Tensor | None
+    reset: Tensor | None
+    zoneout: Tensor | None
+    h_mask: Tensor | None
+    layers: int
+    directions: int
+    present: int
+    blocks: int
+    norm: int
+    norm_eps: float
+    every_state: bool
+    allow_tf32: bool = False
+
+    @property
+    def call(self) -> Call:
+        return Call(self.cell, *self[10:])
+
+    @property
+    def stages(self) -> StageTensors:
+        return self.reset, self.zoneout, self.h_mask
+
+
 # The tensors of ``reference.Stages``: reset, zoneout, h_mask.
 StageTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_STAGE_TENSORS: StageTensors = (None, None, None)
@@ -69,6 +100,31 @@ def stages_of(call: Call, tensors: Sequence[Tensor | None]) -> reference.Stages:
         norm = reference.Norm(reference.NORM_KINDS[call.norm - 1], at, call.norm_eps)
     return reference.Stages(
         reset=reset, zoneout=zoneout, h_mask=h_mask, blocks=call.blocks, norm=norm
+    )
+
+
+def by_reference(
+    call: Call,
+    stages: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    masks: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What an operator computes, in plain torch."""
+    return reference.recurrent(
+        call.cell,
+        x,
+        h0,
+        c0,
+        weights,
+        masks,
+        batch_sizes,
+        *call[1:4],
+        stages=stages_of(call, stages),
+        every_state=call.every_state,
     )
 
 

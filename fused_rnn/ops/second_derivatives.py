@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from .derivatives import Gradients
-from .schemas import Call, stages_of
+from .schemas import Inputs, by_reference
 
 
 def _vjp_grads(
@@ -63,11 +62,12 @@ def _vjp_grads(
 
 
 def backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    dy, dh_n, dc_n, _, _, _, needs, cell, x, h0, c0, weights, masks, batch_sizes, *rest = inputs
-    *stages, ctx.call = *rest[:3], Call(cell, *rest[3:])
-    ctx.needs = needs
+    dy, dh_n, dc_n, _, _, _, ctx.needs, *rest = inputs
+    i = Inputs(*rest)
+    ctx.call = i.call
     ctx.set_materialize_grads(False)
-    tensors = (dy, dh_n, dc_n, masks, batch_sizes, *stages, x, h0, c0, *weights)
+    first = (dy, dh_n, dc_n, i.masks, i.batch_sizes, *i.stages)
+    tensors = (*first, i.x, i.h0, i.c0, *i.weights)
     ctx.there = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
 
@@ -77,24 +77,14 @@ def backward_grad(ctx: Any, *ggs: Any) -> Gradients:
     dy, dh_n, dc_n, masks, batch_sizes, reset, zoneout, h_mask, *tensors = (
         next(rest) if there else None for there in ctx.there
     )
-    call: Call = ctx.call
+    stages = (reset, zoneout, h_mask)
 
     def forward(x: Tensor, h0: Any, c0: Any, *weights: Any) -> Any:
-        return reference.recurrent(
-            call.cell,
-            x,
-            h0,
-            c0,
-            weights,
-            masks,
-            batch_sizes,
-            *call[1:4],
-            stages=stages_of(call, (reset, zoneout, h_mask)),
-            every_state=call.every_state,
-        )
+        return by_reference(ctx.call, stages, x, h0, c0, weights, masks, batch_sizes)
 
     *first, dw = ggs
     wanted = [i in ctx.needs for i in range(len(tensors))]
     grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, (*first, *(dw or ())))
     cotangents, (dx, dh0, dc0, *ddw) = grads[:3], grads[3:]
-    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * 13)
+    behind = len(Inputs._fields) - 5  # the cell, x, h0, c0 and the weights come before
+    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * behind)
