@@ -751,14 +751,16 @@ def test_killed_build_leaves_nothing_in_the_way(home, stub, sign):
     """Neither files nor processes: ninja and its compilers end with who started them."""
     stub(f'[ ! -e {home.parent}/slow ] || sleep 60\nexec {shutil.which("c++")} "$@"')
     (home.parent / "slow").write_text("")
-    process = start(home, "libraries.backend()")
+    # A shell's background jobs ignore interrupts, and so does what they start.
+    heeded = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = start(home, f"{heeded}\nlibraries.backend()")
     release(process)
     deadline = time.monotonic() + 60
     while not stub.processes():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(sign)
-    process.communicate()
+    process.communicate(timeout=60)
     for pid in stub.processes():
         while Path(f"/proc/{pid}").exists() and "zombie" not in status(pid):
             assert time.monotonic() < deadline, "a compiler lives on"
