@@ -223,14 +223,14 @@ def test_the_zoos_peers_do_equal_work(name: str) -> None:
     case = replace(case, bias=name != "RAN")  # whose content has none in the other package
     expected = sample(peers.load("zoo_loop").prepare(Problem(case)).results())
     assert {f"d {name}" for name in Problem(case).weights} | {"y", "h_n", "d x"} <= set(expected)
-    for other in ("ours", "torchrecurrent"):
+    for other in ("ours", "torchrecurrent", "ours_header"):
         peer = peers.load(other)
         drawn = name in ("GRUD", "AntisymmetricRNN", "SLSTM") or other != "ours"
         if drawn and not (peer.missing("cpu") or peer.refuses_at_all(case)):
             found = sample(peer.prepare(Problem(case)).results())
             assert mismatch(found, expected, case.dtype) is None, other
             assert {"y", "h_n", "d x"} <= set(found)
-    for other in set(peers.NAMES) - {"ours", "zoo_loop", "torchrecurrent"}:
+    for other in set(peers.NAMES) - {"ours", "zoo_loop", "torchrecurrent", "torch_compile"}:
         inherits = other.startswith("ours")
         assert inherits or peers.load(other).refuses_at_all(case) == "has not this cell", other
 

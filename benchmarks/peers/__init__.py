@@ -37,6 +37,7 @@ NAMES = (
     "ours_recompute",
     "ours_baseline",
     "ours_plain",
+    "ours_header",
     "reference",
 )
 

@@ -11,16 +11,21 @@ from ..cases import Case
 from ..problem import Problem
 from .modules import no_ragged
 from .reference import Reference
+from .zoo_loop import ZooLoopPeer
 
 
 class Compiled(Reference):
     name, title = "torch_compile", "compile"
+    has_zoo = True
 
     def refuses(self, case: Case) -> str | None:
         return no_ragged(case)
 
+    def gradients(self, module: Any) -> dict[str, Any]:
+        return super().gradients(getattr(module, "layer", module))
+
     def module(self, problem: Problem) -> Any:
-        loop = super().module(problem)
+        loop = ZooLoopPeer().module(problem) if problem.case.zoo else super().module(problem)
         loop.compile(dynamic=False)
         return loop
 
