@@ -68,8 +68,8 @@ class Case:
         alone = self.layers == self.directions == 1 and not (self.proj or self.ragged)
         if self.between and not (alone and self.phase in WHOLE):
             raise ValueError(f"resets, blocks and norm are for one padded layer: {self}")
-        if self.zoo and (self.between or not (alone and self.phase in WHOLE)):
-            raise ValueError(f"a cell of the zoo is one padded layer, and nothing else: {self}")
+        if self.zoo and not (self.between <= {"blocks"} and alone and self.phase in WHOLE):
+            raise ValueError(f"a cell of the zoo is one padded layer, in blocks or not: {self}")
         if self.I == 0:
             object.__setattr__(self, "I", self.H)
 

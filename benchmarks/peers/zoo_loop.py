@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..cases import Case
-from ..problem import Problem
-from .modules import ModulePeer
+from ..problem import Problem, module_arguments, module_class
+from .modules import ModulePeer, copy_weights
+from .ours import between
 
 
 class ZooLoop(nn.Module):
-    """The same parameters as a layer of the zoo, on the plain torch path."""
+    """A layer of the zoo on the plain torch path."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -25,6 +26,7 @@ class ZooLoop(nn.Module):
 
         self.layer, self.reference = layer, reference
         self.present = reference.present_bits(layer.cell, biases=layer.bias, projection=False)
+        self.stages = reference.Stages(blocks=layer.between_steps.blocks)
 
     def forward(self, x: Tensor, state: Any = None, **given: Tensor) -> tuple[Tensor, Any]:
         layer = self.layer
@@ -32,7 +34,7 @@ class ZooLoop(nn.Module):
         if given:
             weights.append(torch.cat(list(given.values()), -1))
         y, h_n, others = self.reference.recurrent(
-            layer.cell, x, None, None, weights, None, None, 1, 1, self.present
+            layer.cell, x, None, None, weights, None, None, 1, 1, self.present, stages=self.stages
         )
         return y, h_n if others is None else (h_n, *others.split(layer.hidden_size, -1))
 
@@ -41,6 +43,7 @@ class ZooLoopPeer(ModulePeer):
     name, title = "zoo_loop", "eager loop"
     devices = ("cpu", "cuda")
     has_zoo = True
+    has_between = frozenset({"blocks"})
 
     def refuses(self, case: Case) -> str | None:
         return None if case.zoo else "is for cells of the zoo"
@@ -49,7 +52,9 @@ class ZooLoopPeer(ModulePeer):
         return super().gradients(module.layer)
 
     def module(self, problem: Problem) -> Any:
-        return ZooLoop(problem.module)
+        layer: Any = module_class(problem.case)
+        arguments = module_arguments(problem.case) | between(problem.case)
+        return ZooLoop(copy_weights(layer(**arguments), problem))
 
 
 def peer() -> ZooLoopPeer:
