@@ -35,11 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 REGISTERS = {
     "GateForward": (64, 104),
     "GateBackward": (64, 104),
+    "OperandForward": (64, 104),
+    "OperandBackward": (64, 104),
     # A few warps on a multiprocessor, each with a step's weights of a unit on their way.
     "OneStep": (128, 128),
     "Convert": (32, 32),
     "Publish": (40, 40),
     "ScaleBy": (32, 32),
+    "AddTo": (32, 32),
     "SumGradients": (32, 32),
     "ColumnSumParts": (40, 40),
     "ColumnSum": (32, 32),
@@ -68,7 +71,7 @@ WIDER = {"GateForward<PeepholeLSTM": 72}
 GATES_WITH_STAGES = r"Gate(For|Back)ward<.*, true>"
 MOST_WITH_STAGES = 80
 # Of cells from Python, which may be as wide as an LSTM with two more states.
-PYTHON = "Gate(For|Back)ward<custom::"
+PYTHON = "(Gate|Operand)(For|Back)ward<custom::"
 MOST_OF_PYTHON = (96, 136)
 # In double precision their sine may call libm's, which has this stack for what is far out.
 STACK_OF_PYTHON = 40

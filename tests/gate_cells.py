@@ -57,25 +57,35 @@ def drawn(most: int) -> list[Any]:
 def write(layers: list[Any], scalar: str, path: Path) -> None:
     """A source of all kernels of their steps, for tensors of this type."""
     (path.parent / "cells").mkdir(exist_ok=True)
-    includes, kernels = ['#include "cuda/kernels.cuh"'], []
+    includes = ['#include "cuda/kernels.cuh"']
+    kernels = [
+        f"template __global__ void AddTo<{scalar}>(int64_t, int64_t, {scalar}*, const {scalar}*);"
+    ]
     for layer in layers:
         header = f"cells/{layer.cell}.h"
         (path.parent / header).write_text(layer.source())
         includes.append(f'#include "{header}"')
         name = f"custom::{CELLS[layer.cell].source.type_name}"
-        kernels += [
-            f"template __global__ void Gate{way}<{name}, {scalar}, {stages}>("
-            f"const __grid_constant__ Gate{way}Args<{scalar}>);"
-            for way in ("Forward", "Backward")
-            for stages in ("false", "true")
-        ]
+        count = len(CELLS[layer.cell].products)
+        for way, first in (("Forward", 0), ("Backward", 1)):
+            for stages in ("false", "true"):
+                chosen = [f"Gate{way}<{name}, {scalar}, {stages}>"]
+                chosen += [
+                    f"Operand{way}<{name}, {scalar}, {stages}, {first + k}>"
+                    for k in range(count - 1)
+                ]
+                kernels += [
+                    f"template __global__ void {kernel}("
+                    f"const __grid_constant__ Gate{way}Args<{scalar}>);"
+                    for kernel in chosen
+                ]
     text = [*includes, "namespace frnn {", "namespace cuda {", *kernels, "}", "}", ""]
     path.write_text("\n".join(text))
 
 
 def sources(folder: Path, scalars: Mapping[str, str]) -> dict[str, Path]:
     """Of all these cells by the types' names; and under "simple" of one, for the first."""
-    layers = [zoo.SLSTM, zoo.UnICORNN, contract_cells.Everything, *drawn(3)]
+    layers = [zoo.SLSTM, zoo.UnICORNN, zoo.GRUD, zoo.RHN, contract_cells.Everything, *drawn(3)]
     found = {name: folder / f"python_{name}.cu" for name in scalars}
     for name, path in found.items():
         write(layers, scalars[name], path)

@@ -9,8 +9,9 @@ import emulated
 import gate_cells
 import pytest
 import torch
-from helpers import assert_all_close, error, flatten, run
+from helpers import assert_all_close, flatten, run
 from test_custom import (
+    PRODUCTS,
     TOLERANCES,
     SevenGates,
     Swapped,
@@ -96,13 +97,25 @@ def test_no_kernel_that_keeps_its_weights(variant: str, monkeypatch: pytest.Monk
     agree(layer, x, torch.rand(1, 8, 32, dtype=torch.bfloat16), TOLERANCES[torch.bfloat16])
 
 
-@pytest.mark.parametrize("kind", [zoo.GRUD, zoo.OriginalGRU], ids=lambda kind: kind.__name__)
-def test_what_it_has_no_kernels_for(kind: Any) -> None:
-    """Several products, and given values: these run in plain PyTorch, and nothing is compiled."""
-    module, x, hx = giving(kind, (2, 3, 4, 5), torch.float64)
-    assert not ops.has_cell("cpu", module.layer.cell, torch.float64)
-    assert not ops.supports((x,), module.layer.cell)
-    assert error(module(x, hx)[0], module(x.clone(), hx)[0]) == 0
+@pytest.mark.drawn(4)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("kind", [*PRODUCTS, zoo.OriginalGRU, zoo.MUT1], ids=lambda k: k.__name__)
+def test_several_products_and_what_is_given(kind: Any, dtype: torch.dtype) -> None:
+    module, x, hx = giving(kind, (3, 5, 4, 17), dtype)
+    agree(module, x, hx, TOLERANCES[dtype])
+    with torch.no_grad():  # a single step, for which nothing is kept
+        step = {"input": x[:1], "hx": hx, **{name: v[:1] for name, v in module.given.items()}}
+        found = module.layer(**step)
+        expected = module.layer.double()(**tree_map(lambda t: t.double(), step))
+        assert_all_close(tree_map(lambda t: t.double(), found), expected, tol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("kind", PRODUCTS[:2], ids=lambda kind: kind.__name__)
+def test_products_between_steps(kind: Any) -> None:
+    options = dict(norm="rms", zoneout=0.2, recurrent_dropout=0.3, weight_dropout=0.1, blocks=2)
+    module, x, hx = giving(kind, (3, 5, 4, 64), torch.float64, **options)
+    agree(module, x, hx, 1e-12)
+    agree(module.eval(), x, hx, 1e-12)
 
 
 def test_what_the_library_knows() -> None:

@@ -10,7 +10,6 @@ namespace cuda {
 template <class C, class T>
 struct Engine {
   static_assert(CheckCell<C>());
-  static_assert(C::kGiven == 0 && C::kOperands == 0, "kHasProducts in ops/cuda.cpp says so");
 
   template <class P>
   static constexpr bool kBackward = std::is_same_v<P, LayerGradParams>;
@@ -25,6 +24,7 @@ struct Engine {
     problem.stages = Steps<C, T>::ChangesStates(p);
     problem.norms = NormOfX(p) || NormOfH(p);
     problem.blocks = p.blocks;
+    problem.operands = C::kOperands > 0;
     problem.kept = kBackward<P> || p.hs != nullptr || p.saved != nullptr;
     for (int d = 0; d < p.dirs; d++)
       problem.aligned &= p.blocks > 1 || reinterpret_cast<uintptr_t>(p.w[d].w_hh) % 16 == 0;

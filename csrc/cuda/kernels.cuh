@@ -37,8 +37,8 @@ struct Tape {
   static constexpr int kSize = kNewH + (C::kReadsNewH ? 1 : 0);
 };
 
-// Where the gates of a row lie: one after the other, each of all units; or so in each block of `width`
-// units by itself, one block after the other.
+// Where the gates of a row that one product has lie: one after the other, each of all units; or so in
+// each block of `width` units by itself, one block after the other.
 struct GateOrder {
   uint32_t gates, H, width;
   FRNN_HD int64_t operator()(int64_t q, int64_t u) const {
@@ -54,7 +54,31 @@ struct GateOrder {
   }
 };
 
-// h as a mask leaves it for W_hh.
+// f(k, the number of its first gate, how many it has) for the product with W_hh that gate q beside h
+// belongs to. Device code can not read the cell's static arrays, so that the numbers are constants of
+// the compiler, as q is where this is inlined.
+template <class C, int... k, class F>
+FRNN_HD void ForProductOf(int q, std::integer_sequence<int, k...>, const F& f) {
+  ((q >= std::integral_constant<int, Products<C>::First(k)>() &&
+            q < std::integral_constant<int, Products<C>::First(k + 1)>()
+        ? f(k, std::integral_constant<int, Products<C>::First(k)>(),
+            std::integral_constant<int, Products<C>::Gates(k)>())
+        : void()),
+   ...);
+}
+// Where gate q of unit u lies in a row, where the gates of each product are ordered by themselves.
+template <class C>
+FRNN_HD int64_t OfGateH(const GateOrder& order, int q, int64_t u) {
+  int64_t at = 0;
+  ForProductOf<C>(q, std::make_integer_sequence<int, Products<C>::kCount>(),
+                  [&](int, int first, int gates) {
+                    const GateOrder own{uint32_t(gates), order.H, order.width};
+                    at = int64_t(first) * order.H + own(q - first, u);
+                  });
+  return at;
+}
+
+// h, or another operand of W_hh, as a mask leaves it.
 template <class T>
 FRNN_HD T Masked(T h, T by) {
   return Narrow<T>(Widen(h) * Widen(by));
@@ -68,6 +92,20 @@ struct HMask {
   FRNN_HD explicit operator bool() const { return bool(by); }
   FRNN_HD void Keep(int64_t row, int64_t u, T h) const {
     masked(row, u) = Masked<T>(h, by(row, u));
+  }
+};
+
+// Operands of W_hh beside h, of some rows: number k of unit u in a row is at data[k * size + row * H + u].
+template <class T>
+struct Operands {
+  T* data;
+  int64_t size, H;
+  FRNN_HD T& operator()(int k, int64_t row, int64_t u) const {
+    return data[k * size + row * H + u];
+  }
+  // As it goes there, where a mask multiplies it, or none.
+  FRNN_HD void Put(int k, int64_t row, int64_t u, T v, const Rows<const T>& mask) const {
+    (*this)(k, row, u) = mask ? Masked<T>(v, mask(row, u)) : v;
   }
 };
 
@@ -113,6 +151,8 @@ struct GateForwardArgs {
   Rows<Wide<T>> c_next;  // [next_rows, kExtra H]
   Rows<T> c_last;        // [rows, kExtra H], written from to.last_from on
   Rows<Wide<T>> tape;    // [rows, tape H] or null
+  Rows<const T> given;   // [rows, kGiven H]
+  Operands<T> operands;  // of these rows
   // Of kernels with stages, where gh may be null:
   Rows<const T> zones;  // [rows, kStates H] or null
   GateOrder of_gh;
@@ -126,10 +166,13 @@ struct GateForwardView {
   int64_t row, u;
 
   FRNN_HD A GateX(int q) const {
+    if (q >= C::kX) return Widen(a.given(row, (q - C::kX) * a.H + u));
     return a.gx(row, q * a.H + u) + (a.b_ih ? Widen(a.b_ih[q * a.H + u]) : A(0));
   }
   FRNN_HD A GateH(int q) const {
-    const A product = !kStages ? a.gh(row, q * a.H + u) : a.gh ? a.gh(row, a.of_gh(q, u)) : A(0);
+    const A product = !kStages ? a.gh(row, q * a.H + u)
+                      : a.gh   ? a.gh(row, OfGateH<C>(a.of_gh, q, u))
+                               : A(0);
     return product + (a.b_hh ? Widen(a.b_hh[q * a.H + u]) : A(0));
   }
   FRNN_HD A Param(int k) const { return Widen(a.params[k][u]); }
@@ -146,6 +189,11 @@ struct GateForwardView {
     if (a.to.GoesOn(row))
       a.c_next(row, e * a.H + u) = a.to.template IsReset<kStages>(row) ? A(0) : c;
     if (a.to.IsLast(row)) a.c_last(row, e * a.H + u) = Narrow<T>(c);
+  }
+  FRNN_HD void SetOperand(int k, A v) const {
+    const T rounded = Narrow<T>(v);
+    if (a.tape) Keep(k, Widen(rounded));
+    a.operands.Put(k, row, u, rounded, a.to.mask.by);
   }
   FRNN_HD void Keep(int k, A v) const { a.tape(row, k * a.H + u) = v; }
   FRNN_HD void KeepExtra(int, A) const {}  // c_prev lies on the tape
@@ -166,6 +214,18 @@ __global__ void GateForward(const __grid_constant__ GateForwardArgs<T> a) {
       step.Compute();
     step.StoreStates(view);
     if (a.tape) step.StoreTape(view);
+  });
+}
+
+// The operand that product kProduct gives, for the one that follows it.
+template <class C, class T, bool kStages, int kProduct>
+__global__ void OperandForward(const __grid_constant__ GateForwardArgs<T> a) {
+  ForEach(a.rows, a.H, [&](int64_t row, int64_t u) {
+    const GateForwardView<C, T, kStages> view{a, row, u};
+    ForwardStep<C, Wide<T>> step;
+    step.template Load<kProduct>(view);
+    step.Compute();
+    step.template StoreOperand<kProduct>(view);
   });
 }
 
@@ -191,7 +251,10 @@ struct OneStepView : GateForwardView<C, T> {
   const T* c_prev;
 
   FRNN_HD A Bias(const T* b, int q) const { return b ? Widen(b[q * this->a.H + this->u]) : A(0); }
-  FRNN_HD A GateX(int q) const { return x[q] + Bias(this->a.b_ih, q); }
+  FRNN_HD A GateX(int q) const {
+    if (q >= C::kX) return Widen(this->a.given(this->row, (q - C::kX) * this->a.H + this->u));
+    return x[q] + Bias(this->a.b_ih, q);
+  }
   FRNN_HD A GateH(int q) const { return h[q] + Bias(this->a.b_hh, q); }
   FRNN_HD A H() const { return this->a.h_prev ? Widen(this->a.h_prev(this->row, this->u)) : A(0); }
   FRNN_HD A Extra(int e) const {
@@ -300,24 +363,27 @@ struct Carried {
 template <class T>
 struct GateBackwardArgs {
   int64_t rows, H;
-  Carried<T> from;              // [rows, H]: what reaches h_t from later steps
-  bool projected;               // from.dh is behind the projection: all that reaches h_t
-  Rows<const T> dy;             // [rows, H]: what reaches the output, or null
-  Rows<const Wide<T>> tape;     // as written by GateForward
-  Rows<const T> h_prev;         // [rows, H]
-  const T* params[kMaxParams];  // [H] each
-  Rows<Wide<T>> dc;             // [rows, kExtra H]: of c_t on entry, of c_{t-1} on return
-  Rows<T> dgx, dgh;             // [rows, kX H], [rows, kH H]; dgh null if it is the same
-  Rows<Wide<T>> dh_prev;        // [rows, H]: the elementwise path, written if there is one
-  Rows<Wide<T>> dparams;        // [rows, kParams H], added to
+  Carried<T> from;                     // [rows, H]: what reaches h_t from later steps
+  bool projected;                      // from.dh is behind the projection: all that reaches h_t
+  Rows<const T> dy;                    // [rows, H]: what reaches the output, or null
+  Rows<const Wide<T>> tape;            // as written by GateForward
+  Rows<const T> h_prev;                // [rows, H]
+  const T* params[kMaxParams];         // [H] each
+  Rows<Wide<T>> dc;                    // [rows, kExtra H]: of c_t on entry, of c_{t-1} on return
+  Rows<T> dgx, dgh;                    // [rows, kX H], [rows, kH H]; dgh null if it is the same
+  Rows<Wide<T>> dh_prev;               // [rows, H]: the elementwise path, written if there is one
+  Rows<Wide<T>> dparams;               // [rows, kParams H], added to
+  Rows<T> dgiven;                      // [rows, kGiven H] or null
+  Operands<const Wide<T>> d_operands;  // their gradients, as they went into W_hh
+  Operands<T> operands;                // for dW_hh
   // Of kernels with stages:
   GateOrder of_dgh;
   Rows<const T> zones;  // [rows, kStates H] or null
   Rows<const T> dc_n;   // [rows, kExtra H]: what reaches c from outside, or null
-  HMask<T> mask;        // of h_prev, for dW_hh
+  HMask<T> mask;        // of h_prev and of operands, for dW_hh
 };
 
-// f(q) for the gates whose gradient is d[i]. Device code can not read the cell's static arrays, so
+// f(q) for the gates whose gradient is d[i], and what is given behind those of x. Device code can not read the cell's static arrays, so
 // that they are constants of the compiler, as i is where this is inlined.
 template <class C, int... q, class F>
 FRNN_HD void ForGatesX(int i, std::integer_sequence<int, q...>, const F& f) {
@@ -329,7 +395,7 @@ FRNN_HD void ForGatesH(int i, std::integer_sequence<int, q...>, const F& f) {
 }
 template <class C, class F>
 FRNN_HD void ForGatesX(int i, const F& f) {
-  ForGatesX<C>(i, std::make_integer_sequence<int, C::kX>(), f);
+  ForGatesX<C>(i, std::make_integer_sequence<int, C::kX + C::kGiven>(), f);
 }
 template <class C, class F>
 FRNN_HD void ForGatesH(int i, const F& f) {
@@ -359,11 +425,21 @@ struct GateBackwardView {
     return kStages && a.dc_n ? carried + Widen(a.dc_n(row, e * a.H + u)) : carried;
   }
   FRNN_HD void AddGradOutput(A& to) const { to += a.dy ? Widen(a.dy(row, u)) : A(0); }
+  FRNN_HD A GradOperand(int k) const {
+    const A d = a.d_operands(k, row, u);
+    return a.mask ? d * Widen(a.mask.by(row, u)) : d;
+  }
   FRNN_HD void SetGate(int i, A d) const {
-    ForGatesX<C>(i, [&](int q) { a.dgx(row, q * a.H + u) = Narrow<T>(d); });
+    ForGatesX<C>(i, [&](int q) {
+      if (q < C::kX)
+        a.dgx(row, q * a.H + u) = Narrow<T>(d);
+      else if (a.dgiven)
+        a.dgiven(row, (q - C::kX) * a.H + u) = Narrow<T>(d);
+    });
     if (a.dgh)
-      ForGatesH<C>(
-          i, [&](int q) { a.dgh(row, kStages ? a.of_dgh(q, u) : q * a.H + u) = Narrow<T>(d); });
+      ForGatesH<C>(i, [&](int q) {
+        a.dgh(row, kStages ? OfGateH<C>(a.of_dgh, q, u) : q * a.H + u) = Narrow<T>(d);
+      });
   }
   FRNN_HD void SetGradH(A dh) const {
     if (kStages ? bool(a.dh_prev) : kGradReachesH<C>) a.dh_prev(row, u) = dh;
@@ -387,6 +463,33 @@ __global__ void GateBackward(const __grid_constant__ GateBackwardArgs<T> a) {
       step.Compute();
     }
     step.Store(view);
+    FRNN_UNROLL
+    for (int k = 0; k < C::kOperands; k++)
+      a.operands.Put(k, row, u, Narrow<T>(step.saved[k]), a.mask.by);
+  });
+}
+
+// Before that, from the last one on: the gate gradients of product kProduct with another operand than h.
+template <class C, class T, bool kStages, int kProduct>
+__global__ void OperandBackward(const __grid_constant__ GateBackwardArgs<T> a) {
+  ForEach(a.rows, a.H, [&](int64_t row, int64_t u) {
+    const GateBackwardView<C, T, kStages> view{a, row, u};
+    BackwardStep<C, Wide<T>> step;
+    step.template Load<kProduct>(view);
+    if constexpr (kStages)
+      step.Compute(view);
+    else
+      step.Compute();
+    step.template Store<kProduct>(view);
+  });
+}
+
+// sum += of, [rows, columns].
+template <class T>
+__global__ void AddTo(int64_t rows, int64_t columns, T* sum, const T* of) {
+  ForEach(rows, columns, [&](int64_t row, int64_t column) {
+    const int64_t i = row * columns + column;
+    sum[i] = Narrow<T>(Widen(sum[i]) + Widen(of[i]));
   });
 }
 

@@ -177,7 +177,7 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
       (problem.gates_x + problem.gates_h) * problem.H * problem.H * StorageSize(problem.storage);
   const bool single = problem.T == 1 && !problem.kept && !problem.projected &&
                       problem.gates_x + problem.gates_h <= kOneStepGates && !problem.stages &&
-                      !problem.norms && problem.blocks == 1 &&
+                      !problem.norms && !problem.operands && problem.blocks == 1 &&
                       problem.B <= (weights <= device.l2_bytes / 2 ? 4 : 1) * kOneStepRows;
   const std::string forced = force == nullptr ? "" : force;
   const auto may = [&](const char* variant) {

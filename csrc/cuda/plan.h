@@ -33,6 +33,7 @@ struct Problem {
   // More happens between two steps: a kernel for one step has nothing of it, those that keep their
   // weights have all but norms, where blocks talk through memory.
   bool stages = false, norms = false;
+  bool operands = false;  // W_hh multiplies other values than h, too
 };
 
 // Rows of the batch that a kernel of one step does at once.

@@ -251,7 +251,7 @@ constexpr bool kCompilesResident = true;
 // Whether a cell has resident kernels for a type: blocks tell each other h, which is the output.
 template <class C, class T>
 constexpr bool kHasResident = kCompilesResident && kStorage<T> != Storage::kDouble && C::kH > 0 &&
-                              States<C>::kOutputExtra < 0;
+                              States<C>::kOutputExtra < 0 && C::kGiven == 0 && C::kOperands == 0;
 
 // What happens between two steps beside the cell; each may be null. P: a type in memory, const or not.
 template <class P>

@@ -109,6 +109,11 @@ class Steps {
               .BackwardChunk(buffers[d], end - std::min(end, plan.chunk_steps), end);
     for (int d = 0; d < p.dirs; d++) GradDirection(p, plan, call, d).Weights(buffers[d]);
     beside.Join();
+    if constexpr (C::kGiven > 0)
+      for (int d = 0; d < p.dirs && p.dgiven; d++)
+        Direction(p, plan, call, 0)
+            .Run(AddTo<T>, p.rows, C::kGiven * p.H, p.rows, C::kGiven * p.H,
+                 static_cast<T*>(p.dgiven), buffers[d].dgiven);
     if (p.dx == nullptr) return;
     // dX = sum over directions of dgx W_ih
     for (int d = 0; d < p.dirs; d++)
@@ -157,6 +162,18 @@ class Steps {
   static GateOrder PlainOrder(const LayerParams& p) {
     return {uint32_t(std::max(C::kX, C::kH)), uint32_t(p.H), uint32_t(p.H)};
   }
+  static bool HasGivenGrads(const LayerGradParams& p) { return C::kGiven > 0 && p.dgiven; }
+  // f(k as a constant) for each operand of W_hh beside h, of the product that gives it.
+  template <class F, int... k>
+  static void ForOperands(const F& f, std::integer_sequence<int, k...>) {
+    (f(std::integral_constant<int, k>()), ...);
+  }
+  template <class F>
+  static void ForOperands(const F& f) {
+    ForOperands(f, std::make_integer_sequence<int, C::kOperands>());
+  }
+  // Gates of all products before product k, and their rows in W_hh.
+  static int64_t GatesBefore(const LayerParams& p, int k) { return Products<C>::First(k) * p.H; }
   // Whether gate gradients of h, as the cell gives them, lie by themselves.
   static bool HasOwnDgh(const LayerParams& p, const Plan& plan) {
     return !Same() || (ByBlocks(p, plan) && !NormOfH(p));
@@ -175,16 +192,18 @@ class Steps {
         return;
       }
       gh = w.Take<A>(p.B * C::kH * p.H);
+      operands = w.Take<T>(C::kOperands * p.B * p.H);
       masked = w.Take<T>(p.h_mask ? p.B * p.Hout : 0);
       if (p.hs != nullptr) return;
       h_ring = w.Take<T>(2 * p.B * p.Hout);
       c_ring = w.Take<A>(2 * p.B * kExtra * p.H);
       h_full = w.Take<T>(Projected(p) ? p.B * p.H : 0);
     }
-    A *gx, *gh;  // [rows of a chunk, kX H], [B, kH H]
-    T* w_hh;     // of a block-diagonal one, see ByBlocks
-    T* hs;       // [rows, Hout]: of a resident kernel, where none are kept for the backward
-    A* c;        // [B, kExtra H]: of resident kernels, from one launch to the next
+    A *gx, *gh;   // [rows of a chunk, kX H], [B, kH H]
+    T* operands;  // [kOperands, B, H]
+    T* w_hh;      // of a block-diagonal one, see ByBlocks
+    T* hs;        // [rows, Hout]: of a resident kernel, where none are kept for the backward
+    A* c;         // [B, kExtra H]: of resident kernels, from one launch to the next
     T* masked;  // [B, Hout], of resident kernels [rows, Hout]: h as it goes into W_hh, where a mask
                 // multiplies it
     uint8_t* cuts;  // [T, B]: of resident kernels, see FindCuts
@@ -195,7 +214,7 @@ class Steps {
 
   struct BackwardBuffers {
     BackwardBuffers() = default;
-    BackwardBuffers(const LayerParams& p, const Plan& plan, Workspace& w)
+    BackwardBuffers(const LayerGradParams& p, const Plan& plan, Workspace& w)
         : dgx(w.Take<T>(p.rows * C::kX * p.H)),
           dgh(HasOwnDgh(p, plan) ? w.Take<T>(p.rows * C::kH * p.H) : nullptr),
           dnh(NormOfH(p) ? w.Take<T>(p.rows * C::kH * p.H) : nullptr),
@@ -206,6 +225,9 @@ class Steps {
           h_masked(w.Take<T>(p.h_mask ? p.rows * p.Hout : 0)),
           dh_masked(w.Take<A>(p.h_mask ? p.B * p.Hout : 0)),
           dparams(w.Take<A>(p.B * C::kParams * p.H)),
+          dgiven(w.Take<T>(HasGivenGrads(p) ? p.rows * C::kGiven * p.H : 0)),
+          operands(w.Take<T>(C::kOperands * p.rows * p.H)),
+          d_operands(w.Take<A>(C::kOperands * p.B * p.H)),
           partial(w.Take<A>(kSumParts * std::max({C::kX, C::kH, C::kParams}) * p.H)),
           sums(w.Take<T>(InBlocks(p) ? C::kH * p.H : 0)),
           w_hh(w.Take<T>(OwnWeights(p, plan))),
@@ -219,6 +241,9 @@ class Steps {
     T* h_masked;    // [rows, Hout]: h as it went into W_hh, where a mask multiplied it, and
     A* dh_masked;   // [B, Hout]: its gradient, from the step seen last
     A* dparams;     // [B, kParams H]: gradients of parameters, of the steps already seen
+    T* dgiven;      // [rows, kGiven H]: gradients of what is given, of this direction
+    T* operands;    // [kOperands, rows, H]: operands of W_hh beside h, as they went into it
+    A* d_operands;  // [kOperands, B, H]: and their gradients, of a step
     A* partial;     // [kSumParts, gates H]
     T* sums;        // [kH H]: the gradient of b_hh, block by block
     T* w_hh;        // as in the forward
@@ -314,12 +339,21 @@ class Steps {
     }
     void TakeWeights(T* own) const {
       if (!InBlocks(p)) return;
-      const int64_t width = BlockWidth(p), rest = width * width;
+      const int64_t width = BlockWidth(p);
       const T* w_hh = static_cast<const T*>(p.w[d].w_hh);
       if (plan.keeps_weights())
         Run(WholeMatrix<T>, C::kH * p.H, p.H, C::kH * p.H, p.H, width, w_hh, own);
       else
-        Run(SwapFirst<T>, C::kH * p.blocks, rest, C::kH, p.blocks, rest, w_hh, own);
+        SwapGates(w_hh, own, width * width, false);
+    }
+    // [gates, blocks, rest] of each product with all gates of a block together, or back.
+    void SwapGates(const T* from, T* to, int64_t rest, bool back) const {
+      for (int k = 0; k < Products<C>::kCount; k++) {
+        const int64_t gates = Products<C>::Gates(k), blocks = p.blocks;
+        const int64_t at = Products<C>::First(k) * blocks * rest;
+        Run(SwapFirst<T>, gates * blocks, rest, back ? blocks : gates, back ? gates : blocks, rest,
+            from + at, to + at);
+      }
     }
 
     // Kernels of what is normalised.
@@ -407,6 +441,8 @@ class Steps {
       a.b_ih = static_cast<const T*>(p.w[d].b_ih);
       a.b_hh = static_cast<const T*>(p.w[d].b_hh);
       for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
+      if (p.given)
+        a.given = {static_cast<const T*>(p.given) + Row(s) * C::kGiven * p.H, C::kGiven * p.H};
       a.output = Y(s);
       a.publish = true;
       a.to.next_rows = std::min(Batch(s), Batch(s + 1));
@@ -430,7 +466,7 @@ class Steps {
           {&c_prev(running, 0), c_prev.stride},
           {State(static_cast<const T*>(p.c0), kExtra * p.H, running), kExtra * p.H}, reset);
 
-      if (C::kH > 0) RecurrentProduct(w, p.h_mask ? w.masked : h_prev.data, batch);
+      RecurrentProduct<0>(w, p.h_mask ? w.masked : h_prev.data, batch);
       if (NormOfH(p)) {
         NormRowsArgs<T> a = NormOf(false, GainOfH(p.w[d]), Row(s));
         a.v = {w.gh, a.width}, a.of_v = OrderOfH(p, plan);
@@ -445,6 +481,7 @@ class Steps {
       GateForwardArgs<T> a = GatesOf(s);
       const Rows<T> full{p.hs ? HsFull() + Row(s) * p.H : w.h_full, p.H};
       a.gx = {gx, C::kX * p.H};
+      a.operands = {w.operands, p.B * p.H, p.H};
       a.gh = {NormOfSum(p) ? nullptr : w.gh, C::kH * p.H}, a.of_gh = OrderOfH(p, plan);
       a.h_prev = {h_prev.data, h_prev.stride};
       a.c_prev = {c_prev.data, c_prev.stride};
@@ -459,17 +496,26 @@ class Steps {
       }
       if (p.saved) a.tape = {TapeOf(s), kTape * p.H};
       const bool stages = HasStages(p);
+      ForOperands([&](auto k) {
+        Run(stages ? OperandForward<C, T, true, decltype(k)::value>
+                   : OperandForward<C, T, false, decltype(k)::value>,
+            batch, p.H, a);
+        RecurrentProduct<k + 1>(w, w.operands + k * p.B * p.H, batch);
+      });
       Run(stages ? GateForward<C, T, true> : GateForward<C, T, false>, batch, p.H, a);
       if (!projected) return;
       Product({kStorage<T>, kStorage<T>, false, true, batch, p.Hout, p.H, full.data, p.H,
                p.w[d].w_hr, p.H, false, y.data, y.stride});
       Run(Publish<T>, batch, p.Hout, batch, p.Hout, {y.data, y.stride}, a.to);
     }
-    // gh = h W_hh^T.
+    // gh = h W_hh^T, the gates of product k, or with another operand.
+    template <int k>
     void RecurrentProduct(const ForwardBuffers& w, const T* h, int64_t batch) const {
-      const int64_t gates = C::kH * BlockWidth(p), columns = Columns(p);
-      Product({kStorage<T>, kStorage<A>, false, true, batch, gates, columns, h, p.Hout, WHh(w.w_hh),
-               columns, false, w.gh, C::kH * p.H, Blocks(p), columns, gates * columns, gates});
+      const int64_t gates = Products<C>::Gates(k) * BlockWidth(p), columns = Columns(p);
+      const int64_t before = GatesBefore(p, k);
+      Product({kStorage<T>, kStorage<A>, false, true, batch, gates, columns, h, p.Hout,
+               WHh(w.w_hh) + before * columns, columns, false, w.gh + before, C::kH * p.H,
+               Blocks(p), columns, gates * columns, gates});
     }
     // What the next step multiplies, from a row on.
     HMask<T> MaskFor(const ForwardBuffers& w, int64_t row = 0) const {
@@ -559,9 +605,18 @@ class Steps {
       if (w.dgh) a.dgh = {w.dgh + row * C::kH * p.H, C::kH * p.H};
       a.of_dgh = NormOfH(p) ? PlainOrder(p) : OrderOfH(p, plan);
       a.dparams = {w.dparams, C::kParams * p.H};
+      if (HasGivenGrads(g)) a.dgiven = {w.dgiven + row * C::kGiven * p.H, C::kGiven * p.H};
+      a.operands = {w.operands + row * p.H, p.rows * p.H, p.H};
+      a.d_operands = {w.d_operands, p.B * p.H, p.H};
       a.zones = this->Zones(s);
       if (p.every_state) a.dc_n = this->StatesAfter(s, static_cast<const T*>(g.dc_n), kExtra * p.H);
       const bool stages = HasStages(p);
+      ForOperands([&](auto from_first) {
+        constexpr int k = C::kOperands - decltype(from_first)::value;
+        Run(stages ? OperandBackward<C, T, true, k> : OperandBackward<C, T, false, k>, batch, p.H,
+            a);
+        RecurrentGrad<k>(w, row, batch, false, w.d_operands + (k - 1) * p.B * p.H);
+      });
       Run(stages ? GateBackward<C, T, true> : GateBackward<C, T, false>, batch, p.H, a);
 
       if (NormOfH(p)) {
@@ -573,10 +628,17 @@ class Steps {
       if (C::kH == 0 || (s == 0 && g.dh0 == nullptr)) return;
       // dh_{t-1} = dgh W_hh, beside the elementwise path if there is one.
       const bool beside = stages ? bool(a.dh_prev) : kGradReachesH<C>;
-      const int64_t gates = C::kH * BlockWidth(p), columns = Columns(p);
-      Product({kStorage<T>, kStorage<A>, false, false, batch, columns, gates, Dgh(w, row),
-               C::kH * p.H, this->WHh(w.w_hh), columns, beside && !p.h_mask,
-               p.h_mask ? w.dh_masked : w.dh, p.Hout, Blocks(p), gates, gates * columns, columns});
+      RecurrentGrad<0>(w, row, batch, beside && !p.h_mask, p.h_mask ? w.dh_masked : w.dh);
+    }
+    // The gradient of h, dgh W_hh of the gates of product k, or of another operand.
+    template <int k>
+    void RecurrentGrad(const BackwardBuffers& w, int64_t row, int64_t batch, bool accumulate,
+                       A* to) const {
+      const int64_t gates = Products<C>::Gates(k) * BlockWidth(p), columns = Columns(p);
+      const int64_t before = GatesBefore(p, k);
+      Product({kStorage<T>, kStorage<A>, false, false, batch, columns, gates, Dgh(w, row) + before,
+               C::kH * p.H, this->WHh(w.w_hh) + before * columns, columns, accumulate, to, p.Hout,
+               Blocks(p), gates, gates * columns, columns});
     }
 
     NormGradsArgs<T> NormGradsOf(bool of_x, const void* gain, int64_t row) const {
@@ -620,37 +682,46 @@ class Steps {
     // Those of W_hh, its bias and its gains.
     void RecurrentWeights(const BackwardBuffers& w) const {
       const DirectionGrads& dw = g.dw[d];
-      const T* hs = p.h_mask ? w.h_masked : this->Hs();
-      const int64_t all = C::kH * p.H, width = BlockWidth(p);
-      const GateOrder order = OrderOfH(p, plan);
-      if (!InBlocks(p)) OuterProduct(dw.w_hh, Dgh(w, 0), all, hs, p.Hout, p.Hout);
-      for (int q = 0; q < C::kH && InBlocks(p) && dw.w_hh; q++)
-        Product({kStorage<T>, kStorage<T>, true, false, width, width, p.rows,
-                 Dgh(w, 0) + order(q, 0), all, hs, p.Hout, false,
-                 static_cast<T*>(dw.w_hh) + q * p.H * width, width, p.blocks,
-                 order(0, width) - order(0, 0), width, width * width});
+      const int64_t all = C::kH * p.H;
+      WeightsOf<0>(w, p.h_mask ? w.h_masked : this->Hs());
+      ForOperands([&](auto k) { WeightsOf<k + 1>(w, w.operands + k * p.rows * p.H); });
       // As the cell gives them; of another order if they are operands of products, too.
       const Rows<const T> d_h{Same() ? w.dgx : w.dgh, all};
       const bool turned = d_h.data == Dgh(w, 0) && ByBlocks(p, plan);
       SumRows<T>(turned && dw.b_hh ? w.sums : dw.b_hh, p.rows, d_h, all, w.partial);
-      if (turned && dw.b_hh)
-        Run(SwapFirst<T>, all / width, width, p.blocks, C::kH, width, w.sums,
-            static_cast<T*>(dw.b_hh));
+      if (turned && dw.b_hh) this->SwapGates(w.sums, static_cast<T*>(dw.b_hh), BlockWidth(p), true);
       if (dw.gains[kRecurrent])
         SumRows<T>(dw.gains[kRecurrent], p.rows, d_h, all, w.partial,
                    NormGradsOf(false, nullptr, 0).n);
+    }
+    // The rows of W_hh that product k is with: all gates of it with h, or another operand.
+    template <int k>
+    void WeightsOf(const BackwardBuffers& w, const T* operand) const {
+      if (g.dw[d].w_hh == nullptr) return;
+      const int64_t width = BlockWidth(p), before = GatesBefore(p, k);
+      const T* dgh = Dgh(w, 0) + before;
+      T* dw = static_cast<T*>(g.dw[d].w_hh) + before * Columns(p);
+      if (!InBlocks(p))
+        return OuterProduct(dw, dgh, Products<C>::Gates(k) * p.H, operand, p.Hout, p.Hout,
+                            C::kH * p.H);
+      GateOrder order = OrderOfH(p, plan);
+      order.gates = Products<C>::Gates(k);
+      for (int q = 0; q < Products<C>::Gates(k); q++)
+        Product({kStorage<T>, kStorage<T>, true, false, width, width, p.rows, dgh + order(q, 0),
+                 C::kH * p.H, operand, p.Hout, false, dw + q * p.H * width, width, p.blocks,
+                 order(0, width) - order(0, 0), width, width * width});
     }
     Rows<const T> Dy(int64_t s) const {
       if (g.dy == nullptr) return {nullptr, 0};
       const int64_t first = p.ragged ? Row(s) * g.dy_b_stride : this->Time(s) * g.dy_t_stride;
       return {static_cast<const T*>(g.dy) + first + d * p.Hout, g.dy_b_stride};
     }
-    // dW [n, m] = left^T right over all rows
+    // dW [n, m] = left^T right over all rows, which are n columns of one `left_stride` long (0: n).
     void OuterProduct(void* dw, const T* left, int64_t n, const void* right, int64_t m,
-                      int64_t stride) const {
+                      int64_t stride, int64_t left_stride = 0) const {
       if (dw != nullptr)
-        Product({kStorage<T>, kStorage<T>, true, false, n, m, p.rows, left, n, right, stride, false,
-                 dw, m});
+        Product({kStorage<T>, kStorage<T>, true, false, n, m, p.rows, left,
+                 left_stride > 0 ? left_stride : n, right, stride, false, dw, m});
     }
     template <class Of>
     void SumRows(void* sum, int64_t rows, const Rows<const Of>& of, int64_t columns, A* partial,
@@ -708,7 +779,7 @@ class Steps {
       if (p.B > 0 && p.H > 0)
         Start(kernel, ShapeOf(kernel, kOneStepThreads), grid, call.streams[0], args, groups);
     };
-    if constexpr (C::kX + C::kH <= kOneStepGates)
+    if constexpr (C::kX + C::kH <= kOneStepGates && C::kOperands == 0)
       whole ? run(cuda::OneStep<C, T, kAtOnce>) : run(cuda::OneStep<C, T, 1>);
   }
 

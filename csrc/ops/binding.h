@@ -264,8 +264,6 @@ struct torch::stable::detail::ToImpl<frnn::Text> {
   __attribute__((visibility("default"))) const char* frnn_tensor(const char* cell, int i) {        \
     return frnn::FindTensor<Device>(cell, i);                                                      \
   }                                                                                                \
-  /* Whether there can be kernels for cells with several products, or with given values. */        \
-  __attribute__((visibility("default"))) bool frnn_has_products() { return Device::kHasProducts; } \
   /* The shape of a tape, see Call. */                                                             \
   __attribute__((visibility("default"))) frnn::frnn_tape_t frnn_tape(int64_t H, int64_t Hout) {    \
     return {Device::SavedUnits(H), Device::HsStride(H, Hout), Device::kSavedLead,                  \

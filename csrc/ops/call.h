@@ -19,7 +19,6 @@ namespace frnn {
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
 //     static constexpr int kHasNorm;             // kernels for Shape::norm, as has_norm in frnn_cell_t
-//     static constexpr bool kHasProducts;        // for cells with several products, or given values
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown

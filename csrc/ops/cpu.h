@@ -17,7 +17,6 @@ struct Cpu {
   static constexpr const char* kName = "CPU";
   static constexpr int kSavedLead = 1;
   static constexpr bool kHsInStorageType = false;
-  static constexpr bool kHasProducts = true;
   static constexpr int kHasNorm = 2;
 
   template <class T>

@@ -45,7 +45,6 @@ struct Cuda {
   using Kernels = CudaKernels;
   static constexpr int kSavedLead = 0;
   static constexpr bool kHsInStorageType = true;
-  static constexpr bool kHasProducts = false;
   static constexpr int kHasNorm = 1;
 #ifdef FUSED_RNN_EMULATE
   static constexpr const char* kName = "CPU";

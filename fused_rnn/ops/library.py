@@ -30,18 +30,8 @@ def has_cell(target: str, cell: str, dtype: torch.dtype) -> bool:
     known = reference.CELLS[cell]
     if known.source is None:
         return True
-    if (known.products or known.given) and not _has_products(target):
-        return False
     header = lambda: known.source.header  # noqa: E731
     return build.has_cell(target, cell, known.source.type_name, STORAGES[dtype], header)
-
-
-@lru_cache
-def _has_products(target: str) -> bool:
-    """Whether kernels take cells with several products, or with given values."""
-    find = build.library(target).frnn_has_products
-    find.restype = ctypes.c_bool
-    return bool(find())
 
 
 def supports(tensors: Iterable[Tensor | None], cell: str) -> bool:
