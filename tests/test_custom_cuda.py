@@ -3,13 +3,15 @@ compiled and registered as on a card. The same bits as a header by hand, and the
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import emulated
 import gate_cells
 import pytest
+import test_resident
 import torch
-from helpers import assert_all_close, flatten, run
+from helpers import assert_all_close, assert_no_worse, flatten, run
 from test_custom import (
     PRODUCTS,
     TOLERANCES,
@@ -95,6 +97,47 @@ def test_no_kernel_that_keeps_its_weights(variant: str, monkeypatch: pytest.Monk
     layer = zoo.FastGRNN(8, 32, dtype=torch.bfloat16)
     x = torch.randn(9, 8, 8, dtype=torch.bfloat16)
     agree(layer, x, torch.rand(1, 8, 32, dtype=torch.bfloat16), TOLERANCES[torch.bfloat16])
+
+
+@pytest.fixture
+def resident_cell(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A layer of a cell whose library has these kernels: four gates, three states."""
+    monkeypatch.setenv("FUSED_RNN_RESIDENT_CELLS", "1")
+
+    @fused_rnn.cell(gates=("i", "f", "g", "o"), states=("h", "c", "n"), params=("p",))
+    def Resident(x: Any, r: Any, s: Any, p: Any) -> dict[str, Any]:
+        f = torch.sigmoid(x.f + r.f + p.p * s.c)
+        i = torch.sigmoid(x.i + r.i)
+        n = f * s.n + i
+        c = f * s.c + i * torch.tanh(x.g + r.g)
+        return dict(h=torch.sigmoid(x.o + r.o) * torch.tanh(c / (1 + n * n)), c=c, n=n)
+
+    return Resident
+
+
+@pytest.mark.parametrize("shape", test_resident.SHAPES[::3], ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize("dtype", test_resident.DTYPES, ids=str)
+def test_kernels_that_keep_their_weights(
+    shape: Any, dtype: torch.dtype, resident_cell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are asked for; as good as a product in each step."""
+    allow_tf32 = lambda x: x.dtype == torch.float32  # noqa: E731
+    monkeypatch.setattr(ops, "_allow_tf32", allow_tf32)
+    module = resident_cell(5, shape.hidden, bidirectional=shape.batch == 9, dtype=dtype)
+    x = torch.randn(3, shape.batch, 5, dtype=dtype)
+    directions = 2 if module.bidirectional else 1
+    hx = tuple(torch.rand(directions, shape.batch, shape.hidden, dtype=dtype) for _ in range(3))
+    ours, steps = test_resident.by_variant(shape, module, x, hx, monkeypatch)
+    wide = tree_map(lambda t: t.double(), (x, hx))
+    double = copy.deepcopy(module).double()
+    exact = run(double, *wide, dtype)
+    exact["inference"] = exact["output 0"]
+    if dtype == torch.float32:  # operands rounded to 2^-11, where emulated steps round nothing
+        assert_all_close({name: t.double() for name, t in ours.items()}, exact, tol=3e-3)
+        if shape.variant == "resident":  # what fits in one block, is not said by its units
+            assert any(not torch.equal(ours[name], steps[name]) for name in ours)
+    else:
+        assert_no_worse(ours, steps, exact, max(4 * shape.hidden, 3 * shape.batch))
 
 
 @pytest.mark.drawn(4)

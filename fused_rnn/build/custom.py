@@ -1,9 +1,9 @@
 """The library of one cell that is not in the registry, for one type.
 
 It is compiled against the library of its device, which has all that the cells share: on the CPU for
-a computing type and for the instructions of this machine alone, on CUDA for a type in memory and
-without the kernels that keep their weights. When it is loaded it enters itself there
-(csrc/core/params.h), and so needs no more than to be loaded.
+a computing type and for the instructions of this machine alone, on CUDA for a type in memory, and
+with the kernels that keep their weights only if asked for: they take minutes to compile. When it is
+loaded it enters itself there (csrc/core/params.h), and so needs no more than to be loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import record, tools
+from . import record, settings, tools
 from .ninja import Unit
 from .target import TIERS, Target, Variant, cpu_variants, filled
 from .tools import Tools
@@ -26,10 +26,10 @@ from .version import VERSION
 
 STEM = "cell"  # of the libraries and their records
 
-# How it enters itself, by the folder of its engine: a function, its kernels, more flags.
+# How it enters itself, by the folder of its engine: a function and its kernels.
 _ENTRY = {
-    "cpu": ("AddCpuKernels", "k_{tier}_{name}_{scalar}", ()),
-    "cuda": ("AddCudaKernels", "k_cuda_{name}_{storage}", ("-DFRNN_STEPS_ONLY",)),
+    "cpu": ("AddCpuKernels", "k_{tier}_{name}_{scalar}"),
+    "cuda": ("AddCudaKernels", "k_cuda_{name}_{storage}"),
 }
 _STORAGE = {"float": "kFloat", "double": "kDouble", "bfloat16": "kBFloat16", "half": "kHalf"}
 _ENTERED = """
@@ -54,7 +54,7 @@ class CellTarget(Target):
     def source_hash(self) -> str:
         """The cell's name stands for what it computes."""
         made = record.read(self.main).get("sha256")  # that of a test has its hash in its path
-        facts = (self.cell, self.variants[0].name, str(self.main), made)
+        facts = (self.cell, self.variants[0].name, str(self.main), made, *self.own_flags())
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def units(self, folder: Path) -> list[Unit]:
@@ -65,7 +65,7 @@ class CellTarget(Target):
         words = {"name": self.cell, "type": f"custom::{self.type}", "header": file}
         words |= variant.words
         (template,) = (self.csrc / self.engine).glob("instance.*.in")
-        add, kernels, flags = _ENTRY[self.engine]
+        add, kernels = _ENTRY[self.engine]
         entered = _ENTERED.format(
             add=add,
             name=self.cell,
@@ -74,8 +74,13 @@ class CellTarget(Target):
         )
         source = folder / f"{self.cell}{Path(template.stem).suffix}"
         source.write_text(filled(template, words) + entered, encoding="utf-8")
-        flags = (*self.kernel_flags, "-I.", f"-I{self.csrc}", *variant.flags, *flags)
+        own = (*variant.flags, *self.own_flags())
+        flags = (*self.kernel_flags, "-I.", f"-I{self.csrc}", *own)
         return [Unit(source, flags, self.rule)]
+
+    def own_flags(self) -> tuple[str, ...]:
+        steps_only = self.engine == "cuda" and not settings.flag("FUSED_RNN_RESIDENT_CELLS")
+        return ("-DFRNN_STEPS_ONLY",) if steps_only else ()
 
     def link(self) -> list[str]:
         return [str(self.main), *self.link_flags]

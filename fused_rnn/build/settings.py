@@ -10,6 +10,8 @@ FUSED_RNN_VERBOSE         1 shows the compiler's commands and output
 FUSED_RNN_CPU_CAPABILITY  one of csrc/cpu/levels.def: use less than the processor has
 FUSED_RNN_CUDA_ARCH       compute capabilities to compile for, such as "80 90a"; default those of
                           the devices here
+FUSED_RNN_RESIDENT_CELLS  1: libraries of cells from Python have the CUDA kernels that keep their
+                          weights, too, and take minutes to compile
 FUSED_RNN_VARIANT         how a layer runs on CUDA, in place of the plan's choice (csrc/cuda/plan.h)
 FUSED_RNN_SKIP_EXT        1: setup.py compiles nothing ahead of time
 FUSED_RNN_REQUIRE_EXT     1: setup.py fails where it cannot compile ahead of time
@@ -61,6 +63,7 @@ RULES = {
     "FUSED_RNN_LOCK_TIMEOUT": _number,
     "FUSED_RNN_MAX_JOBS": _number,
     "FUSED_RNN_REQUIRE_EXT": lambda text: _choice(text, "0", "1"),
+    "FUSED_RNN_RESIDENT_CELLS": lambda text: _choice(text, "0", "1"),
     "FUSED_RNN_SKIP_EXT": lambda text: _choice(text, "0", "1"),
     "FUSED_RNN_VARIANT": _anything,  # csrc/cuda/plan.cpp refuses what it does not know
     "FUSED_RNN_VERBOSE": lambda text: _choice(text, "0", "1"),
