@@ -2,7 +2,7 @@
 
 benchmarks/results/pages/FILE.md   every row of results/FILE.json, and of a card's folder
 benchmarks/results/README.md       what each of them comes to
-README.md                          its two tables of speed, between marks
+README.md                          its tables of speed, between marks
 docs/pictures/speed.png            its picture (plots.py)
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from . import cases
 from .gpu import page as gpu_page
 from .report import Mean, means, render, table, title, when, where
-from .results import Results
+from .results import Results, case_of, ratio
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +46,7 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     found[results / "README.md"] = _overview(files, results)
     readme = root / "README.md"
     text = fill(readme.read_text(), "speed on the CPU", cpu_table(results))
+    text = fill(text, "speed of the zoo", zoo_table(results))
     found[readme] = fill(text, "speed on a GPU", gpu_table(results))
     return found
 
@@ -160,6 +161,24 @@ def _to_torch(mean: Mean) -> float:
 
 def _both(machines: list[dict[str, Mean]], cell: str, value: Callable[[Mean], float]) -> str:
     return " / ".join(gpu_page.number(value(found[cell])) for found in machines if cell in found)
+
+
+ZOO_COLUMNS = 4
+
+
+def zoo_table(results: Path) -> str:
+    """Every cell of the zoo at the size that all have: against an eager loop / torchrecurrent."""
+    fields = {}
+    for row in Results.read(results / "zoo-avx512-cpu.json").rows.values():
+        case = case_of(row)
+        if (case.B, case.T, case.H) == (16, 50, 128):
+            found = [ratio(row, name) for name in ("zoo_loop", "torchrecurrent")]
+            shown = " / ".join(gpu_page.number(r.median) for r in found if r is not None)
+            fields[case.zoo.casefold()] = f"{case.zoo} {shown}"
+    every = [fields[name] for name in sorted(fields)]
+    every += [""] * (-len(every) % ZOO_COLUMNS)
+    lines = [every[i : i + ZOO_COLUMNS] for i in range(0, len(every), ZOO_COLUMNS)]
+    return table([""] * ZOO_COLUMNS, lines)
 
 
 def gpu_table(results: Path) -> str:
