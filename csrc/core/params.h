@@ -82,6 +82,7 @@ struct LayerParams {
   const void* h0;     // [dirs, B, Hout], null: zeros
   const void* c0;     // [dirs, B, kStates - 1, H], null: zeros
   DirectionWeights w[2];
+  const void* packed[2];  // what CpuKernels::pack made of them; null: nothing
   // What happens to the states between two steps; each may be null.
   const uint8_t* reset;  // [rows]: before this step (for direction 1: after it) they become zeros
   const void* zoneout;   // [dirs, zoneout_rows, kStates H]: of h and then c, the part that stays
@@ -181,6 +182,10 @@ struct CpuKernels : CellFacts {
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
   void (*scale)(void* data, const void* by, int64_t n, Storage);  // data[i] *= by[i]
+  // W_ih and W_hh of a direction in the order in which vectors multiply with them, for any number of
+  // threads: their bytes, and that they are written.
+  int64_t (*packed_bytes)(int64_t I, int64_t H, int64_t K);  // W_hh has K columns
+  void (*pack)(const LayerParams&, int dir, void* packed);
 };
 
 // A card, as far as plans depend on it.

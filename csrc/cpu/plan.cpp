@@ -113,12 +113,16 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
   plan.gates_rows = Least(p.rows, Most(p.B, ahead));
   // One chunk needs each panel of W_ih once.
   const bool one_chunk = !plan.tiled && p.rows <= plan.gates_rows;
-  plan.w_ih = ReadsInputWeights(p)      ? Packing::kNone
+  plan.w_ih = p.packed                  ? Packing::kGiven
+              : ReadsInputWeights(p)    ? Packing::kNone
               : TurnsRows(p, p.gates_x) ? Packing::kTurned
               : one_chunk               ? Packing::kEachUse
                                         : Packing::kOnce;
   const bool turns = TurnsRows(p, p.gates_h) && !p.h_changes && !p.in_blocks;
-  plan.w_hh = ReadsRecurrentWeights(p) ? Packing::kNone : turns ? Packing::kTurned : Packing::kOnce;
+  plan.w_hh = p.packed                   ? Packing::kGiven
+              : ReadsRecurrentWeights(p) ? Packing::kNone
+              : turns                    ? Packing::kTurned
+                                         : Packing::kOnce;
   const bool odd = p.gates_x * p.panel_vecs % 2 || p.gates_h * p.panel_vecs % 2;
   plan.paired = plan.tiled && odd;
   plan.x_cut = CutOf(m.unit, p.storage, p.I);

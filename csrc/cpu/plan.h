@@ -63,6 +63,7 @@ enum class Packing {
   kOnce,     // packed before the first use
   kEachUse,  // bit by bit just before the only use: they never leave the cache
   kTurned,   // read as they lie, since it is the rows on the other side that become columns
+  kGiven,    // packed before the call
 };
 
 // ---- one step ----
@@ -128,6 +129,7 @@ struct Problem {
   bool in_blocks = false;  // W_hh is block-diagonal, and Hout the width of a block
   bool norm = false;       // products have other gradients than gates
   bool operands = false;   // W_hh multiplies other values than h, too
+  bool packed = false;     // the caller has the weights packed, too
 };
 
 // The same for both passes of a layer.

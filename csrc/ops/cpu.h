@@ -18,6 +18,7 @@ struct Cpu {
   static constexpr int kSavedLead = 1;
   static constexpr bool kHsInStorageType = false;
   static constexpr bool kHasProducts = true;
+  static constexpr bool kPacks = true;
   static constexpr int kHasNorm = 2;
 
   template <class T>

@@ -46,6 +46,7 @@ struct Cuda {
   static constexpr int kSavedLead = 0;
   static constexpr bool kHsInStorageType = true;
   static constexpr bool kHasProducts = false;
+  static constexpr bool kPacks = false;
   static constexpr int kHasNorm = 1;
 #ifdef FUSED_RNN_EMULATE
   static constexpr const char* kName = "CPU";
