@@ -56,7 +56,9 @@ struct DirectionTensors {
   }
   P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
-using DirectionWeights = DirectionTensors<const void*>;
+struct DirectionWeights : DirectionTensors<const void*> {
+  const void* packed;  // what CpuKernels::pack made of w_ih and w_hh; null: nothing
+};
 using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
 
 // What is subtracted and divided by in each row: mean and standard deviation, or nothing and the root of
@@ -82,7 +84,6 @@ struct LayerParams {
   const void* h0;     // [dirs, B, Hout], null: zeros
   const void* c0;     // [dirs, B, kStates - 1, H], null: zeros
   DirectionWeights w[2];
-  const void* packed[2];  // what CpuKernels::pack made of them; null: nothing
   // What happens to the states between two steps; each may be null.
   const uint8_t* reset;  // [rows]: before this step (for direction 1: after it) they become zeros
   const void* zoneout;   // [dirs, zoneout_rows, kStates H]: of h and then c, the part that stays
@@ -185,7 +186,7 @@ struct CpuKernels : CellFacts {
   // W_ih and W_hh of a direction in the order in which vectors multiply with them, for any number of
   // threads: their bytes, and that they are written.
   int64_t (*packed_bytes)(int64_t I, int64_t H, int64_t K);  // W_hh has K columns
-  void (*pack)(const LayerParams&, int dir, void* packed);
+  void (*pack)(const LayerParams&, const DirectionWeights&, void* packed);
 };
 
 // A card, as far as plans depend on it.

@@ -54,9 +54,8 @@ class Layer {
   static int64_t PackedBytes(int64_t I, int64_t H, int64_t K) {
     return PackedBefore(I, H, K, C::kOperands + 1) * int64_t(sizeof(T));
   }
-  static void Pack(const LayerParams& p, int dir, void* packed) {
+  static void Pack(const LayerParams& p, const DirectionWeights& w, void* packed) {
     T* const first = static_cast<T*>(packed);
-    const DirectionWeights& w = p.w[dir];
     PanelProduct<C::kX, kPanelVecs>::Pack(w.w_ih, p.storage, p.H, p.I, Panels(p), first);
     ForProducts([&](auto k) {
       constexpr int kGates = Products<C>::Gates(decltype(k)::value);
@@ -141,7 +140,7 @@ class Layer {
     problem.h_changes = p.reset != nullptr || p.h_mask != nullptr;
     problem.norm = NormOfX(p) || NormOfH(p);
     problem.operands = C::kOperands > 0;
-    problem.packed = p.packed[0] != nullptr;
+    problem.packed = p.w[0].packed != nullptr;
     return problem;
   }
   static cpu::Machine TheMachine() {
@@ -305,8 +304,8 @@ class Layer {
   static int64_t PackedBefore(int64_t I, int64_t H, int64_t K, int k) {
     return RoundUp(H, kUnits) * (C::kX * I + Products<C>::First(k) * K);
   }
-  static const T* PackedProduct(const LayerParams& p, int dir, int k) {
-    const T* packed = static_cast<const T*>(p.packed[dir]);
+  static const T* PackedProduct(const LayerParams& p, const DirectionWeights& w, int k) {
+    const T* packed = static_cast<const T*>(w.packed);
     return packed == nullptr ? nullptr : packed + PackedBefore(p.I, p.H, BlockWidth(p), k);
   }
   // h, or another operand, as it goes into W_hh.

@@ -237,8 +237,7 @@ struct Call {
       static_cast<PackedHead*>(words)[run] = PackedHeadOf(run, weights);
       LayerParams one = p;
       one.I = InputWidth(run);
-      one.w[0] = stack.weights[run];
-      kernels.pack(one, 0, at);
+      kernels.pack(one, stack.weights[run], at);
       at += PackedBytes(run);
     }
   }
@@ -257,8 +256,8 @@ struct Call {
       }
       if (at != bytes) return false;
       at = PackedHeads();
-      stack.packed.resize(size_t(runs()));
-      for (int64_t run = 0; run < runs(); at += PackedBytes(run++)) stack.packed[run] = data + at;
+      for (int64_t run = 0; run < runs(); at += PackedBytes(run++))
+        stack.weights[run].packed = data + at;
     }
     return Device::kPacks;
   }

@@ -15,7 +15,6 @@ struct Stack {
   LayerGradParams all{};
   int layers = 0, extra_states = 0;
   Vector<DirectionWeights> weights;  // [layers * dirs]
-  Vector<const void*> packed;        // likewise, or empty
   Vector<DirectionGrads> gradients;  // likewise
   // [layers - 1, rows, dirs * Hout]: what a layer gives to the next. Where no backward follows, two
   // parts in turn do.
@@ -94,10 +93,7 @@ struct Stack {
       p.hs = static_cast<char*>(all.hs) + i * hs_bytes;
       p.saved = static_cast<char*>(all.saved) + i * saved_bytes;
     }
-    for (int d = 0; d < p.dirs; d++) {
-      p.w[d] = weights[i * p.dirs + d];
-      p.packed[d] = packed.empty() ? nullptr : packed[i * p.dirs + d];
-    }
+    for (int d = 0; d < p.dirs; d++) p.w[d] = weights[i * p.dirs + d];
     return p;
   }
 

@@ -24,7 +24,8 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .value("none", Packing::kNone)
       .value("once", Packing::kOnce)
       .value("each_use", Packing::kEachUse)
-      .value("turned", Packing::kTurned);
+      .value("turned", Packing::kTurned)
+      .value("given", Packing::kGiven);
   py::class_<Machine>(m, "Machine")
       .def(py::init<>())
       .def_readwrite("unit", &Machine::unit)
@@ -47,7 +48,8 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readwrite("vector_bytes", &Problem::vector_bytes)
       .def_readwrite("panel_vecs", &Problem::panel_vecs)
       .def_readwrite("panels", &Problem::panels)
-      .def_readwrite("operands", &Problem::operands);
+      .def_readwrite("operands", &Problem::operands)
+      .def_readwrite("packed", &Problem::packed);
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)
       .def_readonly("spins", &Plan::spins)
