@@ -250,9 +250,7 @@ class BetweenSteps:
                 zoneout = torch.bernoulli(p.expand(runs, rows, -1))
             else:
                 zoneout = p.expand(runs, 1, -1).contiguous()
-        return Stages(
-            zoneout=zoneout, h_mask=h_mask, blocks=self.blocks, norm=self.norm_of_call()
-        )
+        return Stages(zoneout=zoneout, h_mask=h_mask, blocks=self.blocks, norm=self.norm_of_call())
 
     def norm_of_call(self) -> Norm | None:
         if self.norm is None:

@@ -103,12 +103,12 @@ class Freezable(nn.Module):
             )
         return super().train(mode)
 
-    # Where weights change as a whole, they are packed at once, for compiled programs, too, which look
-    # no further than to what is packed.
+    # Where weights change as a whole, they are packed at once: compiled programs take what there
+    # is, and never ask.
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if self._frozen is not None and name in self._parameters:
+        if "_frozen" in self.__dict__ and name in self._parameters:
             self._frozen = Frozen()  # at the next call: other weights may follow
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -130,34 +130,34 @@ class Freezable(nn.Module):
 
 
 def freeze(model: Model, *, inplace: bool = True) -> Model:
-    """Make ``model`` ready for serving: its recurrent layers pack their weights once, not in calls.
+    """Make ``model`` ready for serving: its layers pack their weights once, and not at every call.
 
     Args:
         model: a layer or cell of this package, or any module that has some in it.
         inplace: freeze ``model`` itself; otherwise a deep copy, and ``model`` can go on training.
 
     Returns:
-        The model, in eval mode, of whose parameters none requires gradients. It is called as before,
-        has the same parameters and ``state_dict``, and can be copied, pickled, compiled and
-        exported; several threads may call it at once, with one copy of the packed weights.
+        The model, in eval mode, of whose parameters none requires gradients. It is called as
+        before, has the same parameters and ``state_dict``, and can be copied, pickled, compiled and
+        exported. Several threads may call it at once, with one copy of the packed weights.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: it has no layer of this package.
 
-    Beside its parameters a frozen layer holds the packed copy, of about their size (for 16-bit
-    parameters twice that), and looks at each call whether it still is of these parameters:
+    Beside its parameters a frozen layer holds the packed copy, of about their size (of 16-bit
+    parameters twice that). Each call looks whether the copy still is of these parameters:
 
-    - **Training raises**: ``train()``, and a call with gradients on where a parameter requires them.
-    - **Changed weights are packed again**: after ``load_state_dict``, ``to`` and other conversions at
-      once, after a new parameter or a write to one (``copy_``, a step of an optimizer) at the next
-      call. Nobody sees what is written through ``parameter.data``, NumPy or other libraries: freeze
-      again afterwards.
-    - With other weights (``torch.func.functional_call``, a parametrization), under autocast, where
-      layers run on tiles, on CUDA and in exported programs, layers run as if they were not frozen.
+    - Training raises a RuntimeError: ``train()``, and a call with gradients on where a parameter
+      requires them. Gradients of the input are as ever.
+    - Changed weights are packed again: after ``load_state_dict``, ``to`` and other conversions at
+      once; after a new parameter or a write into one (``copy_``, an optimizer's step) at the next
+      call. Nobody sees what is written through ``parameter.data`` or NumPy: freeze again then.
+    - Calls with other weights (``torch.func.functional_call``, a parametrization, autocast) run as
+      if the layer was not frozen. So do layers on tile units, on CUDA, and in exported programs.
 
-    Results are those of the unfrozen model up to rounding: to the last bit where that packs its
-    weights at each call, which it does for all but single steps and short or very wide sequences.
+    Results are those of the model before, up to rounding; to the last bit where that packs its
+    weights at every call, as it does for 16-bit types and most sequences, but not for single steps.
 
     Examples:
         >>> model = fused_rnn.freeze(fused_rnn.LSTM(10, 20))

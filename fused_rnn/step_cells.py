@@ -88,7 +88,10 @@ class _Cell(TorchShaped, nn.RNNCellBase):
             if not batched:
                 h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
         weights = self._weights()
-        h, c = functional.step(self._cell(), x, h, c, *weights, packed=self._packed(weights))
+        w_ih, w_hh, b_ih, b_hh = weights
+        h, c = functional.step(
+            self._cell(), x, h, c, w_ih, w_hh, b_ih, b_hh, packed=self._packed(weights)
+        )
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
         return self._join_hidden(h, c)

@@ -111,7 +111,11 @@ def test_results_are_no_worse_than_torchs(number: int, seed: int) -> None:
 @pytest.mark.parametrize("cell", ALL)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_are_those_of_a_layer_that_packs_at_each_call(cell: str, dtype: torch.dtype) -> None:
-    for H, layers, both, T, B in ((65, 1, False, 9, 17), (193, 2, True, 9, 17), (33, 2, False, 40, 1)):
+    for H, layers, both, T, B in (
+        (65, 1, False, 9, 17),
+        (193, 2, True, 9, 17),
+        (33, 2, False, 40, 1),
+    ):
         case = Case(
             *(cell, 7, H, layers, both), time=T, batch=B, training=False, dtype=dtype, hx=False
         )
@@ -391,8 +395,10 @@ def test_conversions() -> None:
         module.to(dtype), frozen.to(dtype)
         given = x.to(dtype)
         assert_same(run(frozen, given), run(module, given))
-        assert dtype == torch.bfloat16 or not packs() or reads_packed(
-            frozen, lambda given=given: run(frozen, given)
+        assert (
+            dtype == torch.bfloat16
+            or not packs()
+            or reads_packed(frozen, lambda given=given: run(frozen, given))
         )
     frozen.to("meta")
     assert run(frozen, x.to("meta"))[0].shape == (3, 2, 33)
@@ -555,14 +561,21 @@ def test_exported(strict: bool) -> None:
 
 
 def test_traced() -> None:
-    frozen, x = fused_rnn.freeze(fused_rnn.GRU(5, 33)), torch.randn(3, 2, 5)
+    model = nn.Sequential(fused_rnn.GRU(5, 33), First())
+    frozen, x = fused_rnn.freeze(model), torch.randn(3, 2, 5)
+    expected = run_alone(frozen, x)
     for tool in (
         lambda: torch.jit.trace(frozen, (x,)),
         lambda: torch.jit.script(frozen),
-        lambda: torch.fx.symbolic_trace(nn.Sequential(frozen)),
+        lambda: torch.fx.symbolic_trace(frozen),
     ):
-        assert_same(run_alone(tool(), x), run(frozen, x))
-    assert frozen._frozen is not None and not frozen.training
+        assert_same(run_alone(tool(), x), expected)
+    assert_reads_packed(frozen, lambda: run_alone(frozen, x))
+
+
+class First(nn.Module):
+    def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
+        return both[0]
 
 
 def run_alone(module: Any, x: Tensor) -> list[Tensor]:
@@ -574,6 +587,7 @@ def test_operator(seed: int) -> None:
     case = Case("gru", time=3, batch=2, dtype=torch.float32)
     (x, h0, c0, *weights), _ = case.arguments()
     arguments = (case.kernel, x, h0, c0, weights, *case.rest_of_schema(None))
-    torch.library.opcheck(ops.operators.recurrent_pack.default, arguments)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.operators.recurrent_pack.default, arguments, test_utils=checks)
     packed = ops.operators.recurrent_pack.default(*arguments)
     torch.library.opcheck(ops.operators.recurrent_infer.default, (*arguments, packed))

@@ -318,13 +318,11 @@ template <class C>
 void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   my.w = &p.w[my.dir];
   my.hs = p.hs ? static_cast<T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride : nullptr;
-  my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih,
-                     static_cast<const T*>(my.w->packed));
+  my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih, static_cast<const T*>(my.w->packed));
   my.h_product.Begin(team, my.panels, my.dir, my.w->w_hh, PackedProduct(p, *my.w, 0));
   ForOperands([&](auto k) {
     const void* w_hh = RowsOfProduct(p, k, my.w->w_hh);
-    std::get<k - 1>(my.u_products)
-        .Begin(team, my.panels, my.dir, w_hh, PackedProduct(p, *my.w, k));
+    std::get<k - 1>(my.u_products).Begin(team, my.panels, my.dir, w_hh, PackedProduct(p, *my.w, k));
   });
   PackPanels(my);
   my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);

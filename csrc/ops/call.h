@@ -276,9 +276,7 @@ struct Call {
   Vector<int64_t> steps_;  // p.batch_sizes, then p.offsets
 
   int64_t InputWidth(int64_t run) const { return run < p.dirs ? p.I : stack.Width(); }
-  int64_t PackedHeads() const {
-    return RoundUp(runs() * int64_t(sizeof(PackedHead)), kPackedLine);
-  }
+  int64_t PackedHeads() const { return RoundUp(runs() * int64_t(sizeof(PackedHead)), kPackedLine); }
   int64_t PackedBytes(int64_t run) const {
     const int64_t bytes = kernels.packed_bytes(InputWidth(run), p.H, p.Hout / p.blocks);
     return RoundUp(bytes + kPackedLine, kPackedLine);

@@ -9,8 +9,8 @@
 
 // How often a tensor was written to in place: at::TensorBase::_version of torch's C++, a member
 // function as old as autograd. Weak: without it no packed weights are used.
-extern "C" __attribute__((weak)) int64_t frnn_torch_version(const void* tensor) __asm__(
-    "_ZNK2at10TensorBase8_versionEv");
+extern "C" __attribute__((weak)) int64_t
+frnn_torch_version(const void* tensor) __asm__("_ZNK2at10TensorBase8_versionEv");
 
 namespace frnn {
 

@@ -155,7 +155,7 @@ def pack(
         return None
     if not takes(stages, cell, hidden, x.device, train=False):
         return None
-    given = [x.new_empty((1, 0, known.given * hidden))] if known.given else []
+    given = [x.new_empty((1, 0, len(known.given) * hidden))] if known.given else []
     call, tensors = _call(x, cell, layers, directions, present, stages), (None,) * 4
     packed: Tensor = operators.recurrent_pack.default(
         *inputs_of(call, NO_STAGE_TENSORS, x, *tensors, [*weights, *given])

@@ -22,8 +22,8 @@ DTYPES = tuple(STORAGES)
 
 
 # As for ``reference.recurrent``. between [L-1, rows, D*P] is what a layer gives to the next; hs and
-# saved are the tape, whose layout is the engine's own. So is that of packed, from recurrent_pack: an
-# engine that finds there the weights of this call, as they are, reads them there.
+# saved are the tape, whose layout is the engine's own. So is that of packed, from recurrent_pack:
+# where these are the weights of the call, as they are, an engine reads them there.
 _INPUTS = (
     "str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? masks, "
     "Tensor? batch_sizes, Tensor? reset, Tensor? zoneout, Tensor? h_mask, int layers, "

@@ -74,7 +74,8 @@ class PanelProduct {
   }
 
   // All panels of w, one after the other: what every thread finds its own in, however many there are.
-  static void Pack(const void* w, Storage storage, int64_t H, int64_t K, int64_t panels, T* packed) {
+  static void Pack(const void* w, Storage storage, int64_t H, int64_t K, int64_t panels,
+                   T* packed) {
     for (int64_t panel = 0; panel < panels; panel++)
       PackPanel(w, storage, H, K, panel, packed + panel * K * kWidth);
   }
