@@ -73,8 +73,9 @@ struct LayerParams {
   int threads;      // at most this many
   int ragged;       // 0 or 1
   int every_state;  // 0 or 1: h_n and c_n have the states after every step, `rows` for B
-  int blocks;       // W_hh is block-diagonal, of so many blocks of whole kAlign units
+  int invariant;    // 0 or 1: what is computed of a sequence has the same bits in any batch
   int64_t T, B, I, H, Hout, rows;
+  int64_t blocks;              // W_hh is block-diagonal, of so many blocks of whole kAlign units
   const int64_t* batch_sizes;  // [T], decreasing
   const int64_t* offsets;      // [T + 1]
   // x_t[b] = x + t * x_t_stride + b * x_b_stride; ragged: row r = x + r * x_b_stride

@@ -141,6 +141,7 @@ class Layer {
     problem.norm = NormOfX(p) || NormOfH(p);
     problem.operands = C::kOperands > 0;
     problem.packed = p.w[0].packed != nullptr;
+    problem.invariant = p.invariant;
     return problem;
   }
   static cpu::Machine TheMachine() {

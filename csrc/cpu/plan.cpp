@@ -61,16 +61,19 @@ Plan PlanOfBoth(const Problem& p, const Machine& m, int products) {
   // A step takes microseconds. Without a core for each thread, what is waited for may need ours.
   plan.spins = plan.threads > m.cores ? 0 : 2000;
   plan.is_short = IsShort(p);
-  plan.tiled = IsTiled(p, m);
+  plan.tiled = !p.invariant && IsTiled(p, m);
+  plan.one_chain = p.invariant;
   return plan;
 }
 
 // So few rows, in all or of a step, do not repay packing (some Hout / 8 steps of one row do); long
 // rows of W have fewer sums over lanes, and in vectors of a whole line they stream as fast as
 // panels do.
-bool ReadsInputWeights(const Problem& p) { return IsPlain(p) && p.rows <= (p.I >= 256 ? 16 : 12); }
+bool ReadsInputWeights(const Problem& p) {
+  return IsPlain(p) && !p.invariant && p.rows <= (p.I >= 256 ? 16 : 12);
+}
 bool ReadsRecurrentWeights(const Problem& p) {
-  if (!IsPlain(p)) return false;
+  if (!IsPlain(p) || p.invariant) return false;
   if (p.rows <= 16) return true;
   if (p.Hout % (p.vector_bytes / p.scalar_bytes) != 0) return false;
   if (p.B == 1) return p.T <= p.Hout / 8 || (p.vector_bytes == 64 && p.Hout >= 512);
@@ -80,7 +83,7 @@ bool ReadsRecurrentWeights(const Problem& p) {
 // Of one step whose rows are fewer than those of W, and leave few lanes empty.
 bool TurnsRows(const Problem& p, int gates) {
   const int64_t empty = RoundUp(p.B, p.vector_bytes / p.scalar_bytes) - p.B;
-  return IsPlain(p) && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
+  return IsPlain(p) && !p.invariant && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
 }
 
 // So few rows in all read w [K, cols] as it lies, at a stride that caches do not like twice. Those of

@@ -22,6 +22,7 @@ namespace frnn {
 //     static constexpr int kHasNorm;             // kernels for Shape::norm, as has_norm in frnn_cell_t
 //     static constexpr bool kHasProducts;        // for cells with several products, or given values
 //     static constexpr bool kPacks;              // weights once, for many calls
+//     static bool Invariant();                   // what is asked for, see LayerParams::invariant
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown
@@ -119,7 +120,8 @@ struct Call {
     p.every_state = shape.every_state;
     FRNN_CHECK(shape.blocks >= 1 && shape.blocks < 1 << 16, "blocks: expected at least 1, got ",
                shape.blocks);
-    p.blocks = int(shape.blocks);
+    p.blocks = shape.blocks;
+    p.invariant = Device::Invariant();
     FRNN_CHECK(shape.norm == 0 || Device::kHasNorm, "norm: no kernels for ", Device::kName);
     FRNN_CHECK(shape.norm >= 0 && shape.norm <= int64_t(Norm::kRms) && shape.norm_eps >= 0,
                "norm: expected 0, 1 or 2, and norm_eps from 0 on, got ", shape.norm, " and ",

@@ -1,5 +1,8 @@
 // The CPU as a device of binding.h.
 #pragma once
+#include <cstdlib>
+#include <cstring>
+
 #include "core/scratch.h"
 #include "ops/binding.h"
 
@@ -9,6 +12,16 @@ torch_from_blob(void* data, int64_t dim, const int64_t* sizes, const int64_t* st
                 int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index,
                 AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
                 int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
+
+// What torch.use_deterministic_algorithms was told. Weak, as those of ops/direct/torch.h: old names, of
+// what no release lays out differently.
+namespace at {
+class Context {
+ public:
+  __attribute__((weak)) bool deterministicAlgorithms() const;
+};
+__attribute__((weak)) Context& globalContext();
+}  // namespace at
 
 namespace frnn {
 
@@ -20,6 +33,15 @@ struct Cpu {
   static constexpr bool kHasProducts = true;
   static constexpr bool kPacks = true;
   static constexpr int kHasNorm = 2;
+
+  static bool Invariant() {
+    static const bool always = [] {
+      const char* asked = std::getenv("FUSED_RNN_BATCH_INVARIANT");
+      return asked != nullptr && std::strcmp(asked, "1") == 0;
+    }();
+    return always ||
+           (&at::globalContext != nullptr && at::globalContext().deterministicAlgorithms());
+  }
 
   template <class T>
   static int32_t Index(const T&) {

@@ -47,6 +47,7 @@ struct Cuda {
   static constexpr bool kHsInStorageType = true;
   static constexpr bool kHasProducts = false;
   static constexpr bool kPacks = false;
+  static bool Invariant() { return false; }
   static constexpr int kHasNorm = 1;
 #ifdef FUSED_RNN_EMULATE
   static constexpr const char* kName = "CPU";

@@ -10,6 +10,8 @@ FUSED_RNN_VERBOSE         1 shows the compiler's commands and output
 FUSED_RNN_CPU_CAPABILITY  one of csrc/cpu/levels.def: use less than the processor has
 FUSED_RNN_CUDA_ARCH       compute capabilities to compile for, such as "80 90a"; default those of
                           the devices here
+FUSED_RNN_BATCH_INVARIANT  1: on the CPU the bits of a sequence are the same in any batch, as under
+                          torch.use_deterministic_algorithms(True)
 FUSED_RNN_VARIANT         how a layer runs on CUDA, in place of the plan's choice (csrc/cuda/plan.h)
 FUSED_RNN_SKIP_EXT        1: setup.py compiles nothing ahead of time
 FUSED_RNN_REQUIRE_EXT     1: setup.py fails where it cannot compile ahead of time
@@ -55,6 +57,7 @@ def _architectures(text: str) -> str:
 # What may be said of a value: what to use instead, or nothing if it is fine.
 RULES = {
     "FUSED_RNN_BACKEND": lambda text: _choice(text, *BACKENDS),
+    "FUSED_RNN_BATCH_INVARIANT": lambda text: _choice(text, "0", "1"),
     "FUSED_RNN_CACHE_DIR": _anything,
     "FUSED_RNN_CPU_CAPABILITY": lambda text: _choice(text, *levels()),
     "FUSED_RNN_CUDA_ARCH": _architectures,

@@ -33,6 +33,7 @@ class PanelProduct {
     // Of a block-diagonal W, units of a block: each block has K columns of the left side.
     int64_t block_units = 0;
     cpu::Packing packing;
+    bool one_chain;  // as of GemmRows
     bool tiled;
     parts::Cut cut;
     bool paired;  // on tiles, two panels are one product: they are side by side in `gates`
@@ -138,7 +139,7 @@ class PanelProduct {
       packed = (c.packing == cpu::Packing::kGiven ? given_ : packed) + at * c.K * kWidth;
     ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
       GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
-                                      gates + first * N, stride, false, before);
+                                      gates + first * N, stride, false, c.one_chain, before);
     });
   }
   // All rows of a step: the gates come out as [unit][row], and are turned back.
@@ -152,7 +153,7 @@ class PanelProduct {
         constexpr int NV = decltype(nv)::value;
         for (int q = 0; q < kGates; q++) {
           GemmRows<NV>(units, static_cast<const T*>(w_) + (q * c.H + unit) * c.K, c.K,
-                       c.turned + r * c.K, NV * N, c.K, columns, NV * N, false);
+                       c.turned + r * c.K, NV * N, c.K, columns, NV * N, false, false);
           for (int j = 0; j < kPanelVecs; j++)
             PackTransposed(columns, kPlain, j * N, units, rows, NV * N,
                            gates + r * stride + (q * kPanelVecs + j) * N, stride);
