@@ -1,5 +1,5 @@
-"""torch.use_deterministic_algorithms(True) on the CPU: the bits of a sequence do not depend on who else
-is in the batch, nor on its place there, on padding, packing, or calls over parts of it."""
+"""torch.use_deterministic_algorithms(True) on the CPU: the bits of a sequence do not depend on who
+else is in the batch, nor on its place there, on padding, packing, or calls over parts of it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "GRU-blocks": {"blocks": 2},
     "PeepholeLSTM": {},
 }
-# Of the batch, steps, inputs and units: products in one chain and in several, of few rows and of more
-# than a panel of them, in vectors and past their end.
+# Of the batch, steps, inputs and units: products in one chain and in several, of few rows and of
+# more than a block of them, in vectors and past their end.
 SIZES = [(1, 5, 3, 7), (2, 9, 17, 33), (7, 1, 65, 64), (33, 4, 5, 128), (70, 3, 300, 20)]
 
 

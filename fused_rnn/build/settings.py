@@ -1,6 +1,8 @@
 """The environment variables of the package: which there are, and what they may be.
 
 FUSED_RNN_BACKEND         auto (default), native (raise rather than fall back) or reference
+FUSED_RNN_BATCH_INVARIANT 1: on the CPU the bits of a sequence are the same in any batch, as under
+                          torch.use_deterministic_algorithms(True)
 FUSED_RNN_CACHE_DIR       where libraries are kept; default $XDG_CACHE_HOME/fused_rnn or
                           ~/.cache/fused_rnn
 FUSED_RNN_MAX_JOBS        compilers at once; default one per core, with 2 GB of memory each
@@ -10,8 +12,6 @@ FUSED_RNN_VERBOSE         1 shows the compiler's commands and output
 FUSED_RNN_CPU_CAPABILITY  one of csrc/cpu/levels.def: use less than the processor has
 FUSED_RNN_CUDA_ARCH       compute capabilities to compile for, such as "80 90a"; default those of
                           the devices here
-FUSED_RNN_BATCH_INVARIANT  1: on the CPU the bits of a sequence are the same in any batch, as under
-                          torch.use_deterministic_algorithms(True)
 FUSED_RNN_VARIANT         how a layer runs on CUDA, in place of the plan's choice (csrc/cuda/plan.h)
 FUSED_RNN_SKIP_EXT        1: setup.py compiles nothing ahead of time
 FUSED_RNN_REQUIRE_EXT     1: setup.py fails where it cannot compile ahead of time

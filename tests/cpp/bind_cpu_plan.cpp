@@ -49,9 +49,11 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readwrite("panel_vecs", &Problem::panel_vecs)
       .def_readwrite("panels", &Problem::panels)
       .def_readwrite("operands", &Problem::operands)
-      .def_readwrite("packed", &Problem::packed);
+      .def_readwrite("packed", &Problem::packed)
+      .def_readwrite("invariant", &Problem::invariant);
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)
+      .def_readonly("one_chain", &Plan::one_chain)
       .def_readonly("spins", &Plan::spins)
       .def_readonly("is_short", &Plan::is_short)
       .def_readonly("tiled", &Plan::tiled);
