@@ -180,7 +180,7 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
             assert packing(packed=True, storage=storage, **shape) == (Packing.given,) * 2
     # In any batch the same: never over lanes, on tiles or in several chains.
     for shape in (dict(B=1, T=1), dict(B=32, T=1), dict(B=1, T=300, H=512), dict(B=64, T=100)):
-        plan = forward(engine, invariant=True, **shape)
+        plan = forward(engine, UNITS[-1], invariant=True, **shape)
         assert plan.one_chain and not plan.tiled
         assert {plan.w_ih, plan.w_hh} <= {Packing.each_use, Packing.once}
         assert not forward(engine, **shape).one_chain
