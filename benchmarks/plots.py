@@ -32,6 +32,7 @@ COLOURS = {
     "zoo_loop": "#a6761d",
     "torchrecurrent": "#8da0cb",
     "torch_compile": "#cc79a7",
+    "ours_frozen": "#555555",
     "ours_recompute": "#f0e442",
     "reference": "#999999",
     "haste": "#56b4e9",

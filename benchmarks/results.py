@@ -137,7 +137,15 @@ def ratio(row: Row, name: str) -> Spread | None:
 
 
 # Our own slow path, for machines without a compiler, is no rival, nor is another case of ours.
-NO_RIVALS = (OURS, "ours_recompute", "ours_baseline", "ours_plain", "ours_header", "reference")
+NO_RIVALS = (
+    OURS,
+    "ours_frozen",
+    "ours_recompute",
+    "ours_baseline",
+    "ours_plain",
+    "ours_header",
+    "reference",
+)
 
 
 def best_peer(row: Row) -> tuple[str, Spread] | None:

@@ -250,10 +250,12 @@ class BetweenSteps:
                 zoneout = torch.bernoulli(p.expand(runs, rows, -1))
             else:
                 zoneout = p.expand(runs, 1, -1).contiguous()
-        norm = None
-        if self.norm is not None:
-            norm = Norm(self.norm, self.places, float(self.norm_eps))
-        return Stages(zoneout=zoneout, h_mask=h_mask, blocks=self.blocks, norm=norm)
+        return Stages(zoneout=zoneout, h_mask=h_mask, blocks=self.blocks, norm=self.norm_of_call())
+
+    def norm_of_call(self) -> Norm | None:
+        if self.norm is None:
+            return None
+        return Norm(self.norm, self.places, float(self.norm_eps))
 
 
 NOTHING = BetweenSteps()  # as torch.nn has it

@@ -238,4 +238,5 @@ def _set_class(module: nn.Module, target: Class) -> None:
             f"Parametrized{target.__name__}", (target,), exec_body=lambda new: new.update(body)
         )
     vars(module).pop("_verified", None)  # it may have changed while it was torch.nn's
+    vars(module).pop("_frozen", None)
     module.__class__ = target

@@ -454,8 +454,8 @@ class _Layer(_Compiled, CustomLayer):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._choose(state["hyperparameters"])  # this process may not have had them
         super().__setstate__(state)
-        self._choose(self.hyperparameters)  # this process may not have had them
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

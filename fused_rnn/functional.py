@@ -45,6 +45,7 @@ def recurrent_directly(
     bidirectional: bool,
     present: int,
     batch_first: bool,
+    packed: Tensor | None = None,
 ) -> Any:
     """``recurrent`` without dropout and gradients, to (y, hx); or None.
 
@@ -60,16 +61,21 @@ def recurrent_directly(
         return None
     directions = 2 if bidirectional else 1
     return calls.infer_stack(
-        cell, x, hx, parameters, names, num_layers, directions, present, batch_first
+        cell, x, hx, parameters, names, num_layers, directions, present, batch_first, packed
     )
 
 
 def step_directly(
-    cell: str, x: Tensor, hx: Any, parameters: Mapping[str, Tensor | None], names: list[str]
+    cell: str,
+    x: Tensor,
+    hx: Any,
+    parameters: Mapping[str, Tensor | None],
+    names: list[str],
+    packed: Tensor | None = None,
 ) -> Any:
     """``step``, to hx, or None. B may be missing everywhere; as in ``recurrent_directly``."""
     calls = ops.direct_calls(x)
-    return calls.step(cell, x, hx, parameters, names) if calls else None
+    return calls.step(cell, x, hx, parameters, names, packed) if calls else None
 
 
 # --- A stack of layers ---------------------------------------------------------------------------
@@ -97,6 +103,7 @@ def recurrent(
     reset_to: tuple[Tensor, Tensor | None] | None = None,
     every_state: bool = False,
     given: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run L layers of D directions over a whole sequence.
 
@@ -117,6 +124,7 @@ def recurrent(
             None for zeros.
         every_state: return the states after every step.
         given: [T, B, given * H], or packed rows, to a cell that asks for it, in all layers.
+        packed: what ``pack`` made of the weights, for the engine that can read it there.
 
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0. With ``every_state`` h_n and c_n
@@ -149,6 +157,7 @@ def recurrent(
         between,
         reset,
         every_state,
+        packed,
     )
     states = (h0, c0, *(reset_to or (None, None)))
     low = autocast.dtype_for(x, _present(states), weights)
@@ -171,6 +180,7 @@ class _How(NamedTuple):
     between: BetweenSteps
     reset: Tensor | None
     every_state: bool
+    packed: Tensor | None
 
 
 States = tuple[Tensor | None, ...]  # h0, c0, and the h and c after a reset
@@ -250,9 +260,20 @@ def _run(
     ) -> Any:
         usual = stages.nothing and not how.every_state
         extra = () if usual else (stages, how.every_state)
+        packed = {} if how.packed is None or engine is not ops else {"packed": how.packed}
         recompute = how.recompute and not transformed()
         return engine.recurrent(
-            cell, x, h0, c0, [*own, *given], masks, batch_sizes, *how.shape, recompute, *extra
+            cell,
+            x,
+            h0,
+            c0,
+            [*own, *given],
+            masks,
+            batch_sizes,
+            *how.shape,
+            recompute,
+            *extra,
+            **packed,
         )
 
     if how.reset is not None and how.reset.numel() > 0:
@@ -305,6 +326,22 @@ def _drawn(
     return weights, masks, between.stages(cell, x, batch, runs, widths, training=training)
 
 
+def pack(
+    cell: str,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int,
+    bidirectional: bool,
+    present: int,
+    between: BetweenSteps = NOTHING,
+) -> Tensor | None:
+    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights; None if no kernel
+    takes any."""
+    stages = Stages(blocks=between.blocks, norm=between.norm_of_call())
+    directions = 2 if bidirectional else 1
+    return ops.pack(cell, weights, num_layers, directions, present, stages)
+
+
 # --- One step of a cell --------------------------------------------------------------------------
 
 
@@ -317,6 +354,7 @@ def step(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One step for x [B, I], h [B, H] and c [B, C] or None; returns the new h and c."""
     states = (h,) if c is None else (h, c)
@@ -330,7 +368,7 @@ def step(
     weights = [w for w in run if w is not None]
     low = autocast.dtype_for(x, states, weights)
     if low is None:
-        return _step(cell, x, states, weights, present)
+        return _step(cell, x, states, weights, present, packed)
     h_dtype, c_dtype = autocast.dtypes_of_results(
         cell, low, x, states, projected=False, fused=False
     )
@@ -344,7 +382,12 @@ def step(
 
 
 def _step(
-    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], present: int
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    present: int,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
     engine = engines.engine_of(cell, x, states, weights)
@@ -362,6 +405,7 @@ def _step(
         1,
         1,
         present,
+        **({} if packed is None or engine is not ops else {"packed": packed}),
     )
     return _one_step(h_n), None if c_n is None else _one_step(c_n)
 

@@ -6,6 +6,7 @@ Sizes: T steps, B sequences, R packed rows, L layers, D directions, P the width 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -236,6 +237,16 @@ class Recurrent(TorchShaped, nn.RNNBase):
         except KeyError:
             return [self._weight(i) for i in range(len(names))]
 
+    def _pack(self, weights: Sequence[Tensor]) -> Tensor | None:
+        return functional.pack(
+            self.mode.lower(),
+            weights,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            present=self._present(),
+            between=self.between_steps,
+        )
+
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight_dtype = self._weight(0).dtype
         if input.dtype != weight_dtype and not is_any_autocast_enabled():
@@ -294,12 +305,13 @@ class Recurrent(TorchShaped, nn.RNNBase):
     ) -> tuple[Tensor, Any, Any]:
         """The outputs, the last states and, if asked for, those of all rows, [L*D, rows, P]."""
         h0, c0 = (None, None) if hx is None else self._split_hidden(hx)
+        weights = self._weights()
         y, h_n, c_n = functional.recurrent(
             self.mode.lower(),
             x,
             h0,
             c0,
-            self._weights(),
+            weights,
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             present=self._present(),
@@ -313,6 +325,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             reset_to=asked.reset_to,
             every_state=asked.states,
             given=asked.given,
+            packed=self._packed(weights),
         )
         if not asked.states:
             return y, self._join_hidden(h_n, c_n), None
@@ -449,6 +462,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             self.bidirectional,
             self._present(),
             self.batch_first,
+            None if self._frozen is None else self._packed(self._weights()),
         )
         return found
 

@@ -6,6 +6,7 @@ Sizes in the docstrings: B sequences, I = ``input_size``, H = ``hidden_size``.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -48,6 +49,12 @@ class _Cell(TorchShaped, nn.RNNCellBase):
         except KeyError:
             return [self._read(name) for name in _CELL_WEIGHTS]
 
+    def _pack(self, weights: Sequence[Tensor]) -> Tensor | None:
+        present = sum(1 << i for i, w in enumerate(self._weights()) if w is not None)
+        return functional.pack(
+            self._cell(), weights, num_layers=1, bidirectional=False, present=present
+        )
+
     def _has_usual_sizes(self) -> bool:
         return self._width("weight_hh") == self.hidden_size
 
@@ -63,7 +70,10 @@ class _Cell(TorchShaped, nn.RNNCellBase):
         """Return the next state; the class says which shapes."""
         if type(input) is Tensor and not is_dynamo_compiling() and self._is_usual():
             parameters = self._parameters
-            found = functional.step_directly(self._cell(), input, hx, parameters, _CELL_WEIGHTS)
+            packed = None if self._frozen is None else self._packed(self._weights())
+            found = functional.step_directly(
+                self._cell(), input, hx, parameters, _CELL_WEIGHTS, packed
+            )
             if found is not None:
                 return found
         if (node := self._fx_node(input, hx)) is not None:
@@ -77,12 +87,10 @@ class _Cell(TorchShaped, nn.RNNCellBase):
                 self._check_dim(state, self._hidden_name.format(i))
             if not batched:
                 h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+        weights = self._weights()
+        w_ih, w_hh, b_ih, b_hh = weights
         h, c = functional.step(
-            self._cell(),
-            x,
-            h,
-            c,
-            *self._weights(),
+            self._cell(), x, h, c, w_ih, w_hh, b_ih, b_hh, packed=self._packed(weights)
         )
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)

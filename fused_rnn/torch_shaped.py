@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from . import scripting
+from .frozen import Freezable
 from .torch_internals import is_tracing
 
 
@@ -17,7 +18,7 @@ def torchs_own(name: str) -> Any:
     return vars(there).get("torch_class", there)
 
 
-class TorchShaped(nn.Module):
+class TorchShaped(Freezable):
     """A class of ours: which class of torch.nn it stands for, and how users write hidden states.
 
     Inside, states are h (which goes through W_hh) and c (which does not, or None). Outside, all

@@ -174,6 +174,16 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
     assert packing(B=1, T=300, H=512, vector_bytes=32)[1] == Packing.once
     assert packing(B=2, T=32, H=512)[1] == Packing.none
     assert packing(B=1, T=32, H=500)[1] == Packing.once  # no whole vectors
+    # What is packed already is read, whatever the shape.
+    for shape in (dict(B=1, T=1), dict(B=32, T=1), dict(B=1, T=300, H=512), dict(B=64, T=100)):
+        for storage in STORAGES:
+            assert packing(packed=True, storage=storage, **shape) == (Packing.given,) * 2
+    # In any batch the same: never over lanes, on tiles or in several chains.
+    for shape in (dict(B=1, T=1), dict(B=32, T=1), dict(B=1, T=300, H=512), dict(B=64, T=100)):
+        plan = forward(engine, UNITS[-1], invariant=True, **shape)
+        assert plan.one_chain and not plan.tiled
+        assert {plan.w_ih, plan.w_hh} <= {Packing.each_use, Packing.once}
+        assert not forward(engine, **shape).one_chain
     # One chunk of steps needs each panel of W_ih once.
     assert packing(B=32, T=4)[0] == Packing.each_use and packing(B=32, T=5)[0] == Packing.once
     assert forward(engine, B=32, T=5).gates_rows == 128

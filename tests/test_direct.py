@@ -88,19 +88,20 @@ def forward(case: Case, tensors: Sequence[Any], batch_sizes: Any = None, **chang
         "present": case.present,
     }
     arguments |= {"x": x, "h0": h0, "c0": c0, "batch_sizes": batch_sizes}
-    arguments |= {"weights": tuple(weights), "tape": False}
+    arguments |= {"weights": tuple(weights), "packed": None, "tape": False}
     return DIRECT.forward(*(arguments | changes).values())
 
 
 def infer_stack(cell: str, x: Any, hx: Any, weights: list[Any], *rest: Any) -> Any:
     """The function, of weights without names."""
     names = [str(i) for i in range(len(weights))]
-    return DIRECT.infer_stack(cell, x, hx, dict(zip(names, weights, strict=True)), names, *rest)
+    named = dict(zip(names, weights, strict=True))
+    return DIRECT.infer_stack(cell, x, hx, named, names, *rest, None)
 
 
 def step(cell: str, x: Any, hx: Any, *weights: Any) -> Any:
     names = [str(i) for i in range(len(weights))]
-    return DIRECT.step(cell, x, hx, dict(zip(names, weights, strict=True)), names)
+    return DIRECT.step(cell, x, hx, dict(zip(names, weights, strict=True)), names, None)
 
 
 def by_operator(fn: Callable[[], Any]) -> Any:
@@ -762,8 +763,8 @@ def test_unusual_arguments() -> None:
         (named, [*"abce"]),
         (named, [*"abc", []]),
     ):
-        assert DIRECT.infer_stack("gru", x, h0, parameters, wanted, *rest) is None
-        assert DIRECT.step("gru", x[0], h0[0], parameters, wanted) is None
+        assert DIRECT.infer_stack("gru", x, h0, parameters, wanted, *rest, None) is None
+        assert DIRECT.step("gru", x[0], h0[0], parameters, wanted, None) is None
 
 
 @needs_direct

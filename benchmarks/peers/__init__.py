@@ -34,6 +34,7 @@ NAMES = (
     "openvino",
     "haste",
     "flashrnn",
+    "ours_frozen",
     "ours_recompute",
     "ours_baseline",
     "ours_plain",

@@ -56,7 +56,9 @@ struct DirectionTensors {
   }
   P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
-using DirectionWeights = DirectionTensors<const void*>;
+struct DirectionWeights : DirectionTensors<const void*> {
+  const void* packed;  // what CpuKernels::pack made of w_ih and w_hh; null: nothing
+};
 using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
 
 // What is subtracted and divided by in each row: mean and standard deviation, or nothing and the root of
@@ -71,8 +73,9 @@ struct LayerParams {
   int threads;      // at most this many
   int ragged;       // 0 or 1
   int every_state;  // 0 or 1: h_n and c_n have the states after every step, `rows` for B
-  int blocks;       // W_hh is block-diagonal, of so many blocks of whole kAlign units
+  int invariant;    // 0 or 1: what is computed of a sequence has the same bits in any batch
   int64_t T, B, I, H, Hout, rows;
+  int64_t blocks;              // W_hh is block-diagonal, of so many blocks of whole kAlign units
   const int64_t* batch_sizes;  // [T], decreasing
   const int64_t* offsets;      // [T + 1]
   // x_t[b] = x + t * x_t_stride + b * x_b_stride; ragged: row r = x + r * x_b_stride
@@ -181,6 +184,10 @@ struct CpuKernels : CellFacts {
   void (*layer_fwd)(const LayerParams&);
   void (*layer_bwd)(const LayerGradParams&);
   void (*scale)(void* data, const void* by, int64_t n, Storage);  // data[i] *= by[i]
+  // W_ih and W_hh of a direction in the order in which vectors multiply with them, for any number of
+  // threads: their bytes, and that they are written.
+  int64_t (*packed_bytes)(int64_t I, int64_t H, int64_t K);  // W_hh has K columns
+  void (*pack)(const LayerParams&, const DirectionWeights&, void* packed);
 };
 
 // A card, as far as plans depend on it.

@@ -118,6 +118,7 @@ class Layer<C>::BackwardPass {
     weights.K = weights.gate_rows = p.Hout;
     weights.cols = p.H;
     weights.packing = cpu::Packing::kOnce;
+    weights.one_chain = plan.one_chain;
     weights.packed = my.w_hr;
     weights.first = begin;
     ForColumnTiles(begin, end, [&](int64_t v, auto nv) { f(weights, v, nv); });
@@ -172,6 +173,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
   x_common.storage = p.storage;
   x_common.K = p.H;
   x_common.packing = plan.w_ih;
+  x_common.one_chain = plan.one_chain;
   x_common.tiled = plan.tiled;
   x_common.cut = plan.cut;
   x_common.d_cut = plan.d_cut;
@@ -180,6 +182,7 @@ Layer<C>::BackwardPass::BackwardPass(const LayerGradParams& p)
     common.K = common.left.K = p.blocks > 1 ? BlockWidth(p) : p.H;
     common.blocks = p.blocks > 1 ? p.blocks : 1;
     common.packing = plan.w_hh;
+    common.one_chain = plan.one_chain;
     common.tiled = common.left.tiled = plan.tiled;
     common.cut = plan.cut;
     common.left.cut = plan.d_cut;

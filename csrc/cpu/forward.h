@@ -236,6 +236,7 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
   x_common.paired = plan.paired;
   x_common.K = p.I;
   x_common.packing = plan.w_ih;
+  x_common.one_chain = plan.one_chain;
   x_common.tiled = plan.tiled;
   x_common.cut = plan.x_cut;
   const auto set_up = [&](auto& common) {
@@ -246,6 +247,7 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
     common.K = common.left.K = BlockWidth(p);
     common.block_units = p.blocks > 1 ? BlockWidth(p) : 0;
     common.packing = plan.w_hh;
+    common.one_chain = plan.one_chain;
     common.tiled = common.left.tiled = plan.tiled && C::kH > 0;
     common.cut = common.left.cut = plan.h_cut;
     common.left.gates = 1;
@@ -318,11 +320,11 @@ template <class C>
 void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   my.w = &p.w[my.dir];
   my.hs = p.hs ? static_cast<T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride : nullptr;
-  my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih);
-  my.h_product.Begin(team, my.panels, my.dir, my.w->w_hh);
+  my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih, static_cast<const T*>(my.w->packed));
+  my.h_product.Begin(team, my.panels, my.dir, my.w->w_hh, PackedProduct(p, *my.w, 0));
   ForOperands([&](auto k) {
     const void* w_hh = RowsOfProduct(p, k, my.w->w_hh);
-    std::get<k - 1>(my.u_products).Begin(team, my.panels, my.dir, w_hh);
+    std::get<k - 1>(my.u_products).Begin(team, my.panels, my.dir, w_hh, PackedProduct(p, *my.w, k));
   });
   PackPanels(my);
   my.x_norm.Begin(my.panels, my.w->gains[kInput], p.storage);
@@ -634,7 +636,7 @@ void Layer<C>::ForwardPass::Project(Team& team, Thread& my, const Step& step) co
     constexpr int NV = decltype(nv)::value;
     T* out = step.h_new + v * N;
     GemmRows<NV>(step.n, step.full, step.ld_full, my.w_hr + (v - my.columns.begin) * N * p.H,
-                 NV * N, p.H, out, step.ldh, false);
+                 NV * N, p.H, out, step.ldh, false, plan.one_chain);
     for (int64_t r = 0; r < step.n && p.storage != kPlain; r++)
       for (int j = 0; j < NV; j++) {
         T* h = out + r * step.ldh + j * N;

@@ -16,6 +16,7 @@
 #include "cpu/convert.h"
 #include "cpu/norm.h"
 #include "cpu/plan.h"
+#include "cpu/product/panel_product.h"
 #include "cpu/product/tiles.h"
 #include "cpu/threads.h"
 
@@ -50,7 +51,23 @@ class Layer {
       StoreRow(At(data, storage, i), storage, a, count);
     }
   }
-  static constexpr CpuKernels Kernels() { return {FactsOf<C>(kTape), &Forward, &Backward, &Scale}; }
+  static int64_t PackedBytes(int64_t I, int64_t H, int64_t K) {
+    return PackedBefore(I, H, K, C::kOperands + 1) * int64_t(sizeof(T));
+  }
+  static void Pack(const LayerParams& p, const DirectionWeights& w, void* packed) {
+    T* const first = static_cast<T*>(packed);
+    PanelProduct<C::kX, kPanelVecs>::Pack(w.w_ih, p.storage, p.H, p.I, Panels(p), first);
+    ForProducts([&](auto k) {
+      constexpr int kGates = Products<C>::Gates(decltype(k)::value);
+      if constexpr (kGates > 0)
+        PanelProduct<kGates, kPanelVecs>::Pack(RowsOfProduct(p, k, w.w_hh), p.storage, p.H,
+                                               BlockWidth(p), Panels(p),
+                                               first + PackedBefore(p.I, p.H, BlockWidth(p), k));
+    });
+  }
+  static constexpr CpuKernels Kernels() {
+    return {FactsOf<C>(kTape), &Forward, &Backward, &Scale, &PackedBytes, &Pack};
+  }
 
  private:
   class ForwardPass;
@@ -85,6 +102,13 @@ class Layer {
     ForOperands(f, std::make_integer_sequence<int, C::kOperands>());
   }
 
+  // f(k as a constant) for all products of W_hh, 0 being that with h.
+  template <class F>
+  FRNN_INLINE static void ForProducts(const F& f) {
+    f(std::integral_constant<int, 0>());
+    ForOperands(f);
+  }
+
   // A pass on a team, or on one thread where a team is not complete.
   template <class Pass, class Params>
   static void Run(const Params& p) {
@@ -116,6 +140,8 @@ class Layer {
     problem.h_changes = p.reset != nullptr || p.h_mask != nullptr;
     problem.norm = NormOfX(p) || NormOfH(p);
     problem.operands = C::kOperands > 0;
+    problem.packed = p.w[0].packed != nullptr;
+    problem.invariant = p.invariant;
     return problem;
   }
   static cpu::Machine TheMachine() {
@@ -274,6 +300,14 @@ class Layer {
   static P RowsOfProduct(const LayerParams& p, int k, P w_hh) {
     return w_hh == nullptr ? w_hh
                            : At(w_hh, p.storage, Products<C>::First(k) * p.H * BlockWidth(p));
+  }
+  // What is packed before the rows of product k: those of W_ih, and of the products before it.
+  static int64_t PackedBefore(int64_t I, int64_t H, int64_t K, int k) {
+    return RoundUp(H, kUnits) * (C::kX * I + Products<C>::First(k) * K);
+  }
+  static const T* PackedProduct(const LayerParams& p, const DirectionWeights& w, int k) {
+    const T* packed = static_cast<const T*>(w.packed);
+    return packed == nullptr ? nullptr : packed + PackedBefore(p.I, p.H, BlockWidth(p), k);
   }
   // h, or another operand, as it goes into W_hh.
   FRNN_INLINE static V Masked(const T* h, const T* mask, Storage storage) {

@@ -61,16 +61,19 @@ Plan PlanOfBoth(const Problem& p, const Machine& m, int products) {
   // A step takes microseconds. Without a core for each thread, what is waited for may need ours.
   plan.spins = plan.threads > m.cores ? 0 : 2000;
   plan.is_short = IsShort(p);
-  plan.tiled = IsTiled(p, m);
+  plan.tiled = !p.invariant && IsTiled(p, m);
+  plan.one_chain = p.invariant;
   return plan;
 }
 
 // So few rows, in all or of a step, do not repay packing (some Hout / 8 steps of one row do); long
 // rows of W have fewer sums over lanes, and in vectors of a whole line they stream as fast as
 // panels do.
-bool ReadsInputWeights(const Problem& p) { return IsPlain(p) && p.rows <= (p.I >= 256 ? 16 : 12); }
+bool ReadsInputWeights(const Problem& p) {
+  return IsPlain(p) && !p.invariant && p.rows <= (p.I >= 256 ? 16 : 12);
+}
 bool ReadsRecurrentWeights(const Problem& p) {
-  if (!IsPlain(p)) return false;
+  if (!IsPlain(p) || p.invariant) return false;
   if (p.rows <= 16) return true;
   if (p.Hout % (p.vector_bytes / p.scalar_bytes) != 0) return false;
   if (p.B == 1) return p.T <= p.Hout / 8 || (p.vector_bytes == 64 && p.Hout >= 512);
@@ -80,7 +83,7 @@ bool ReadsRecurrentWeights(const Problem& p) {
 // Of one step whose rows are fewer than those of W, and leave few lanes empty.
 bool TurnsRows(const Problem& p, int gates) {
   const int64_t empty = RoundUp(p.B, p.vector_bytes / p.scalar_bytes) - p.B;
-  return IsPlain(p) && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
+  return IsPlain(p) && !p.invariant && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
 }
 
 // So few rows in all read w [K, cols] as it lies, at a stride that caches do not like twice. Those of
@@ -113,12 +116,16 @@ ForwardPlan PlanForward(const Problem& p, const Machine& m) {
   plan.gates_rows = Least(p.rows, Most(p.B, ahead));
   // One chunk needs each panel of W_ih once.
   const bool one_chunk = !plan.tiled && p.rows <= plan.gates_rows;
-  plan.w_ih = ReadsInputWeights(p)      ? Packing::kNone
+  plan.w_ih = p.packed                  ? Packing::kGiven
+              : ReadsInputWeights(p)    ? Packing::kNone
               : TurnsRows(p, p.gates_x) ? Packing::kTurned
               : one_chunk               ? Packing::kEachUse
                                         : Packing::kOnce;
   const bool turns = TurnsRows(p, p.gates_h) && !p.h_changes && !p.in_blocks;
-  plan.w_hh = ReadsRecurrentWeights(p) ? Packing::kNone : turns ? Packing::kTurned : Packing::kOnce;
+  plan.w_hh = p.packed                   ? Packing::kGiven
+              : ReadsRecurrentWeights(p) ? Packing::kNone
+              : turns                    ? Packing::kTurned
+                                         : Packing::kOnce;
   const bool odd = p.gates_x * p.panel_vecs % 2 || p.gates_h * p.panel_vecs % 2;
   plan.paired = plan.tiled && odd;
   plan.x_cut = CutOf(m.unit, p.storage, p.I);

@@ -63,6 +63,7 @@ enum class Packing {
   kOnce,     // packed before the first use
   kEachUse,  // bit by bit just before the only use: they never leave the cache
   kTurned,   // read as they lie, since it is the rows on the other side that become columns
+  kGiven,    // packed before the call
 };
 
 // ---- one step ----
@@ -128,14 +129,19 @@ struct Problem {
   bool in_blocks = false;  // W_hh is block-diagonal, and Hout the width of a block
   bool norm = false;       // products have other gradients than gates
   bool operands = false;   // W_hh multiplies other values than h, too
+  bool packed = false;     // the caller has the weights packed, too
+  // Sums are in the same order for any number of rows: none over lanes, all in one chain, none on tiles,
+  // where rows have factors in common.
+  bool invariant = false;
 };
 
 // The same for both passes of a layer.
 struct Plan {
   int threads;
-  int spins;      // at a barrier, before a thread sleeps
-  bool is_short;  // a few milliseconds: nobody waits long for a thread that lost its core
-  bool tiled;     // products of matrices of many rows are on the matrix unit
+  int spins;       // at a barrier, before a thread sleeps
+  bool is_short;   // a few milliseconds: nobody waits long for a thread that lost its core
+  bool tiled;      // products of matrices of many rows are on the matrix unit
+  bool one_chain;  // of products that are summed, also where a row or two would have several
 };
 
 struct ForwardPlan : Plan {

@@ -51,10 +51,10 @@ struct frnn_tape_t {
   const std::vector<Tensor> &weights, const Optional &masks, const Optional &batch_sizes, \
   const Optional &reset, const Optional &zoneout, const Optional &h_mask, int64_t layers, \
   int64_t directions, int64_t present, int64_t blocks, int64_t norm, double norm_eps, \
-  bool every_state, bool allow_tf32
+  bool every_state, bool allow_tf32, const Optional &packed
 #define FRNN_INPUTS_LIST \
   {cell, x, h0, c0, weights, masks, batch_sizes, reset, zoneout, h_mask, layers, directions, \
-   present, blocks, norm, norm_eps, every_state, allow_tf32}
+   present, blocks, norm, norm_eps, every_state, allow_tf32, packed}
 // clang-format on
 
 template <class Device>
@@ -68,6 +68,7 @@ struct Operators {
     int64_t layers, directions, present, blocks, norm;
     double norm_eps;
     bool every_state, allow_tf32;
+    const Optional& packed;
   };
   enum class Keeps { kNothing, kBetween, kAll };
 
@@ -79,7 +80,9 @@ struct Operators {
                 in.norm_eps, in.every_state},
                in.x, in.h0, in.c0, in.weights.data(), in.weights.size(), in.batch_sizes,
                {in.reset, in.zoneout, in.h_mask}),
-          masks(call.TakeMasks(in.masks, in.x)) {}
+          masks(call.TakeMasks(in.masks, in.x)) {
+      if (in.packed.has_value()) call.TakePacked(*in.packed, in.weights.data());
+    }
 
     void NewOutputs() {
       y = Device::NewLarge(in.x, call.YShape(), in.x.scalar_type());
@@ -147,6 +150,16 @@ struct Operators {
     Work w(FRNN_INPUTS_LIST);
     Forward(w, Keeps::kBetween);
     return {w.y, w.h_n, w.c_n, w.between};
+  }
+  // The weights as later calls take them, whose x may have other rows. Empty if the device has none.
+  static Tensor Pack(FRNN_INPUTS) {
+    Work w(FRNN_INPUTS_LIST);
+    if constexpr (Device::kPacks) {
+      Tensor words = Device::NewLarge(x, {w.call.PackedWords()}, ScalarType::Long);
+      w.call.Pack(weights.data(), words.mutable_data_ptr());
+      return words;
+    }
+    return New(x, {int64_t(0)}, ScalarType::Long);
   }
 
   // Gradients of x, h0 and c0, then of the weights and of what is given. `needs` lists those that are
@@ -253,6 +266,7 @@ struct torch::stable::detail::ToImpl<frnn::Text> {
     m.impl("recurrent", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Train)>);                 \
     m.impl("recurrent_recomputed", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Recomputed)>); \
     m.impl("recurrent_backward", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Backward)>);     \
+    m.impl("recurrent_pack", &frnn::Boxed<TORCH_BOX(&frnn::Operators<Device>::Pack)>);             \
   }                                                                                                \
   extern "C" {                                                                                     \
   /* Writes what is known of a cell; false if it is unknown. */                                    \

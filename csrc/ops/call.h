@@ -7,6 +7,7 @@
 #include <forward_list>
 #include <optional>
 
+#include "ops/packed.h"
 #include "ops/tensor.h"
 #include "stack/stack.h"
 
@@ -19,6 +20,8 @@ namespace frnn {
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
 //     static constexpr int kHasNorm;             // kernels for Shape::norm, as has_norm in frnn_cell_t
+//     static constexpr bool kPacks;              // weights once, for many calls
+//     static bool Invariant();                   // what is asked for, see LayerParams::invariant
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
 //     static bool Owns(const Tensor&, int32_t index);
 //     static const Kernels* Find(const char* cell, Storage);    // null: unknown
@@ -116,7 +119,8 @@ struct Call {
     p.every_state = shape.every_state;
     FRNN_CHECK(shape.blocks >= 1 && shape.blocks < 1 << 16, "blocks: expected at least 1, got ",
                shape.blocks);
-    p.blocks = int(shape.blocks);
+    p.blocks = shape.blocks;
+    p.invariant = Device::Invariant();
     FRNN_CHECK(shape.norm == 0 || Device::kHasNorm, "norm: no kernels for ", Device::kName);
     FRNN_CHECK(shape.norm >= 0 && shape.norm <= int64_t(Norm::kRms) && shape.norm_eps >= 0,
                "norm: expected 0, 1 or 2, and norm_eps from 0 on, got ", shape.norm, " and ",
@@ -220,6 +224,45 @@ struct Call {
     return &stack.gradients[(i - 3) / each][kernels.Slot(tensors[(i - 3) % each])];
   }
   bool IsAddedTo(int64_t i) const { return i == 3 + runs() * int64_t(tensors.size()); }
+  // ---- weights that are packed once, for many calls ----
+
+  int64_t PackedWords() const {
+    int64_t bytes = PackedHeads();
+    for (int64_t run = 0; run < runs(); run++) bytes += PackedBytes(run);
+    return bytes / int64_t(sizeof(int64_t));
+  }
+  // Into so many words.
+  void Pack(const T* weights, void* words) const {
+    char* at = static_cast<char*>(words) + PackedHeads();
+    for (int64_t run = 0; run < runs(); run++) {
+      static_cast<PackedHead*>(words)[run] = PackedHeadOf(run, weights);
+      LayerParams one = p;
+      one.I = InputWidth(run);
+      kernels.pack(one, stack.weights[run], at);
+      at += PackedBytes(run);
+    }
+  }
+  // Has the engine use them, if they are of these weights as they are. Otherwise false.
+  bool TakePacked(const T& words, const T* weights) {
+    if constexpr (Device::kPacks) {
+      int64_t at = PackedHeads(), bytes = words.numel() * int64_t(sizeof(int64_t));
+      if (!Device::Owns(words, arguments.index()) || words.scalar_type() != ScalarType::Long ||
+          !words.is_contiguous() || bytes < at)
+        return false;
+      const char* data = static_cast<const char*>(words.const_data_ptr());
+      for (int64_t run = 0; run < runs(); run++) {
+        if (!reinterpret_cast<const PackedHead*>(data)[run].IsOf(PackedHeadOf(run, weights)))
+          return false;
+        at += PackedBytes(run);
+      }
+      if (at != bytes) return false;
+      at = PackedHeads();
+      for (int64_t run = 0; run < runs(); at += PackedBytes(run++))
+        stack.weights[run].packed = data + at;
+    }
+    return Device::kPacks;
+  }
+
   // Whether the engine leaves rows of dx alone, which must then be zero.
   bool SkipsRowsOf(const T& x) const { return p.ragged && x.size(0) > p.rows; }
 
@@ -232,6 +275,21 @@ struct Call {
 
  private:
   Vector<int64_t> steps_;  // p.batch_sizes, then p.offsets
+
+  int64_t InputWidth(int64_t run) const { return run < p.dirs ? p.I : stack.Width(); }
+  int64_t PackedHeads() const { return RoundUp(runs() * int64_t(sizeof(PackedHead)), kPackedLine); }
+  int64_t PackedBytes(int64_t run) const {
+    const int64_t bytes = kernels.packed_bytes(InputWidth(run), p.H, p.Hout / p.blocks);
+    return RoundUp(bytes + kPackedLine, kPackedLine);
+  }
+  PackedHead PackedHeadOf(int64_t run, const T* weights) const {
+    PackedHead head{&kernels, int64_t(storage), InputWidth(run), p.H, p.Hout, p.blocks, {}, {}};
+    for (size_t k = 0; k < tensors.size() && tensors[k] < PackedHead::kWeights; k++) {
+      const T& w = weights[run * int64_t(tensors.size()) + int64_t(k)];
+      head.Put(tensors[k], w.is_contiguous() ? w.const_data_ptr() : nullptr, VersionOf(w));
+    }
+    return head;
+  }
 
   static const typename Device::Kernels& Find(const char* cell, Storage storage) {
     const auto* kernels = Device::Find(cell, storage);
@@ -289,9 +347,8 @@ struct Call {
 
     stack.weights.resize(size_t(runs()));
     for (int64_t run = 0; run < runs(); run++) {
-      const int64_t width = run < p.dirs ? p.I : stack.Width();
       for (const int i : tensors)
-        stack.weights[run][kernels.Slot(i)] = TakeWeight(i, *weights++, width);
+        stack.weights[run][kernels.Slot(i)] = TakeWeight(i, *weights++, InputWidth(run));
     }
   }
   const void* TakeWeight(int i, const T& t, int64_t width) {

@@ -1,5 +1,8 @@
 // The CPU as a device of binding.h.
 #pragma once
+#include <cstdlib>
+#include <cstring>
+
 #include "core/scratch.h"
 #include "ops/binding.h"
 
@@ -10,6 +13,16 @@ torch_from_blob(void* data, int64_t dim, const int64_t* sizes, const int64_t* st
                 AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
                 int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
 
+// What torch.use_deterministic_algorithms was told. Weak, as those of ops/direct/torch.h: old names, of
+// what no release lays out differently.
+namespace at {
+class Context {
+ public:
+  __attribute__((weak)) bool deterministicAlgorithms() const;
+};
+__attribute__((weak)) Context& globalContext();
+}  // namespace at
+
 namespace frnn {
 
 struct Cpu {
@@ -17,7 +30,17 @@ struct Cpu {
   static constexpr const char* kName = "CPU";
   static constexpr int kSavedLead = 1;
   static constexpr bool kHsInStorageType = false;
+  static constexpr bool kPacks = true;
   static constexpr int kHasNorm = 2;
+
+  static bool Invariant() {
+    static const bool always = [] {
+      const char* asked = std::getenv("FUSED_RNN_BATCH_INVARIANT");
+      return asked != nullptr && std::strcmp(asked, "1") == 0;
+    }();
+    return always ||
+           (&at::globalContext != nullptr && at::globalContext().deterministicAlgorithms());
+  }
 
   template <class T>
   static int32_t Index(const T&) {

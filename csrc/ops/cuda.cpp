@@ -45,6 +45,8 @@ struct Cuda {
   using Kernels = CudaKernels;
   static constexpr int kSavedLead = 0;
   static constexpr bool kHsInStorageType = true;
+  static constexpr bool kPacks = false;
+  static bool Invariant() { return false; }
   static constexpr int kHasNorm = 1;
 #ifdef FUSED_RNN_EMULATE
   static constexpr const char* kName = "CPU";

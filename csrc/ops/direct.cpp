@@ -41,9 +41,11 @@ PyObject* Unwatched(Reader& arguments) {
   return IsWatched() ? nullptr : function(arguments);
 }
 
-// (inputs, tape?) -> (y, h_n, c_n or None), and with a tape (.., between or None, hs, saved)
+// (inputs, packed weights, tape?) -> (y, h_n, c_n or None), and with a tape (.., between or None, hs,
+// saved)
 PyObject* Forward(Reader& arguments) {
-  const Inputs in = Inputs::Of(arguments);
+  Inputs in = Inputs::Of(arguments);
+  in.packed = arguments.Tensor();
   const bool tape = arguments.Flag();
   arguments.End();
   Outputs out = Run(in, {true, tape});
@@ -73,10 +75,10 @@ PyObject* Backward(Reader& arguments) {
 
 // Its weights are flat, in the order of their names: those of each layer and direction in turn.
 PyObject* RunStack(const Shape& shape, bool batch_first, Borrowed x, const Hidden& hx,
-                   const References& flat) {
+                   const References& flat, const MaybeBorrowed& packed) {
   if (x.dim() != 3) throw Unsupported();
   if (batch_first) x.SwapLeading();
-  Inputs in{shape, x, hx.h, hx.c, {}, {}};
+  Inputs in{shape, x, hx.h, hx.c, {}, {}, packed};
   in.weights.reserve(size_t(flat.size()));
   for (PyObject* weight : flat.objects()) in.weights.emplace_back(weight);
   Outputs out = Run(in, {true, false});
@@ -85,8 +87,8 @@ PyObject* RunStack(const Shape& shape, bool batch_first, Borrowed x, const Hidde
   return MakeTuple(2, [&](size_t i) { return i == 0 ? out.y->ToPython() : out.HiddenState(); });
 }
 
-// (cell, x, hx, parameters, names, layers, directions, present, batch_first) -> (y, hx). hx is h, or a
-// pair (h, c).
+// (cell, x, hx, parameters, names, layers, directions, present, batch_first, packed weights) -> (y, hx).
+// hx is h, or a pair (h, c).
 PyObject* InferStack(Reader& arguments) {
   Shape shape{};
   shape.cell = arguments.Text();
@@ -98,8 +100,9 @@ PyObject* InferStack(Reader& arguments) {
   shape.directions = arguments.Integer();
   shape.present = arguments.Integer();
   const bool batch_first = arguments.Flag();
+  const MaybeBorrowed packed = arguments.Tensor();
   arguments.End();
-  return RunStack(shape, batch_first, x, hx, flat);
+  return RunStack(shape, batch_first, x, hx, flat, packed);
 }
 
 // (cell, dh, dc, bits and tensors as autograd got them, of which inputs of record_step a gradient is
@@ -141,13 +144,14 @@ PyObject* StepBackward(Reader& arguments) {
   });
 }
 
-// (cell, x, hx, parameters, names) -> hx
+// (cell, x, hx, parameters, names, packed weights) -> hx
 PyObject* OneStep(Reader& arguments) {
   PyObject *cell = arguments.Object(), *x = arguments.Object(), *hx = arguments.Object();
   References named;
   arguments.Named(named);
+  const MaybeBorrowed packed = arguments.Tensor();
   arguments.End();
-  return RunStep(cell, x, hx, named, WantsGrad(named, x, hx));
+  return RunStep(cell, x, hx, named, packed, WantsGrad(named, x, hx));
 }
 
 // ---- modules ----
@@ -174,9 +178,13 @@ PyObject* CallModule(Reader& arguments) {
   weights.AddNamed(own.Get(names().parameters),
                    one_step ? step_names : own.Get(names().weight_names));
   const bool wants_grad = WantsGrad(weights, input, hx);
-  if (wants_grad && !one_step) return nullptr;
+  PyObject* const frozen = own.Find(names().frozen);
+  if (wants_grad && (!one_step || frozen != nullptr)) return nullptr;
   if (!IsPlain(module, own) || IsWatched() || !IsUsual(module, own)) return nullptr;
-  if (one_step) return RunStep(cell, input, hx, weights, wants_grad);
+  const Owned words(frozen == nullptr ? nullptr : PyObject_GetAttr(frozen, names().packed));
+  if (frozen != nullptr && (words.object == nullptr || words.object == Py_None)) return nullptr;
+  const MaybeBorrowed packed = frozen == nullptr ? MaybeBorrowed() : Borrowed(words.object);
+  if (one_step) return RunStep(cell, input, hx, weights, packed, wants_grad);
 
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;
   Shape shape{TextOf(cell), IntegerOf(own.Get(names().num_layers)),
@@ -185,7 +193,7 @@ PyObject* CallModule(Reader& arguments) {
   if (facts == nullptr) return nullptr;
   shape.present = facts->Present(FlagOf(own.Get(names().bias)), FlagOf(own.Get(names().proj_size)));
   return RunStack(shape, FlagOf(own.Get(names().batch_first)), Borrowed(input), HiddenState(hx),
-                  weights);
+                  weights, packed);
 }
 
 // What torch has to offer -> True, or None where this torch offers something else.

@@ -1,6 +1,8 @@
 """The environment variables of the package: which there are, and what they may be.
 
 FUSED_RNN_BACKEND         auto (default), native (raise rather than fall back) or reference
+FUSED_RNN_BATCH_INVARIANT 1: on the CPU the bits of a sequence are the same in any batch, as under
+                          torch.use_deterministic_algorithms(True)
 FUSED_RNN_CACHE_DIR       where libraries are kept; default $XDG_CACHE_HOME/fused_rnn or
                           ~/.cache/fused_rnn
 FUSED_RNN_MAX_JOBS        compilers at once; default one per core, with 2 GB of memory each
@@ -57,6 +59,7 @@ def _architectures(text: str) -> str:
 # What may be said of a value: what to use instead, or nothing if it is fine.
 RULES = {
     "FUSED_RNN_BACKEND": lambda text: _choice(text, *BACKENDS),
+    "FUSED_RNN_BATCH_INVARIANT": lambda text: _choice(text, "0", "1"),
     "FUSED_RNN_CACHE_DIR": _anything,
     "FUSED_RNN_CPU_CAPABILITY": lambda text: _choice(text, *levels()),
     "FUSED_RNN_CUDA_ARCH": _architectures,

@@ -33,7 +33,15 @@ from . import direct, registration, step
 from .derivatives import EagerRecomputed, EagerRecurrent
 from .direct import called_directly, direct_calls
 from .library import facts_of, has_cell, supports, takes, tensor_names
-from .schemas import Call, Inputs, StageTensors, inputs_of, is_plain, operators
+from .schemas import (
+    NO_STAGE_TENSORS,
+    Call,
+    Inputs,
+    StageTensors,
+    inputs_of,
+    is_plain,
+    operators,
+)
 
 __all__ = [
     "Inputs",
@@ -44,6 +52,7 @@ __all__ = [
     "has_cell",
     "onednn_takes",
     "operators",
+    "pack",
     "recurrent",
     "registration",
     "step",
@@ -85,14 +94,11 @@ def recurrent(
     recompute: bool = False,
     stages: reference.Stages = reference.NO_STAGES,
     every_state: bool = False,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The contract of ``reference.recurrent`` on the native kernels."""
-    norm, eps = 0, 0.0
-    if stages.norm is not None:
-        norm, eps = 1 + reference.NORM_KINDS.index(stages.norm.kind), stages.norm.eps
-    call = Call(
-        cell, layers, directions, present, stages.blocks, norm, eps, every_state, _allow_tf32(x)
-    )
+    """The contract of ``reference.recurrent`` on the native kernels. ``packed``: what ``pack`` made
+    of the weights, or of what was in their place."""
+    call = _call(x, cell, layers, directions, present, stages, every_state)
     tensors: StageTensors = (stages.reset, stages.zoneout, stages.h_mask)
     train = wants_grad((x, h0, c0, *weights))
     compiling = torch.compiler.is_compiling()
@@ -102,14 +108,59 @@ def recurrent(
         return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
     if not train and masks is None and is_plain(call, tensors) and (calls := direct_calls(x)):
         found: tuple[Tensor, Tensor, Tensor | None] | None = calls.forward(
-            *call[:4], x, h0, c0, batch_sizes, tuple(weights), False
+            *call[:4], x, h0, c0, batch_sizes, tuple(weights), packed, False
         )
         if found is not None:
             return found
     name = "recurrent_recomputed" if recompute else "recurrent"
     op = getattr(operators, name if train else "recurrent_infer").default
-    y, h_n, c_n = op(*inputs_of(call, tensors, x, h0, c0, masks, batch_sizes, weights))[:3]
+    inputs = inputs_of(
+        call, tensors, x, h0, c0, masks, batch_sizes, weights, None if train else packed
+    )
+    y, h_n, c_n = op(*inputs)[:3]
     return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
+
+
+def _call(
+    x: Tensor,
+    cell: str,
+    layers: int,
+    directions: int,
+    present: int,
+    stages: reference.Stages,
+    every_state: bool = False,
+) -> Call:
+    norm, eps = 0, 0.0
+    if stages.norm is not None:
+        norm, eps = 1 + reference.NORM_KINDS.index(stages.norm.kind), stages.norm.eps
+    return Call(
+        cell, layers, directions, present, stages.blocks, norm, eps, every_state, _allow_tf32(x)
+    )
+
+
+def pack(
+    cell: str,
+    weights: Sequence[Tensor],
+    layers: int,
+    directions: int,
+    present: int,
+    stages: reference.Stages,
+) -> Tensor | None:
+    """What kernels read in the place of W_ih and W_hh, as long as nobody writes to these; None if
+    they read no such thing."""
+    w_ih, known = weights[0], reference.CELLS[cell]
+    x = w_ih.new_empty((1, 0, w_ih.shape[1]))  # of any length
+    hidden = w_ih.shape[0] // known.gates
+    if not x.is_cpu or not supports([x, *weights], cell):
+        return None
+    if not takes(stages, cell, hidden, x.device, train=False):
+        return None
+    given = [x.new_empty((1, 0, len(known.given) * hidden))] if known.given else []
+    call, tensors = _call(x, cell, layers, directions, present, stages), (None,) * 4
+    packed: Tensor = operators.recurrent_pack.default(
+        *inputs_of(call, NO_STAGE_TENSORS, x, *tensors, [*weights, *given])
+    )
+    return packed if packed.numel() > 0 else None
 
 
 @constant

@@ -135,7 +135,7 @@ class EagerRecurrent(torch.autograd.Function):
         x, h0, c0, masks, batch_sizes, *weights = tensors
         ctx.call, found = call, None
         if masks is None and is_plain(call, stages) and (calls := direct.direct_calls(x)):
-            found = calls.forward(*call[:4], x, h0, c0, batch_sizes, tuple(weights), True)
+            found = calls.forward(*call[:4], x, h0, c0, batch_sizes, tuple(weights), None, True)
         if found is None:
             found = _plain(*inputs_of(call, stages, x, h0, c0, masks, batch_sizes, weights))
         y, h_n, c_n, between, hs, tape = found

@@ -12,7 +12,7 @@ import torch.library
 from torch import Tensor
 
 from .derivatives import grad, setup
-from .fakes import backward_fake, fake, infer_fake, recomputed_fake
+from .fakes import backward_fake, fake, infer_fake, pack_fake, recomputed_fake
 from .library import supports
 from .schemas import CELL_AT, DTYPES, SCHEMAS, Inputs, by_reference, library, operators
 from .second_derivatives import backward_grad, backward_setup
@@ -48,6 +48,10 @@ def _reference_recomputed(*inputs: Any) -> tuple[Tensor, ...]:
 def _reference_recurrent(*inputs: Any) -> tuple[Tensor, ...]:
     x = inputs[1]
     return *_reference_infer(*inputs), x.new_empty(0), x.new_empty(0), x.new_empty(0)
+
+
+def _reference_pack(*inputs: Any) -> Tensor:
+    return Inputs(*inputs).x.new_empty(0, dtype=torch.int64)
 
 
 def _no_backward(*arguments: Any) -> Any:
@@ -131,12 +135,14 @@ def _register(library: torch.library.Library) -> None:
         "recurrent_infer": _reference_infer,
         "recurrent": _reference_recurrent,
         "recurrent_recomputed": _reference_recomputed,
+        "recurrent_pack": _reference_pack,
         "recurrent_backward": _no_backward,
     }
-    fakes: dict[str, Callable[..., tuple[Any, ...]]] = {
+    fakes: dict[str, Callable[..., Any]] = {
         "recurrent_infer": infer_fake,
         "recurrent": fake,
         "recurrent_recomputed": recomputed_fake,
+        "recurrent_pack": pack_fake,
         "recurrent_backward": backward_fake,
     }
     gradients: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
@@ -149,7 +155,8 @@ def _register(library: torch.library.Library) -> None:
         load = _checked(name, _load_kernels(name, otherwise[name]))
         library.impl(name, load, "CompositeExplicitAutograd")
         torch.library.register_fake(path, _checked(name, fakes[name]), lib=library)
-        torch.library.register_vmap(path, _vmap_by_slices(op), lib=library)
+        if name != "recurrent_pack":
+            torch.library.register_vmap(path, _vmap_by_slices(op), lib=library)
         if name in gradients:
             gradient, set_up = gradients[name]
             torch.library.register_autograd(path, gradient, setup_context=set_up, lib=library)

@@ -22,18 +22,21 @@ DTYPES = tuple(STORAGES)
 
 
 # As for ``reference.recurrent``. between [L-1, rows, D*P] is what a layer gives to the next; hs and
-# saved are the tape, whose layout is the engine's own.
+# saved are the tape, whose layout is the engine's own. So is that of packed, from recurrent_pack:
+# where these are the weights of the call, as they are, an engine reads them there.
 _INPUTS = (
     "str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? masks, "
     "Tensor? batch_sizes, Tensor? reset, Tensor? zoneout, Tensor? h_mask, int layers, "
     "int directions, int present, int blocks, int norm, float norm_eps, bool every_state, "
-    "bool allow_tf32"
+    "bool allow_tf32, Tensor? packed=None"
 )
 SCHEMAS = {
     "recurrent_infer": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n)",
     "recurrent": f"({_INPUTS}) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor between, Tensor hs, Tensor saved)",
     "recurrent_recomputed": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor between)",
+    # W_ih and W_hh for calls of other x; empty where there is nothing to pack.
+    "recurrent_pack": f"({_INPUTS}) -> Tensor",
     # needs: which gradients are wanted, by their numbers: x, h0, c0, then the weights, with what is
     # given behind them. The others come back empty.
     "recurrent_backward": "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor between, Tensor hs, "
@@ -77,10 +80,11 @@ class Inputs(NamedTuple):
     norm_eps: float
     every_state: bool
     allow_tf32: bool = False
+    packed: Tensor | None = None
 
     @property
     def call(self) -> Call:
-        return Call(self.cell, *self[10:])
+        return Call(self.cell, *self[10:-1])
 
     @property
     def stages(self) -> StageTensors:
@@ -144,10 +148,11 @@ def inputs_of(
     masks: Tensor | None,
     batch_sizes: Tensor | None,
     weights: Sequence[Tensor],
+    packed: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """In the order of the schemas."""
     cell, *rest = call
-    return (cell, x, h0, c0, list(weights), masks, batch_sizes, *stages, *rest)
+    return (cell, x, h0, c0, list(weights), masks, batch_sizes, *stages, *rest, packed)
 
 
 # A namespace is torch's to give away once. Another copy of this module in the process, as what

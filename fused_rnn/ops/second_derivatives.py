@@ -86,5 +86,5 @@ def backward_grad(ctx: Any, *ggs: Any) -> Gradients:
     wanted = [i in ctx.needs for i in range(len(tensors))]
     grads = _vjp_grads(forward, tensors, (dy, dh_n, dc_n), wanted, (*first, *(dw or ())))
     cotangents, (dx, dh0, dc0, *ddw) = grads[:3], grads[3:]
-    behind = len(Inputs._fields) - 5  # the cell, x, h0, c0 and the weights come before
-    return (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw, *(None,) * behind)
+    found = (*cotangents, None, None, None, None, None, dx, dh0, dc0, ddw)
+    return (*found, *(None,) * (len(ctx.needs_input_grad) - len(found)))

@@ -24,7 +24,8 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .value("none", Packing::kNone)
       .value("once", Packing::kOnce)
       .value("each_use", Packing::kEachUse)
-      .value("turned", Packing::kTurned);
+      .value("turned", Packing::kTurned)
+      .value("given", Packing::kGiven);
   py::class_<Machine>(m, "Machine")
       .def(py::init<>())
       .def_readwrite("unit", &Machine::unit)
@@ -47,9 +48,12 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readwrite("vector_bytes", &Problem::vector_bytes)
       .def_readwrite("panel_vecs", &Problem::panel_vecs)
       .def_readwrite("panels", &Problem::panels)
-      .def_readwrite("operands", &Problem::operands);
+      .def_readwrite("operands", &Problem::operands)
+      .def_readwrite("packed", &Problem::packed)
+      .def_readwrite("invariant", &Problem::invariant);
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)
+      .def_readonly("one_chain", &Plan::one_chain)
       .def_readonly("spins", &Plan::spins)
       .def_readonly("is_short", &Plan::is_short)
       .def_readonly("tiled", &Plan::tiled);

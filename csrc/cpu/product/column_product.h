@@ -18,6 +18,7 @@ struct ColumnWeights {
   int64_t K, cols;
   int64_t gate_rows;     // between the first rows of two gates: K, if they are all that w has
   cpu::Packing packing;  // kNone: but for a tile that reaches past the last column
+  bool one_chain;        // as of GemmRows
   T* packed;
   int64_t first;  // the vector where `packed` begins
 
@@ -58,14 +59,16 @@ struct ColumnWeights {
              int64_t ldc) const {
     if (packing == cpu::Packing::kEachUse) {
       for (int q = 0; q < kGates; q++)
-        GemmColumns<NV>(n, gate(q), gate_stride, Gate(q), storage, K, cols, v * N, c, ldc, q > 0);
+        GemmColumns<NV>(n, gate(q), gate_stride, Gate(q), storage, K, cols, v * N, c, ldc, q > 0,
+                        one_chain);
       return;
     }
     const bool lies = IsInPlace(v, NV);
     const T* right = lies ? static_cast<const T*>(w) + v * N : Packed(v);
     const int64_t stride = lies ? cols : NV * N, rows = lies ? gate_rows : K;
     for (int q = 0; q < kGates; q++)
-      GemmBlocks<NV>(n, gate(q), gate_stride, right + q * rows * stride, stride, K, c, ldc, q > 0);
+      GemmBlocks<NV>(n, gate(q), gate_stride, right + q * rows * stride, stride, K, c, ldc, q > 0,
+                     one_chain);
   }
   const void* Gate(int q) const { return At(w, storage, q * gate_rows * cols); }
   bool IsInPlace(int64_t v, int vecs) const {
@@ -87,6 +90,7 @@ class StepGradProduct {
     // Of a block-diagonal W, [kGates * cols, cols / blocks]: K is what a block has of cols.
     int blocks = 1;
     cpu::Packing packing;
+    bool one_chain;
     bool tiled;
     parts::Cut cut;
     StepOperand::Common left;
@@ -123,6 +127,7 @@ class StepGradProduct {
     weights_.cols = c.cols / c.blocks;
     weights_.gate_rows = c.K * c.blocks;
     weights_.packing = c.packing;
+    weights_.one_chain = c.one_chain;
     is_packed_ = false;
     if constexpr (kTiles)
       if (c.tiled) PackTiles(team);
@@ -241,6 +246,7 @@ class InputGradProduct {
     const ColumnTiles tiles_of_columns;
     int64_t rows;  // at a time, at most
     cpu::Packing packing;
+    bool one_chain;
     bool tiled;
     parts::Cut cut, d_cut;
 
@@ -281,6 +287,7 @@ class InputGradProduct {
     weights_.K = weights_.gate_rows = c.K;
     weights_.cols = c.cols;
     weights_.packing = c.packing;
+    weights_.one_chain = c.one_chain;
     weights_.first = 0;
     on_tiles_ = kTiles && c.tiled && d_fits && PackTiles(team, dir);
     if (on_tiles_) return;

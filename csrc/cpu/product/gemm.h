@@ -25,10 +25,11 @@ constexpr int kDotRows = N >= 8 ? 4 : 1;
 
 // c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], rows of w ldw apart. As much as w is called ahead
 // from its end on, where the next right operand lies as a rule: a share by each tile, beginning
-// behind those of the `before` rows that were multiplied with w in earlier calls.
+// behind those of the `before` rows that were multiplied with w in earlier calls. A row or two are
+// summed in several chains, but for `one_chain`.
 template <int NV>
 FRNN_EXPORT void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K,
-                          T* c, int64_t ldc, bool accumulate, int64_t before = 0);
+                          T* c, int64_t ldc, bool accumulate, bool one_chain, int64_t before = 0);
 // c[rows][NV vectors] (+)= a^T b of a [K][rows], its rows lda apart, and a packed b [K][NV vectors],
 // rows <= kTileRows, NV <= kTileVecs.
 template <int NV>
@@ -217,20 +218,20 @@ void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col,
 // apart.
 template <int NV>
 void GemmBlocks(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
-                int64_t ldc, bool accumulate) {
+                int64_t ldc, bool accumulate, bool one_chain) {
   for (int64_t k = 0; k < K; k += cpu::kSumDepth)
     GemmRows<NV>(M, a + k, lda, w + k * ldw, ldw, K - k < cpu::kSumDepth ? K - k : cpu::kSumDepth,
-                 c, ldc, accumulate || k > 0);
+                 c, ldc, accumulate || k > 0, one_chain);
 }
 // The same with the columns from col on of a w that is used once: packed by so many rows.
 template <int NV>
 void GemmColumns(int64_t M, const T* a, int64_t lda, const void* w, Storage s, int64_t K,
-                 int64_t cols, int64_t col, T* c, int64_t ldc, bool accumulate) {
+                 int64_t cols, int64_t col, T* c, int64_t ldc, bool accumulate, bool one_chain) {
   alignas(kLine) T packed[cpu::kSumDepth * NV * N];
   for (int64_t k = 0; k < K; k += cpu::kSumDepth) {
     const int64_t depth = K - k < cpu::kSumDepth ? K - k : cpu::kSumDepth;
     PackColumns<NV * N>(At(w, s, k * cols), s, depth, cols, col, packed);
-    GemmRows<NV>(M, a + k, lda, packed, NV * N, depth, c, ldc, accumulate || k > 0);
+    GemmRows<NV>(M, a + k, lda, packed, NV * N, depth, c, ldc, accumulate || k > 0, one_chain);
   }
 }
 

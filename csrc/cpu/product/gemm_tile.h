@@ -80,7 +80,7 @@ FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ld
 
 template <int NV>
 void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
-              int64_t ldc, bool accumulate, int64_t before) {
+              int64_t ldc, bool accumulate, bool one_chain, int64_t before) {
   constexpr int kRows = cpu::TileRows(kVectorBytes, NV);
   const int64_t bytes = K * ldw * sizeof(*w), share = K / cpu::StepsOfLine(kRows, NV) * kLine;
   ForRowBlocks<kRows>(M, [&](int rows, int64_t r) {
@@ -95,8 +95,8 @@ void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64
     WithConstant<kRows>(rows, [&](auto mr) {
       constexpr int MR = decltype(mr)::value, kChains = cpu::Chains(kVectorBytes, MR, NV);
       // Two of more rows: in tiles of another width they would be among three or more.
-      if (MR == 2 && M > 2)
-        tile(mr, std::integral_constant<int, MR == 2 ? 1 : kChains>());
+      if (kChains > 1 && (one_chain || (MR == 2 && M > 2)))
+        tile(mr, std::integral_constant<int, 1>());
       else
         tile(mr, std::integral_constant<int, kChains>());
     });
@@ -113,13 +113,13 @@ void GemmPacked(int rows, const T* a, int64_t lda, const T* b, int64_t K, T* c, 
 }
 
 template void GemmRows<1>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          int64_t);
+                          bool, int64_t);
 template void GemmRows<2>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          int64_t);
+                          bool, int64_t);
 template void GemmRows<3>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          int64_t);
+                          bool, int64_t);
 template void GemmRows<4>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          int64_t);
+                          bool, int64_t);
 template void GemmPacked<1>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
 template void GemmPacked<2>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
 template void GemmPacked<3>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);

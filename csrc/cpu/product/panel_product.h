@@ -1,6 +1,7 @@
 // Products of the forward: gates [n][gate][unit] = a W^T, W [kGates * H, K], for the panels of
 // units that a thread owns. A product knows how its weights are packed (for vectors: not at all,
-// once, or before each use; for tiles) and goes back to vectors by itself where tiles do not fit.
+// once, before each use, or long ago; for tiles) and goes back to vectors by itself where tiles do
+// not fit.
 #pragma once
 #include "cpu/product/gemm.h"
 #include "cpu/product/tiles.h"
@@ -32,6 +33,7 @@ class PanelProduct {
     // Of a block-diagonal W, units of a block: each block has K columns of the left side.
     int64_t block_units = 0;
     cpu::Packing packing;
+    bool one_chain;  // as of GemmRows
     bool tiled;
     parts::Cut cut;
     bool paired;  // on tiles, two panels are one product: they are side by side in `gates`
@@ -72,6 +74,13 @@ class PanelProduct {
     balance_.Take(s, tiles_);
   }
 
+  // All panels of w, one after the other: what every thread finds its own in, however many there are.
+  static void Pack(const void* w, Storage storage, int64_t H, int64_t K, int64_t panels,
+                   T* packed) {
+    for (int64_t panel = 0; panel < panels; panel++)
+      PackPanel(w, storage, H, K, panel, packed + panel * K * kWidth);
+  }
+
   int64_t count() const { return panels_.end - panels_.begin; }
   // The n rows of a step whose weights are read as they lie, by the whole team. A barrier follows.
   // Null: zeros.
@@ -92,13 +101,14 @@ class PanelProduct {
 
  protected:
   // Begins a direction. The whole team packs for tiles what it will need; vectors wait for the
-  // first use.
-  void Begin(Team& team, Team::Range panels, int dir, const void* w,
+  // first use, or find w `packed`.
+  void Begin(Team& team, Team::Range panels, int dir, const void* w, const T* packed,
              std::initializer_list<parts::TiledOperand*> left) {
     panels_ = panels;
     dir_ = dir;
     w_ = w;
     is_packed_ = common_->packing != cpu::Packing::kOnce;
+    given_ = packed == nullptr ? nullptr : packed + panels.begin * common_->K * kWidth;
     if constexpr (kTiles)
       if (common_->tiled) PackTiles(team, left);
   }
@@ -122,14 +132,14 @@ class PanelProduct {
       return;
     }
     if (c.Turns()) return MultiplyTurned(rows, panel, gates, stride);
-    T* packed = packed_;
+    const T* packed = packed_;
     if (c.packing == cpu::Packing::kEachUse)
-      PackPanel(panel, packed);
+      PackPanel(w_, c.storage, c.H, c.K, panel, packed_);
     else
-      packed += at * c.K * kWidth;
+      packed = (c.packing == cpu::Packing::kGiven ? given_ : packed) + at * c.K * kWidth;
     ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
       GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
-                                      gates + first * N, stride, false, before);
+                                      gates + first * N, stride, false, c.one_chain, before);
     });
   }
   // All rows of a step: the gates come out as [unit][row], and are turned back.
@@ -143,7 +153,7 @@ class PanelProduct {
         constexpr int NV = decltype(nv)::value;
         for (int q = 0; q < kGates; q++) {
           GemmRows<NV>(units, static_cast<const T*>(w_) + (q * c.H + unit) * c.K, c.K,
-                       c.turned + r * c.K, NV * N, c.K, columns, NV * N, false);
+                       c.turned + r * c.K, NV * N, c.K, columns, NV * N, false, false);
           for (int j = 0; j < kPanelVecs; j++)
             PackTransposed(columns, kPlain, j * N, units, rows, NV * N,
                            gates + r * stride + (q * kPanelVecs + j) * N, stride);
@@ -157,7 +167,8 @@ class PanelProduct {
   FRNN_NOINLINE void PackVectors() {
     if (packed_ == nullptr) spare_.Build([&](Scratch& s) { packed_ = TakePacked(s); });
     for (int64_t at = 0; at < count(); at++)
-      PackPanel(panels_.begin + at, packed_ + at * common_->K * kWidth);
+      PackPanel(w_, common_->storage, common_->H, common_->K, panels_.begin + at,
+                packed_ + at * common_->K * kWidth);
     is_packed_ = true;
   }
 
@@ -199,13 +210,13 @@ class PanelProduct {
     ForBands(f, std::make_integer_sequence<int, (kGates * kPanelVecs + 3) / 4>());
   }
   // [band][k][gate][unit]
-  void PackPanel(int64_t panel, T* packed) const {
-    const Common& c = *common_;
+  static void PackPanel(const void* w, Storage storage, int64_t H, int64_t K, int64_t panel,
+                        T* packed) {
     ForBands([&](int first, int vecs) {
       for (int v = first; v < first + vecs; v++)
-        PackTransposed(At(w_, c.storage, v / kPanelVecs * c.H * c.K), c.storage,
-                       panel * kUnits + v % kPanelVecs * N, c.H, c.K, c.K,
-                       packed + first * N * c.K + (v - first) * N, vecs * N);
+        PackTransposed(At(w, storage, v / kPanelVecs * H * K), storage,
+                       panel * kUnits + v % kPanelVecs * N, H, K, K,
+                       packed + first * N * K + (v - first) * N, vecs * N);
     });
   }
   void PackTiles(Team& team, std::initializer_list<parts::TiledOperand*> left) {
@@ -234,6 +245,7 @@ class PanelProduct {
   Team::Range panels_;
   int dir_;
   T* packed_ = nullptr;  // for vectors
+  const T* given_;       // the same where they were packed before the call
   bool is_packed_;
   parts::TiledOperand tiles_;
   Balance balance_;
@@ -253,8 +265,8 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
     Base::Take(s, shared);
     left_ = TakeTiles(s, shared.tiled, cpu::kTiledInput, shared.K, shared.cut);
   }
-  void Begin(Team& team, Team::Range panels, int dir, const void* w) {
-    Base::Begin(team, panels, dir, w, {&left_});
+  void Begin(Team& team, Team::Range panels, int dir, const void* w, const T* packed) {
+    Base::Begin(team, panels, dir, w, packed, {&left_});
   }
   // gates(panel): where the product of x with it begins; stage(): x in the computing type.
   template <class Gates, class Stage>
@@ -306,8 +318,8 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
     Base::Take(s, shared);
     left_.Take(s, shared.left);
   }
-  void Begin(Team& team, Team::Range panels, int dir, const void* w) {
-    Base::Begin(team, panels, dir, w, {&left_.tiles[0], &left_.tiles[1]});
+  void Begin(Team& team, Team::Range panels, int dir, const void* w, const T* packed) {
+    Base::Begin(team, panels, dir, w, packed, {&left_.tiles[0], &left_.tiles[1]});
   }
   // The columns [begin, end) of n rows of h for a step, by each thread; a barrier follows.
   void Share(Team& team, int64_t step, int64_t n, int64_t begin, int64_t end, const T* h,

@@ -17,6 +17,7 @@ struct Inputs {
   Borrowed x;
   MaybeBorrowed h0, c0, batch_sizes;
   std::vector<Borrowed> weights;
+  MaybeBorrowed packed = {};
 
   // (cell, layers, directions, present, x, h0, c0, batch_sizes, weights)
   static Inputs Of(Reader& arguments) {
@@ -27,7 +28,7 @@ struct Inputs {
     shape.present = arguments.Integer();
     const Borrowed x = arguments.Present();
     const MaybeBorrowed h0 = arguments.Tensor(), c0 = arguments.Tensor();
-    Inputs in{shape, x, h0, c0, arguments.Tensor(), {}};
+    Inputs in{shape, x, h0, c0, arguments.Tensor(), {}, {}};
     PyObject* weights = arguments.Object();
     const Py_ssize_t n = PyTuple_Size(weights);
     in.weights.reserve(size_t(std::max<Py_ssize_t>(n, 0)));
@@ -63,6 +64,8 @@ inline bool IsBrief(const DirectCall& call) {
 
 inline Outputs Run(const Inputs& in, Wanted wanted) {
   DirectCall call = in.ToCall();
+  // A module packs anew what does not fit.
+  if (in.packed.has_value() && !call.TakePacked(*in.packed, in.weights.data())) throw Unsupported();
   LayerGradParams& p = call.p;
   Stack& stack = call.stack;
   const ScalarType dtype = in.x.scalar_type();

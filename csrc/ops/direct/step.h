@@ -16,6 +16,7 @@ struct Step {
                                                                          Layered(inputs[1]),
                                                                          Layered(inputs[2]),
                                                                          {},
+                                                                         {},
                                                                          {}} {
     for (size_t i = 3; i < inputs.size(); i++)
       if (inputs[i].has_value()) {
@@ -43,7 +44,7 @@ constexpr size_t kStepResults = 3;
 // To hx, which is differentiable if that is `wanted`. Autograd then takes what the backward reads:
 // (cell, the inputs, (hx, what there is to read as bits, and as tensors)) -> hx.
 inline PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const References& weights,
-                         bool wanted) {
+                         const MaybeBorrowed& packed, bool wanted) {
   const bool pair = Py_TYPE(hx) == &PyTuple_Type;
   if (pair && PyTuple_Size(hx) != 2) throw Unsupported();
   std::vector<PyObject*> inputs = {x, pair ? PyTuple_GetItem(hx, 0) : hx,
@@ -53,7 +54,8 @@ inline PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const Refere
   std::vector<MaybeBorrowed> tensors;
   tensors.reserve(inputs.size());
   for (PyObject* input : inputs) tensors.push_back(BorrowedOrNone(input));
-  const Step step(TextOf(cell), tensors);
+  Step step(TextOf(cell), tensors);
+  step.in.packed = packed;
   Outputs out = Run(step.in, {false, wanted});
   if (hx != Py_None && pair != out.c_n.has_value()) throw Unsupported();
   step.Squeeze(out.h_n);

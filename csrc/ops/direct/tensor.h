@@ -9,6 +9,7 @@
 
 #include "core/scratch.h"
 #include "ops/direct/torch.h"
+#include "ops/packed.h"
 #include "ops/tensor.h"
 
 namespace frnn::direct {
@@ -41,6 +42,7 @@ class Borrowed {
     std::copy(t.shape, t.shape + dims_, shape_);
     std::copy(t.strides, t.strides + dims_, strides_);
     if (numel() == 0 ? !may_be_empty : !HasMemory()) throw Unsupported();
+    object_ = object;
   }
   // Contiguous.
   Borrowed(void* data, ScalarType dtype, const Dims& shape)
@@ -65,6 +67,7 @@ class Borrowed {
   int64_t numel() const {
     return std::accumulate(shape_, shape_ + dims_, int64_t(1), std::multiplies<>());
   }
+  PyObject* object() const { return object_; }
   const void* const_data_ptr() const { return data_; }
   void* data_ptr() const { return data_; }
 
@@ -105,6 +108,7 @@ class Borrowed {
     throw Unsupported();
   }
 
+  PyObject* object_ = nullptr;
   char* data_;
   ScalarType dtype_;
   int dims_;
@@ -114,6 +118,9 @@ using MaybeBorrowed = std::optional<Borrowed>;
 
 inline Borrowed ContiguousCopy(const Borrowed&) { throw Unsupported(); }
 inline void CheckMemory(const char*, const Borrowed&) {}  // which every Borrowed has
+inline int64_t VersionOf(const Borrowed& t) {
+  return look_at(seen, t.object(), false) ? VersionOfTorchs(seen) : -1;
+}
 
 // A tensor that is made here, until Python has it. Its memory is the engine's own: as in
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.

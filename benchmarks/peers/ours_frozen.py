@@ -1,0 +1,25 @@
+"""fused_rnn's layers after ``fused_rnn.freeze``: weights packed once, for inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..cases import Case
+from ..problem import Problem
+from .ours import Ours
+
+
+class OursFrozen(Ours):
+    name, title = "ours_frozen", "ours, frozen"
+
+    def refuses(self, case: Case) -> str | None:
+        return None if case.phase in ("inference", "decode") else "frozen layers do not train"
+
+    def module(self, problem: Problem) -> Any:
+        import fused_rnn
+
+        return fused_rnn.freeze(super().module(problem))
+
+
+def peer() -> OursFrozen:
+    return OursFrozen()

@@ -1,0 +1,180 @@
+"""Modules whose weights are packed once, for serving: ``freeze``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
+from torch.nn import Parameter
+
+from . import ops
+from .torch_internals import transformed
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Frozen:
+    """What kernels made of the weights of a module, and of which weights.
+
+    ``packed`` is None where there is nothing to pack. Copied or pickled it is empty: then it is of
+    no weights, and the module that comes out packs its own.
+    """
+
+    __slots__ = ("_memory", "_stamps", "_weights", "packed")
+
+    def __init__(self, weights: Sequence[Tensor] = (), packed: Tensor | None = None) -> None:
+        self.packed = packed
+        self._weights = list(weights)
+        self._stamps = [_stamp(w) for w in weights]
+        # Nobody else gets this memory: kernels know weights by their addresses and versions.
+        self._memory = [w.detach() for w in weights]
+
+    def is_empty(self) -> bool:
+        return not self._weights
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        """Whether it is of these very tensors, whatever was written to them since."""
+        return len(weights) == len(self._weights) and all(
+            w is mine for w, mine in zip(weights, self._weights, strict=True)
+        )
+
+    def is_up_to_date(self) -> bool:
+        return all(_stamp(w) == s for w, s in zip(self._weights, self._stamps, strict=True))
+
+    def __reduce__(self) -> Any:
+        return Frozen, ()
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
+
+
+class Freezable(nn.Module):
+    """A module that ``freeze`` can freeze: it has weights that kernels pack."""
+
+    _frozen: Frozen | None = None
+
+    def _pack(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The ``packed`` of calls with these weights; None if there is nothing to pack."""
+        raise NotImplementedError
+
+    def _weights(self) -> list[Any]:
+        """The weights of a call; those that are missing may be None."""
+        raise NotImplementedError
+
+    def _freeze(self) -> None:
+        """Pack the weights as they are."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, p in list(self._parameters.items()):
+                if p is not None and p.is_inference():  # torch does not know when it is written to
+                    setattr(self, name, Parameter(p.clone(), requires_grad=False))
+            weights = [w for w in self._weights() if w is not None]
+            self._frozen = Frozen(weights, self._pack(weights))
+
+    def _packed(self, weights: Sequence[Tensor | None]) -> Tensor | None:
+        """What is packed of the weights of a call, made anew if they were written to; None if there
+        is nothing, or they are not the module's own."""
+        frozen = self._frozen
+        if frozen is None:
+            return None
+        if ops.wants_grad(weights):
+            raise RuntimeError(
+                f"{type(self).__name__}: frozen for inference, but its weights require gradients: "
+                "train the model that it was before, or a copy"
+            )
+        if is_compiling():  # kernels see themselves whether it is of these weights
+            return None if is_exporting() else frozen.packed
+        there = [w for w in weights if w is not None]
+        if transformed() or not frozen.is_empty() and not frozen.is_of(there):
+            return None
+        if frozen.is_empty() or not frozen.is_up_to_date():
+            self._freeze()
+        return self._frozen.packed if self._frozen is not None else None
+
+    def train(self, mode: bool = True) -> Any:
+        if mode and self._frozen is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: frozen for inference, and cannot train: train the model "
+                "that it was before, which freeze(model, inplace=False) leaves as it is"
+            )
+        return super().train(mode)
+
+    # Where weights change as a whole, they are packed at once: compiled programs take what there
+    # is, and never ask.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "_frozen" in self.__dict__ and name in self._parameters:
+            self._frozen = Frozen()  # at the next call: other weights may follow
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._freeze_again()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        module = super()._apply(fn, recurse)
+        self._freeze_again()
+        return module
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._freeze_again()
+
+    def _freeze_again(self) -> None:
+        if self._frozen is not None:
+            self._freeze()
+
+
+def freeze(model: Model, *, inplace: bool = True) -> Model:
+    """Make ``model`` ready for serving: its layers pack their weights once, and not at every call.
+
+    Args:
+        model: a layer or cell of this package, or any module that has some in it.
+        inplace: freeze ``model`` itself; otherwise a deep copy, and ``model`` can go on training.
+
+    Returns:
+        The model, in eval mode, of whose parameters none requires gradients. It is called as
+        before, has the same parameters and ``state_dict``, and can be copied, pickled, compiled and
+        exported. Several threads may call it at once, with one copy of the packed weights.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it has no layer of this package.
+
+    Beside its parameters a frozen layer holds the packed copy, of about their size (of 16-bit
+    parameters twice that). Each call looks whether the copy still is of these parameters:
+
+    - Training raises a RuntimeError: ``train()``, and a call with gradients on where a parameter
+      requires them. Gradients of the input are as ever.
+    - Changed weights are packed again: after ``load_state_dict``, ``to`` and other conversions at
+      once; after a new parameter or a write into one (``copy_``, an optimizer's step) at the next
+      call. Nobody sees what is written through ``parameter.data`` or NumPy: freeze again then.
+    - Calls with other weights (``torch.func.functional_call``, a parametrization, autocast) run as
+      if the layer was not frozen. So do layers on tile units, on CUDA, and in exported programs.
+
+    Results are those of the model before, up to rounding; to the last bit where that packs its
+    weights at every call, as it does for 16-bit types and most sequences, but not for single steps.
+
+    Examples:
+        >>> model = fused_rnn.freeze(fused_rnn.LSTM(10, 20))
+        >>> with torch.inference_mode():
+        ...     output, (h, c) = model(torch.randn(1, 1, 10))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if not any(isinstance(module, Freezable) for module in model.modules()):
+        raise ValueError(
+            f"model: expected layers of fused_rnn, got {type(model).__name__} without any: "
+            "fused_rnn.replace puts them in the place of torch.nn's"
+        )
+    if not inplace:
+        model = copy.deepcopy(model)
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Freezable):
+            module._freeze()
+    return model
