@@ -253,6 +253,7 @@ class BetweenSteps:
         return Stages(zoneout=zoneout, h_mask=h_mask, blocks=self.blocks, norm=self.norm_of_call())
 
     def norm_of_call(self) -> Norm | None:
+        """What all engines are told of it."""
         if self.norm is None:
             return None
         return Norm(self.norm, self.places, float(self.norm_eps))

@@ -21,12 +21,15 @@ class Frozen:
     """What kernels made of the weights of a module, and of which weights.
 
     ``packed`` is None where there is nothing to pack. Copied or pickled it is empty: then it is of
-    no weights, and the module that comes out packs its own.
+    no weights, and the module that comes out packs its own, in the same type.
     """
 
-    __slots__ = ("_memory", "_stamps", "_weights", "packed")
+    __slots__ = ("_memory", "_stamps", "_weights", "bfloat16", "packed")
 
-    def __init__(self, weights: Sequence[Tensor] = (), packed: Tensor | None = None) -> None:
+    def __init__(
+        self, bfloat16: bool, weights: Sequence[Tensor] = (), packed: Tensor | None = None
+    ) -> None:
+        self.bfloat16 = bfloat16
         self.packed = packed
         self._weights = list(weights)
         self._stamps = [_stamp(w) for w in weights]
@@ -46,7 +49,7 @@ class Frozen:
         return all(_stamp(w) == s for w, s in zip(self._weights, self._stamps, strict=True))
 
     def __reduce__(self) -> Any:
-        return Frozen, ()
+        return Frozen, (self.bfloat16,)
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:
@@ -58,7 +61,7 @@ class Freezable(nn.Module):
 
     _frozen: Frozen | None = None
 
-    def _pack(self, weights: Sequence[Tensor]) -> Tensor | None:
+    def _pack(self, weights: Sequence[Tensor], bfloat16: bool) -> Tensor | None:
         """The ``packed`` of calls with these weights; None if there is nothing to pack."""
         raise NotImplementedError
 
@@ -66,14 +69,14 @@ class Freezable(nn.Module):
         """The weights of a call; those that are missing may be None."""
         raise NotImplementedError
 
-    def _freeze(self) -> None:
+    def _freeze(self, bfloat16: bool) -> None:
         """Pack the weights as they are."""
         with torch.inference_mode(False), torch.no_grad():
             for name, p in list(self._parameters.items()):
                 if p is not None and p.is_inference():  # torch does not know when it is written to
                     setattr(self, name, Parameter(p.clone(), requires_grad=False))
             weights = [w for w in self._weights() if w is not None]
-            self._frozen = Frozen(weights, self._pack(weights))
+            self._frozen = Frozen(bfloat16, weights, self._pack(weights, bfloat16))
 
     def _packed(self, weights: Sequence[Tensor | None]) -> Tensor | None:
         """What is packed of the weights of a call, made anew if they were written to; None if there
@@ -92,7 +95,7 @@ class Freezable(nn.Module):
         if transformed() or not frozen.is_empty() and not frozen.is_of(there):
             return None
         if frozen.is_empty() or not frozen.is_up_to_date():
-            self._freeze()
+            self._freeze_again()
         return self._frozen.packed if self._frozen is not None else None
 
     def train(self, mode: bool = True) -> Any:
@@ -108,8 +111,9 @@ class Freezable(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if "_frozen" in self.__dict__ and name in self._parameters:
-            self._frozen = Frozen()  # at the next call: other weights may follow
+        frozen = self.__dict__.get("_frozen")
+        if frozen is not None and name in self._parameters:
+            self._frozen = Frozen(frozen.bfloat16)  # until a call: more weights may follow
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -126,15 +130,19 @@ class Freezable(nn.Module):
 
     def _freeze_again(self) -> None:
         if self._frozen is not None:
-            self._freeze()
+            self._freeze(self._frozen.bfloat16)
 
 
-def freeze(model: Model, *, inplace: bool = True) -> Model:
+def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = None) -> Model:
     """Make ``model`` ready for serving: its layers pack their weights once, and not at every call.
 
     Args:
         model: a layer or cell of this package, or any module that has some in it.
         inplace: freeze ``model`` itself; otherwise a deep copy, and ``model`` can go on training.
+        dtype: of the packed W_ih and W_hh: None for that in which layers compute, or
+            torch.bfloat16, half as many bytes, to which they are rounded. Products and sums are in
+            float32. A single stream through a wide layer, which waits for memory, is faster then.
+            Layers of float64 stay in it.
 
     Returns:
         The model, in eval mode, of whose parameters none requires gradients. It is called as
@@ -143,7 +151,7 @@ def freeze(model: Model, *, inplace: bool = True) -> Model:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: it has no layer of this package.
+        ValueError: it has no layer of this package; another dtype.
 
     Beside its parameters a frozen layer holds the packed copy, of about their size (of 16-bit
     parameters twice that). Each call looks whether the copy still is of these parameters:
@@ -171,10 +179,12 @@ def freeze(model: Model, *, inplace: bool = True) -> Model:
             f"model: expected layers of fused_rnn, got {type(model).__name__} without any: "
             "fused_rnn.replace puts them in the place of torch.nn's"
         )
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype: expected None or torch.bfloat16, got {dtype}")
     if not inplace:
         model = copy.deepcopy(model)
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Freezable):
-            module._freeze()
+            module._freeze(dtype is torch.bfloat16)
     return model

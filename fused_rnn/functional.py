@@ -334,12 +334,13 @@ def pack(
     bidirectional: bool,
     present: int,
     between: BetweenSteps = NOTHING,
+    bfloat16: bool = False,
 ) -> Tensor | None:
-    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights; None if no kernel
-    takes any."""
+    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights, of which those of
+    float32 are rounded to bfloat16 if so asked; None if no kernel takes any."""
     stages = Stages(blocks=between.blocks, norm=between.norm_of_call())
     directions = 2 if bidirectional else 1
-    return ops.pack(cell, weights, num_layers, directions, present, stages)
+    return ops.pack(cell, weights, num_layers, directions, present, stages, bfloat16)
 
 
 # --- One step of a cell --------------------------------------------------------------------------

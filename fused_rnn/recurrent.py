@@ -237,7 +237,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
         except KeyError:
             return [self._weight(i) for i in range(len(names))]
 
-    def _pack(self, weights: Sequence[Tensor]) -> Tensor | None:
+    def _pack(self, weights: Sequence[Tensor], bfloat16: bool) -> Tensor | None:
         return functional.pack(
             self.mode.lower(),
             weights,
@@ -245,6 +245,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             bidirectional=self.bidirectional,
             present=self._present(),
             between=self.between_steps,
+            bfloat16=bfloat16,
         )
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:

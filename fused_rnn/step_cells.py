@@ -49,10 +49,15 @@ class _Cell(TorchShaped, nn.RNNCellBase):
         except KeyError:
             return [self._read(name) for name in _CELL_WEIGHTS]
 
-    def _pack(self, weights: Sequence[Tensor]) -> Tensor | None:
+    def _pack(self, weights: Sequence[Tensor], bfloat16: bool) -> Tensor | None:
         present = sum(1 << i for i, w in enumerate(self._weights()) if w is not None)
         return functional.pack(
-            self._cell(), weights, num_layers=1, bidirectional=False, present=present
+            self._cell(),
+            weights,
+            num_layers=1,
+            bidirectional=False,
+            present=present,
+            bfloat16=bfloat16,
         )
 
     def _has_usual_sizes(self) -> bool:

@@ -185,9 +185,10 @@ class Case:
         return None, batch_sizes, self.num_layers, self.directions, self.present
 
     def rest_of_schema(self, batch_sizes: Tensor | None) -> tuple[Any, ...]:
-        """The same in the operators' schemas: with nothing between two steps, and without TF32."""
+        """The same in the operators' schemas: with nothing between two steps, without TF32 and
+        packed weights."""
         masks, batch_sizes, *shape = self.rest(batch_sizes)
-        return masks, batch_sizes, None, None, None, *shape, 1, 0, 0.0, False, False
+        return masks, batch_sizes, None, None, None, *shape, 1, 0, 0.0, False, False, None
 
     def arguments(self) -> tuple[list[Tensor | None], Tensor | None]:
         """(x, h0, c0, *weights) with unit-scale entries, and batch_sizes."""

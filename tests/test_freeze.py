@@ -71,7 +71,7 @@ def reads_packed(module: nn.Module, call: Callable[[], list[Tensor]]) -> bool:
             assert packed is not None
             kept.append((packed, packed.clone()))
             runs = getattr(layer, "num_layers", 1) * (1 + getattr(layer, "bidirectional", False))
-            packed[16 * runs :] = 0  # behind the heads, of 96 bytes each
+            packed[16 * runs :] = 0  # behind the heads, of 88 bytes each
     after = call()
     for packed, old in kept:
         packed.copy_(old)
@@ -127,6 +127,8 @@ def test_bits_are_those_of_a_layer_that_packs_at_each_call(cell: str, dtype: tor
 @cpu_engine_only
 @pytest.mark.parametrize("capability", build.levels()[:3])
 def test_each_instruction_set_packs_for_itself(capability: str, seed: int) -> None:
+    if not packs():
+        return
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
     done = forked.python(
         *["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "--quick=12"],
@@ -165,7 +167,9 @@ def test_threads_share_one_copy(name: str) -> None:
             for found, right in zip(
                 pool.map(lambda x: run(module, x), inputs), expected, strict=True
             ):
-                assert_equal(found, right)
+                assert_same(found, right, 1e-6)  # plain torch sums in the order that it likes
+                if packs():
+                    assert_equal(found, right)
     assert module._frozen.packed is packed
 
 
@@ -222,6 +226,42 @@ def test_cell_from_python() -> None:
         assert_same(flatten(copied(x, **given)), flatten(module(x, **given)))
         if packs() and frozen._frozen.packed is not None:
             assert reads_packed(frozen, lambda: flatten(frozen(x, **given)))
+
+
+@pytest.mark.parametrize("cell", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_in_bfloat16(cell: str, dtype: torch.dtype) -> None:
+    """The same to the last bit as weights that were rounded before."""
+    for H, layers, both, T, B in (
+        (33, 2, True, 3, 2),
+        (65, 1, False, 9, 17),
+        (193, 1, False, 1, 1),
+    ):
+        case = Case(*(cell, 7, H, layers, both), time=T, batch=B, training=False, dtype=dtype)
+        _, module = case.modules()
+        x, hx = case.inputs()
+        rounded = copy.deepcopy(module)
+        for name, p in rounded.named_parameters():
+            if name.startswith(("weight_ih", "weight_hh")):
+                p.data = p.data.bfloat16().to(dtype)
+        half = fused_rnn.freeze(module, inplace=False, dtype=torch.bfloat16)
+        if not packs():
+            assert_equal(run(half, x, hx), run(module, x, hx))
+            continue
+        assert_equal(run(half, x, hx), run(frozen_of(rounded), x, hx))
+        copied = pickle.loads(pickle.dumps(half))
+        assert_equal(run(copied, x, hx), run(half, x, hx))
+        assert copied._frozen.packed.numel() < 0.6 * frozen_of(module)._frozen.packed.numel() + 99
+
+
+def test_types_of_packed_weights() -> None:
+    for dtype in (torch.float16, torch.float32, torch.int8, "bfloat16"):
+        with pytest.raises(ValueError, match="dtype: expected None or torch.bfloat16, got "):
+            fused_rnn.freeze(fused_rnn.LSTM(2, 3), dtype=dtype)  # type: ignore[arg-type]
+    module = fused_rnn.LSTM(5, 33).double()
+    x = torch.randn(1, 1, 5, dtype=torch.float64)
+    wide = fused_rnn.freeze(module, inplace=False, dtype=torch.bfloat16)
+    assert_same(run(wide, x), run(module, x), 1e-12)
 
 
 # --- What freezing is ----------------------------------------------------------------------------
@@ -473,11 +513,11 @@ def test_packed_words_that_do_not_fit_are_left_alone() -> None:
         torch.zeros_like(packed),
         packed.unsqueeze(0).expand(2, -1).t(),
     ):
-        assert_equal(list(infer(*arguments, words)), list(right))
-    used = infer(*arguments, packed)
+        assert_equal(list(infer(*arguments[:-1], words)), list(right))
+    used = infer(*arguments[:-1], packed)
     assert_same(list(used), list(right))
     packed[packed.numel() // 2 :] = 0
-    assert not torch.equal(infer(*arguments, packed)[0], used[0])
+    assert not torch.equal(infer(*arguments[:-1], packed)[0], used[0])
 
 
 # --- Copies --------------------------------------------------------------------------------------
@@ -590,4 +630,4 @@ def test_operator(seed: int) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.operators.recurrent_pack.default, arguments, test_utils=checks)
     packed = ops.operators.recurrent_pack.default(*arguments)
-    torch.library.opcheck(ops.operators.recurrent_infer.default, (*arguments, packed))
+    torch.library.opcheck(ops.operators.recurrent_infer.default, (*arguments[:-1], packed))

@@ -57,7 +57,8 @@ struct DirectionTensors {
   P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
 struct DirectionWeights : DirectionTensors<const void*> {
-  const void* packed;  // what CpuKernels::pack made of w_ih and w_hh; null: nothing
+  const void* packed;    // what CpuKernels::pack made of w_ih and w_hh; null: nothing
+  int64_t packed_bytes;  // of an element: 2, a bfloat16, or those of the computing type
 };
 using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
 
@@ -185,9 +186,9 @@ struct CpuKernels : CellFacts {
   void (*layer_bwd)(const LayerGradParams&);
   void (*scale)(void* data, const void* by, int64_t n, Storage);  // data[i] *= by[i]
   // W_ih and W_hh of a direction in the order in which vectors multiply with them, for any number of
-  // threads: their bytes, and that they are written.
-  int64_t (*packed_bytes)(int64_t I, int64_t H, int64_t K);  // W_hh has K columns
-  void (*pack)(const LayerParams&, const DirectionWeights&, void* packed);
+  // threads: how many elements, which go to w.packed.
+  int64_t (*packed_size)(int64_t I, int64_t H, int64_t K);  // W_hh has K columns
+  void (*pack)(const LayerParams&, const DirectionWeights& w);
 };
 
 // A card, as far as plans depend on it.

@@ -320,7 +320,7 @@ template <class C>
 void Layer<C>::ForwardPass::RunDirection(Team& team, Thread& my) {
   my.w = &p.w[my.dir];
   my.hs = p.hs ? static_cast<T*>(p.hs) + my.dir * (p.B + p.rows) * hs_stride : nullptr;
-  my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih, static_cast<const T*>(my.w->packed));
+  my.x_product.Begin(team, my.panels, my.dir, my.w->w_ih, PackedInput(*my.w));
   my.h_product.Begin(team, my.panels, my.dir, my.w->w_hh, PackedProduct(p, *my.w, 0));
   ForOperands([&](auto k) {
     const void* w_hh = RowsOfProduct(p, k, my.w->w_hh);

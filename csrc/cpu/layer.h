@@ -51,22 +51,20 @@ class Layer {
       StoreRow(At(data, storage, i), storage, a, count);
     }
   }
-  static int64_t PackedBytes(int64_t I, int64_t H, int64_t K) {
-    return PackedBefore(I, H, K, C::kOperands + 1) * int64_t(sizeof(T));
+  static int64_t PackedSize(int64_t I, int64_t H, int64_t K) {
+    return PackedBefore(I, H, K, C::kOperands + 1);
   }
-  static void Pack(const LayerParams& p, const DirectionWeights& w, void* packed) {
-    T* const first = static_cast<T*>(packed);
-    PanelProduct<C::kX, kPanelVecs>::Pack(w.w_ih, p.storage, p.H, p.I, Panels(p), first);
+  static void Pack(const LayerParams& p, const DirectionWeights& w) {
+    PanelProduct<C::kX, kPanelVecs>::Pack(w.w_ih, p.storage, p.H, p.I, Panels(p), PackedInput(w));
     ForProducts([&](auto k) {
       constexpr int kGates = Products<C>::Gates(decltype(k)::value);
       if constexpr (kGates > 0)
         PanelProduct<kGates, kPanelVecs>::Pack(RowsOfProduct(p, k, w.w_hh), p.storage, p.H,
-                                               BlockWidth(p), Panels(p),
-                                               first + PackedBefore(p.I, p.H, BlockWidth(p), k));
+                                               BlockWidth(p), Panels(p), PackedProduct(p, w, k));
     });
   }
   static constexpr CpuKernels Kernels() {
-    return {FactsOf<C>(kTape), &Forward, &Backward, &Scale, &PackedBytes, &Pack};
+    return {FactsOf<C>(kTape), &Forward, &Backward, &Scale, &PackedSize, &Pack};
   }
 
  private:
@@ -305,9 +303,9 @@ class Layer {
   static int64_t PackedBefore(int64_t I, int64_t H, int64_t K, int k) {
     return RoundUp(H, kUnits) * (C::kX * I + Products<C>::First(k) * K);
   }
-  static const T* PackedProduct(const LayerParams& p, const DirectionWeights& w, int k) {
-    const T* packed = static_cast<const T*>(w.packed);
-    return packed == nullptr ? nullptr : packed + PackedBefore(p.I, p.H, BlockWidth(p), k);
+  static PackedPanels PackedInput(const DirectionWeights& w) { return {w.packed, w.packed_bytes}; }
+  static PackedPanels PackedProduct(const LayerParams& p, const DirectionWeights& w, int k) {
+    return PackedInput(w).From(PackedBefore(p.I, p.H, BlockWidth(p), k));
   }
   // h, or another operand, as it goes into W_hh.
   FRNN_INLINE static V Masked(const T* h, const T* mask, Storage storage) {

@@ -226,20 +226,26 @@ struct Call {
   bool IsAddedTo(int64_t i) const { return i == 3 + runs() * int64_t(tensors.size()); }
   // ---- weights that are packed once, for many calls ----
 
-  int64_t PackedWords() const {
+  // Of an element: what it may be.
+  int64_t PackedElement(bool bfloat16) const {
+    return bfloat16 && computing() == ScalarType::Float ? 2 : BytesOf(computing());
+  }
+  int64_t PackedWords(int64_t element) const {
     int64_t bytes = PackedHeads();
-    for (int64_t run = 0; run < runs(); run++) bytes += PackedBytes(run);
+    for (int64_t run = 0; run < runs(); run++) bytes += PackedBytes(run, element);
     return bytes / int64_t(sizeof(int64_t));
   }
   // Into so many words.
-  void Pack(const T* weights, void* words) const {
+  void Pack(const T* weights, void* words, int64_t element) const {
     char* at = static_cast<char*>(words) + PackedHeads();
     for (int64_t run = 0; run < runs(); run++) {
-      static_cast<PackedHead*>(words)[run] = PackedHeadOf(run, weights);
+      static_cast<PackedHead*>(words)[run] = PackedHeadOf(run, weights, element);
       LayerParams one = p;
       one.I = InputWidth(run);
-      kernels.pack(one, stack.weights[run], at);
-      at += PackedBytes(run);
+      DirectionWeights w = stack.weights[run];
+      w.packed = at, w.packed_bytes = element;
+      kernels.pack(one, w);
+      at += PackedBytes(run, element);
     }
   }
   // Has the engine use them, if they are of these weights as they are. Otherwise false.
@@ -250,15 +256,18 @@ struct Call {
           !words.is_contiguous() || bytes < at)
         return false;
       const char* data = static_cast<const char*>(words.const_data_ptr());
+      const auto* heads = reinterpret_cast<const PackedHead*>(data);
+      const int64_t element = PackedElement(heads->element == 2);
       for (int64_t run = 0; run < runs(); run++) {
-        if (!reinterpret_cast<const PackedHead*>(data)[run].IsOf(PackedHeadOf(run, weights)))
-          return false;
-        at += PackedBytes(run);
+        if (!heads[run].IsOf(PackedHeadOf(run, weights, element))) return false;
+        at += PackedBytes(run, element);
       }
       if (at != bytes) return false;
       at = PackedHeads();
-      for (int64_t run = 0; run < runs(); at += PackedBytes(run++))
+      for (int64_t run = 0; run < runs(); at += PackedBytes(run++, element)) {
         stack.weights[run].packed = data + at;
+        stack.weights[run].packed_bytes = element;
+      }
     }
     return Device::kPacks;
   }
@@ -278,12 +287,13 @@ struct Call {
 
   int64_t InputWidth(int64_t run) const { return run < p.dirs ? p.I : stack.Width(); }
   int64_t PackedHeads() const { return RoundUp(runs() * int64_t(sizeof(PackedHead)), kPackedLine); }
-  int64_t PackedBytes(int64_t run) const {
-    const int64_t bytes = kernels.packed_bytes(InputWidth(run), p.H, p.Hout / p.blocks);
-    return RoundUp(bytes + kPackedLine, kPackedLine);
+  int64_t PackedBytes(int64_t run, int64_t element) const {
+    const int64_t size = kernels.packed_size(InputWidth(run), p.H, p.Hout / p.blocks);
+    return RoundUp(size * element + kPackedLine, kPackedLine);
   }
-  PackedHead PackedHeadOf(int64_t run, const T* weights) const {
-    PackedHead head{&kernels, int64_t(storage), InputWidth(run), p.H, p.Hout, p.blocks, {}, {}};
+  PackedHead PackedHeadOf(int64_t run, const T* weights, int64_t element) const {
+    PackedHead head{&kernels, element, int64_t(storage), InputWidth(run), p.H, p.Hout, p.blocks,
+                    {},       {}};
     for (size_t k = 0; k < tensors.size() && tensors[k] < PackedHead::kWeights; k++) {
       const T& w = weights[run * int64_t(tensors.size()) + int64_t(k)];
       head.Put(tensors[k], w.is_contiguous() ? w.const_data_ptr() : nullptr, VersionOf(w));

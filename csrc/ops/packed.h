@@ -29,6 +29,7 @@ struct PackedHead {
   static constexpr int kWeights = 2;  // w_ih and w_hh
 
   const void* kernels;  // those that packed them, for themselves
+  int64_t element;      // its bytes
   int64_t storage, I, H, Hout, blocks;
   const void* weights[kWeights];
   int64_t versions[kWeights];

@@ -145,9 +145,10 @@ def pack(
     directions: int,
     present: int,
     stages: reference.Stages,
+    bfloat16: bool,
 ) -> Tensor | None:
     """What kernels read in the place of W_ih and W_hh, as long as nobody writes to these; None if
-    they read no such thing."""
+    they read no such thing. ``bfloat16``: rounded to it."""
     w_ih, known = weights[0], reference.CELLS[cell]
     x = w_ih.new_empty((1, 0, w_ih.shape[1]))  # of any length
     hidden = w_ih.shape[0] // known.gates
@@ -158,7 +159,7 @@ def pack(
     given = [x.new_empty((1, 0, len(known.given) * hidden))] if known.given else []
     call, tensors = _call(x, cell, layers, directions, present, stages), (None,) * 4
     packed: Tensor = operators.recurrent_pack.default(
-        *inputs_of(call, NO_STAGE_TENSORS, x, *tensors, [*weights, *given])
+        *inputs_of(call, NO_STAGE_TENSORS, x, *tensors, [*weights, *given]), bfloat16
     )
     return packed if packed.numel() > 0 else None
 

@@ -35,8 +35,9 @@ SCHEMAS = {
     "recurrent": f"({_INPUTS}) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor between, Tensor hs, Tensor saved)",
     "recurrent_recomputed": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor between)",
-    # W_ih and W_hh for calls of other x; empty where there is nothing to pack.
-    "recurrent_pack": f"({_INPUTS}) -> Tensor",
+    # W_ih and W_hh for calls of other x, rounded to bfloat16 where that is asked for and sums are
+    # in float32; empty where there is nothing to pack.
+    "recurrent_pack": f"({_INPUTS}, bool bfloat16=False) -> Tensor",
     # needs: which gradients are wanted, by their numbers: x, h0, c0, then the weights, with what is
     # given behind them. The others come back empty.
     "recurrent_backward": "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor between, Tensor hs, "

@@ -26,9 +26,9 @@ constexpr int kDotRows = N >= 8 ? 4 : 1;
 // c[M][NV vectors] (+)= a[M][K] w[K][NV vectors], rows of w ldw apart. As much as w is called ahead
 // from its end on, where the next right operand lies as a rule: a share by each tile, beginning
 // behind those of the `before` rows that were multiplied with w in earlier calls. A row or two are
-// summed in several chains, but for `one_chain`.
-template <int NV>
-FRNN_EXPORT void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K,
+// summed in several chains, but for `one_chain`. w is of the computing type, or of bfloat16 (uint16_t).
+template <int NV, class W>
+FRNN_EXPORT void GemmRows(int64_t M, const T* a, int64_t lda, const W* w, int64_t ldw, int64_t K,
                           T* c, int64_t ldc, bool accumulate, bool one_chain, int64_t before = 0);
 // c[rows][NV vectors] (+)= a^T b of a [K][rows], its rows lda apart, and a packed b [K][NV vectors],
 // rows <= kTileRows, NV <= kTileVecs.

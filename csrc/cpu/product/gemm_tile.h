@@ -4,11 +4,19 @@
 
 FRNN_BEGIN
 
+FRNN_INLINE V LoadWide(const T* w) { return load<V>(w); }
+FRNN_INLINE V LoadWide(const uint16_t* w) {
+  using Wide = Vec<uint32_t, sizeof(V) / 4>;
+  Vec<uint16_t, sizeof(V) / 4> bits;
+  memcpy(&bits, w, sizeof(bits));
+  return bit_cast<V>(Wide(__builtin_convertvector(bits, Wide) << 16));
+}
+
 // c[m][v] (+)= sum_k a(m, k) * w[k * ldw + v], m < MR, v < NV vectors. a(m, k) is a[k * a_stride +
 // m] if kPackedA, else a[m * a_stride + k]. Lines called ahead begin at `ahead` and are `stride`
 // apart.
-template <int MR, int NV, bool kPackedA, int kChains = cpu::Chains(kVectorBytes, MR, NV)>
-FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ldw, int64_t K, T* c,
+template <int MR, int NV, bool kPackedA, int kChains = cpu::Chains(kVectorBytes, MR, NV), class W>
+FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const W* w, int64_t ldw, int64_t K, T* c,
                             int64_t ldc, bool accumulate, const char* ahead, int64_t stride) {
   constexpr int kSteps = cpu::StepsOfLine(MR, NV);
   V acc[kChains][MR][NV];
@@ -28,7 +36,7 @@ FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ld
       V row[NV];
       FRNN_UNROLL
       for (int v = 0; v < NV; v++) {
-        row[v] = load<V>(w + k * ldw + v * N);
+        row[v] = LoadWide(w + k * ldw + v * N);
         if constexpr (MR > 1 && kChains * MR * NV + NV + 2 <= kRegisters)
           FRNN_KEEP_IN_REGISTER(row[v]);
       }
@@ -44,7 +52,7 @@ FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ld
       for (int m = 0; m < MR; m++) value[m] = left(m, k);
       FRNN_UNROLL
       for (int v = 0; v < NV; v++) {
-        const V row = load<V>(w + k * ldw + v * N);
+        const V row = LoadWide(w + k * ldw + v * N);
         FRNN_UNROLL
         for (int m = 0; m < MR; m++) sum[m][v] += value[m] * row;
       }
@@ -78,8 +86,8 @@ FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const T* w, int64_t ld
   }
 }
 
-template <int NV>
-void GemmRows(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
+template <int NV, class W>
+void GemmRows(int64_t M, const T* a, int64_t lda, const W* w, int64_t ldw, int64_t K, T* c,
               int64_t ldc, bool accumulate, bool one_chain, int64_t before) {
   constexpr int kRows = cpu::TileRows(kVectorBytes, NV);
   const int64_t bytes = K * ldw * sizeof(*w), share = K / cpu::StepsOfLine(kRows, NV) * kLine;
@@ -112,14 +120,14 @@ void GemmPacked(int rows, const T* a, int64_t lda, const T* b, int64_t K, T* c, 
     });
 }
 
-template void GemmRows<1>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          bool, int64_t);
-template void GemmRows<2>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          bool, int64_t);
-template void GemmRows<3>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          bool, int64_t);
-template void GemmRows<4>(int64_t, const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t, bool,
-                          bool, int64_t);
+#define FRNN_ROWS(NV, W)                                                                          \
+  template void GemmRows<NV>(int64_t, const T*, int64_t, const W*, int64_t, int64_t, T*, int64_t, \
+                             bool, bool, int64_t);
+#define FRNN_ROWS_OF(W) FRNN_ROWS(1, W) FRNN_ROWS(2, W) FRNN_ROWS(3, W) FRNN_ROWS(4, W)
+FRNN_ROWS_OF(T)
+FRNN_ROWS_OF(uint16_t)
+#undef FRNN_ROWS_OF
+#undef FRNN_ROWS
 template void GemmPacked<1>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
 template void GemmPacked<2>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);
 template void GemmPacked<3>(int, const T*, int64_t, const T*, int64_t, T*, int64_t, bool);

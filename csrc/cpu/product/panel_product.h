@@ -18,6 +18,18 @@ struct MatrixRows {
   const T* Plain(int64_t r) const { return static_cast<const T*>(first) + r * stride; }
 };
 
+// Panels that were packed before the call: of the computing type, or of bfloat16, whose elements are
+// half as many bytes for the same products.
+struct PackedPanels {
+  const void* first;  // null: there are none
+  int64_t bytes;      // of an element
+
+  PackedPanels From(int64_t i) const {
+    return {first ? static_cast<const char*>(first) + i * bytes : nullptr, bytes};
+  }
+  bool IsBFloat16() const { return sizeof(T) == 4 && bytes == 2; }
+};
+
 // The right operand, and what both kinds of products do with it. One object a thread.
 template <int kGates, int kPanelVecs>
 class PanelProduct {
@@ -74,11 +86,17 @@ class PanelProduct {
     balance_.Take(s, tiles_);
   }
 
-  // All panels of w, one after the other: what every thread finds its own in, however many there are.
+  // All panels of w, one after the other: each thread of any team finds its own there.
   static void Pack(const void* w, Storage storage, int64_t H, int64_t K, int64_t panels,
-                   T* packed) {
-    for (int64_t panel = 0; panel < panels; panel++)
-      PackPanel(w, storage, H, K, panel, packed + panel * K * kWidth);
+                   const PackedPanels& packed) {
+    const int64_t size = K * kWidth;
+    Vector<T> rounded(packed.IsBFloat16() ? size : 0);
+    for (int64_t panel = 0; panel < panels; panel++) {
+      void* const at = const_cast<void*>(packed.From(panel * size).first);
+      T* const to = packed.IsBFloat16() ? rounded.data() : static_cast<T*>(at);
+      PackPanel(w, storage, H, K, panel, to);
+      if (packed.IsBFloat16()) StoreRow(at, Storage::kBFloat16, to, size);
+    }
   }
 
   int64_t count() const { return panels_.end - panels_.begin; }
@@ -102,13 +120,13 @@ class PanelProduct {
  protected:
   // Begins a direction. The whole team packs for tiles what it will need; vectors wait for the
   // first use, or find w `packed`.
-  void Begin(Team& team, Team::Range panels, int dir, const void* w, const T* packed,
+  void Begin(Team& team, Team::Range panels, int dir, const void* w, const PackedPanels& packed,
              std::initializer_list<parts::TiledOperand*> left) {
     panels_ = panels;
     dir_ = dir;
     w_ = w;
     is_packed_ = common_->packing != cpu::Packing::kOnce;
-    given_ = packed == nullptr ? nullptr : packed + panels.begin * common_->K * kWidth;
+    given_ = packed.From(panels.begin * common_->K * kWidth);
     if constexpr (kTiles)
       if (common_->tiled) PackTiles(team, left);
   }
@@ -132,15 +150,24 @@ class PanelProduct {
       return;
     }
     if (c.Turns()) return MultiplyTurned(rows, panel, gates, stride);
-    const T* packed = packed_;
-    if (c.packing == cpu::Packing::kEachUse)
+    const int64_t size = c.K * kWidth;
+    const auto multiply = [&](const auto* packed) FRNN_INLINE_LAMBDA {
+      ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
+        GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
+                                        gates + first * N, stride, false, c.one_chain, before);
+      });
+    };
+    if (c.packing == cpu::Packing::kGiven) {
+      const PackedPanels panel_at = given_.From(at * size);
+      if constexpr (sizeof(T) == 4)
+        if (given_.IsBFloat16()) return multiply(static_cast<const uint16_t*>(panel_at.first));
+      return multiply(static_cast<const T*>(panel_at.first));
+    }
+    if (c.packing == cpu::Packing::kEachUse) {
       PackPanel(w_, c.storage, c.H, c.K, panel, packed_);
-    else
-      packed = (c.packing == cpu::Packing::kGiven ? given_ : packed) + at * c.K * kWidth;
-    ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
-      GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
-                                      gates + first * N, stride, false, c.one_chain, before);
-    });
+      return multiply(static_cast<const T*>(packed_));
+    }
+    multiply(static_cast<const T*>(packed_ + at * size));
   }
   // All rows of a step: the gates come out as [unit][row], and are turned back.
   FRNN_NOINLINE void MultiplyTurned(int64_t n, int64_t panel, T* gates, int64_t stride) const {
@@ -245,7 +272,7 @@ class PanelProduct {
   Team::Range panels_;
   int dir_;
   T* packed_ = nullptr;  // for vectors
-  const T* given_;       // the same where they were packed before the call
+  PackedPanels given_;   // the same where they were packed before the call
   bool is_packed_;
   parts::TiledOperand tiles_;
   Balance balance_;
@@ -265,7 +292,7 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
     Base::Take(s, shared);
     left_ = TakeTiles(s, shared.tiled, cpu::kTiledInput, shared.K, shared.cut);
   }
-  void Begin(Team& team, Team::Range panels, int dir, const void* w, const T* packed) {
+  void Begin(Team& team, Team::Range panels, int dir, const void* w, const PackedPanels& packed) {
     Base::Begin(team, panels, dir, w, packed, {&left_});
   }
   // gates(panel): where the product of x with it begins; stage(): x in the computing type.
@@ -318,7 +345,7 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
     Base::Take(s, shared);
     left_.Take(s, shared.left);
   }
-  void Begin(Team& team, Team::Range panels, int dir, const void* w, const T* packed) {
+  void Begin(Team& team, Team::Range panels, int dir, const void* w, const PackedPanels& packed) {
     Base::Begin(team, panels, dir, w, packed, {&left_.tiles[0], &left_.tiles[1]});
   }
   // The columns [begin, end) of n rows of h for a step, by each thread; a barrier follows.
