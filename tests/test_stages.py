@@ -12,7 +12,7 @@ from typing import Any
 import plain
 import pytest
 import torch
-from helpers import Named, assert_all_close, assert_close, assert_no_worse, flatten
+from helpers import Named, assert_all_close, assert_no_worse, flatten
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -476,19 +476,18 @@ def test_random_numbers(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("kwargs, names", CALLS.values(), ids=CALLS)
 def test_autocast(kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
-    """The types of a layer without options, and values near those without autocast."""
+    """The types of a layer without options, and the values of the same layer in bfloat16."""
     module, x, reset, to = small(kwargs)
     x, to = x.detach().float(), tuple(s.detach().float() for s in to)
     module.float().eval()
     plain_one = fused_rnn.LSTM(4, 6, num_layers=2, bidirectional=True)
     given = asked(names, reset, to)
-    wanted = flatten(module(x, **given))
     with torch.autocast("cpu", torch.bfloat16):
         found = flatten(module(x, **given))
         types = [t.dtype for t in flatten(plain_one(x))]
     assert [t.dtype for t in found[:3]] == types
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert_close(ours.float(), theirs, tol=0.1)
+    given = asked(names, reset, tuple(s.bfloat16() for s in to))
+    assert_all_close(found, flatten(module.bfloat16()(x.bfloat16(), **given)), tol=0)
 
 
 def test_no_gradient_passes_a_reset() -> None:

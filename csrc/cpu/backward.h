@@ -146,6 +146,8 @@ class Layer<C>::BackwardPass {
   void ShownGrads(Team& team, Thread& my, const Step& step) const;
   template <class View, int kProduct = 0>
   Bits GateGrads(Thread& my, const Step& step) const;
+  template <class F>
+  void ForNorms(Thread& my, const Step& step, int64_t panel, const F& f) const;
   void OperandGrads(Team& team, Thread& my, const Step& step) const;
   Bits NormGrads(Team& team, Thread& my, const Step& step, Bits largest) const;
   void AddGivenGrads(const Thread& my) const;
@@ -461,6 +463,12 @@ struct Layer<C>::BackwardPass::View {
   }
   FRNN_INLINE V Kept(int k) const { return load<V>(tape + (row * kTape + k) * kUnits); }
   FRNN_INLINE V KeptExtra(int e) const { return Kept(Tape<C>::OfExtra(e)); }
+  // Calls into the cache what is kept of a later row.
+  FRNN_INLINE void CallAhead() const {
+    FRNN_UNROLL
+    for (int k = 0; k < kTape; k++)
+      __builtin_prefetch(tape + ((row + kRowsAhead) * kTape + k) * kUnits);
+  }
   FRNN_INLINE V Param(int k) const { return load<V>(params + k * kUnits); }
   FRNN_INLINE V H() const {
     if (pass.IsReset(my, step.t, row)) return V{};
@@ -519,7 +527,7 @@ struct Layer<C>::BackwardPass::ShownView : View {
   FRNN_INLINE ShownView(const BackwardPass& pass, const Thread& my, const Step& step, int64_t panel,
                         int vec, const Bits& largest)
       : View(pass, my, step, panel, vec, largest),
-        normal(NormTapeOfShown(pass.p, my.dir, step.row, panel) + vec * N) {
+        normal(NormTapeOfShown(pass.p, my.dir).Normal(step.t, panel) + vec * N) {
     const int64_t at = panel - my.panels.begin;
     gain = my.shown_norm.Gains(at) + vec * N;
     shift = my.shift + at * kUnits + vec * N;
@@ -535,9 +543,8 @@ struct Layer<C>::BackwardPass::ShownView : View {
 template <class C>
 void Layer<C>::BackwardPass::ShownGrads(Team& team, Thread& my, const Step& step) const {
   if constexpr (kShows) {
-    const auto tape_of = [&](int64_t at) {
-      return NormTapeOfShown(p, my.dir, step.row, my.panels.begin + at);
-    };
+    const NormTape tape = NormTapeOfShown(p, my.dir);
+    const auto tape_of = [&](int64_t at) { return tape.Normal(step.t, my.panels.begin + at); };
     const auto grads_of = [&](int64_t at) { return my.dshown + at * p.B * kUnits; };
     const int64_t count = my.panels.end - my.panels.begin;
     for (int64_t at = 0; at < count; at++) {
@@ -547,6 +554,7 @@ void Layer<C>::BackwardPass::ShownGrads(Team& team, Thread& my, const Step& step
         V sum{};
         for (; view.row < step.n; view.row++) {
           BackwardStep<C, V> unit;
+          view.CallAhead();
           unit.Load(view);
           const V grad = unit.ComputeGradShown(view);
           store<V>(view.dshown + view.row * kUnits, grad);
@@ -563,7 +571,7 @@ void Layer<C>::BackwardPass::ShownGrads(Team& team, Thread& my, const Step& step
     for (int64_t at = 0; at < count; at++)
       my.shown_norm.ApplyGrads(
           at, step.n, [&](int) FRNN_INLINE_LAMBDA { return grads_of(at); }, kUnits, tape_of(at),
-          grads_of(at), kUnits, kUnits);
+          tape.Scales(step.t), grads_of(at), kUnits, kUnits);
   }
 }
 
@@ -573,6 +581,7 @@ template <class C>
 template <class View, int kProduct>
 Bits Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const {
   Bits largest{};
+  const bool measures = kProduct == 0 && (x_norm.on || h_norm.on);
   for (int64_t panel = my.panels.begin; panel < my.panels.end; panel++) {
     FRNN_UNROLL
     for (int vec = 0; vec < kPanelVecs; vec++) {
@@ -589,6 +598,12 @@ Bits Layer<C>::BackwardPass::GateGrads(Thread& my, const Step& step) const {
       view.StoreSums();
       largest = view.largest;
     }
+    if (!measures) continue;
+    ForNorms(my, step, panel,
+             [&](auto& norm, const OfProduct&, const auto& gate, const NormTape& tape) {
+               norm.MeasureGrads(panel - my.panels.begin, step.n, gate, d_stride,
+                                 tape.Normal(step.t, panel));
+             });
   }
   return largest;
 }
@@ -612,36 +627,35 @@ void Layer<C>::BackwardPass::OperandGrads(Team& team, Thread& my, const Step& st
   });
 }
 
-// The gradients of what was normalised, the own units, from those of what came of it. The largest
-// of all.
+// f(norm, gradients, `gate` as in cpu/norm.h, tape) for each product that was normalised.
+template <class C>
+template <class F>
+FRNN_INLINE void Layer<C>::BackwardPass::ForNorms(Thread& my, const Step& step, int64_t panel,
+                                                  const F& f) const {
+  const T* first = GatesOf(step) + panel * kUnits;
+  const auto gate_x = [&](int q) FRNN_INLINE_LAMBDA { return first + C::kDx[q] * gate_stride; };
+  const auto gate_h = [&](int q) FRNN_INLINE_LAMBDA { return first + C::kDh[q] * gate_stride; };
+  if (x_norm.on) f(my.x_norm, x_grads, gate_x, NormTapeOfX(p, my.dir));
+  if (h_norm.on) f(my.h_norm, h_grads, gate_h, NormTapeOfH(p, my.dir));
+}
+
+// The gradients of what was normalised, the own units, from those of what came of it, which
+// GateGrads has measured. The largest of all.
 template <class C>
 Bits Layer<C>::BackwardPass::NormGrads(Team& team, Thread& my, const Step& step,
                                        Bits largest) const {
-  // f(norm, gradients, their columns in d, tape) for the own panel `at`.
-  const auto for_products = [&](int64_t at, const auto& f) {
-    const int64_t panel = my.panels.begin + at;
-    if (x_norm.on) f(my.x_norm, x_grads, C::kDx, NormTapeOfX(p, my.dir, step.row, panel));
-    if (h_norm.on) f(my.h_norm, h_grads, C::kDh, NormTapeOfH(p, my.dir, step.row, panel));
-  };
-  const int64_t count = my.panels.end - my.panels.begin;
-  const auto gate_of = [&](int64_t at, const int* column) {
-    const T* first = GatesOf(step) + (my.panels.begin + at) * kUnits;
-    return [=](int q) FRNN_INLINE_LAMBDA { return first + column[q] * gate_stride; };
-  };
-  for (int64_t at = 0; at < count; at++)
-    for_products(at, [&](const auto& norm, const OfProduct&, const int* column, const T* tape) {
-      norm.MeasureGrads(at, step.n, gate_of(at, column), d_stride, tape);
-    });
   team.Sync();
   if (x_norm.on) my.x_norm.FindGrads(step.n);
   if (h_norm.on) my.h_norm.FindGrads(step.n);
-  for (int64_t at = 0; at < count; at++)
-    for_products(at, [&](const auto& norm, const OfProduct& grads, const int* column, T* tape) {
-      T* out = grads.d + step.row * grads.stride + (my.panels.begin + at) * kUnits;
-      const Bits found = norm.ApplyGrads(at, step.n, gate_of(at, column), d_stride, tape, out,
-                                         grads.stride, gate_stride);
-      largest = found > largest ? found : largest;
-    });
+  for (int64_t panel = my.panels.begin; panel < my.panels.end; panel++)
+    ForNorms(my, step, panel,
+             [&](auto& norm, const OfProduct& grads, const auto& gate, const NormTape& tape) {
+               T* out = grads.d + step.row * grads.stride + panel * kUnits;
+               const Bits found = norm.ApplyGrads(panel - my.panels.begin, step.n, gate, d_stride,
+                                                  tape.Normal(step.t, panel), tape.Scales(step.t),
+                                                  out, grads.stride, gate_stride);
+               largest = found > largest ? found : largest;
+             });
   return largest;
 }
 

@@ -425,10 +425,19 @@ void Layer<C>::ForwardPass::Start(Team& team, Thread& my) const {
                 T(0));
     };
     end_tape(TapeOf(p, my.dir), kTape);
-    if (x_norm.on) end_tape(NormTapeOfX(p, my.dir, 0, 0), NormX::kTape);
-    if (h_norm.on) end_tape(NormTapeOfH(p, my.dir, 0, 0), NormH::kTape);
-    if (shown_norm.on) end_tape(NormTapeOfShown(p, my.dir, 0, 0), NormShown::kTape);
   }
+  const auto end_norm_tape = [&](bool on, const NormTape& tape) {
+    if (!on || p.saved == nullptr) return;
+    const int64_t room = p.rows * Padded(p.H);
+    const auto rest = team.Split(room - p.rows);
+    T* const behind = tape.Scales(0) + p.rows;
+    std::fill(behind + rest.begin, behind + rest.end, T(0));
+    if (is_last)
+      std::fill(tape.Normal(0, 0) + p.rows * panels * kUnits * tape.gates, tape.Scales(0), T(0));
+  };
+  end_norm_tape(x_norm.on, NormTapeOfX(p, my.dir));
+  end_norm_tape(h_norm.on, NormTapeOfH(p, my.dir));
+  end_norm_tape(shown_norm.on, NormTapeOfShown(p, my.dir));
   std::fill_n(my.no_gates_x, NormOfSum(p) ? x_common.Stride() : 0, T(0));
   if (!in_place && !in_one)
     for (T* buffer : h_buffer) CopyState(p, p.h0, my.dir, my.first, end, buffer, h_stride);
@@ -488,10 +497,14 @@ void Layer<C>::ForwardPass::InputGates(Team& team, Thread& my, const Chunk& chun
   for (int64_t at = 0; at < my.count; at++)
     my.x_norm.Measure(at, 0, chunk.rows, GatesX(my, at), stride);
   team.Sync();
-  my.x_norm.Find(chunk.rows);
+  const NormTape tape = NormTapeOfX(p, my.dir);
+  my.x_norm.Find(chunk.rows, tape.Scales(chunk.begin));
   for (int64_t at = 0; at < my.count; at++)
-    my.x_norm.Apply(at, chunk.rows, GatesX(my, at), stride,
-                    p.saved ? NormTapeOfX(p, my.dir, chunk.row, my.panels.begin + at) : nullptr);
+    for (int64_t t = chunk.begin; t < chunk.end; t++) {
+      const int64_t first = p.offsets[t] - chunk.row;
+      my.x_norm.Apply(at, first, p.batch_sizes[t], GatesX(my, at) + first * stride, stride,
+                      tape.Normal(t, my.panels.begin + at));
+    }
   if (C::kH == 0) team.Sync();  // before anyone measures the next chunk
 }
 
@@ -620,10 +633,11 @@ void Layer<C>::ForwardPass::NormalisedGates(Team& team, Thread& my, const Chunk&
         my.h_norm.Measure(at, first, rows, gates, stride);
       });
   team.Sync();
-  my.h_norm.Find(step.n);
+  const NormTape tape = NormTapeOfH(p, my.dir);
+  my.h_norm.Find(step.n, tape.Scales(step.t));
   for (int64_t at = 0; at < my.count; at++) {
-    my.h_norm.Apply(at, step.n, GatesH(my, at), stride,
-                    p.saved ? NormTapeOfH(p, my.dir, step.row, my.panels.begin + at) : nullptr);
+    my.h_norm.Apply(at, 0, step.n, GatesH(my, at), stride,
+                    tape.Normal(step.t, my.panels.begin + at));
     Gates<C::kOperands>(my, RowsOf(my, chunk, step, at), at, 0, int(step.n));
   }
 }
@@ -739,12 +753,12 @@ void Layer<C>::ForwardPass::ShowOutputs(Team& team, Thread& my, const Chunk& chu
                                         const Step& step) const {
   if constexpr (kShows) {
     team.Sync();
-    my.shown_norm.Find(step.n);
+    const NormTape tape = NormTapeOfShown(p, my.dir);
+    my.shown_norm.Find(step.n, tape.Scales(step.t));
     for (int64_t at = 0; at < my.count; at++) {
       const StepRows s = RowsOf(my, chunk, step, at);
-      my.shown_norm.Apply(
-          at, step.n, s.shown, kUnits,
-          p.saved ? NormTapeOfShown(p, my.dir, step.row, my.panels.begin + at) : nullptr);
+      my.shown_norm.Apply(at, 0, step.n, s.shown, kUnits,
+                          tape.Normal(step.t, my.panels.begin + at));
       ForRows(s, 0, int(step.n), [](ForwardStep<C, V>& unit, const View& view) FRNN_INLINE_LAMBDA {
         unit.RunOutput(view);
       });

@@ -230,27 +230,43 @@ class Layer {
       if (IsReset(p, dir, t, b)) f(b);
   }
   static T* TapeOf(const LayerParams& p, int dir, int64_t t, int64_t panel) {
-    return TapeOf(p, dir) + (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kTape * kUnits;
+    return TapeOf(p, dir) + InTape(p, t, panel) * kTape;
   }
-  // Of a direction: that of the cell, then those of what is normalised, all rows of a panel after
-  // those of the one before.
+  // Where a step and panel begin on a tape of one value, [step][panel][row][unit].
+  static int64_t InTape(const LayerParams& p, int64_t t, int64_t panel) {
+    return (p.offsets[t] * Panels(p) + panel * p.batch_sizes[t]) * kUnits;
+  }
+  // Of a direction: that of the cell, then those of what is normalised.
   static T* TapeOf(const LayerParams& p, int dir) {
     const int64_t tape = kTape + FactsOf<C>(kTape).NormTape(p.w[0]);
     return static_cast<T*>(p.saved) + dir * p.rows * tape * Padded(p.H);
   }
-  static T* NormTapeOfX(const LayerParams& p, int dir, int64_t row, int64_t panel) {
-    return TapeOf(p, dir) + p.rows * kTape * Padded(p.H) + (panel * p.rows + row) * NormX::kTapeRow;
+  // What is kept of a normalised row: n of all gates of a panel, and behind those of all rows their
+  // scales.
+  struct NormTape {
+    const LayerParams& p;
+    T* first;
+    int gates;
+
+    NormTape(const LayerParams& p, int dir, int64_t before, int gates)
+        : p(p),
+          first(p.saved ? TapeOf(p, dir) + p.rows * before * Padded(p.H) : nullptr),
+          gates(gates) {}
+    T* Normal(int64_t t, int64_t panel) const {
+      return first ? first + InTape(p, t, panel) * gates : nullptr;
+    }
+    T* Scales(int64_t t) const {
+      return first ? first + p.rows * gates * Padded(p.H) + p.offsets[t] : nullptr;
+    }
+  };
+  static NormTape NormTapeOfX(const LayerParams& p, int dir) { return {p, dir, kTape, C::kX}; }
+  static NormTape NormTapeOfH(const LayerParams& p, int dir) {
+    return {p, dir, kTape + (NormOfX(p) ? NormX::kTape : 0), C::kH};
   }
-  static T* NormTapeOfH(const LayerParams& p, int dir, int64_t row, int64_t panel) {
-    const int64_t before = kTape + (NormOfX(p) ? NormX::kTape : 0);
-    return TapeOf(p, dir) + p.rows * before * Padded(p.H) +
-           (panel * p.rows + row) * NormH::kTapeRow;
-  }
-  static T* NormTapeOfShown(const LayerParams& p, int dir, int64_t row, int64_t panel) {
+  static NormTape NormTapeOfShown(const LayerParams& p, int dir) {
     const int64_t before =
         kTape + (NormOfX(p) ? NormX::kTape : 0) + (NormOfH(p) ? NormH::kTape : 0);
-    return TapeOf(p, dir) + p.rows * before * Padded(p.H) +
-           (panel * p.rows + row) * NormShown::kTapeRow;
+    return {p, dir, before, 1};
   }
 
   // Whether what the output shows is normalised.
