@@ -120,7 +120,8 @@ PYTHON_LAYERS = {
         ".torch_internals",
     },
     "scripting": set(),
-    "torch_shaped": {".scripting", ".torch_internals"},
+    "frozen": {".ops", ".torch_internals"},
+    "torch_shaped": {".frozen", ".scripting", ".torch_internals"},
     "sequences": {".segments"},
     "call_types": {".sequences"},
     "recurrent": {

@@ -108,6 +108,11 @@ Cut CutBeside(MatrixUnit unit, Storage s, int64_t K) {
   return s == Storage::kFloat ? CutOf(unit, s, K) : Cut::kTwo;
 }
 
+// Weights that are packed already are read so in every shape: even a single row, whose products with W
+// as it lies take as many loads, saves the sums over lanes, and wide panels are in huge pages. One
+// thread of a Zen 5, cells of 1, 3 and 4 gates, 64 to 1024 units, geometric means of the time without
+// by the time with: one step 1.10 (of 1 row), 1.27 (2), 1.20 (16), 1.09 (64), and sequences of one row
+// 1.15 (30 steps) and 1.05 (100).
 ForwardPlan PlanForward(const Problem& p, const Machine& m) {
   ForwardPlan plan{};
   static_cast<Plan&>(plan) = PlanOfBoth(p, m, 1);

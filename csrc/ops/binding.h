@@ -81,7 +81,9 @@ struct Operators {
                in.x, in.h0, in.c0, in.weights.data(), in.weights.size(), in.batch_sizes,
                {in.reset, in.zoneout, in.h_mask}),
           masks(call.TakeMasks(in.masks, in.x)) {
-      if (in.packed.has_value()) call.TakePacked(*in.packed, in.weights.data());
+      if (in.packed.has_value() && Device::Owns(*in.packed, call.arguments.index()) &&
+          in.packed->scalar_type() == ScalarType::Long && in.packed->is_contiguous())
+        call.TakePacked(in.packed->const_data_ptr(), in.packed->numel(), in.weights.data());
     }
 
     void NewOutputs() {

@@ -248,14 +248,12 @@ struct Call {
       at += PackedBytes(run, element);
     }
   }
-  // Has the engine use them, if they are of these weights as they are. Otherwise false.
-  bool TakePacked(const T& words, const T* weights) {
+  // Has the engine use so many words, if they are of these weights as they are. Otherwise false.
+  bool TakePacked(const void* packed, int64_t words, const T* weights) {
     if constexpr (Device::kPacks) {
-      int64_t at = PackedHeads(), bytes = words.numel() * int64_t(sizeof(int64_t));
-      if (!Device::Owns(words, arguments.index()) || words.scalar_type() != ScalarType::Long ||
-          !words.is_contiguous() || bytes < at)
-        return false;
-      const char* data = static_cast<const char*>(words.const_data_ptr());
+      int64_t at = PackedHeads(), bytes = words * int64_t(sizeof(int64_t));
+      if (bytes < at) return false;
+      const char* data = static_cast<const char*>(packed);
       const auto* heads = reinterpret_cast<const PackedHead*>(data);
       const int64_t element = PackedElement(heads->element == 2);
       for (int64_t run = 0; run < runs(); run++) {

@@ -45,7 +45,7 @@ PyObject* Unwatched(Reader& arguments) {
 // saved)
 PyObject* Forward(Reader& arguments) {
   Inputs in = Inputs::Of(arguments);
-  in.packed = arguments.Tensor();
+  in.packed = Words::Of(arguments.Tensor());
   const bool tape = arguments.Flag();
   arguments.End();
   Outputs out = Run(in, {true, tape});
@@ -75,7 +75,7 @@ PyObject* Backward(Reader& arguments) {
 
 // Its weights are flat, in the order of their names: those of each layer and direction in turn.
 PyObject* RunStack(const Shape& shape, bool batch_first, Borrowed x, const Hidden& hx,
-                   const References& flat, const MaybeBorrowed& packed) {
+                   const References& flat, const Words& packed) {
   if (x.dim() != 3) throw Unsupported();
   if (batch_first) x.SwapLeading();
   Inputs in{shape, x, hx.h, hx.c, {}, {}, packed};
@@ -100,7 +100,7 @@ PyObject* InferStack(Reader& arguments) {
   shape.directions = arguments.Integer();
   shape.present = arguments.Integer();
   const bool batch_first = arguments.Flag();
-  const MaybeBorrowed packed = arguments.Tensor();
+  const Words packed = Words::Of(arguments.Tensor());
   arguments.End();
   return RunStack(shape, batch_first, x, hx, flat, packed);
 }
@@ -149,12 +149,20 @@ PyObject* OneStep(Reader& arguments) {
   PyObject *cell = arguments.Object(), *x = arguments.Object(), *hx = arguments.Object();
   References named;
   arguments.Named(named);
-  const MaybeBorrowed packed = arguments.Tensor();
+  const Words packed = Words::Of(arguments.Tensor());
   arguments.End();
   return RunStep(cell, x, hx, named, packed, WantsGrad(named, x, hx));
 }
 
 // ---- modules ----
+
+// What a module has packed: (address, words), or None.
+Words PackedBy(PyObject* frozen) {
+  const Owned found(PyObject_GetAttr(frozen, names().words));
+  if (found.object == nullptr || Py_TYPE(found.object) != &PyTuple_Type) throw Unsupported();
+  const int64_t address = IntegerOf(PyTuple_GetItem(found.object, 0));
+  return {reinterpret_cast<const void*>(address), IntegerOf(PyTuple_GetItem(found.object, 1))};
+}
 
 // (module, the arguments of its call, those by name, cell, the names of the weights of a step, or None)
 // -> what the call returns. Without names it is that of a stack of layers.
@@ -181,9 +189,9 @@ PyObject* CallModule(Reader& arguments) {
   PyObject* const frozen = own.Find(names().frozen);
   if (wants_grad && (!one_step || frozen != nullptr)) return nullptr;
   if (!IsPlain(module, own) || IsWatched() || !IsUsual(module, own)) return nullptr;
-  const Owned words(frozen == nullptr ? nullptr : PyObject_GetAttr(frozen, names().packed));
-  if (frozen != nullptr && (words.object == nullptr || words.object == Py_None)) return nullptr;
-  const MaybeBorrowed packed = frozen == nullptr ? MaybeBorrowed() : Borrowed(words.object);
+  // Kept: another thread may put another one there.
+  const Owned kept(frozen == nullptr ? nullptr : Owned::Another(frozen));
+  const Words packed = frozen == nullptr ? Words() : PackedBy(frozen);
   if (one_step) return RunStep(cell, input, hx, weights, packed, wants_grad);
 
   if (FlagOf(own.Get(names().training)) && FlagOf(own.Get(names().dropout))) return nullptr;

@@ -10,6 +10,18 @@ struct Hidden {
   MaybeBorrowed h, c;
 };
 
+// Packed weights.
+struct Words {
+  const void* data = nullptr;  // null: there are none
+  int64_t count = 0;
+
+  static Words Of(const MaybeBorrowed& t) {
+    if (!t.has_value()) return {};
+    if (t->scalar_type() != ScalarType::Long || !t->is_contiguous()) throw Unsupported();
+    return {t->const_data_ptr(), t->numel()};
+  }
+};
+
 // As users write hidden states: h, a pair (h, c), or None.
 inline Hidden HiddenState(PyObject* object) {
   if (Py_TYPE(object) != &PyTuple_Type) return {BorrowedOrNone(object), {}};

@@ -17,7 +17,7 @@ struct Inputs {
   Borrowed x;
   MaybeBorrowed h0, c0, batch_sizes;
   std::vector<Borrowed> weights;
-  MaybeBorrowed packed = {};
+  Words packed = {};
 
   // (cell, layers, directions, present, x, h0, c0, batch_sizes, weights)
   static Inputs Of(Reader& arguments) {
@@ -65,7 +65,8 @@ inline bool IsBrief(const DirectCall& call) {
 inline Outputs Run(const Inputs& in, Wanted wanted) {
   DirectCall call = in.ToCall();
   // A module packs anew what does not fit.
-  if (in.packed.has_value() && !call.TakePacked(*in.packed, in.weights.data())) throw Unsupported();
+  if (in.packed.data && !call.TakePacked(in.packed.data, in.packed.count, in.weights.data()))
+    throw Unsupported();
   LayerGradParams& p = call.p;
   Stack& stack = call.stack;
   const ScalarType dtype = in.x.scalar_type();

@@ -44,7 +44,7 @@ constexpr size_t kStepResults = 3;
 // To hx, which is differentiable if that is `wanted`. Autograd then takes what the backward reads:
 // (cell, the inputs, (hx, what there is to read as bits, and as tensors)) -> hx.
 inline PyObject* RunStep(PyObject* cell, PyObject* x, PyObject* hx, const References& weights,
-                         const MaybeBorrowed& packed, bool wanted) {
+                         const Words& packed, bool wanted) {
   const bool pair = Py_TYPE(hx) == &PyTuple_Type;
   if (pair && PyTuple_Size(hx) != 2) throw Unsupported();
   std::vector<PyObject*> inputs = {x, pair ? PyTuple_GetItem(hx, 0) : hx,

@@ -81,7 +81,7 @@ struct Names {
   PyObject* const compiled_call_impl = Interned("_compiled_call_impl");
   PyObject* const verified = Interned("_verified");
   PyObject* const frozen = Interned("_frozen");
-  PyObject* const packed = Interned("packed");
+  PyObject* const words = Interned("words");
   PyObject* const is_usual = Interned("_is_usual");
   PyObject* const hooks[4] = {Interned("_forward_hooks"), Interned("_forward_pre_hooks"),
                               Interned("_backward_hooks"), Interned("_backward_pre_hooks")};
