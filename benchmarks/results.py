@@ -137,7 +137,14 @@ def ratio(row: Row, name: str) -> Spread | None:
 
 
 # Our own slow path, for machines without a compiler, is no rival, nor is another case of ours.
-NO_RIVALS = (OURS, "ours_recompute", "ours_baseline", "ours_plain", "reference")
+NO_RIVALS = (
+    OURS,
+    "ours_exported",
+    "ours_recompute",
+    "ours_baseline",
+    "ours_plain",
+    "reference",
+)
 
 
 def best_peer(row: Row) -> tuple[str, Spread] | None:

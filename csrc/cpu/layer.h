@@ -16,6 +16,7 @@
 #include "cpu/convert.h"
 #include "cpu/norm.h"
 #include "cpu/plan.h"
+#include "cpu/product/panel.h"
 #include "cpu/product/tiles.h"
 #include "cpu/threads.h"
 
@@ -57,7 +58,7 @@ class Layer {
   class BackwardPass;
 
   static constexpr int kMostGates = C::kX > Products<C>::Most() ? C::kX : Products<C>::Most();
-  static constexpr int kPanelVecs = kMostGates <= 2 ? 2 : 1;
+  static constexpr int kPanelVecs = PanelVecs(kMostGates);
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
   static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
   static constexpr int kTape = Tape<C>::kSize;

@@ -2,7 +2,7 @@
 // units that a thread owns. A product knows how its weights are packed (for vectors: not at all,
 // once, or before each use; for tiles) and goes back to vectors by itself where tiles do not fit.
 #pragma once
-#include "cpu/product/gemm.h"
+#include "cpu/product/panel.h"
 #include "cpu/product/tiles.h"
 
 FRNN_BEGIN
@@ -20,9 +20,10 @@ struct MatrixRows {
 // The right operand, and what both kinds of products do with it. One object a thread.
 template <int kGates, int kPanelVecs>
 class PanelProduct {
+  using Layout = Panel<kGates, kPanelVecs>;
+
  public:
-  static constexpr int kUnits = kPanelVecs * N;
-  static constexpr int kWidth = kGates * kUnits;  // columns of a panel's product
+  static constexpr int kUnits = Layout::kUnits, kWidth = Layout::kWidth;
 
   // What the threads of a team share.
   struct Common {
@@ -127,7 +128,7 @@ class PanelProduct {
       PackPanel(panel, packed);
     else
       packed += at * c.K * kWidth;
-    ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
+    Layout::ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
       GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
                                       gates + first * N, stride, false, before);
     });
@@ -185,28 +186,9 @@ class PanelProduct {
                                                                         : 0;
     return s.Take<T>(panels * common_->K * kWidth);
   }
-  // f(first vector, vectors as a constant) for the bands of a panel, each as wide as a product may
-  // be at once.
-  template <class F, int... kBand>
-  FRNN_INLINE static void ForBands(const F& f, std::integer_sequence<int, kBand...>) {
-    constexpr int kVecs = kGates * kPanelVecs, kCount = sizeof...(kBand);
-    (f(kVecs * kBand / kCount,
-       std::integral_constant<int, kVecs*(kBand + 1) / kCount - kVecs * kBand / kCount>()),
-     ...);
-  }
-  template <class F>
-  FRNN_INLINE static void ForBands(const F& f) {
-    ForBands(f, std::make_integer_sequence<int, (kGates * kPanelVecs + 3) / 4>());
-  }
-  // [band][k][gate][unit]
   void PackPanel(int64_t panel, T* packed) const {
     const Common& c = *common_;
-    ForBands([&](int first, int vecs) {
-      for (int v = first; v < first + vecs; v++)
-        PackTransposed(At(w_, c.storage, v / kPanelVecs * c.H * c.K), c.storage,
-                       panel * kUnits + v % kPanelVecs * N, c.H, c.K, c.K,
-                       packed + first * N * c.K + (v - first) * N, vecs * N);
-    });
+    Layout::Pack(w_, c.storage, c.H, c.K, panel, packed);
   }
   void PackTiles(Team& team, std::initializer_list<parts::TiledOperand*> left) {
     const Common& c = *common_;
