@@ -67,6 +67,7 @@ _SOURCE = """\
 #pragma GCC diagnostic ignored "-Wattributes"  // all but the five functions is hidden
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
+#pragma GCC diagnostic ignored "-Wunused"  // headers have more than one layer needs
 
 #define frnn frnn_{name}  // a program may have several of these files
 #define FRNN_TIER exported
