@@ -68,6 +68,7 @@ _SOURCE = """\
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #pragma GCC diagnostic ignored "-Wunused"  // headers have more than one layer needs
+#pragma GCC diagnostic ignored "-Wunused-but-set-parameter"
 
 #define frnn frnn_{name}  // a program may have several of these files
 #define FRNN_TIER exported

@@ -50,7 +50,8 @@ void process(void* state, const float* x, float* y, size_t frames) {{
 
 class RTNeural(Peer):
     name, title = "rtneural", "RTNeural"
-    backend: ClassVar[tuple[str, str]] = ("RTNEURAL_USE_EIGEN", "modules/Eigen")
+    # What is defined, what is included, and how its memory is aligned.
+    backend: ClassVar[tuple[str, str, int]] = ("RTNEURAL_USE_EIGEN", "modules/Eigen", 32)
 
     def folder(self) -> Path:
         return Path(os.environ.get(VARIABLE, ""))
@@ -75,8 +76,14 @@ class RTNeural(Peer):
 
     def prepare(self, problem: Problem) -> Prepared:
         case, folder = problem.case, self.folder()
-        define, include = self.backend
-        flags = ("-O3", *stream.NATIVE, "-w", f"-D{define}=1", "-DRTNEURAL_DEFAULT_ALIGNMENT=64")
+        define, include, alignment = self.backend
+        flags = (
+            "-O3",
+            *stream.NATIVE,
+            "-w",
+            f"-D{define}=1",
+            f"-DRTNEURAL_DEFAULT_ALIGNMENT={alignment}",
+        )
         flags += (f"-I{folder}", f"-I{folder / include}")
         source = _DRIVER.format(I=case.I, H=case.H, layer=_LAYER[case.cell])
         library = stream.compiled(source, flags, repr(self.versions()))

@@ -7,7 +7,7 @@ from .rtneural import RTNeural
 
 class RTNeuralXsimd(RTNeural):
     name, title = "rtneural_xsimd", "RTNeural xsimd"
-    backend = ("RTNEURAL_USE_XSIMD", "modules/xsimd/include")
+    backend = ("RTNEURAL_USE_XSIMD", "modules/xsimd/include", 64)
 
 
 def peer() -> RTNeuralXsimd:

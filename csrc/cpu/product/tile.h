@@ -64,7 +64,7 @@ FRNN_INLINE void TileSums(const T* a, int64_t a_stride, const T* w, int64_t ldw,
     for (int u = 0; u < kChains; u++) step(k + u, acc[u]);
   }
   if constexpr (kChains > 1)
-    for (; k < K; k++) step(k, acc[0]);
+    for (int64_t left_over = K % kChains; left_over > 0; left_over--, k++) step(k, acc[0]);
   FRNN_UNROLL
   for (int m = 0; m < MR; m++) {
     FRNN_UNROLL
