@@ -15,7 +15,7 @@ VENV ?= .venv
 TORCH_INSTALL ?= torch==2.13.0
 DEMO ?=
 EXAMPLES ?= overview language_model hidden_units seq2seq captioning video gradient_flow \
-  compare_cells cell_search recurrent_ppo
+  compare_cells cell_search recurrent_ppo amplifier
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -18,10 +18,11 @@ from typing import Any
 SUITES = Path(__file__).with_name("suites")
 
 # The passes. inference: no_grad, eval. forward: what the backward needs is saved. training: forward
-# and backward, dx included. decode: one step of one stream that carries its state, no_grad. loop: a
-# cell of single steps, called from Python for each of them, and the backward of the last state, dx
-# included; loop_weights: the same without dx.
-PHASES = ("inference", "forward", "training", "decode", "loop", "loop_weights")
+# and backward, dx included. decode: one step of one stream that carries its state, no_grad. stream:
+# T steps of one that began with zeros, likewise. loop: a cell of single steps, called from Python
+# for each of them, and the backward of the last state, dx included; loop_weights: the same without
+# dx.
+PHASES = ("inference", "forward", "training", "decode", "stream", "loop", "loop_weights")
 LOOPS = ("loop", "loop_weights")
 WHOLE = ("inference", "forward", "training")  # of whole sequences from zeros
 CELLS = ("lstm", "gru", "rnn", "rnn_relu")
@@ -82,6 +83,11 @@ class Case:
     def loops(self) -> bool:
         """Whether it is about a cell of single steps."""
         return self.phase in LOOPS
+
+    @property
+    def carries(self) -> bool:
+        """Whether a call goes on from the states of the one before."""
+        return self.phase in ("decode", "stream")
 
     @property
     def trains(self) -> bool:

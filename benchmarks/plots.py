@@ -213,7 +213,7 @@ def _families(results: Results) -> Iterator[tuple[str, str, str, list[Row]]]:
         groups: dict[Case, list[Row]] = defaultdict(list)
         for row in results.rows.values():
             case = case_of(row)
-            if seconds(row, OURS) and case.phase != "decode":
+            if seconds(row, OURS) and not case.carries:
                 same: Any = {size: 1, "I": 1} if size == "H" and case.I == case.H else {size: 1}
                 groups[replace(case, **same)].append(row)
         best: dict[tuple[str, str], list[Row]] = {}

@@ -99,8 +99,9 @@ class Problem:
             padded = torch.randn(case.T, case.B, case.I)
             cotangent = torch.randn(case.T, case.B, case.directions * case.width)
             states = case.layers * case.directions
-            h = torch.randn(states, case.B, case.width) * 0.1
-            c = torch.randn(states, case.B, case.H) * 0.1
+            size = 0.0 if case.phase == "stream" else 0.1
+            h = torch.randn(states, case.B, case.width) * size
+            c = torch.randn(states, case.B, case.H) * size
             reset = torch.rand(case.T, case.B) < case.resets
             gains = {name: 1 + 0.1 * torch.randn(size) for name, size in gain_sizes(case).items()}
             given = torch.rand(case.T, case.B, case.H)
@@ -115,7 +116,7 @@ class Problem:
         self.lengths = torch.tensor(case.lengths())
         self.padded = self._to(padded)  # [T, B, I]
         self.cotangent = self._to(cotangent)  # [T, B, D*P], of y
-        # Of the first step, for decode and loops.
+        # Of the first step, where calls carry states, and for loops.
         self.h, self.c = self._to(h), self._to(c) if case.cell == "lstm" else None
 
     def _to(self, tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def render(results: Results, *, details: bool = False) -> str:
     if compared:
         behind = sum(median < 1 for median in compared)
         parts.append(f"Slower than the best peer in {behind} of {len(compared)} rows.")
-    parts += ["**Rows, the slow ones first**", _legend(), table(_head(rows), _body(rows))]
+    parts += ["**Rows, the slow ones first**", _legend(rows), table(_head(rows), _body(rows))]
     if len(_ours(rows)) > 1:
         parts += ["**Memory of our own ways to train**", _memory(rows)]
     if details:
@@ -54,9 +54,11 @@ def slow_first(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def _legend() -> str:
+def _legend(rows: Iterable[Row]) -> str:
+    streams = any(case_of(row).phase == "stream" for row in rows)
+    unit = "Milliseconds (*stream*: microseconds per step)" if streams else "Milliseconds"
     return (
-        "Milliseconds, median over the rounds; ± is half the interquartile range. In brackets, how "
+        f"{unit}, median over the rounds; ± is half the interquartile range. In brackets, how "
         "many times longer than ours (above 1: ours is faster), formed in each round and then "
         "summed up. *limit*: the floor of the machine as a part of our time, and what sets it. "
         "*barrier*: between two cores, in µs, beside the figures (! if it changed; BUSY if other "
@@ -138,7 +140,7 @@ def _body(rows: list[Row]) -> list[list[str]]:
                 case.cell,
                 case.shape,
                 case.phase + ("" if one_dtype else f" {case.dtype}"),
-                f"{ms(ours.median)} ±{ours.relative:.0%}" if ours else _why_not(row, OURS),
+                f"{_time(row, ours.median)} ±{ours.relative:.0%}" if ours else _why_not(row, OURS),
                 *(_cell(row, name) for name in names),
                 f"{best[1].median:.2f} {title(best[0])}" if best else "",
                 f"{share:.0%} {row['floor']['bound']}" if share else "",
@@ -158,7 +160,7 @@ def _cell(row: Row, name: str) -> str:
     spent, compared = seconds(row, name), ratio(row, name)
     if spent is None:
         return _why_not(row, name)
-    return ms(spent.median) + (f" ({compared.median:.2f})" if compared else "")
+    return _time(row, spent.median) + (f" ({compared.median:.2f})" if compared else "")
 
 
 def _why_not(row: Row, name: str) -> str:
@@ -166,6 +168,12 @@ def _why_not(row: Row, name: str) -> str:
     if record.get("wrong"):
         return "WRONG"
     return next((word for word in ("failed", "skipped") if word in record), "-")
+
+
+def _time(row: Row, seconds: float) -> str:
+    """Of a call in milliseconds; of a stream what a step takes, in microseconds."""
+    case = case_of(row)
+    return ms(seconds / case.T * 1e3) if case.phase == "stream" else ms(seconds)
 
 
 def ms(seconds: float) -> str:

@@ -140,6 +140,7 @@ def ratio(row: Row, name: str) -> Spread | None:
 NO_RIVALS = (
     OURS,
     "ours_frozen",
+    "ours_exported",
     "ours_recompute",
     "ours_baseline",
     "ours_plain",

@@ -18,6 +18,7 @@ from . import flops, keras, registries  # noqa: E402, F401
 from .between import BetweenSteps  # noqa: E402
 from .cells import BlockGRU, PeepholeLSTM  # noqa: E402
 from .convert import Finding, replace, restore, survey  # noqa: E402
+from .cpp import export_cpp  # noqa: E402
 from .custom import CellError, cell  # noqa: E402
 from .frozen import freeze  # noqa: E402
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "RNNCell",
     "backend_info",
     "cell",
+    "export_cpp",
     "freeze",
     "patch_torch",
     "replace",

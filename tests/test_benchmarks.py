@@ -197,6 +197,7 @@ SHAPES = (
     {"shortest": 0.25},
     {"bias": False, "layers": 3},
     {"phase": "decode", "B": 1, "T": 1, "layers": 2},
+    {"phase": "stream", "B": 1, "T": 20},
     {"phase": "training", "shortest": 0.25, "bidirectional": True},
 )
 
@@ -214,6 +215,42 @@ def test_peers_do_equal_work(name: str, cell: str) -> None:
         expected = sample(torch_nn.peer().prepare(Problem(case)).results())
         found = sample(peer.prepare(Problem(case)).results())
         assert mismatch(found, expected, case.dtype) is None, case.label
+
+
+@pytest.mark.parametrize("name", ["ours_exported", "rtneural", "rtneural_xsimd"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_peers_that_are_compiled_do_equal_work(
+    name: str, cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    peer = peers.load(name)
+    if missing := peer.missing("cpu"):
+        pytest.skip(missing)
+    for inputs in (1, 16):
+        case = Case(cell, B=1, T=20, H=8, I=inputs, phase="stream")
+        expected = sample(torch_nn.peer().prepare(Problem(case)).results())
+        prepared = peer.prepare(Problem(case))
+        for _ in range(2):  # they begin anew
+            assert mismatch(sample(prepared.results()), expected, case.dtype) is None, case.label
+    assert peer.refuses(replace(case, phase="inference"))
+    assert peer.refuses(replace(case, B=2)) and peer.refuses(replace(case, dtype="float64"))
+
+
+def test_rtneural_says_why_it_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RTNEURAL", raising=False)
+    assert "RTNEURAL names no folder" in (peers.load("rtneural").missing("cpu") or "")
+    monkeypatch.setenv("RTNEURAL", str(tmp_path))
+    assert "has no RTNeural/RTNeural.h" in (peers.load("rtneural_xsimd").missing("cpu") or "")
+
+
+def test_streams_are_shown_by_the_step() -> None:
+    from benchmarks.report import _legend, _time
+
+    case = Case("gru", B=1, T=64, H=8, I=1, phase="stream")
+    row: Any = {"case": case.to_json()}
+    assert _time(row, 64 * 0.25e-6) == "0.250" and "microseconds" in _legend([row])
+    row = {"case": replace(case, phase="inference").to_json()}
+    assert _time(row, 0.25e-3) == "0.250" and "microseconds" not in _legend([row])
 
 
 @pytest.mark.parametrize("name", zoo.__all__)
@@ -361,7 +398,7 @@ def test_mismatch_sees_nan_and_sizes() -> None:
 
 def test_every_suite_can_be_read() -> None:
     asked = "quick deepbench-train deepbench-infer fastrnns flashrnn char-rnn decode ragged deep"
-    asked += " cells-train resets blocks normalised zoo"
+    asked += " cells-train resets blocks normalised zoo realtime"
     assert {*asked.split(), "odd", "scaling", "headline"} <= set(cases.suite_names())
     for name in cases.suite_names():
         items = load_suite(name)

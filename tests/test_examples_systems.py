@@ -35,6 +35,7 @@ image = pytest.importorskip("matplotlib.image")
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import amplifier  # noqa: E402
 import captioning  # noqa: E402
 import dates  # noqa: E402
 import decoding  # noqa: E402
@@ -747,3 +748,17 @@ def test_a_pole_needs_memory(ppo: ModuleType, tmp_path: Path) -> None:
     with_memory, without = (ppo.train(run, name) for name in ("reset", "no memory"))
     assert with_memory.returns[-1] > 2 * without.returns[-1]
     assert with_memory.returns[-1] > 4 * with_memory.returns[0]
+
+
+# --- amplifier -----------------------------------------------------------------------------------
+
+
+def test_the_amplifier_is_learned_and_sounds_the_same_in_cpp(run: Run) -> None:
+    sizes = ("--seconds", 8, "--batch", 8, "--steps", 150)
+    figures = run(amplifier, *sizes)
+    assert figures["error_held_out"] < figures["error_of_a_gain"] / 2
+    if shutil.which("g++"):
+        assert figures["apart_in_steps_of_16_bits"] <= 0.51  # half a step is rounding
+        assert figures["microseconds_per_sample"] > 0
+    again = run(amplifier, *sizes, "--resume")
+    assert again["error_held_out"] == figures["error_held_out"]

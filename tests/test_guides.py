@@ -15,7 +15,7 @@ import torch
 pytestmark = pytest.mark.compiling
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("export", "many-gpus", "serving")
+GUIDES = ("export", "many-gpus", "realtime", "serving")
 BLOCK = re.compile(r'^```(\w+)(?: title="(.+)")?\n(.*?)^```$', re.M | re.S)
 
 

@@ -147,6 +147,7 @@ PYTHON_LAYERS = {
         ".torch_internals",
     },
     "zoo": {".custom"},
+    "cpp": {".build", ".recurrent", ".reference"},
     "imports": set(),
     "keras": {".functional"},
     "flops": {".imports", ".ops", ".reference"},

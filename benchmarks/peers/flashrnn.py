@@ -65,7 +65,7 @@ class FlashRNN(ModulePeer):
             return "has no float64"
         if case.layers > 1 or case.bidirectional or case.proj or not case.bias:
             return "one layer and direction, with bias and without projection"
-        if case.phase == "decode":
+        if case.carries:
             return "made for sequences"
         return no_ragged(case)
 

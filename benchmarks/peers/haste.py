@@ -26,7 +26,7 @@ class Haste(ModulePeer):
             return f"has no {case.dtype}"
         if case.layers > 1 or case.bidirectional or case.proj or not case.bias:
             return "one layer and direction, with bias and without projection"
-        if case.phase == "decode":
+        if case.carries:
             return "takes no initial state in all its versions"
         return no_ragged(case)
 

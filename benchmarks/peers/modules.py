@@ -89,7 +89,7 @@ def _training(problem: Problem, module: Any, gradients: Callable[[], dict[str, T
     return Prepared(call, results)
 
 
-def _decode(problem: Problem, module: Any, _gradients: Any) -> Prepared:
+def _carrying(problem: Problem, module: Any, _gradients: Any) -> Prepared:
     x, state = problem.padded, problem.state
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ def _decode(problem: Problem, module: Any, _gradients: Any) -> Prepared:
         nonlocal state
         state = problem.state
         call()
-        return outputs(*call())  # of the second step: the state was carried
+        return outputs(*call())  # of the second call: the state was carried
 
     return Prepared(call, results)
 
@@ -135,7 +135,8 @@ _PASSES = {
     "inference": _inference,
     "forward": _forward,
     "training": _training,
-    "decode": _decode,
+    "decode": _carrying,
+    "stream": _carrying,
     "loop": _loop,
     "loop_weights": _loop,
 }

@@ -1,7 +1,8 @@
 """A case as an ONNX graph: the LSTM, GRU and RNN operators with torch.nn's weights.
 
 Built node by node, so no exporter stands between us and the runtimes. Input ``x`` [T, B, I] (with
-``lengths`` [B] if ragged), for decode also ``h0`` and ``c0``; outputs ``y``, ``h_n``, ``c_n``.
+``lengths`` [B] if ragged), and ``h0`` and ``c0`` where calls carry states; outputs ``y``, ``h_n``,
+``c_n``.
 ``y`` of a single direction stays as the operator gives it, [T, 1, B, H], which holds the same
 numbers in the same order as [T, B, H].
 """
@@ -23,7 +24,7 @@ _OPERATOR = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "rnn_relu": "RNN"}
 
 
 def refuses(case: Case) -> str | None:
-    if case.phase not in ("inference", "decode"):
+    if not case.carries and case.phase != "inference":
         return "inference only"
     return "ONNX has no projections" if case.proj else None
 
@@ -36,7 +37,7 @@ def arrays(problem: Problem) -> dict[str, np.ndarray]:
         feed = {"x": problem.padded.detach().numpy()}
     if case.ragged:
         feed["lengths"] = problem.lengths.to(torch.int32).numpy()
-    if case.phase == "decode":
+    if case.carries:
         feed["h0"] = problem.h.to(torch.from_numpy(feed["x"]).dtype).numpy()
         if problem.c is not None:
             feed["c0"] = problem.c.to(torch.from_numpy(feed["x"]).dtype).numpy()
@@ -77,7 +78,7 @@ def build(problem: Problem) -> bytes:
 
     def state(name: str, layer: int) -> str:
         """The part of h0 or c0 that is this layer's."""
-        if case.phase != "decode":
+        if not case.carries:
             return ""
         if case.layers == 1:
             return name

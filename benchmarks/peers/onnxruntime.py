@@ -56,7 +56,7 @@ class OnnxRuntime(Peer):
         first = {name: value(np.empty(shape, kind)) for name, shape in shapes.items()}
         bindings = [bind(inputs, first)]
         last = first
-        if problem.case.phase == "decode":  # two steps, each reading the states the other wrote
+        if problem.case.carries:  # two calls, each reading the states the other wrote
             states = {f"{s}0": f"{s}_n" for s in ("h", "c") if f"{s}_n" in shapes}
             # The states the first step reads are those the second one writes.
             second = {"y": value(np.empty(shapes["y"], kind))}

@@ -59,7 +59,7 @@ class OpenVINO(Peer):
         first = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
         requests = [bind(feed, first)]
         last = first
-        if problem.case.phase == "decode":  # two steps, each reading the states the other wrote
+        if problem.case.carries:  # two calls, each reading the states the other wrote
             states = {f"{s}0": f"{s}_n" for s in ("h", "c") if f"{s}_n" in shapes}
             second = {"y": np.empty(shapes["y"], np.float32)}
             second |= {out: feed[given] for given, out in states.items()}

@@ -40,7 +40,7 @@ def cudnn_regime(case: Case) -> str:
     tf32 = ", tf32" if case.dtype == "float32" and torch.backends.cudnn.allow_tf32 else ""
     if case.proj or case.ragged or case.dtype == "float64":
         return "cuDNN standard" + tf32
-    small = 192 if case.phase in ("inference", "decode") else 128
+    small = 192 if case.carries or case.phase == "inference" else 128
     if case.cell.startswith("rnn"):
         small *= 2
     if case.H <= small:

@@ -41,7 +41,7 @@ class TorchNNGraph(TorchNN):
     has_cells = False
 
     def refuses(self, case: Case) -> str | None:
-        return "one step carries its state to the next call" if case.phase == "decode" else None
+        return "one step carries its state to the next call" if case.carries else None
 
     def prepare(self, problem: Problem) -> Prepared:
         replay, made = captured(super().prepare(problem).results)

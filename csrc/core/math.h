@@ -22,8 +22,7 @@ FRNN_HD typename Lanes<V>::I sign_bits(V x) {
 // NaN in x stays NaN.
 template <class V>
 FRNN_HD V clamp(V x, typename Lanes<V>::T lo, typename Lanes<V>::T hi) {
-  x = x < splat<V>(lo) ? splat<V>(lo) : x;
-  return x > splat<V>(hi) ? splat<V>(hi) : x;
+  return at_most(at_least(x, splat<V>(lo)), splat<V>(hi));
 }
 
 // c[0] + c[1] u + ... by Horner's rule.

@@ -18,6 +18,7 @@
 #include "cpu/plan.h"
 #include "cpu/product/panel_product.h"
 #include "cpu/product/tiles.h"
+#include "cpu/steps.h"
 #include "cpu/threads.h"
 
 FRNN_BEGIN
@@ -38,7 +39,12 @@ struct Tape {
 template <class C>
 class Layer {
  public:
-  static void Forward(const LayerParams& p) { Run<ForwardPass>(p); }
+  static void Forward(const LayerParams& p) {
+    if (IsStream(p))
+      ForwardStream(p);
+    else
+      Run<ForwardPass>(p);
+  }
   static void Backward(const LayerGradParams& p) { Run<BackwardPass>(p); }
   static void Scale(void* data, const void* by, int64_t n, Storage storage) {
     constexpr int64_t kBlock = 256;
@@ -72,7 +78,7 @@ class Layer {
   class BackwardPass;
 
   static constexpr int kMostGates = C::kX > Products<C>::Most() ? C::kX : Products<C>::Most();
-  static constexpr int kPanelVecs = kMostGates <= 2 ? 2 : 1;
+  static constexpr int kPanelVecs = PanelVecs(kMostGates);
   static constexpr int kUnits = kPanelVecs * N;  // units of a panel
   static constexpr int kExtra = States<C>::kExtra, kOutputExtra = States<C>::kOutputExtra;
   static constexpr int kTape = Tape<C>::kSize;
@@ -116,6 +122,20 @@ class Layer {
     alone.threads = 1;
     Run<Pass>(alone);
   }
+
+  // One sequence in inference, forwards, with nothing between its steps, which one thread runs on
+  // packed weights: it has a loop of its own, without what others need.
+  static bool IsStream(const LayerParams& p) {
+    if (p.B != 1 || p.dirs != 1 || p.ragged || p.storage != kPlain || p.T == 1 || C::kH == 0 ||
+        C::kGiven > 0)
+      return false;
+    if (p.hs || p.saved || p.every_state || p.reset || p.zoneout || p.h_mask || p.blocks > 1 ||
+        Projected(p) || p.norm != Norm::kNone)
+      return false;
+    const cpu::ForwardPlan plan = cpu::PlanForward(ProblemOf(p), TheMachine());
+    return plan.threads == 1 && !plan.tiled && !plan.one_chain && plan.w_hh == cpu::Packing::kOnce;
+  }
+  static void ForwardStream(const LayerParams& p);
 
   static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
   static cpu::Problem ProblemOf(const LayerParams& p) {
@@ -343,6 +363,53 @@ void Layer<C>::CopyState(const LayerParams& p, const void* src, int dir, int64_t
       LoadRow(At(src, p.storage, (dir * p.B + b) * p.Hout + first), p.storage,
               dst + b * stride + first, n);
     for (int64_t u = first + n; u < last; u++) dst[b * stride + u] = 0;
+  }
+}
+
+template <class C>
+void Layer<C>::ForwardStream(const LayerParams& p) {
+  if constexpr (C::kH > 0) {
+    using Stream = Steps<C, int64_t, int64_t>;
+    const int64_t padded = Stream::Padded(p.H);
+    const DirectionWeights& w = p.w[0];
+    Stream stream{};
+    T *packed, *b_ih, *b_hh, *params;
+    Scratch scratch;
+    scratch.Build([&](Scratch& s) {
+      packed = s.Take<T>(Stream::PackedSize(p.I, p.H));
+      b_ih = s.Take<T>(C::kX * padded);
+      b_hh = s.Take<T>(C::kH * padded);
+      params = s.Take<T>(C::kParams * padded);
+      for (T*& h : stream.h) h = s.Take<T>(padded);
+      stream.c = s.Take<T>(kExtra * padded);
+      stream.operands = s.Take<T>(Stream::OperandsSize(p.H));
+      stream.gates_x = s.Take<T>(Stream::GatesSize(p.I, p.H));
+    });
+    stream.inputs = p.I, stream.units = p.H;
+    stream.packed = packed, stream.b_ih = b_ih, stream.b_hh = b_hh, stream.params = params;
+    const auto numbers = [](const void* q, int64_t at = 0) {
+      return q == nullptr ? nullptr : static_cast<const T*>(q) + at;
+    };
+    Stream::Pack(numbers(w.w_ih), numbers(w.w_hh), p.I, p.H, packed);
+    for (int q = 0; q < C::kX; q++)
+      Stream::PackUnits(numbers(w.b_ih, q * p.H), q, C::kX, p.H, b_ih);
+    for (int q = 0; q < C::kH; q++)
+      Stream::PackUnits(numbers(w.b_hh, q * p.H), q, C::kH, p.H, b_hh);
+    for (int k = 0; k < C::kParams; k++)
+      Stream::PackUnits(numbers(w.params[k]), k, C::kParams, p.H, params);
+    Stream::PackUnits(numbers(p.h0), 0, 1, p.H, stream.h[0]);
+    for (int e = 0; e < kExtra; e++)
+      Stream::PackUnits(numbers(p.c0, e * p.H), 0, 1, p.H, stream.c + e * padded);
+
+    const T* const x = static_cast<const T*>(p.x);
+    T* const y = static_cast<T*>(p.y);
+    for (int64_t t = 0; t < p.T; t += kMostSteps) {
+      const int64_t n = p.T - t < kMostSteps ? p.T - t : kMostSteps;
+      stream.Run(x + t * p.x_t_stride, p.x_t_stride, n, y + t * p.H, p.H);
+    }
+    memcpy(p.h_n, stream.h[0], p.H * sizeof(T));
+    for (int e = 0; e < kExtra; e++)
+      memcpy(static_cast<T*>(p.c_n) + e * p.H, stream.c + e * padded, p.H * sizeof(T));
   }
 }
 

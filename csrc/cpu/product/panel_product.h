@@ -3,7 +3,7 @@
 // once, before each use, or long ago; for tiles) and goes back to vectors by itself where tiles do
 // not fit.
 #pragma once
-#include "cpu/product/gemm.h"
+#include "cpu/product/panel.h"
 #include "cpu/product/tiles.h"
 
 FRNN_BEGIN
@@ -33,9 +33,10 @@ struct PackedPanels {
 // The right operand, and what both kinds of products do with it. One object a thread.
 template <int kGates, int kPanelVecs>
 class PanelProduct {
+  using Layout = Panel<kGates, kPanelVecs>;
+
  public:
-  static constexpr int kUnits = kPanelVecs * N;
-  static constexpr int kWidth = kGates * kUnits;  // columns of a panel's product
+  static constexpr int kUnits = Layout::kUnits, kWidth = Layout::kWidth;
 
   // What the threads of a team share.
   struct Common {
@@ -94,7 +95,7 @@ class PanelProduct {
     for (int64_t panel = 0; panel < panels; panel++) {
       void* const at = const_cast<void*>(packed.From(panel * size).first);
       T* const to = packed.IsBFloat16() ? rounded.data() : static_cast<T*>(at);
-      PackPanel(w, storage, H, K, panel, to);
+      Layout::Pack(w, storage, H, K, panel, to);
       if (packed.IsBFloat16()) StoreRow(at, Storage::kBFloat16, to, size);
     }
   }
@@ -152,7 +153,7 @@ class PanelProduct {
     if (c.Turns()) return MultiplyTurned(rows, panel, gates, stride);
     const int64_t size = c.K * kWidth;
     const auto multiply = [&](const auto* packed) FRNN_INLINE_LAMBDA {
-      ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
+      Layout::ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
         GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
                                         gates + first * N, stride, false, c.one_chain, before);
       });
@@ -164,7 +165,7 @@ class PanelProduct {
       return multiply(static_cast<const T*>(panel_at.first));
     }
     if (c.packing == cpu::Packing::kEachUse) {
-      PackPanel(w_, c.storage, c.H, c.K, panel, packed_);
+      Layout::Pack(w_, c.storage, c.H, c.K, panel, packed_);
       return multiply(static_cast<const T*>(packed_));
     }
     multiply(static_cast<const T*>(packed_ + at * size));
@@ -194,8 +195,8 @@ class PanelProduct {
   FRNN_NOINLINE void PackVectors() {
     if (packed_ == nullptr) spare_.Build([&](Scratch& s) { packed_ = TakePacked(s); });
     for (int64_t at = 0; at < count(); at++)
-      PackPanel(w_, common_->storage, common_->H, common_->K, panels_.begin + at,
-                packed_ + at * common_->K * kWidth);
+      Layout::Pack(w_, common_->storage, common_->H, common_->K, panels_.begin + at,
+                   packed_ + at * common_->K * kWidth);
     is_packed_ = true;
   }
 
@@ -222,29 +223,6 @@ class PanelProduct {
                            : common_->packing == cpu::Packing::kEachUse ? 1
                                                                         : 0;
     return s.Take<T>(panels * common_->K * kWidth);
-  }
-  // f(first vector, vectors as a constant) for the bands of a panel, each as wide as a product may
-  // be at once.
-  template <class F, int... kBand>
-  FRNN_INLINE static void ForBands(const F& f, std::integer_sequence<int, kBand...>) {
-    constexpr int kVecs = kGates * kPanelVecs, kCount = sizeof...(kBand);
-    (f(kVecs * kBand / kCount,
-       std::integral_constant<int, kVecs*(kBand + 1) / kCount - kVecs * kBand / kCount>()),
-     ...);
-  }
-  template <class F>
-  FRNN_INLINE static void ForBands(const F& f) {
-    ForBands(f, std::make_integer_sequence<int, (kGates * kPanelVecs + 3) / 4>());
-  }
-  // [band][k][gate][unit]
-  static void PackPanel(const void* w, Storage storage, int64_t H, int64_t K, int64_t panel,
-                        T* packed) {
-    ForBands([&](int first, int vecs) {
-      for (int v = first; v < first + vecs; v++)
-        PackTransposed(At(w, storage, v / kPanelVecs * H * K), storage,
-                       panel * kUnits + v % kPanelVecs * N, H, K, K,
-                       packed + first * N * K + (v - first) * N, vecs * N);
-    });
   }
   void PackTiles(Team& team, std::initializer_list<parts::TiledOperand*> left) {
     const Common& c = *common_;
