@@ -18,6 +18,7 @@ import hashlib
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,7 @@ class Soak:
     seed: int
     say: Callable[[str], None]
     found: int = 0
+    known: set[str] = field(default_factory=set)  # what failures say, but for numbers
 
     def run(self) -> int:
         """The number of failures."""
@@ -302,6 +304,10 @@ class Soak:
         )
 
     def report(self, worker: Worker, config: Config, failure: str) -> None:
+        words = re.sub(r"\d+", "", failure.partition("\n")[0])
+        if words in self.known:
+            return
+        self.known.add(words)
         self.found += 1
         self.say(f"{self.engine}: FAILED: {failure}\n  {config}\n  making it smaller")
         least = minimised(config, failure, worker.failure)
