@@ -357,8 +357,10 @@ class Recurrent(TorchShaped, nn.RNNBase):
             return Asked(reset, None, return_states)
         widths = self._widths()
         several = len(widths) > 1
-        if several != isinstance(reset_to, (tuple, list)) or several and (
-            len(reset_to) != len(widths)
+        if (
+            several != isinstance(reset_to, (tuple, list))
+            or several
+            and (len(reset_to) != len(widths))
         ):
             wanted = {1: "a tensor", 2: "a pair of tensors"}.get(len(widths))
             raise TypeError(

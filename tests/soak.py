@@ -47,7 +47,8 @@ FOUND = ROOT / "tests" / "found"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 CHAPTER = 600.0  # seconds of one process
 PATIENCE = 900.0  # seconds of one call, in which cells may be compiled
-GROWTH = 4 << 20  # bytes that are no leak
+MIB = 1 << 20
+GROWTH = 8 * MIB  # that is no leak
 ENOUGH = 5  # failures of one engine
 
 # --- In the process that computes -----------------------------------------------------------------
@@ -244,12 +245,12 @@ def drawn(engine: str, cells: Sequence[str | Drawn], rng: random.Random) -> Conf
     return problems.draw(rng, options, cells=fitting, sizes=sizes, dtypes=DTYPES)
 
 
-def growth(samples: Sequence[int]) -> int:
-    """By how much the least of the last third is above the most of the second."""
+def floors(samples: Sequence[int]) -> tuple[int, int]:
+    """The least of the second third, when libraries are there and caches full, and of the last."""
     third = len(samples) // 3
     if third < 3:
-        return 0
-    return min(samples[-third:]) - max(samples[third:-third])
+        return 0, 0
+    return min(samples[third:-third]), min(samples[-third:])
 
 
 @dataclass
@@ -291,12 +292,13 @@ class Soak:
             on_kernels += answer[0]
             if not first and done % 10 == 0 and isinstance(used := worker.ask(None), int):
                 samples.append(used)
-        if (more := growth(samples)) > GROWTH:
+        before, after = floors(samples)
+        if after - before > GROWTH:
             self.found += 1
-            self.say(f"{self.engine}: FAILED: memory grows by {more >> 10} KB: {samples}")
+            self.say(f"{self.engine}: FAILED: memory grows: {samples}")
         worker.close()
         level = worker.env.get("FUSED_RNN_CPU_CAPABILITY", "")
-        used = f"{samples[0] >> 20} to {samples[-1] >> 20} MB" if samples else "not measured"
+        used = f"{before / MIB:.1f} MB, then {after / MIB:.1f}" if before else "not measured"
         own = ", ".join(c if isinstance(c, str) else "random" for c in cells[len(problems.KINDS) :])
         self.say(
             f"{self.engine} {level}: {done} calls, {on_kernels} of them all on kernels; memory "

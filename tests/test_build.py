@@ -1151,11 +1151,40 @@ def test_wheel_without_kernels_says_so(tree):
     assert "NO NATIVE LIBRARY" in last and "FUSED_RNN_SKIP_EXT" in last
     (wheel,) = (tree / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        packed = set(archive.namelist())
-    own = {path.relative_to(tree).as_posix() for path in (tree / "fused_rnn").rglob("*.py")}
-    assert own <= packed and "fused_rnn/py.typed" in packed
-    assert {f"fused_rnn/{p.relative_to(ROOT).as_posix()}" for p in build.source_files()} <= packed
+
+
+def test_wheel_has_the_package_and_its_sources_and_no_more(tree):
+    """From the source distribution too, to the last byte."""
+    dated = {"FUSED_RNN_SKIP_EXT": "1", "SOURCE_DATE_EPOCH": "1700000000"}
+    assert setup(tree, "bdist_wheel", "sdist", **dated).returncode == 0
+    archive, wheel = sorted((tree / "dist").iterdir(), key=lambda path: path.suffix)
+    with zipfile.ZipFile(wheel) as packed:
+        found = {name for name in packed.namelist() if ".dist-info/" not in name}
+    wanted = [path for path in (tree / "fused_rnn").rglob("*") if path.is_file()]
+    wanted = {path.relative_to(tree).as_posix() for path in wanted if path.suffix != ".pyc"}
+    wanted |= {f"fused_rnn/{path.relative_to(ROOT).as_posix()}" for path in build.source_files()}
+    assert found == wanted
+    with tarfile.open(archive) as tar:
+        tar.extractall(tree.parent / "unpacked")
+    (unpacked,) = (tree.parent / "unpacked").iterdir()
+    done = setup(unpacked, "bdist_wheel", **dated)
+    assert done.returncode == 0, done.stderr
+    assert (unpacked / "dist" / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_library_is_the_same_wherever_it_was_compiled(home, tmp_path, monkeypatch):
+    """And whenever, where a date is given: names of folders are in none of its messages."""
+    text = "#include <torch/csrc/stable/library.h>\nconst char* file() { return __FILE__; }\n"
+    (home / "csrc" / "ops" / "cpu.cpp").write_text(text)
+    shutil.copytree(home / "csrc", tmp_path / "elsewhere" / "csrc")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    made = [
+        compile_into(load(folder), folder / "made") for folder in (home, tmp_path / "elsewhere")
+    ]
+    one, other = (path.read_bytes() for path in made)
+    assert one == other and str(tmp_path).encode() not in one
+    one, other = (path.with_suffix(".json").read_text() for path in made)
+    assert one == other and "2023-11-14" in one
 
 
 def test_kernels_that_are_required(tree):
