@@ -111,6 +111,7 @@ sanitize: setup
 # CUDA engine, emulated, against plain PyTorch. With SOAK="--engines cpu-asan" under a sanitizer.
 SOAK ?=
 soak: setup
+	$(BIN)/python -m fused_rnn build
 	$(BIN)/python tests/soak.py $(SOAK)
 
 # On demand: the whole CUDA library, compiled and linked against a CUDA build of torch (4 GB, into

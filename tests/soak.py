@@ -5,8 +5,9 @@
 Everything that ``problems`` can draw, of the package's cells, the zoo's and random ones, is
 compared with the reference in float64. An engine is "native", with sets of instructions that are
 drawn, or one of ``emulated``, some of which have sanitizers. Each has a process that computes, and
-may crash or hang; every ten minutes another one, of other cells. Memory that grows in one is a
-failure. A failure is made smaller and becomes a test in tests/found.
+may crash or hang; every ten minutes another one, of other cells, before whose end calls are
+repeated: memory that grows then is a failure. A failure is made smaller and becomes a test in
+tests/found.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FOUND = ROOT / "tests" / "found"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 CHAPTER = 600.0  # seconds of one process
-PATIENCE = 900.0  # seconds of one call, in which cells may be compiled
+PATIENCE = 1800.0  # seconds of one call, in which cells may be compiled
 MIB = 1 << 20
-GROWTH = 8 * MIB  # that is no leak
+LEAK = 1 * MIB  # of a process that has done the same calls before, and does them twice more
+CACHES = 512 * MIB  # of a process in which all calls are new
+REPEATED = 20  # calls
 ENOUGH = 5  # failures of one engine
 
 # --- In the process that computes -----------------------------------------------------------------
@@ -245,12 +248,10 @@ def drawn(engine: str, cells: Sequence[str | Drawn], rng: random.Random) -> Conf
     return problems.draw(rng, options, cells=fitting, sizes=sizes, dtypes=DTYPES)
 
 
-def floors(samples: Sequence[int]) -> tuple[int, int]:
-    """The least of the second third, when libraries are there and caches full, and of the last."""
-    third = len(samples) // 3
-    if third < 3:
-        return 0, 0
-    return min(samples[third:-third]), min(samples[-third:])
+def memory_of(worker: Worker) -> int:
+    """Bytes; 0 if it has ended."""
+    used = worker.ask(None)
+    return used if isinstance(used, int) else 0
 
 
 @dataclass
@@ -276,34 +277,46 @@ class Soak:
         few = 1 if self.engine.startswith("emulated") else 3
         cells = [*problems.KINDS, *rng.sample(problems.ZOO, few)]
         cells += [random_cells.by_chance(rng, most=20) for _ in range(few - few // 2)]
-        worker, done, on_kernels, samples = started(self.engine, rng), 0, 0, list[int]()
+        worker, done, on_kernels = started(self.engine, rng), 0, 0
         # Each cell in each type first, so that all libraries are there.
         first = [
             problems.draw(rng, cells=[cell], dtypes=[dtype]) for cell in cells for dtype in DTYPES
         ]
+        right: list[Config] = []
+        before = 0
         while (time.monotonic() < end or not done) and self.found < ENOUGH:
             config = first.pop() if first else drawn(self.engine, cells, rng)
             answer = worker.ask(config)
             done += 1
             if isinstance(answer, str) or answer[1]:
                 self.report(worker, config, answer if isinstance(answer, str) else answer[1])
-                samples.clear()
+                right.clear()
                 continue
             on_kernels += answer[0]
-            if not first and done % 10 == 0 and isinstance(used := worker.ask(None), int):
-                samples.append(used)
-        before, after = floors(samples)
-        if after - before > GROWTH:
-            self.found += 1
-            self.say(f"{self.engine}: FAILED: memory grows: {samples}")
-        worker.close()
+            right.append(config)
+            if not first and not before:
+                before = memory_of(worker)
         level = worker.env.get("FUSED_RNN_CPU_CAPABILITY", "")
-        used = f"{before / MIB:.1f} MB, then {after / MIB:.1f}" if before else "not measured"
         own = ", ".join(c if isinstance(c, str) else "random" for c in cells[len(problems.KINDS) :])
+        memory = self.watch(worker, before, right[-REPEATED:])
         self.say(
-            f"{self.engine} {level}: {done} calls, {on_kernels} of them all on kernels; memory "
-            f"{used}; with {own}; failures so far {self.found}"
+            f"{self.engine} {level}: {done} calls, {on_kernels} all on kernels; with {own}; "
+            f"memory {memory}; failures so far {self.found}"
         )
+        worker.close()
+
+    def watch(self, worker: Worker, before: int, configs: Sequence[Config]) -> str:
+        """What became of the memory, ``before`` new calls and in calls that are repeated."""
+        after, rounds = memory_of(worker), list[int]()
+        for _ in range(3):
+            for config in configs:
+                worker.ask(config)
+            rounds.append(memory_of(worker))
+        grown = rounds[-1] - rounds[0]
+        if grown > LEAK or (before and after - before > CACHES):
+            self.found += 1
+            self.say(f"{self.engine}: FAILED: memory grows: {before}, {after}, then {rounds}")
+        return f"{before // MIB} to {after // MIB} MB, in calls repeated {grown / MIB:.2f} MB more"
 
     def report(self, worker: Worker, config: Config, failure: str) -> None:
         words = re.sub(r"\d+", "", failure.partition("\n")[0])
