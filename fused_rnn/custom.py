@@ -479,6 +479,11 @@ class _StatesLayer(_Layer):
         """Of h among the states."""
         return self._made.declaration.states.index(CELLS[self.cell].states[0])
 
+    def _widths(self) -> list[int]:
+        widths = [self.hidden_size] * (len(self._made.declaration.states) - 1)
+        widths[self._place() : self._place()] = super()._widths()
+        return widths
+
     def _check_count(self, hx: Any) -> None:
         names = self._made.declaration.states
         if isinstance(hx, Tensor) or len(hx) != len(names):

@@ -206,6 +206,10 @@ class Recurrent(TorchShaped, nn.RNNBase):
             and (self.proj_size == 0 or self._width("weight_hr_l0") == self.hidden_size)
         )
 
+    def _widths(self) -> list[int]:
+        """Of the states, in the user's order."""
+        return [self.proj_size or self.hidden_size]
+
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         runs = self.num_layers * (2 if self.bidirectional else 1)
         return torch.zeros(
@@ -365,10 +369,18 @@ class Recurrent(TorchShaped, nn.RNNBase):
             reset = reset.unsqueeze(1)
         if reset_to is None:
             return Asked(reset, None, return_states)
-        pair = isinstance(self, HiddenPair)
-        if pair != isinstance(reset_to, (tuple, list)) or pair and len(reset_to) != 2:
-            wanted = "a pair of tensors" if pair else "a tensor"
-            raise TypeError(f"reset_to: expected {wanted}, got {type(reset_to).__name__}")
+        widths = self._widths()
+        several = len(widths) > 1
+        if (
+            several != isinstance(reset_to, (tuple, list))
+            or several
+            and (len(reset_to) != len(widths))
+        ):
+            wanted = {1: "a tensor", 2: "a pair of tensors"}.get(len(widths))
+            raise TypeError(
+                f"reset_to: expected {wanted or f'{len(widths)} tensors'}, got "
+                f"{type(reset_to).__name__}"
+            )
         alone = batch_sizes is None and rows.dim() == 2
         batch = (
             ()
@@ -378,12 +390,11 @@ class Recurrent(TorchShaped, nn.RNNBase):
             ]
         )
         runs = self.num_layers * (1 + self.bidirectional)
-        sizes = [(runs, *batch, n) for n in (self.proj_size or self.hidden_size, self.hidden_size)]
-        states = self._split_hidden(reset_to)
+        sizes = [(runs, *batch, n) for n in widths]
         steps = len(reset) if batch_sizes is None else len(batch_sizes)
-        sequences.check_reset_to(
-            states, sizes[: 1 + pair], steps, rows, any_type=is_any_autocast_enabled()
-        )
+        each = list(reset_to) if several else [reset_to]
+        sequences.check_reset_to(each, sizes, steps, rows, any_type=is_any_autocast_enabled())
+        states = self._split_hidden(reset_to)
         if alone:
             states = tuple(None if s is None else s.unsqueeze(-2) for s in states)  # type: ignore[assignment]
         return Asked(reset, states, return_states)
@@ -525,6 +536,9 @@ class Recurrent(TorchShaped, nn.RNNBase):
 
 class PairLayers(HiddenPair, Recurrent):
     """Layers whose state is a pair (h, c)."""
+
+    def _widths(self) -> list[int]:
+        return [*super()._widths(), self.hidden_size]
 
     def _zero_hidden(self, x: Tensor, batch: Any) -> Any:
         h = super()._zero_hidden(x, batch)

@@ -77,12 +77,16 @@ def checked_reset(reset: Any, rows: Tensor) -> Tensor:
 
 
 def check_reset_to(
-    states: Pair, sizes: Sequence[tuple[Any, ...]], steps: int, like: Tensor, *, any_type: bool
+    states: Sequence[Any],
+    sizes: Sequence[tuple[Any, ...]],
+    steps: int,
+    like: Tensor,
+    *,
+    any_type: bool,
 ) -> None:
-    """Raise unless each of h and c has its size, or that with the steps in front."""
-    given = [s for s in states if s is not None]
-    for i, (state, size) in enumerate(zip(given, sizes, strict=True)):
-        name = f"reset_to[{i}]" if len(given) > 1 else "reset_to"
+    """Raise unless each of the states has its size, or that with the steps in front."""
+    for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
+        name = f"reset_to[{i}]" if len(states) > 1 else "reset_to"
         if not isinstance(state, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(state).__name__}")
         many = state.dim() == len(size) + 1

@@ -13,7 +13,6 @@ import contract_cells
 import random_cells
 from hypothesis import HealthCheck, Phase, given, settings
 
-import fused_rnn
 from fused_rnn import zoo
 from fused_rnn.reference import CELLS
 
@@ -43,12 +42,7 @@ def drawn(most: int) -> list[Any]:
     draw()
     layers: list[Any] = []
     for cell in longest.values():
-        fn = cell.fn
-        fn.__name__ = f"Drawn{len(layers)}"
-        declare = fused_rnn.cell(
-            gates=cell.gates, states=cell.states, params=cell.params, output=cell.output
-        )
-        layer = declare(fn)
+        layer = cell.declare(f"Drawn{len(layers)}")
         if not CELLS[layer.cell].products:
             layers.append(layer)
     return layers[:most]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
+
+import fused_rnn
 
 # Each keeps values of moderate size so, and stays where it is differentiable as a rule.
 UNARY = """torch.sigmoid({a});torch.tanh({a});{a}.tanh();{a}.sigmoid();torch.exp(torch.tanh({a}))
@@ -42,6 +45,18 @@ class Drawn:
     given: tuple[str, ...]
     text: str
 
+    def declare(self, name: str = "Drawn") -> Any:
+        """The class of its layers."""
+        fn = self.fn
+        fn.__name__ = name
+        return fused_rnn.cell(
+            gates=self.gates,
+            states=self.states,
+            params=self.params,
+            output=self.output,
+            given=self.given,
+        )(fn)
+
     @property
     def fn(self) -> Callable[..., Any]:
         space: dict[str, Any] = {"torch": torch, "F": F}
@@ -51,25 +66,44 @@ class Drawn:
 
     def __repr__(self) -> str:
         facts = (self.gates, self.states, self.params, self.output, self.given)
-        return f"{facts}\n{self.text}"
+        return f'Drawn(*{facts}, """{self.text}""")'
 
 
 @st.composite
 def cells(draw: st.DrawFn, most: int = 8) -> Drawn:
+    """Of at most so many lines."""
+    return _drawn(
+        lambda low, high: draw(st.integers(low, high)),
+        lambda values: draw(st.sampled_from(values)),
+        lambda: draw(st.booleans()),
+        most,
+    )
+
+
+def by_chance(rng: random.Random, most: int = 8) -> Drawn:
+    return _drawn(rng.randint, rng.choice, lambda: rng.random() < 0.5, most)
+
+
+def _drawn(
+    integer: Callable[[int, int], int],
+    one_of: Callable[[Sequence[str]], str],
+    flag: Callable[[], bool],
+    most: int,
+) -> Drawn:
     def some(kind: str, low: int, high: int) -> tuple[str, ...]:
-        return tuple(f"{kind}{i}" for i in range(draw(st.integers(low, high))))
+        return tuple(f"{kind}{i}" for i in range(integer(low, high)))
 
     gates, states, params = some("g", 1, 6), some("s", 1, 3), some("p", 0, 2)
     given = some("e", 0, 2)
     # "u": a product with anything that is known by then.
-    parts = [draw(st.sampled_from(["x", "r", "xr", "u", "xu"])) for _ in gates]
+    parts = [one_of(["x", "r", "xr", "u", "xu"]) for _ in gates]
     parts[0] = "xr"
-    operands = [draw(st.sampled_from(states)) for _ in range(draw(st.integers(1, 2)))]
+    operands = [one_of(states) for _ in range(integer(1, 2))]
     lines, pool = [], [f"s.{name}" for name in states] + [f"p.{name}" for name in params]
     pool += [f"x.{name}" for name in given]
     for gate, part in zip(gates, parts, strict=True):
         pool += [f"x.{gate}"] * ("x" in part)
-        pool += [f"r(s.{draw(st.sampled_from(operands))}).{gate}"] * ("r" in part)
+        pool += [f"r(s.{one_of(operands)}).{gate}"] * ("r" in part)
     read = list(pool)
     later = [gate for gate, part in zip(gates, parts, strict=True) if "u" in part]
 
@@ -77,20 +111,20 @@ def cells(draw: st.DrawFn, most: int = 8) -> Drawn:
         lines.append(f"v{len(lines)} = {text}")
         pool.append(f"v{len(lines) - 1}")
 
-    for _ in range(draw(st.integers(1, most))):
-        a, b = draw(st.sampled_from(pool)), draw(st.sampled_from(pool))
-        line(draw(st.sampled_from(UNARY + BINARY)).format(a=a, b=b))
-        if later and draw(st.booleans()):
-            line(f"r({draw(st.sampled_from(pool[-3:]))}).{later[0]}")
+    for _ in range(integer(1, most)):
+        a, b = one_of(pool), one_of(pool)
+        line(one_of(UNARY + BINARY).format(a=a, b=b))
+        if later and flag():
+            line(f"r({one_of(pool[-3:])}).{later[0]}")
             read.append(pool[-1])
             later.pop(0)
     for gate in later:
-        line(f"r({draw(st.sampled_from(pool))}).{gate}")
+        line(f"r({one_of(pool)}).{gate}")
         read.append(pool[-1])
     everything = " + ".join(f"0.3 * {name}" for name in read)  # all are used
-    ends = [f"torch.tanh({draw(st.sampled_from(pool))} + {everything})"]
-    ends += [f"torch.tanh({draw(st.sampled_from(pool))})" for _ in states[1:]]
+    ends = [f"torch.tanh({one_of(pool)} + {everything})"]
+    ends += [f"torch.tanh({one_of(pool)})" for _ in states[1:]]
     new = ", ".join(f"{name}={end}" for name, end in zip(states, ends, strict=True))
     body = "\n    ".join([*lines, f"return dict({new})"])
     text = f"def Drawn(x, r, s, p):\n    {body}\n"
-    return Drawn(gates, states, params, draw(st.sampled_from(states)), given, text)
+    return Drawn(gates, states, params, one_of(states), given, text)

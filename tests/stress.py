@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import LAYERS, OWN_LAYERS, Case
-from helpers import assert_all_close, assert_no_worse, flatten, leave_kink, leaves, map_tensors, run
+from helpers import (
+    assert_all_close,
+    assert_no_worse,
+    flatten,
+    leave_kink,
+    leaves,
+    map_tensors,
+    resident,
+    run,
+)
 from torch import Tensor
 
 from benchmarks.gpu.contender import relative_errors
@@ -240,15 +248,6 @@ def many_threads(card: Card, layer: Layer, threads: int, growth: int) -> None:
     burst(threads - threads // 10)
     assert of_card - card.free() < growth, "memory of the card"
     assert resident() - of_host < growth, "memory of the host"
-
-
-def resident() -> int:
-    """Bytes of the process in memory."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
 
 
 def streams_that_end(card: Card, layer: Layer, others: list[Layer], streams: int) -> None:

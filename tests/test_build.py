@@ -25,6 +25,7 @@ import pytest
 import torch
 from bound import needs_compiler
 from forked import python
+from small_build import KINDS, SOURCES, load
 
 from fused_rnn import build
 
@@ -35,37 +36,19 @@ pytestmark = [
     needs_compiler,
 ]
 
-SOURCES = {
-    "cells/registry.def": "// CELL(not, a, cell)\nCELL(one, One, one.h)\nCELL(two, Two, one.h)\n",
-    "cells/one.h": "struct One { enum { kValue = 1 }; };\nusing Two = One;\n",
-    "cpu/instance.cpp.in": (
-        '#include "cells/@HEADER@"\n'
-        "@SCALAR@ probe_@NAME@_@TIER@_@SCALAR@() { return @TYPE@::kValue; }\n"
-    ),
-    "cpu/gemm.cpp.in": "@SCALAR@ gemm_@TIER@_@SCALAR@() { return 3; }\n",
-    "cpu/table.cpp": "double probe_one_generic_double();\ndouble table() { return 2; }\n",
-    "ops/cpu.cpp": "#include <torch/headeronly/version.h>\nint bound = TORCH_VERSION_MAJOR;\n",
-    "ops/glibc.cpp": "int glibc;\n",
-    "ops/direct.cpp": "#if __has_include(<Python.h>)\n#include <Python.h>\n#endif\nint direct;\n",
-}
 # ``libraries`` of a process, on the sources in the folder given.
 LOADER = """
 import sys
-from dataclasses import replace
 from pathlib import Path
-from fused_rnn import build
+from small_build import KINDS
 folder = Path(sys.argv[1])
-made = [replace(t, csrc=folder / "csrc", package=folder) for t in build.TARGETS.values()]
-libraries = build.Libraries(made)
+libraries = KINDS[sys.argv[2]](folder)
 """
 
 
-def load(folder, **changes):
-    """Libraries that have not been used yet, as a new process would have them."""
-    return build.Libraries(
-        replace(target, csrc=folder / "csrc", package=folder, **changes)
-        for target in build.TARGETS.values()
-    )
+def with_tests():
+    """An environment in which all can be imported that can be here."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def key_of(libraries, target="cpu"):
@@ -99,6 +82,20 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def libraries(home):
     return load(home)
+
+
+@pytest.fixture(params=KINDS)
+def kind(home, request):
+    """Of the libraries that a test is about. Where that of a cell is one, the CPU's is there."""
+    if request.param == "cell":
+        compile_into(load(home), home / "main")
+    return request.param
+
+
+@pytest.fixture
+def anew(home, kind):
+    """Libraries that have not been used yet."""
+    return lambda **changes: KINDS[kind](home, **changes)
 
 
 def no_compiler(home, monkeypatch):
@@ -180,7 +177,6 @@ def test_key_depends_on_all_inputs(libraries, home, monkeypatch):
         "struct One { enum { kValue = 2 }; };\nusing Two = One;\n"
     )
     keys.append(target.cache_key(tools))
-    (home / "csrc" / "core").mkdir()
     (home / "csrc" / "core" / "new.h").write_text("")
     keys.append(target.cache_key(tools))
     keys.append(target.plus("-g").cache_key(tools))
@@ -333,16 +329,18 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_library_in_the_cache_is_built_anew(libraries, home, damage):
+def test_damaged_library_in_the_cache_is_built_anew(anew, kind, home, damage):
     """It would end the process, when it is loaded or when it is called."""
-    library = compile_into(libraries, home / "cache", key_of(libraries))
-    assert load(home).find().origin == "cache"
+    code = f"{LOADER}\nassert libraries.backend() == 'native'"  # this process has not loaded it
+    done = python("-c", code, str(home), kind, env=with_tests())
+    assert done.returncode == 0, done.stderr
+    (library,) = (home / "cache").glob("*/*.so")
     DAMAGES[damage](library)
-    found = load(home).find()
-    assert found.library is None and str(library) in found.reason
-    again = load(home)
-    assert again.backend() == "native" and facts_of(again)["origin"] == "built now"
-    assert load(home).find().library == library
+    again = anew()
+    assert again.backend() == "native" and again.state().origin == "built now"
+    assert str(library) in again.state().reason
+    after = anew()
+    assert after.backend() == "native" and after.state().origin == "cache"
 
 
 def test_damaged_library_of_the_package_is_not_used(libraries, home):
@@ -424,29 +422,48 @@ def test_first_use_from_many_threads(libraries, capsys):
 # --- Failures -------------------------------------------------------------------------------------
 
 
-def test_no_compiler(libraries, home, monkeypatch):
+def test_no_compiler(anew, home, monkeypatch):
     no_compiler(home, monkeypatch)
-    assert "a C++ compiler (c++, g++, clang++) was not found" in fallback_message(libraries)
+    text = fallback_message(anew())
+    assert "a C++ compiler (c++, g++, clang++) was not found" in text
+    assert "install a C++17 compiler" in text
+    libraries = load(home)
+    fallback_message(libraries)
     facts = facts_of(libraries)
     assert facts["backend"] == "reference" and "install a C++17 compiler" in facts["remedy"]
 
 
-def test_compiler_of_cxx_is_missing(libraries, monkeypatch):
+def test_compiler_of_cxx_is_missing(anew, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-c++ -m64")
-    assert "CXX=no-such-c++ -m64 was not found" in fallback_message(libraries)
+    assert "CXX=no-such-c++ -m64 was not found" in fallback_message(anew())
 
 
-def test_compiler_that_does_not_run(libraries, home, monkeypatch):
+def test_compiler_that_does_not_run(anew, home, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert "the compiler does not run" in fallback_message(libraries)
+    assert "the compiler does not run" in fallback_message(anew())
 
 
-def test_cached_library_needs_no_compiler(libraries, home, monkeypatch):
-    assert libraries.backend() == "native"
+def test_flags_that_the_compiler_does_not_know(anew, home, monkeypatch):
+    monkeypatch.setenv("CXX", "c++ --no-such-flag -m64")
+    text = fallback_message(anew())
+    assert "no-such-flag" in text and "setting CXX" in text
+    monkeypatch.setenv("CXX", "c++ -m64")
+    assert anew().backend() == "native", "other flags are another build"
+
+
+def test_flags_of_other_builds_are_not_taken(anew, monkeypatch):
+    for name in ("CXXFLAGS", "CFLAGS", "CPPFLAGS", "LDFLAGS"):
+        monkeypatch.setenv(name, "--no-such-flag")
+    assert anew().backend() == "native"
+
+
+def test_cached_library_needs_no_compiler(anew, kind, home, monkeypatch):
+    assert anew().backend() == "native"
     no_compiler(home, monkeypatch)
-    again = load(home)
-    assert again.backend() == "native" and facts_of(again)["origin"] == "cache"
-    assert facts_of(again)["problem"] is None
+    again = anew()
+    assert again.backend() == "native" and again.state().origin == "cache"
+    if kind == "main":
+        assert facts_of(again)["problem"] is None
 
 
 def test_no_ninja(libraries, tmp_path, monkeypatch):
@@ -509,14 +526,17 @@ def test_failed_build_is_remembered(home, stub):
     assert "kernels do not compile: ninja" in fallback_message(load(home))
 
 
-def test_forgotten_failure_is_tried_again(home, stub):
+def test_failure_is_tried_again_after_the_command(anew, home, stub):
+    """``python -m fused_rnn build``, which the message says, also of the libraries of cells."""
     stub("echo error: >&2; exit 1")
-    fallback_message(load(home))
-    libraries = load(home)
-    assert libraries.failure()
-    libraries.retry()
-    assert libraries.failure() is None
+    assert "to try again: python -m fused_rnn build" in fallback_message(anew())
+    ran, again = stub.count(), anew()
+    assert "not tried again since" in fallback_message(again) and stub.count() == ran
+    assert again.failure()
     stub(f'exec {shutil.which("c++")} "$@"')
+    build.report.load_all(load(home))
+    assert again.failure() is None
+    libraries = anew()
     assert libraries.backend() == "native" and libraries.failure() is None
 
 
@@ -527,19 +547,63 @@ def test_forgotten_failure_is_tried_again(home, stub):
         ("fatal error: error writing to x.s: No space left on device", "free disk space"),
     ],
 )
-def test_what_may_pass_is_not_remembered(home, stub, text, remedy):
+def test_what_may_pass_is_not_remembered(anew, stub, text, remedy):
     stub(f"echo {text} >&2; exit 1")
-    assert remedy in fallback_message(load(home))
+    assert remedy in fallback_message(anew())
     ran = stub.count()
-    assert remedy in fallback_message(load(home)) and stub.count() > ran
+    assert remedy in fallback_message(anew()) and stub.count() > ran
 
 
-def test_space_is_asked_first(home, stub):
+def test_space_is_asked_first(anew, home, stub):
     stub("exit 1")
-    text = fallback_message(load(home, space=1 << 60))
+    text = fallback_message(anew(space=1 << 60))
     assert f"compiling may take {1 << 40} MB in {home / 'cache'}, where " in text
     assert "FUSED_RNN_CACHE_DIR" in text and stub.count() == 0
-    assert load(home).failure() is None, "it is not remembered"
+    assert not list((home / "cache").glob("*.failed")), "it is not remembered"
+
+
+def alone(code, *arguments):
+    """What a program prints that may mount file systems, which nobody else sees."""
+    command = ["unshare", "--mount", "--map-root-user"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"]).returncode:
+        pytest.skip("no file systems can be mounted here")
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code, *map(str, arguments)],
+        env=with_tests(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# On a disk of so many bytes, of which compiling is said to need none.
+FULL = """
+import json, os, subprocess, sys, warnings
+from pathlib import Path
+os.environ["FUSED_RNN_CACHE_DIR"] = "/mnt"
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[3]}", "none", "/mnt"], check=True)
+from small_build import KINDS
+def use():
+    libraries = KINDS[sys.argv[2]](Path(sys.argv[1]), space=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return libraries.backend(), [str(w.message) for w in caught]
+found = [use()]
+subprocess.run(["mount", "-o", "remount,size=50m", "/mnt"], check=True)
+print(json.dumps([*found, use()]))
+"""
+
+
+@pytest.mark.parametrize("size", ["4k", "12k", "20k", "40k", "80k"])
+def test_full_disk(home, kind, size):
+    """Wherever in a build it is met; with more room the next use builds."""
+    (backend, messages), (later, _) = json.loads(alone(FULL, home, kind, size))
+    assert later == "native", messages
+    if backend == "reference":
+        (text,) = messages
+        assert "free disk space" in text, text
 
 
 def test_warning_points_at_the_users_line(home, monkeypatch):
@@ -610,20 +674,21 @@ def unwritable(home, monkeypatch):
     return home / "tmp"
 
 
-def test_unwritable_cache(libraries, home, unwritable, capsys):
+def test_unwritable_cache(anew, unwritable, capsys):
+    libraries = anew()
     assert libraries.backend() == "native"
     private = unwritable / f"fused_rnn-{os.getuid()}"
-    assert facts_of(libraries)["library"].is_relative_to(private)
+    assert libraries.state().library.is_relative_to(private)
     assert private.stat().st_mode & 0o777 == 0o700
     error = capsys.readouterr().err
     assert "cannot be written" in error and str(private) in error
 
-    again = load(home)
-    assert again.backend() == "native" and facts_of(again)["origin"] == "cache"
+    again = anew()
+    assert again.backend() == "native" and again.state().origin == "cache"
 
 
 @pytest.mark.parametrize("trap", ["open to all", "link", "file"])
-def test_private_folder_must_be_private(libraries, home, unwritable, trap):
+def test_private_folder_must_be_private(anew, home, unwritable, trap):
     private = unwritable / f"fused_rnn-{os.getuid()}"
     if trap == "open to all":
         private.mkdir()
@@ -633,7 +698,34 @@ def test_private_folder_must_be_private(libraries, home, unwritable, trap):
         private.symlink_to(home / "elsewhere")
     else:
         private.write_text("")
-    assert "FUSED_RNN_CACHE_DIR" in fallback_message(libraries)
+    assert "FUSED_RNN_CACHE_DIR" in fallback_message(anew())
+
+
+READ_ONLY = """
+import os, subprocess, sys, tempfile, warnings
+from pathlib import Path
+from small_build import KINDS
+home, kind = Path(sys.argv[1]), sys.argv[2]
+def use():
+    libraries = KINDS[kind](home)
+    assert libraries.backend() == "native"
+    return libraries.state()
+os.environ["FUSED_RNN_CACHE_DIR"] = "/mnt"
+tempfile.tempdir = str(home)
+subprocess.run(["mount", "-t", "tmpfs", "none", "/mnt"], check=True)
+if os.fork() == 0:  # whose files are closed when it ends
+    assert use().library.is_relative_to("/mnt")
+    os._exit(0)
+assert os.wait()[1] == 0
+subprocess.run(["mount", "-o", "remount,ro", "/mnt"], check=True)
+assert use().origin == "cache"  # what is there is used as it is
+os.environ["CXX"] = "c++ -m64"
+assert use().library.is_relative_to(home)  # and what is not is built elsewhere
+"""
+
+
+def test_cache_on_a_disk_that_is_read_only(home, kind):
+    assert alone(READ_ONLY, home, kind) == ""
 
 
 def test_clean_deletes_only_its_own(libraries, home):
@@ -704,11 +796,12 @@ def test_waiting_goes_on_while_the_other_gets_on(home, capsys):
     thread.join()
 
 
-def start(home, code, **options):
+def start(home, code, kind="main", **options):
     """A process that has the package ready, and runs code when it gets a line of input."""
     script = f"{LOADER}\nimport torch\nprint('ready', flush=True)\ninput()\n{code}"
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(home)],
+        [sys.executable, "-c", script, str(home), kind],
+        env=with_tests(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -746,14 +839,26 @@ def test_processes_at_once_build_once(home):
     assert "".join(err for _, err in results).count("compiling the CPU kernels") == 1
 
 
+def test_processes_at_once_build_a_cell_once(home):
+    compile_into(load(home), home / "main")
+    code = "print(libraries.backend(), libraries.state().origin)"
+    processes = [start(home, code, "cell") for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        release(process)
+    results = [process.communicate(timeout=120) for process in processes]
+    assert sorted(out for out, _ in results) == ["native built now\n", "native cache\n"], results
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_build_leaves_nothing_in_the_way(home, stub, sign):
+def test_killed_build_leaves_nothing_in_the_way(home, kind, anew, stub, sign):
     """Neither files nor processes: ninja and its compilers end with who started them."""
     stub(f'[ ! -e {home.parent}/slow ] || sleep 60\nexec {shutil.which("c++")} "$@"')
     (home.parent / "slow").write_text("")
     # A shell's background jobs ignore interrupts, and so does what they start.
     heeded = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    process = start(home, f"{heeded}\nlibraries.backend()")
+    process = start(home, f"{heeded}\nlibraries.backend()", kind)
     release(process)
     deadline = time.monotonic() + 60
     while not stub.processes():
@@ -768,8 +873,8 @@ def test_killed_build_leaves_nothing_in_the_way(home, stub, sign):
     assert not list((home / "cache").rglob("*.so"))
 
     (home.parent / "slow").unlink()
-    libraries = load(home)
-    assert libraries.backend() == "native" and facts_of(libraries)["origin"] == "built now"
+    libraries = anew()
+    assert libraries.backend() == "native" and libraries.state().origin == "built now"
     assert not list((home / "cache").glob("*.build-*"))
 
 
@@ -1048,11 +1153,40 @@ def test_wheel_without_kernels_says_so(tree):
     assert "NO NATIVE LIBRARY" in last and "FUSED_RNN_SKIP_EXT" in last
     (wheel,) = (tree / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        packed = set(archive.namelist())
-    own = {path.relative_to(tree).as_posix() for path in (tree / "fused_rnn").rglob("*.py")}
-    assert own <= packed and "fused_rnn/py.typed" in packed
-    assert {f"fused_rnn/{p.relative_to(ROOT).as_posix()}" for p in build.source_files()} <= packed
+
+
+def test_wheel_has_the_package_and_its_sources_and_no_more(tree):
+    """From the source distribution too, to the last byte."""
+    dated = {"FUSED_RNN_SKIP_EXT": "1", "SOURCE_DATE_EPOCH": "1700000000"}
+    assert setup(tree, "bdist_wheel", "sdist", **dated).returncode == 0
+    archive, wheel = sorted((tree / "dist").iterdir(), key=lambda path: path.suffix)
+    with zipfile.ZipFile(wheel) as packed:
+        found = {name for name in packed.namelist() if ".dist-info/" not in name}
+    wanted = [path for path in (tree / "fused_rnn").rglob("*") if path.is_file()]
+    wanted = {path.relative_to(tree).as_posix() for path in wanted if path.suffix != ".pyc"}
+    wanted |= {f"fused_rnn/{path.relative_to(ROOT).as_posix()}" for path in build.source_files()}
+    assert found == wanted
+    with tarfile.open(archive) as tar:
+        tar.extractall(tree.parent / "unpacked")
+    (unpacked,) = (tree.parent / "unpacked").iterdir()
+    done = setup(unpacked, "bdist_wheel", **dated)
+    assert done.returncode == 0, done.stderr
+    assert (unpacked / "dist" / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_library_is_the_same_wherever_it_was_compiled(home, tmp_path, monkeypatch):
+    """And whenever, where a date is given: names of folders are in none of its messages."""
+    text = "#include <torch/csrc/stable/library.h>\nconst char* file() { return __FILE__; }\n"
+    (home / "csrc" / "ops" / "cpu.cpp").write_text(text)
+    shutil.copytree(home / "csrc", tmp_path / "elsewhere" / "csrc")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    made = [
+        compile_into(load(folder), folder / "made") for folder in (home, tmp_path / "elsewhere")
+    ]
+    one, other = (path.read_bytes() for path in made)
+    assert one == other and str(tmp_path).encode() not in one
+    one, other = (path.with_suffix(".json").read_text() for path in made)
+    assert one == other and "2023-11-14" in one
 
 
 def test_kernels_that_are_required(tree):

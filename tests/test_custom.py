@@ -365,14 +365,7 @@ def test_flops_of_what_is_given() -> None:
 )
 @given(random_cells.cells(most=20))
 def test_random_cells(drawn: random_cells.Drawn) -> None:
-    declare = fused_rnn.cell(
-        gates=drawn.gates,
-        states=drawn.states,
-        params=drawn.params,
-        output=drawn.output,
-        given=drawn.given,
-    )
-    kind = declare(drawn.fn)
+    kind = drawn.declare()
     agree(*giving(kind, (3, 4, 3, 5), torch.float64), 1e-6)  # of ATen's hardsigmoid
     small = kind(2, 2, dtype=torch.float64)
     x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_all_close, flatten
+from helpers import assert_all_close, assert_close, flatten
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -190,6 +190,31 @@ def test_wrong_options(
         getattr(fused_rnn, name)(3, **{"hidden_size": 4, **kwargs})
 
 
+def swapped() -> Any:
+    """Layers of three states, of which the second goes into the product."""
+
+    @fused_rnn.cell(gates=("a",), states=("c", "h", "d"))
+    def Swapped(x: Any, r: Any, s: Any, p: Any) -> dict[str, Any]:
+        return dict(c=torch.tanh(x.a + r(s.h).a) + 0.5 * s.c, h=torch.tanh(s.c), d=s.d + s.h)
+
+    return Swapped
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_states_of_many_begin_anew_with_their_own(every: bool) -> None:
+    """What comes after a reset is as if the sequence began there with the states given."""
+    module = swapped()(3, 4, dtype=torch.float64)
+    x, reset = torch.randn(5, 2, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.bool)
+    reset[2] = True
+    to = tuple(torch.randn(1, 2, 4, dtype=torch.float64) for _ in range(3))
+    given = tuple(s.expand(5, 1, 2, 4) for s in to) if every else to
+    y, last = module(x, reset=reset, reset_to=given)
+    alone, ends = module(x[2:], to)
+    assert_close(y[2:], alone)
+    for a, b in zip(last, ends, strict=True):
+        assert_close(a, b)
+
+
 def test_wrong_resets() -> None:
     module = fused_rnn.GRU(3, 4, batch_first=True)
     x, reset, h = torch.randn(2, 5, 3), torch.rand(2, 5) < 0.5, torch.zeros(1, 2, 4)
@@ -227,6 +252,14 @@ def test_wrong_resets() -> None:
     ):
         with pytest.raises(error, match=message):
             lstm(x, reset=reset, reset_to=to)
+    three = swapped()(3, 4)
+    for to, error, message in (
+        (h, TypeError, "reset_to: expected 3 tensors, got Tensor"),
+        ((h, h), TypeError, "reset_to: expected 3 tensors, got tuple"),
+        ((h, h, h[..., :3]), ValueError, r"reset_to\[2\]: expected shape \(1, 2, 4\)"),
+    ):
+        with pytest.raises(error, match=message):
+            three(x, reset=reset, reset_to=to)
     packed = pack_sequence([torch.randn(3, 3), torch.randn(1, 3)])
     with pytest.raises(ValueError, match=r"reset: expected shape \(4,\), .* got \(3, 2\)"):
         lstm(packed, reset=reset[:3])

@@ -6,16 +6,15 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import plain
 import pytest
 import torch
-from helpers import Named, assert_all_close, assert_no_worse, flatten
+from helpers import assert_all_close, assert_no_worse, flatten
+from problems import OPTIONS, Problem, call, draw, fit, leaves, make, some_options, with_gradients
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
@@ -23,190 +22,9 @@ from fused_rnn import segments
 
 pytestmark = pytest.mark.parity
 
-CELLS: list[tuple[str, dict[str, Any]]] = [
-    ("RNN", {}),
-    ("RNN", {"nonlinearity": "relu"}),
-    ("LSTM", {}),
-    ("GRU", {}),
-    ("PeepholeLSTM", {}),
-    ("BlockGRU", {}),
-]
-OPTIONS = (
-    "lengths",
-    "packed",
-    "reset",
-    "reset_to",
-    "reset_to of each step",
-    "return_states",
-    "norm",
-    "zoneout",
-    "recurrent_dropout",
-    "dropout_over_time",
-    "weight_dropout",
-    "blocks",
-    "projection",
-    "recompute",
-)
-NEVER_TOGETHER = [
-    {"lengths", "packed"},
-    {"reset_to", "reset_to of each step"},
-    {"projection", "zoneout"},
-    {"projection", "blocks"},
-]
-
-
-def fit(options: tuple[str, ...]) -> bool:
-    return not any(pair <= set(options) for pair in NEVER_TOGETHER)
-
-
-@dataclass
-class Problem:
-    """A layer and a call of it. Tensors are padded and time first."""
-
-    module: Any
-    x: Tensor
-    hx: list[Tensor]
-    given: bool  # whether hx is; otherwise they are zeros
-    lengths: list[int] | None = None
-    packed: bool = False
-    unbatched: bool = False
-    reset: Tensor | None = None
-    reset_to: list[Tensor] | None = None
-    states: bool = False
-    extra: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        T, B = self.x.shape[:2]
-        mode = "train" if self.module.training else "eval"
-        return f"{self.module}, T {T}, B {B}, {self.lengths}, {mode}, {self.extra}"
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers of another type."""
-        cast = lambda ts: ts and [t.detach().to(dtype).requires_grad_() for t in ts]  # noqa: E731
-        module = copy.deepcopy(self.module).to(dtype)
-        found = copy.copy(self)
-        found.module, found.x = module, cast([self.x])[0]
-        found.hx, found.reset_to = cast(self.hx), cast(self.reset_to)
-        return found
-
 
 def draw_problem(options: tuple[str, ...], rng: random.Random) -> Problem:
-    """A random layer that has these options, and a call that uses them."""
-    name, kwargs = rng.choice(CELLS)
-    if "projection" in options:
-        name, kwargs = rng.choice(CELLS[2::2])
-    T, B = rng.choice([1, 2, 3, 5]), rng.choice([1, 2, 3])
-    blocks = rng.choice([2, 3]) if "blocks" in options else 1
-    I, H = rng.choice([1, 3, 4]), blocks * rng.choice([1, 2, 3]) + (blocks == 1)  # noqa: E741
-    layers = 2 if "dropout_over_time" in options else rng.choice([1, 2])
-    kwargs = dict(kwargs, num_layers=layers, bidirectional=rng.random() < 0.5)
-    kwargs |= dict(bias=rng.random() < 0.8, batch_first=rng.random() < 0.5)
-    if layers > 1 and rng.random() < 0.3 or "dropout_over_time" in options:
-        kwargs["dropout"] = 0.4
-    pair = name.endswith("LSTM")
-    if "projection" in options:
-        kwargs["proj_size"] = rng.randint(1, H - 1)
-    if "recompute" in options:
-        kwargs["recompute"] = True
-    if "norm" in options:
-        known = ["input", "recurrent"] + ["cell"] * pair
-        at = tuple(rng.sample(known, rng.randint(1, len(known))))
-        if name != "GRU" and rng.random() < 0.3:
-            at = ("sum", "cell") if pair and rng.random() < 0.5 else ("sum",)
-        kwargs |= dict(norm=rng.choice(["layer", "rms"]), norm_at=at, norm_eps=0.1)
-    if "zoneout" in options:
-        kwargs["zoneout"] = (0.3, rng.choice([0.0, 0.2])) if pair else 0.25
-    if "recurrent_dropout" in options:
-        kwargs["recurrent_dropout"] = 0.4
-    if "dropout_over_time" in options:
-        kwargs["dropout_over_time"] = True
-    if "weight_dropout" in options:
-        kwargs["weight_dropout"] = 0.4
-    if blocks > 1:
-        kwargs["blocks"] = blocks
-    module = getattr(fused_rnn, name)(I, H, dtype=torch.float64, **kwargs)
-    module.train(rng.random() < 0.75)
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            if key.startswith(("gain", "shift")):  # else they would be 1 and 0
-                parameter.add_(torch.randn_like(parameter) / 4)
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64).requires_grad_()
-
-    runs, sizes = layers * plain.directions(module), plain.widths(module)
-    given = rng.random() < 0.7
-    found = Problem(module, leaf(T, B, I), [leaf(runs, B, n) for n in sizes], given)
-    if not given:
-        found.hx = [torch.zeros_like(s) for s in found.hx]
-    found.extra = list(options)
-    if "lengths" in options or "packed" in options:
-        found.packed = "packed" in options
-        found.lengths = [rng.randint(int(found.packed), T) for _ in range(B)]
-        if found.packed:
-            found.lengths[rng.randrange(B)] = T
-    elif rng.random() < 0.15:
-        found.unbatched = True
-        found.x, found.hx = leaf(T, 1, I), [s[:, :1].detach().requires_grad_() for s in found.hx]
-        B = 1
-    if set(options) & {"reset", "reset_to", "reset_to of each step"}:
-        found.reset = torch.rand(T, B) < rng.choice([0.1, 0.5])
-    if "reset_to" in options:
-        found.reset_to = [leaf(runs, B, n) for n in sizes]
-    if "reset_to of each step" in options:
-        found.reset_to = [leaf(T, runs, B, n) for n in sizes]
-    found.states = "return_states" in options
-    return found
-
-
-def formed(problem: Problem, states: list[Tensor], dim: int = 1) -> Any:
-    """As a user has them."""
-    if problem.unbatched:
-        states = [s.squeeze(-2) for s in states]
-    return tuple(states) if len(states) > 1 else states[0]
-
-
-def call(problem: Problem, module: Any = None) -> list[Tensor]:
-    """What the layer gives: y, last states, states after each step, all padded, time first."""
-    module = module or problem.module
-    x: Any = problem.x
-    kwargs: dict[str, Any] = {}
-    reset = problem.reset
-    first = problem.module.batch_first and not problem.packed and not problem.unbatched
-    if problem.packed:
-        counts = torch.tensor(problem.lengths)
-        x = pack_padded_sequence(x, counts, enforce_sorted=False)
-        if reset is not None:
-            reset = pack_padded_sequence(reset, counts, enforce_sorted=False).data
-    elif problem.unbatched:
-        x, reset = x.squeeze(1), None if reset is None else reset.squeeze(1)
-    elif first:
-        x, reset = x.transpose(0, 1), None if reset is None else reset.t()
-    if reset is not None:
-        kwargs["reset"] = reset
-    if problem.reset_to is not None:
-        kwargs["reset_to"] = formed(problem, problem.reset_to)
-    if problem.states:
-        kwargs["return_states"] = True
-    if problem.lengths is not None and not problem.packed:
-        kwargs["lengths"] = problem.lengths
-    hx = formed(problem, problem.hx) if problem.given else None
-    y, last, *states = module(x, hx, **kwargs)
-    last, states = ([*s] if isinstance(s, tuple) else [s] for s in (last, (states or [()])[0]))
-    T = len(problem.x)
-    if problem.packed:
-        states = [
-            pad_packed_sequence(PackedSequence(s.transpose(0, 1), *y[1:]), total_length=T)[0]
-            for s in states
-        ]
-        states = [s.permute(2, 0, 1, 3) for s in states]
-        y = pad_packed_sequence(y, total_length=T)[0]
-    elif problem.unbatched:
-        y, last = y.unsqueeze(1), [s.unsqueeze(1) for s in last]
-        states = [s.unsqueeze(2) for s in states]
-    elif first:
-        y = y.transpose(0, 1)
-    return [y, *last, *states]
+    return make(draw(rng, options))
 
 
 def expected(problem: Problem, draws: plain.Draws) -> list[Tensor]:
@@ -219,34 +37,7 @@ def expected(problem: Problem, draws: plain.Draws) -> list[Tensor]:
         problem.reset_to,
         draws,
     )
-    return [y, *last, *(states if problem.states else ())]
-
-
-def leaves(problem: Problem) -> Named:
-    found = {"x": problem.x, **dict(problem.module.named_parameters())}
-    if problem.given:
-        found |= {f"hx {i}": s for i, s in enumerate(problem.hx)}
-    return found | {f"reset_to {i}": s for i, s in enumerate(problem.reset_to or ())}
-
-
-def with_gradients(
-    problem: Problem, outputs: list[Tensor], rounded_to: torch.dtype | None = None
-) -> Named:
-    generator = torch.Generator().manual_seed(torch.initial_seed())
-    cotangents = [
-        torch.randn(o.shape, dtype=torch.float64, generator=generator)
-        .to(rounded_to or o.dtype)
-        .to(o.dtype)
-        for o in outputs
-    ]
-    wanted = leaves(problem)
-    found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    zero = 0 * sum(t.sum() for t in wanted.values())  # so that each has a gradient
-    loss = zero + sum((o * g).sum() for o, g in zip(outputs, cotangents, strict=True))
-    grads = torch.autograd.grad(loss, list(wanted.values()))
-    for name, grad in zip(wanted, grads, strict=True):
-        found[f"d {name}"] = grad
-    return found
+    return [y, *last, *(states if problem.config.states else ())]
 
 
 def drawn(problem: Problem) -> plain.Draws:
@@ -261,7 +52,7 @@ def check(problem: Problem) -> None:
     try:
         assert_all_close(found, wanted, tol=1e-9)
     except AssertionError as error:
-        raise AssertionError(f"{problem}: {error}") from None
+        raise AssertionError(f"{problem.config}: {error}") from None
     torch.manual_seed(7)
     with torch.no_grad():
         without = call(problem)
@@ -288,21 +79,7 @@ def test_pairs(options: tuple[str, ...], seed: int) -> None:
 @pytest.mark.parametrize("times", range(60))
 def test_mixtures(times: int, seed: int) -> None:
     rng = random.Random(f"{seed} {times}")
-    options = ("lengths", "packed")
-    while not fit(options):
-        options = tuple(o for o in OPTIONS if rng.random() < 0.45)
-    check(draw_problem(options, rng))
-
-
-def problems(options: tuple[str, ...], seed: int, count: int = 1, **wanted: Any) -> list[Problem]:
-    """Some whose attributes and those of their layers are as ``wanted`` says."""
-    rng, found = random.Random(f"{seed} {options} {wanted}"), []
-    while len(found) < count:
-        one = draw_problem(options, rng)
-        have = {name: getattr(one, name, getattr(one.module, name, None)) for name in wanted}
-        if have == wanted:
-            found.append(one)
-    return found
+    check(draw_problem(some_options(rng, 0.45), rng))
 
 
 MIXED = [
@@ -337,7 +114,7 @@ def test_types(options: tuple[str, ...], dtype: torch.dtype, seed: int) -> None:
         try:
             assert_no_worse(found, theirs, wanted, terms)
         except AssertionError as error:
-            raise AssertionError(f"{problem}: {error}") from None
+            raise AssertionError(f"{problem.config}: {error}") from None
 
 
 def of_leaves(problem: Problem) -> tuple[Any, tuple[Tensor, ...]]:
@@ -349,7 +126,7 @@ def of_leaves(problem: Problem) -> tuple[Any, tuple[Tensor, ...]]:
         by_name = dict(zip(wanted, values, strict=True))
         same = copy.copy(problem)
         same.x = by_name["x"]
-        if problem.given:
+        if problem.config.hx:
             same.hx = [by_name[f"hx {i}"] for i in range(len(problem.hx))]
         if problem.reset_to is not None:
             same.reset_to = [by_name[f"reset_to {i}"] for i in range(len(problem.reset_to))]
@@ -365,7 +142,9 @@ def of_leaves(problem: Problem) -> tuple[Any, tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("options", MIXED, ids=lambda o: "-".join(o))
 def test_derivatives(options: tuple[str, ...], seed: int) -> None:
-    for problem in problems(options, seed, 2):
+    rng = random.Random(f"{seed} {options}")
+    for _ in range(2):
+        problem = draw_problem(options, rng)
         if problem.module.mode == "RNN_RELU":  # there is a kink
             continue
         fn, values = of_leaves(problem)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import settings
-from .messages import BuildError, say
+from .messages import NO_SPACE, BuildError, say
 
 # What clean() may delete: folders of libraries, and what builds leave beside them.
 OURS = re.compile(r"(\d[\w.]*-[0-9a-f]{12}-[0-9a-f]{12})(\.lock|\.log|\.failed|\.build-\w+)?")
@@ -60,10 +60,6 @@ class Place(NamedTuple):
             )
         except (OSError, ValueError, TypeError, KeyError):
             return None
-
-    def forget(self) -> None:
-        """That it failed: the next use tries again."""
-        self._failed.unlink(missing_ok=True)
 
 
 def cache_dir() -> Path:
@@ -121,7 +117,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise BuildError(
             f"compiling may take {needed >> 20} MB in {folder}, where {free >> 20} MB are free",
-            "free disk space, or set FUSED_RNN_CACHE_DIR to a folder on another disk",
+            NO_SPACE,
         )
 
 
@@ -174,6 +170,15 @@ def _state(path: Path) -> tuple[int, int] | None:
         found = path.stat()
         return found.st_size, found.st_mtime_ns
     return None
+
+
+def forget_failures() -> None:
+    """That libraries could not be built: their next use tries again."""
+    for cache in readable_caches():
+        for path in cache.glob("*.failed"):
+            if OURS.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def clean() -> list[Path]:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from . import ninja, record
 from .cache import Place, check_space
@@ -46,7 +47,7 @@ def compile_library(
         say(f"compiling the {target.label(kinds)} into {place.folder}")
         ninja.run(program, work, place.log)
         seconds = round(time.monotonic() - start, 1)
-        facts = {
+        facts: dict[str, Any] = {
             "version": VERSION,
             "source_hash": target.source_hash(),
             "torch": torch.__version__,
@@ -58,6 +59,9 @@ def compile_library(
             "seconds": seconds,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+        if epoch := os.environ.get("SOURCE_DATE_EPOCH"):  # what is made twice shall be the same
+            date = datetime.fromtimestamp(int(epoch), timezone.utc)
+            facts |= {"seconds": None, "date": date.isoformat(timespec="seconds")}
         record.write(work / "library.so", work / "record.json", facts)
         place.folder.mkdir(exist_ok=True)
         library = place.folder / f"{name or target.stem}.so"

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 from . import custom, record, settings
 from .cache import Place, locked, readable_caches, writable_cache
 from .compiling import compile_library
-from .messages import BuildError, CompileError
+from .messages import FULL, NO_SPACE, BuildError, CompileError
 from .sources import PACKAGE
 from .target import TARGETS, Target
 from .tools import Tools, free_threaded
 from .version import VERSION
+
+NO_LOCKS = "set FUSED_RNN_CACHE_DIR to a folder on a local disk"
 
 
 class State(NamedTuple):
@@ -166,11 +168,6 @@ class Libraries:
         failures = (place.failure() for place in self._places(target))
         return next(filter(None, failures), None)
 
-    def retry(self, target: str = "cpu") -> None:
-        """Have the first use try what failed in an earlier process."""
-        for place in self._places(target):
-            place.forget()
-
     def _places(self, target: str) -> Iterator[Place]:
         """Where the library is or will be, in each cache; nowhere without the tools."""
         with contextlib.suppress(BuildError):
@@ -202,8 +199,8 @@ class Libraries:
             return self._load(self.targets[target])
         except BuildError as error:
             failure = error
-        except OSError as error:  # a file system without locks, or that is full
-            remedy = "set FUSED_RNN_CACHE_DIR to a folder on a local disk"
+        except OSError as error:  # a file system that is full, or without locks
+            remedy = NO_SPACE if error.errno in FULL else NO_LOCKS
             failure = BuildError(f"the library cannot be built: {error}", remedy)
         reason = f"there is no {self.targets[target].title} library"
         return State("reference", reason, failure=failure, fatal=requested == "native")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a system says where a disk, or a share of it, is full
+NO_SPACE = "free disk space, or set FUSED_RNN_CACHE_DIR to a folder on another disk"
 
 
 class BuildError(RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -118,7 +119,8 @@ def _failure(log: Path) -> BuildError:
     error = re.search(r"^.*(error: |undefined reference|cannot find).*$", text, re.MULTILINE)
     reason = error[0].strip() if error else text.strip().rpartition("\n")[2]
     reason = f"the kernels do not compile: {reason}"
-    if "No space left on device" in text:
+    # A full disk may have no place for what compilers say of it.
+    if "No space left on device" in text or shutil.disk_usage(log.parent).free < 1 << 20:
         remedy = f"see {log}, and free disk space"
     elif "Killed" in text:  # the system ran out of memory
         remedy = f"see {log}, or set FUSED_RNN_MAX_JOBS=1, so that fewer compilers share the memory"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import custom, record, settings
-from .cache import cache_dir, readable_caches
+from .cache import cache_dir, forget_failures, readable_caches
 from .loading import Libraries
 from .messages import BuildError
 from .sources import PACKAGE
@@ -140,11 +140,14 @@ def _devices() -> tuple[str, ...]:
 
 
 def load_all(libraries: Libraries) -> None:
-    """Load or build the libraries of this machine; a failure is left for the facts to tell."""
+    """Load or build the libraries of this machine; a failure is left for the facts to tell.
+
+    What failed before is tried again: cells from Python at their next use.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
+        forget_failures()
         for target in _devices():
-            libraries.retry(target)
             with contextlib.suppress(RuntimeError):
                 libraries.backend(target)
 

@@ -152,8 +152,12 @@ class Target:
 
         include = f"-I{self.csrc}"
         flags = [*self.binding_flags, include, TORCH_TARGET, *self._python_flags()]
+        named = {self.csrc: "csrc"}
         for folder_of_torch in include_paths():
             flags += ["-isystem", str(folder_of_torch)]
+            named[Path(folder_of_torch)] = "torch"
+        # In messages, files have names that do not tell where the library was compiled.
+        flags += [f"-ffile-prefix-map={path}={name}" for path, name in named.items()]
         found = [Unit(self.csrc / "ops" / f"{stem}.cpp", flags) for stem in self.bindings]
         kernel_flags = [*self.kernel_flags, include]
         for path in sorted((self.csrc / self.name).glob("*.cpp")):
