@@ -277,10 +277,11 @@ def _Antisymmetric(x: Any, r: Any, s: Any, p: Any, epsilon: float = 0.1, gamma: 
 
 
 class _Difference(nn.Module):
-    """W - W^T."""
+    """W - W^T, of each block of a block-diagonal W."""
 
     def forward(self, w: Tensor) -> Tensor:
-        return w - w.transpose(0, 1)
+        blocks = w.unflatten(0, (-1, w.shape[1]))
+        return (blocks - blocks.transpose(1, 2)).flatten(0, 1)
 
 
 class AntisymmetricRNN(_Antisymmetric):  # type: ignore[misc, valid-type]

@@ -253,6 +253,7 @@ def test_streams_are_shown_by_the_step() -> None:
     assert _time(row, 0.25e-3) == "0.250" and "microseconds" not in _legend([row])
 
 
+@pytest.mark.drawn(8)
 @pytest.mark.parametrize("name", zoo.__all__)
 def test_the_zoos_peers_do_equal_work(name: str) -> None:
     """In float64; ours for one cell of each kind, since each is compiled."""

@@ -204,7 +204,7 @@ PRODUCTS = (ThreeProducts, zoo.GRUD, zoo.MultiplicativeLSTM)
 
 
 @needs_kernels
-@pytest.mark.drawn(8)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("sizes", [(3, 5, 4, 17), (1, 1, 3, 64), (33, 4, 40, 96)], ids=str)
 @pytest.mark.parametrize("kind", PRODUCTS, ids=lambda kind: kind.__name__)

@@ -136,6 +136,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 @needs_compiler
 @needs_kernels
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("kind", MODULES)
 def test_bits_are_those_of_python(kind: str, tmp_path: Path) -> None:
     """Of one call, and of calls of 64 steps, for any blocks."""
@@ -381,6 +382,7 @@ def test_it_asks_for_nothing_that_waits(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("kind", ["LSTM", "odd", "RNN", "two products", "ThreeStates"])
 def test_sanitizers(kind: str, tmp_path: Path) -> None:
     module = MODULES[kind]().eval()

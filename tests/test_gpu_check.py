@@ -64,6 +64,7 @@ def rows_in(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem.partition("-")[2]: json.loads(path.read_text())["rows"] for path in files}
 
 
+@pytest.mark.slow  # it runs all that a card would
 @pytest.mark.skipif(
     os.environ.get("FUSED_RNN_BACKEND") == "reference", reason="it runs the native kernels anyway"
 )

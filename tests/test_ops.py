@@ -135,6 +135,7 @@ def chosen() -> dict[str, str]:
 
 
 @cpu_engine_only
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("capability", CAPABILITIES[:-1])
 def test_lesser_instruction_sets(
     capability: str, chosen: dict[str, str], seed: int, request: pytest.FixtureRequest

@@ -297,7 +297,7 @@ def example(name: str, **sizes: Any) -> tuple[Any, Tensor, Any, Named]:
     return layer, x, hx, given
 
 
-@pytest.mark.drawn(8)  # each is compiled
+@pytest.mark.drawn(4)  # each is compiled
 @pytest.mark.parametrize("name", zoo.__all__)
 def test_agrees_with_its_equations(name: str) -> None:
     layer, x, hx, given = example(name)
@@ -361,3 +361,14 @@ def test_heads_of_slstm_are_blocks() -> None:
             value = torch.cat([head for gate in gates for head in gate])
         assert_close(ours.pop(key), value, 1e-11, key)
     assert not ours
+
+
+def test_antisymmetric_blocks() -> None:
+    """Each block by itself: as the layer of the whole matrix with them on its diagonal."""
+    in_blocks = zoo.AntisymmetricRNN(3, 64, blocks=2, dtype=torch.float64)
+    whole = zoo.AntisymmetricRNN(3, 64, dtype=torch.float64)
+    state = in_blocks.state_dict()
+    name = "parametrizations.weight_hh_l0.original"
+    whole.load_state_dict(state | {name: torch.block_diag(*state[name].chunk(2))})
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    assert_close(in_blocks(x)[0], whole(x)[0], 1e-12)
