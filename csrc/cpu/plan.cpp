@@ -83,7 +83,8 @@ bool ReadsRecurrentWeights(const Problem& p) {
 // Of one step whose rows are fewer than those of W, and leave few lanes empty.
 bool TurnsRows(const Problem& p, int gates) {
   const int64_t empty = RoundUp(p.B, p.vector_bytes / p.scalar_bytes) - p.B;
-  return IsPlain(p) && !p.invariant && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H && 8 * empty <= p.B;
+  return IsPlain(p) && !p.invariant && p.T == 1 && p.B <= kRowBlock && 2 * p.B <= gates * p.H &&
+         8 * empty <= p.B;
 }
 
 // So few rows in all read w [K, cols] as it lies, at a stride that caches do not like twice. Those of

@@ -23,6 +23,7 @@ SHOWN = (
     "docs/pictures/*",
     "examples/README.md",
     "examples/*.py",
+    "examples/*.cpp",
     "examples/packages/*.py",
     "examples/pictures/*",
     "benchmarks/README.md",
