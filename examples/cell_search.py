@@ -462,6 +462,8 @@ def draw(path: Path, results: list[dict[str, Any]], baselines: dict[str, float])
                 xlabel="thousand operations per character", ylabel=label,
                 yscale="log" if task == "adding" else "linear",
             )  # fmt: skip
+            # A cell whose losses run away would leave no room for the others.
+            ax.set_ylim(top=min(ax.get_ylim()[1], 1.5 * baselines[task]))
             ax.legend()
 
 
