@@ -463,7 +463,9 @@ def draw(path: Path, results: list[dict[str, Any]], baselines: dict[str, float])
                 yscale="log" if task == "adding" else "linear",
             )  # fmt: skip
             # A cell whose losses run away would leave no room for the others.
-            ax.set_ylim(top=min(ax.get_ylim()[1], 1.5 * baselines[task]))
+            most, losses = 1.5 * baselines[task], [loss for _, loss, _ in own]
+            if losses and max(losses) > most:
+                ax.set_ylim(0.9 * min(losses), most)
             ax.legend()
 
 
