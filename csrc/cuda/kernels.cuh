@@ -383,8 +383,9 @@ struct GateBackwardArgs {
   HMask<T> mask;        // of h_prev and of operands, for dW_hh
 };
 
-// f(q) for the gates whose gradient is d[i], and what is given behind those of x. Device code can not read the cell's static arrays, so
-// that they are constants of the compiler, as i is where this is inlined.
+// f(q) for the gates whose gradient is d[i], and for x[kX] and on, what is given. Device code can not
+// read the cell's static arrays, so that they are constants of the compiler, as i is where this is
+// inlined.
 template <class C, int... q, class F>
 FRNN_HD void ForGatesX(int i, std::integer_sequence<int, q...>, const F& f) {
   ((std::integral_constant<int, C::kDx[q]>() == i ? f(q) : void()), ...);
