@@ -16,7 +16,7 @@ pytestmark = pytest.mark.compiling
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("export", "many-gpus", "realtime", "serving")
-BLOCK = re.compile(r'^```(\w+)(?: title="(.+)")?\n(.*?)^```$', re.M | re.S)
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```$', re.M | re.S)
 
 
 @pytest.mark.drawn(1)  # they compile and start processes
