@@ -35,7 +35,8 @@ class Split(nn.Module):
         lengths = starts.diff(append=starts.new_tensor([steps * batch]))
         segments = x.transpose(0, 1).flatten(0, 1).split(lengths.tolist())
         y, _ = self.layer(pad_sequence(list(segments)))
-        rows = torch.cat(unpad_sequence(y, lengths.cpu()))
+        # With time first unpad_sequence transposes y itself in place, which oneDNN's backward refuses.
+        rows = torch.cat(unpad_sequence(y.transpose(0, 1), lengths.cpu(), batch_first=True))
         y = rows.unflatten(0, (batch, steps)).transpose(0, 1)
         return y, y[-1:]
 
