@@ -14,6 +14,13 @@ DEFAULT_ROUNDS = 9
 DEFAULT_LIMIT = 60.0
 
 
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"above 0 and at most 1, not {text}")
+    return share
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -28,8 +35,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peers", nargs="+", metavar="PEER", help="exactly these (see `peers`)")
     p.add_argument("--json", type=Path, help="default: out/benchmarks/SUITE-DEVICE.json")
     p.add_argument("--threads", type=int, default=default_threads())
+    p.add_argument("--busy", type=int, default=0, metavar="N", help="beside N other processes")
     p.add_argument(
-        "--busy", type=int, default=0, metavar="N", help="beside N processes that never rest"
+        "--busy-share",
+        type=_share,
+        default=1.0,
+        metavar="PART",
+        help="of a core's time that each of them takes; default: 1, they never rest",
     )
     p.add_argument("--rounds", type=int, help=f"default: the suite's, or {DEFAULT_ROUNDS}")
     p.add_argument(
@@ -91,6 +103,7 @@ def run(a: argparse.Namespace) -> int:
         limit_s=a.limit or suite.get("limit_s", DEFAULT_LIMIT),
         memory=memory,
         busy=a.busy,
+        busy_share=a.busy_share,
     )
     with tqdm(total=len(items), unit="row", dynamic_ncols=True) as bar:
 

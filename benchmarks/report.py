@@ -13,6 +13,7 @@ from .results import (
     Results,
     Row,
     barrier,
+    beside,
     best_peer,
     case_of,
     geometric_mean,
@@ -69,10 +70,9 @@ def _legend(rows: Iterable[Row]) -> str:
 def where(results: Results) -> str:
     """The machine, and what ran beside on it."""
     machine = results.machine
-    busy = results.runs[-1].get("settings", {}).get("busy", 0) if results.runs else 0
-    beside = f" beside {busy} busy" if busy else ""
+    others = beside(results.runs[-1].get("settings", {})) if results.runs else ""
     name = machine.get("gpu") or machine["cpu"]
-    return f"{name}, {machine['threads']} threads of {machine['cores']} cores{beside}"
+    return f"{name}, {machine['threads']} threads of {machine['cores']} cores{others}"
 
 
 def when(run: dict[str, Any]) -> str:

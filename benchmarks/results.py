@@ -90,6 +90,14 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def beside(settings: dict[str, Any]) -> str:
+    """Which other programs ran beside a row or a run."""
+    if not (count := settings.get("busy", 0)):
+        return ""
+    share = settings.get("busy_share", 1)
+    return f" beside {count} busy" + (f" by {100 * share:g} %" if share < 1 else "")
+
+
 def case_of(row: Row) -> Case:
     return Case(**{name: row["case"][name] for name in FIELDS if name in row["case"]})
 

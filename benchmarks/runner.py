@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from .floors import floor
 from .limits import Probe, bandwidth, probe
 from .machine import busy, run_facts
 from .peers import load as load_peer
-from .results import Results, Row, case_of
+from .results import Results, Row, beside, case_of
 
 ORACLE = "torch_nn"  # who says what is right
 LOOP = "loop"  # who says it for what torch.nn does not have
@@ -34,7 +35,8 @@ class Settings:
     warm_s: float = 0.03
     sample_s: float = 0.05
     memory: bool = True
-    busy: int = 0  # processes that never rest, beside whoever has the turn
+    busy: int = 0  # processes of others, beside whoever has the turn
+    busy_share: float = 1.0  # of its core's time that each of them takes
 
 
 class Late(Exception):
@@ -158,7 +160,7 @@ def run(
     with (
         probe(settings.threads) as tool,
         field(names, device, settings.threads) as contenders,
-        neighbours(settings.busy),
+        neighbours(settings.busy, settings.busy_share),
     ):
         dtypes = sorted({item.case.dtype for item in todo})
         progress("measuring the machine's limits", 0)
@@ -185,20 +187,27 @@ def run(
 
 
 def _key(case: Case, settings: Settings) -> str:
-    beside = f" beside {settings.busy} busy" if settings.busy else ""
-    return f"{case.label} {settings.threads} threads{beside}"
+    return f"{case.label} {settings.threads} threads{beside(vars(settings))}"
 
 
-def _never_rest() -> None:
+def _take(share: float) -> None:
+    """That part of a core, in turns of about the length that a scheduler gives."""
     worker.die_with_parent()
+    period = 0.01
     while True:
-        pass
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < share * period:
+            pass
+        if share < 1:
+            time.sleep((1 - share) * period)
 
 
 @contextlib.contextmanager
-def neighbours(count: int) -> Iterator[None]:
-    """Programs of somebody else, which want a core each."""
-    spinning = [multiprocessing.Process(target=_never_rest, daemon=True) for _ in range(count)]
+def neighbours(count: int, share: float = 1.0) -> Iterator[None]:
+    """Programs of somebody else, which want a core each, or a share of one."""
+    spinning = [
+        multiprocessing.Process(target=_take, args=(share,), daemon=True) for _ in range(count)
+    ]
     for process in spinning:
         process.start()
     try:

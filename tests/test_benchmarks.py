@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import time
@@ -136,6 +137,17 @@ def test_busy_neighbours(tmp_path: Path, no_limits: None) -> None:
     runner.run([Item(TINY)], ["torch_nn"], found, settings)
     (key,) = found.rows
     assert "beside 1 busy" in key and "beside 1 busy" in report.render(found)
+    key = runner._key(TINY, replace(settings, busy_share=0.1))
+    assert key.endswith("beside 1 busy by 10 %"), key
+
+
+def test_neighbours_that_rest() -> None:
+    with runner.neighbours(1, share=0.2):
+        (process,) = multiprocessing.active_children()
+        time.sleep(1)
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds = int(fields[11]) / os.sysconf("SC_CLK_TCK")
+    assert 0 < seconds < 0.7
 
 
 def test_results_of_two_machines_are_not_mixed(tmp_path: Path) -> None:

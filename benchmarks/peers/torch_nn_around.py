@@ -35,7 +35,7 @@ class Split(nn.Module):
         lengths = starts.diff(append=starts.new_tensor([steps * batch]))
         segments = x.transpose(0, 1).flatten(0, 1).split(lengths.tolist())
         y, _ = self.layer(pad_sequence(list(segments)))
-        # With time first unpad_sequence transposes y itself in place, which oneDNN's backward refuses.
+        # With time first, unpad_sequence transposes y itself in place: an error in the backward.
         rows = torch.cat(unpad_sequence(y.transpose(0, 1), lengths.cpu(), batch_first=True))
         y = rows.unflatten(0, (batch, steps)).transpose(0, 1)
         return y, y[-1:]
