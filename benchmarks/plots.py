@@ -33,6 +33,7 @@ COLOURS = {
     "torchrecurrent": "#8da0cb",
     "torch_compile": "#cc79a7",
     "ours_frozen": "#555555",
+    "ours_invariant": "#bbbbbb",
     "ours_recompute": "#f0e442",
     "reference": "#999999",
     "haste": "#56b4e9",

@@ -149,6 +149,7 @@ NO_RIVALS = (
     OURS,
     "ours_frozen",
     "ours_exported",
+    "ours_invariant",
     "ours_recompute",
     "ours_baseline",
     "ours_plain",

@@ -38,6 +38,7 @@ NAMES = (
     "rtneural_xsimd",
     "ours_exported",
     "ours_frozen",
+    "ours_invariant",
     "ours_recompute",
     "ours_baseline",
     "ours_plain",
