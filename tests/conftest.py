@@ -87,8 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: set[pytest.Item] = set()
     for some in cases.values():
         most, drawn = config.getoption("--quick"), some[0].get_closest_marker("drawn")
-        if not most and drawn and not config.getoption("--all"):
-            most = drawn.args[0]
+        if drawn and not config.getoption("--all"):
+            most = min(most or drawn.args[0], drawn.args[0])
         kept.update(draw.sample(some, min(most, len(some))) if most else some)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

@@ -328,6 +328,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_library_in_the_cache_is_built_anew(anew, kind, home, damage):
     """It would end the process, when it is loaded or when it is called."""
@@ -596,6 +597,7 @@ print(json.dumps([*found, use()]))
 """
 
 
+@pytest.mark.drawn(2)  # each mounts disks and starts processes
 @pytest.mark.parametrize("size", ["4k", "12k", "20k", "40k", "80k"])
 def test_full_disk(home, kind, size):
     """Wherever in a build it is met; with more room the next use builds."""
@@ -851,6 +853,7 @@ def test_processes_at_once_build_a_cell_once(home):
     assert sorted(out for out, _ in results) == ["native built now\n", "native cache\n"], results
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_build_leaves_nothing_in_the_way(home, kind, anew, stub, sign):
     """Neither files nor processes: ninja and its compilers end with who started them."""

@@ -19,7 +19,17 @@ import emulated
 import pytest
 import random_cells
 import torch
-from helpers import Giving, assert_all_close, error, flatten, leaves, magnitude, native, run
+from helpers import (
+    Giving,
+    assert_all_close,
+    compile_quickly,
+    error,
+    flatten,
+    leaves,
+    magnitude,
+    native,
+    run,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -97,6 +107,13 @@ def pair(name: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     ours, by_hand = (kind(*args, **kwargs) for kind in BY_HAND[name])
     ours.load_state_dict(by_hand.state_dict())
     return ours, by_hand
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have them, those whose bits are compared, and random cells."""
+    compare = [kind.cell for kind, _ in BY_HAND.values()]
+    compile_quickly(monkeypatch, but=lambda cell: cell in compare or cell.startswith("drawn"))
 
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06}

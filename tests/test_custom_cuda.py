@@ -115,6 +115,7 @@ def resident_cell(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Resident
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("shape", test_resident.SHAPES[::3], ids=lambda s: "-".join(map(str, s)))
 @pytest.mark.parametrize("dtype", test_resident.DTYPES, ids=str)
 def test_kernels_that_keep_their_weights(

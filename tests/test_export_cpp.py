@@ -136,7 +136,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 @needs_compiler
 @needs_kernels
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("kind", MODULES)
 def test_bits_are_those_of_python(kind: str, tmp_path: Path) -> None:
     """Of one call, and of calls of 64 steps, for any blocks."""
@@ -228,6 +228,7 @@ def test_clang(kind: str, tmp_path: Path) -> None:
     assert_no_worse({"y": found[0]}, ours, {"y": exact}, terms=made.outputs)
 
 
+@pytest.mark.drawn(2)
 @needs_compiler
 @pytest.mark.parametrize("outputs", [1, 3, 20])
 @pytest.mark.parametrize("bias", [False, True])

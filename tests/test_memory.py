@@ -84,6 +84,7 @@ class _Malloc(ctypes.Structure):
     ]
 
 
+@pytest.mark.drawn(8)  # a thousand calls each
 @native
 @cpu_engine
 @glibc

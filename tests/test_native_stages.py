@@ -161,6 +161,7 @@ def test_mixed(cell: str, times: int, seed: int) -> None:
     check(cell, names, rng.choice([torch.float64, torch.float32]), rng)
 
 
+@pytest.mark.drawn(48)
 @pytest.mark.skipif(not emulated.WANTED, reason="what the emulated runtime was asked is counted")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("times", range(8))

@@ -170,6 +170,7 @@ def parametrized(cases: list[Case], dynamo: bool, *marks: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize(
     "name, settings, form, given, dynamo",
     parametrized(CASES + OWN, True)
@@ -208,6 +209,7 @@ def test_inside_a_model(dynamo: bool) -> None:
     assert_close(found, model(tokens), tol=1e-5)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "PeepholeLSTM"])
 def test_packed_by_dynamo_says_what_to_do(name: str, given: bool) -> None:

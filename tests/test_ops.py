@@ -214,6 +214,7 @@ OPCHECK = [
 ]
 
 
+@pytest.mark.drawn(5)
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck(case: Case, dropout: bool, seed: int) -> None:

@@ -266,6 +266,7 @@ def test_nothing_is_held_without_grad() -> None:
     assert held(module) == 0
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_compile(name: str, backend: str) -> None:

@@ -86,6 +86,7 @@ def first(output: Any) -> Tensor:
     return y if isinstance(y, Tensor) else y.data
 
 
+@pytest.mark.drawn(200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])

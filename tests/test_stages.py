@@ -180,6 +180,7 @@ def asked(names: tuple[str, ...], reset: Tensor, to: Any) -> dict[str, Any]:
     return {name: known[name] for name in names}
 
 
+@pytest.mark.drawn(6)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kwargs, names", CALLS.values(), ids=CALLS)
 def test_compile(kwargs: dict[str, Any], names: tuple[str, ...], backend: str) -> None:

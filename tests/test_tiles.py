@@ -43,6 +43,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.drawn(48)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "two"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -435,6 +435,7 @@ class Graphs:
         return self.inner(graph, inputs, **kwargs)
 
 
+@pytest.mark.drawn(4)
 @pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_compile(fresh_dynamo: Any, name: str, train: bool) -> None:
@@ -520,6 +521,7 @@ def check_compiled_packed(name: str, sort: bool, given: bool, backend: Any, **se
     return compiled, hx
 
 
+@pytest.mark.drawn(2)
 @cpu_engine_only  # the graphs are the same, and test_compile runs some on each engine
 @pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
 @pytest.mark.parametrize("name", LAYERS)

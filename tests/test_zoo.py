@@ -10,7 +10,16 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from helpers import Giving, assert_all_close, assert_close, error, flatten, magnitude, run
+from helpers import (
+    Giving,
+    assert_all_close,
+    assert_close,
+    compile_quickly,
+    error,
+    flatten,
+    magnitude,
+    run,
+)
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -18,6 +27,12 @@ from fused_rnn import build, ops, zoo
 from fused_rnn.reference import CELLS
 
 pytestmark = pytest.mark.compiling
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_quickly(monkeypatch)
+
 
 # --- The equations. a[g] is the sum of both parts of gate g, w[g] that of the input --------------
 
