@@ -19,7 +19,9 @@ from fused_rnn import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = build.levels()[::-1]  # at most
-TESTS = ["ops", "parity", "ragged", "tiles", "norm", "stages"]
+TESTS = "ops parity ragged tiles norm stages native_stages streams freeze int8 lengths".split()
+# Of each test, drawn anew in every run: the whole then takes a quarter of an hour with two cores.
+CASES = 24
 # About torch, the reference, or processes that this library is not loaded in.
 LEFT_OUT = "not opcheck and not lesser and not fewer and not derivatives and not reaches"
 # Of options between two steps, mixtures are what pairs are; and no graphs.
@@ -96,6 +98,7 @@ def main() -> None:
         run(f"planted: x too short, {capability}", command, own, fails_by="heap-buffer-overflow")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-k", LEFT_OUT if here else EMULATED]
+        command += ["--quick", str(CASES)]
         names = TESTS if here else ["tiles"]
         run(f"tests, {capability}", [*command, *(f"tests/test_{name}.py" for name in names)], own)
 
