@@ -108,21 +108,13 @@ struct Products {
   }
 };
 
-// The states whose update is affine.
+// How many states have an affine update.
 template <class C>
-struct Affine {
-  static constexpr int kCount = [] {
-    int count = 0;
-    for (int j = 0; j < C::kStates; j++) count += C::kAffine >> j & 1;
-    return count;
-  }();
-  // The number in the cell of the i-th of them.
-  static constexpr int State(int i) {
-    int j = 0;
-    for (; i > 0 || !(C::kAffine >> j & 1); j++) i -= C::kAffine >> j & 1;
-    return j;
-  }
-};
+constexpr int kAffineStates = [] {
+  int count = 0;
+  for (int j = 0; j < C::kStates; j++) count += C::kAffine >> j & 1;
+  return count;
+}();
 
 template <int N, int M>
 constexpr bool AllBelow(const int (&index)[N]) {

@@ -58,6 +58,26 @@ struct AffineMap {
   }
 };
 
+// The affine ones of all states; and all states, of which these are the affine ones and others zero.
+template <class C, class V>
+FRNN_HD Pack<V, kAffineStates<C>> AffineOf(const Pack<V, C::kStates>& s) {
+  Pack<V, kAffineStates<C>> of;
+  int i = 0;
+  FRNN_UNROLL
+  for (int j = 0; j < C::kStates; j++)
+    if (C::kAffine >> j & 1) of[i++] = s[j];
+  return of;
+}
+template <class C, class V>
+FRNN_HD Pack<V, C::kStates> FromAffine(const Pack<V, kAffineStates<C>>& of) {
+  Pack<V, C::kStates> s{};
+  int i = 0;
+  FRNN_UNROLL
+  for (int j = 0; j < C::kStates; j++)
+    if (C::kAffine >> j & 1) s[j] = of[i++];
+  return s;
+}
+
 // A cell with several products has a step after each: Load<k> has the gates of the first k + 1, and
 // StoreOperand<k> is all that comes of it but for the last, which is a step like any other.
 //
@@ -107,8 +127,8 @@ struct ForwardStep {
   }
 
   // After Load, whatever the states.
-  FRNN_HD AffineMap<V, Affine<C>::kCount> Map() const {
-    AffineMap<V, Affine<C>::kCount> map;
+  FRNN_HD AffineMap<V, kAffineStates<C>> Map() const {
+    AffineMap<V, kAffineStates<C>> map;
     C::affine(x, p, map.by, map.plus);
     return map;
   }
@@ -226,19 +246,20 @@ struct BackwardStep {
   }
   // Of the gradients of affine states, from those after the step to those before it, where ds_new has
   // all else that reaches the states after it. Its Jacobian is of no state.
-  FRNN_HD AffineMap<V, Affine<C>::kCount> Map() {
-    constexpr int n = Affine<C>::kCount;
+  FRNN_HD AffineMap<V, kAffineStates<C>> Map() {
+    constexpr int n = kAffineStates<C>;
     AffineMap<V, n> map;
     Compute();
-    FRNN_UNROLL
-    for (int i = 0; i < n; i++) map.plus[i] = ds[Affine<C>::State(i)];
+    map.plus = AffineOf<C>(ds);
     FRNN_UNROLL
     for (int j = 0; j < n; j++) {
-      ds_new = {};
-      ds_new[Affine<C>::State(j)] = splat<V>(1);
+      Pack<V, n> one{};
+      one[j] = splat<V>(1);
+      FRNN_UNROLL
+      for (int k = 0; k < C::kStates; k++) ds_new[k] = FromAffine<C>(one)[k];
       Compute();
       FRNN_UNROLL
-      for (int i = 0; i < n; i++) map.by[i * n + j] = ds[Affine<C>::State(i)];
+      for (int i = 0; i < n; i++) map.by[i * n + j] = AffineOf<C>(ds)[i];
     }
     return map;
   }

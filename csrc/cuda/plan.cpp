@@ -48,12 +48,9 @@ int64_t ScanLength(const CudaDevice& device, const Problem& problem, int64_t ste
   return std::max((steps + chunks - 1) / chunks, forced ? 1 : kScanLength);
 }
 
-// Input products of kernels for all steps may take so much memory; a new launch costs some steps.
+// Input products of a kernel that keeps its weights may take so much memory; a new launch costs some
+// steps.
 constexpr int64_t kResidentGates = int64_t{256} << 20;
-int64_t StepsOfGates(const Problem& problem) {
-  const int64_t step_bytes = problem.gates_x * problem.H * problem.B * problem.dirs * 4;
-  return std::clamp<int64_t>(kResidentGates / step_bytes, 1, problem.T);
-}
 // Fewer steps do not pay for loading the weights.
 constexpr int64_t kResidentSteps = 8;
 
@@ -230,15 +227,14 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
   }
   if (plan.keeps_weights()) {
     plan.streams = 1;
-    plan.chunk_steps = StepsOfGates(problem);
+    const int64_t step_bytes = problem.gates_x * problem.H * problem.B * problem.dirs * 4;
+    plan.chunk_steps = std::clamp<int64_t>(kResidentGates / step_bytes, 1, problem.T);
   }
   if (problem.affine && problem.B > 0 && problem.H > 0 && (forced.empty() || forced == "scan")) {
-    const int64_t steps = StepsOfGates(problem);
-    const int64_t length = ScanLength(device, problem, steps, !forced.empty());
-    if (2 * length <= steps || !forced.empty()) {
-      plan.variant = Variant::kScan;
-      plan.chunk_steps = steps, plan.scan_length = length;
-    }
+    // Of the steps whose input products, which a scan reads twice, are there together.
+    const int64_t length = ScanLength(device, problem, plan.chunk_steps, !forced.empty());
+    if (2 * length <= plan.chunk_steps || !forced.empty())
+      plan.variant = Variant::kScan, plan.scan_length = length;
   }
   return plan;
 }

@@ -62,7 +62,7 @@ struct ScanSteps {
 // starts are known, they take the place of `plus`.
 template <class C, class A>
 struct ScanMaps {
-  static constexpr int n = Affine<C>::kCount, kSize = n * n + n;
+  static constexpr int n = kAffineStates<C>, kSize = n * n + n;
   Rows<A> data;  // [chunks B, kSize H]
   int64_t H;
 
@@ -90,29 +90,13 @@ struct ScanMaps {
     return s;
   }
 };
-// The affine ones of all states, and all states of these.
-template <class C, class A>
-FRNN_HD Pack<A, Affine<C>::kCount> AffineOf(const Pack<A, C::kStates>& s) {
-  Pack<A, Affine<C>::kCount> of;
-  FRNN_UNROLL
-  for (int i = 0; i < Affine<C>::kCount; i++) of[i] = s[Affine<C>::State(i)];
-  return of;
-}
-template <class C, class A>
-FRNN_HD Pack<A, C::kStates> FromAffine(const Pack<A, Affine<C>::kCount>& of) {
-  Pack<A, C::kStates> s{};
-  FRNN_UNROLL
-  for (int i = 0; i < Affine<C>::kCount; i++) s[Affine<C>::State(i)] = of[i];
-  return s;
-}
-
 // `from`: the states before the first chunk, [B, n H], or null: they do not matter, since sequences
 // start in it or after it.
 template <class C, class A>
 __global__ void ScanStarts(int64_t chunks, int64_t B, int64_t H, Rows<const A> from,
                            ScanMaps<C, A> maps) {
   ForEach(B, H, [&](int64_t b, int64_t u) {
-    constexpr int n = Affine<C>::kCount;
+    constexpr int n = kAffineStates<C>;
     Pack<A, n> s{};
     FRNN_UNROLL
     for (int i = 0; i < n && from; i++) s[i] = from(b, i * H + u);
@@ -240,7 +224,7 @@ FRNN_HD void WalkForward(const ScanForwardArgs<C, T>& a, int64_t i, int64_t u, c
 
 template <class C, class T>
 __global__ void ScanForwardMaps(const __grid_constant__ ScanForwardArgs<C, T> a) {
-  using Map = AffineMap<Wide<T>, Affine<C>::kCount>;
+  using Map = AffineMap<Wide<T>, kAffineStates<C>>;
   ForEach((a.n.Chunks() - 1) * a.n.B, a.n.H, [&](int64_t i, int64_t u) {
     Map map = Map::Identity();
     WalkForward(a, i, u, [&](const auto& view, const auto& step) {
@@ -270,7 +254,7 @@ __global__ void ScanForward(const __grid_constant__ ScanForwardArgs<C, T> a) {
     if (i / a.n.B + 1 < a.n.Chunks()) return;
     const auto after = AffineOf<C>(s);
     FRNN_UNROLL
-    for (int k = 0; k < Affine<C>::kCount; k++) a.after(i % a.n.B, k * a.n.H + u) = after[k];
+    for (int k = 0; k < kAffineStates<C>; k++) a.after(i % a.n.B, k * a.n.H + u) = after[k];
   });
 }
 
@@ -356,7 +340,7 @@ FRNN_HD void WalkBackward(const ScanBackwardArgs<C, T>& a, int64_t i, int64_t u,
 
 template <class C, class T>
 __global__ void ScanBackwardMaps(const __grid_constant__ ScanBackwardArgs<C, T> a) {
-  using Map = AffineMap<Wide<T>, Affine<C>::kCount>;
+  using Map = AffineMap<Wide<T>, kAffineStates<C>>;
   ForEach((a.n.Chunks() - 1) * a.n.B, a.n.H, [&](int64_t i, int64_t u) {
     Map map = Map::Identity();
     WalkBackward(a, i, u, [&](const auto& view, auto& step) {

@@ -210,7 +210,7 @@ class Steps {
       }
       if (plan.variant == Variant::kScan) {
         maps = w.Take<A>(ScanChunks(plan, plan.chunk_steps) * p.B * ScanMaps<C, A>::kSize * p.H);
-        c = w.Take<A>(p.B * Affine<C>::kCount * p.H);
+        c = w.Take<A>(p.B * kAffineStates<C> * p.H);
         return;
       }
       gh = w.Take<A>(p.B * C::kH * p.H);
@@ -449,7 +449,7 @@ class Steps {
     // One chunk after the other; `from` are the states before the first, or null.
     void RunStarts(const ScanSteps& n, const A* from, const ScanMaps<C, A>& maps) const {
       Run(ScanStarts<C, A>, n.B, n.H, n.Chunks(), n.B, n.H,
-          Rows<const A>{from, Affine<C>::kCount * n.H}, maps);
+          Rows<const A>{from, kAffineStates<C> * n.H}, maps);
     }
     ScanMaps<C, A> MapsOf(A* maps) const { return {{maps, ScanMaps<C, A>::kSize * p.H}, p.H}; }
     // gx begins with row `first`.
@@ -470,7 +470,7 @@ class Steps {
         a.hs = p.hs ? Hs() : nullptr;
         a.tape = p.saved ? Saved() : nullptr;
         a.maps = MapsOf(w.maps);
-        a.after = {w.c, Affine<C>::kCount * p.H};
+        a.after = {w.c, kAffineStates<C> * p.H};
         Run(ScanForwardMaps<C, T>, (n.Chunks() - 1) * p.B, p.H, a);
         RunStarts(n, n.begin > 0 ? w.c : nullptr, a.maps);
         Run(cuda::ScanForward<C, T>, n.Chunks() * p.B, p.H, a);
