@@ -1,6 +1,6 @@
 """Scans of the CUDA engine, for cells from Python whose update is affine: on a card, or emulated.
 
-They are held to plain torch in float64, and to what launches of every step make of the same numbers.
+They are held to plain torch in float64, and to what launches of every step make of the numbers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def name_of(cell: Any) -> str:
     return cell if isinstance(cell, str) else "-".join(cell.states)
 
 
-
 @pytest.fixture(autouse=True)
 def scan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RNN_VARIANT", "scan")
+    if DEVICE == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
 
 
 def check(problem: Problem) -> None:

@@ -90,6 +90,7 @@ struct ScanMaps {
     return s;
   }
 };
+
 // `from`: the states before the first chunk, [B, n H], or null: they do not matter, since sequences
 // start in it or after it.
 template <class C, class A>

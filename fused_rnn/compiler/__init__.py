@@ -59,7 +59,7 @@ class Compiled:
 
     @cached_property
     def affine(self) -> Affine | None:
-        assert self.gradients  # whose operations come first in the graph, so that theirs is the order
+        assert self.gradients  # their operations come first in the graph, which is its order
         return affine(self.trace)
 
     @cached_property

@@ -69,37 +69,32 @@ class _Splitter:
     def _split(self, node: Node) -> _Parts | None:
         if node in self.states:
             return _Parts({node: self.graph.const(1)}, self.graph.const(0))
-        parts = [self._known[operand] for operand in node.operands]
-        if all(part is not None and not part.factors for part in parts):
+        parts = [part for operand in node.operands if (part := self._known[operand])]
+        if len(parts) < len(node.operands):
+            return None
+        if not any(part.factors for part in parts):
             return _Parts({}, node)
+        first, last = parts[0], parts[-1]
         if node.op == "neg":
-            return self._each("neg", parts[0])
+            return self._each("neg", first)
         if node.op in ("add", "sub"):
-            return self._join(*parts, node.op)
-        if node.op == "mul":
-            a, b = parts
-            if a is not None and not a.factors:
-                return self._each("mul", b, a.rest)
-            if b is not None and not b.factors:
-                return self._each("mul", a, b.rest)
-        if node.op == "div" and parts[1] is not None and not parts[1].factors:
-            return self._each("div", parts[0], parts[1].rest)
-        if node.op == "where" and parts[0] is not None and not parts[0].factors:
-            return self._join(*parts[1:], "where", parts[0].rest)
+            return self._join(node.op, first, last)
+        if node.op == "mul" and not first.factors:
+            return self._each("mul", last, first.rest)
+        if node.op in ("mul", "div") and not last.factors:
+            return self._each(node.op, first, last.rest)
+        if node.op == "where" and not first.factors:
+            return self._join("where", parts[1], last, first.rest)
         return None
 
-    def _each(self, op: str, parts: _Parts | None, *others: Node) -> _Parts | None:
-        """Of a sum, an operation that can be done part by part."""
-        if parts is None:
-            return None
+    def _each(self, op: str, parts: _Parts, *others: Node) -> _Parts:
+        """An operation that can be done with each part of a sum."""
         factors = {s: self.graph.make(op, factor, *others) for s, factor in parts.factors.items()}
         zero = parts.rest.value == 0
         return _Parts(factors, parts.rest if zero else self.graph.make(op, parts.rest, *others))
 
-    def _join(self, a: _Parts | None, b: _Parts | None, op: str, *first: Node) -> _Parts | None:
-        """Of two sums, an operation that can be done with each two parts that go together."""
-        if a is None or b is None:
-            return None
+    def _join(self, op: str, a: _Parts, b: _Parts, *first: Node) -> _Parts:
+        """An operation that can be done with each two parts of two sums that go together."""
         zero, make = self.graph.const(0), self.graph.make
         factors = {
             s: make(op, *first, a.factors.get(s, zero), b.factors.get(s, zero))

@@ -14,9 +14,7 @@ from .trace import Trace, said
 _FUNCTION_FLOPS = 20
 
 
-def explanation(
-    trace: Trace, gradients: Gradients, tape: Tape, affine: Affine | None
-) -> str:
+def explanation(trace: Trace, gradients: Gradients, tape: Tape, affine: Affine | None) -> str:
     d = trace.declaration
     kept = len(tape.saved) + sum(name != trace.recurrent for name in tape.states)
     backward = _backward_nodes(trace, gradients, tape)
