@@ -6,8 +6,8 @@ What differs in no register is compiled once: float16 is like bfloat16, and that
 tried with. That sm_75 compiles is enough. sm_86 and sm_89 have the instructions and registers of
 sm_80, sm_100a and sm_120a get from the same sources what sm_90a gets: each is tried with one cell
 in one type, a different one. --all leaves out nothing and takes ten times as long; ARCH, such as
-sm_86, leaves out the others. Of cells from Python (gate_cells.py) gate kernels and scans are compiled,
-of two for all of these.
+sm_86, leaves out the others. Of cells from Python (gate_cells.py) gate kernels and scans are
+compiled, of two cells for all of these.
 
 A kernel that spills registers, has a stack, or takes more registers than the table allows is an
 error: on a card it would be slow without being wrong. So is a resident kernel whose steps wait for

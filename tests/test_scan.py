@@ -72,6 +72,7 @@ SIZES = ((1, 2, 3, 5, 9, 16, 31), (1, 2, 5), (1, 3), (1, 2, 17, 33))
 
 
 @pytest.mark.skipif(not emulated.WANTED, reason="tensors of the CPU")
+@pytest.mark.drawn(3)  # each is compiled
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_mixtures(cell: Any, seed: int) -> None:
     """In both directions, ragged, reset, with the states of all steps, with normalised gates."""
@@ -106,7 +107,7 @@ def in_double(module: Any, x: Any, hx: Any, dtype: torch.dtype) -> Any:
     return run(copy.deepcopy(module).double(), *tree_map(Tensor.double, (x, hx)), dtype)
 
 
-@pytest.mark.drawn(5)
+@pytest.mark.drawn(3)  # each is compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_as_good_as_steps(cell: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

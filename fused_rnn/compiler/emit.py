@@ -33,8 +33,9 @@ _TAKEN = set(
     signed sizeof static static_assert static_cast struct switch template this thread_local throw
     true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
     xor_eq NULL assert
-    V T Pack Lanes splat frnn custom forward backward affine x h s p s_new saved h_new ds_new d ds dp
-    by plus sigmoid tanh relu exp expm1 log log1p sqrt sin cos erf abs sign softplus maximum minimum
+    V T Pack Lanes splat frnn custom forward backward affine x h s p s_new saved h_new ds_new d ds
+    dp by plus
+    sigmoid tanh relu exp expm1 log log1p sqrt sin cos erf abs sign softplus maximum minimum
     sigmoid_grad tanh_grad relu_backward""".split()
 )
 
