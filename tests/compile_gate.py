@@ -6,8 +6,8 @@ What differs in no register is compiled once: float16 is like bfloat16, and that
 tried with. That sm_75 compiles is enough. sm_86 and sm_89 have the instructions and registers of
 sm_80, sm_100a and sm_120a get from the same sources what sm_90a gets: each is tried with one cell
 in one type, a different one. --all leaves out nothing and takes ten times as long; ARCH, such as
-sm_86, leaves out the others. Of cells from Python (gate_cells.py) the gate kernels are compiled, of
-one for all of these.
+sm_86, leaves out the others. Of cells from Python (gate_cells.py) gate kernels and scans are
+compiled, of two cells for all of these.
 
 A kernel that spills registers, has a stack, or takes more registers than the table allows is an
 error: on a card it would be slow without being wrong. So is a resident kernel whose steps wait for
@@ -37,6 +37,11 @@ REGISTERS = {
     "GateBackward": (64, 104),
     "OperandForward": (64, 104),
     "OperandBackward": (64, 104),
+    "ScanForward": (64, 104),
+    "ScanForwardMaps": (64, 104),
+    "ScanBackward": (64, 104),
+    "ScanBackwardMaps": (64, 104),
+    "ScanStarts": (48, 64),
     # A few warps on a multiprocessor, each with a step's weights of a unit on their way.
     "OneStep": (128, 128),
     "Convert": (32, 32),
@@ -64,16 +69,19 @@ REGISTERS = {
 FEWER_THREADS = ("sm_86", "sm_89", "sm_120a")
 # Where loops of small kernels, which wait for memory, are unrolled further: 48 registers are for
 # 1365 of 2048 threads.
-UNROLLED = {("sm_100a", name): 8 for name in ("ColumnSumParts", "SumGradients", "NormRows")}
+UNROLLED = {
+    ("sm_100a", name): 8 for name in ("ColumnSumParts", "SumGradients", "NormRows", "ScanStarts")
+}
 # Of a cell whose parameters take registers of their own.
 WIDER = {"GateForward<PeepholeLSTM": 72}
 # With what happens between two steps beside the cell; in double precision as without.
 GATES_WITH_STAGES = r"Gate(For|Back)ward<.*, true>"
 MOST_WITH_STAGES = 80
 # Of cells from Python, which may be as wide as an LSTM with two more states.
-PYTHON = "(Gate|Operand)(For|Back)ward<custom::"
+PYTHON = r"(Gate|Operand|Scan)(For|Back)ward(Maps)?<custom::"
 MOST_OF_PYTHON = (96, 136)
-# In double precision their sine may call libm's, which has this stack for what is far out.
+# In double precision and in scans their sine may call libm's, which has this stack for what is far
+# out.
 STACK_OF_PYTHON = 40
 # Bytes that may be spilled all the same, by kernels that have as many registers as there are.
 SPILLS = {
@@ -97,7 +105,7 @@ WANTED = {
     "sm_100a": ("float rnn_tanh",),
     "sm_120a": ("bfloat16 gru",),
 }
-# Of cells from Python: types, of all of them or of one.
+# Of cells from Python: types, of all of them or of two.
 PYTHON_WANTED = {arch: ("simple",) for arch in WANTED}
 PYTHON_WANTED |= {arch: ("float", "bfloat16", "double") for arch in LOOKED_AT}
 
@@ -179,7 +187,7 @@ def check(report: str, arch: str) -> tuple[dict[str, int], list[str]]:
         most = 0  # of stack and spills
         if re.match(PYTHON, short):
             wider = MOST_OF_PYTHON["double" in short]
-            most = STACK_OF_PYTHON * ("double" in short)
+            most = STACK_OF_PYTHON * ("double" in short or kind.startswith("Scan"))
         allowed = max(REGISTERS[kind]["double" in short], wider)
         allowed += UNROLLED.get((arch, kind), 0)
         if arch in FEWER_THREADS:

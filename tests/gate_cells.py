@@ -1,6 +1,6 @@
 """Cells from Python whose gate kernels tests/compile_gate.py compiles.
 
-Of the zoo, one with all functions, and random ones.
+Of the zoo, with affine updates, one with all functions, and random ones.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 
 import contract_cells
 import random_cells
+import scan_cells
 from hypothesis import HealthCheck, Phase, given, settings
 
 from fused_rnn import zoo
 from fused_rnn.reference import CELLS
 
-SIMPLE = zoo.FastGRNN
+SIMPLE = (zoo.FastGRNN, zoo.MinGRU)
 
 
 def drawn(most: int) -> list[Any]:
@@ -51,7 +52,7 @@ def drawn(most: int) -> list[Any]:
 def write(layers: list[Any], scalar: str, path: Path) -> None:
     """A source of all kernels of their steps, for tensors of this type."""
     (path.parent / "cells").mkdir(exist_ok=True)
-    includes = ['#include "cuda/kernels.cuh"']
+    includes = ['#include "cuda/scan.cuh"']
     kernels = [
         f"template __global__ void AddTo<{scalar}>(int64_t, int64_t, {scalar}*, const {scalar}*);"
     ]
@@ -73,16 +74,30 @@ def write(layers: list[Any], scalar: str, path: Path) -> None:
                     f"const __grid_constant__ Gate{way}Args<{scalar}>);"
                     for kernel in chosen
                 ]
+            if CELLS[layer.cell].source.affine:
+                args = f"const __grid_constant__ Scan{way}Args<{name}, {scalar}>"
+                kernels += [
+                    f"template __global__ void Scan{way}{part}<{name}, {scalar}>({args});"
+                    for part in ("", "Maps")
+                ]
+        if CELLS[layer.cell].source.affine:
+            wide = f"{name}, Wide<{scalar}>"
+            kernels.append(
+                f"template __global__ void ScanStarts<{wide}>(int64_t, int64_t, int64_t, "
+                f"Rows<const Wide<{scalar}>>, ScanMaps<{wide}>);"
+            )
     text = [*includes, "namespace frnn {", "namespace cuda {", *kernels, "}", "}", ""]
     path.write_text("\n".join(text))
 
 
 def sources(folder: Path, scalars: Mapping[str, str]) -> dict[str, Path]:
-    """Of all these cells by the types' names; and under "simple" of one, for the first."""
+    """Of all these cells by the types' names; and under "simple" of two, for the first."""
     layers = [zoo.SLSTM, zoo.UnICORNN, zoo.GRUD, zoo.RHN, contract_cells.Everything, *drawn(3)]
+    layers += [zoo.MinLSTM, zoo.QRNN]
+    layers += [cell.declare(f"Scanned{i}") for i, cell in enumerate(scan_cells.ALL[1:])]
     found = {name: folder / f"python_{name}.cu" for name in scalars}
     for name, path in found.items():
         write(layers, scalars[name], path)
     found["simple"] = folder / "python_simple.cu"
-    write([SIMPLE], next(iter(scalars.values())), found["simple"])
+    write(list(SIMPLE), next(iter(scalars.values())), found["simple"])
     return found

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import random_cells
+import scan_cells
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -230,6 +231,94 @@ def test_explain() -> None:
     assert "20 bytes per step, row and unit" in text
     assert "tanh(c): computed in the backward once more, which costs 0.6 of keeping it" in text
     assert "8 I + 8 H operations" in text
+
+
+# --- Affine updates -----------------------------------------------------------------------------
+
+
+def test_cells_of_the_zoo_with_affine_updates() -> None:
+    found = {}
+    for name in zoo.__all__:
+        cell = CELLS[getattr(zoo, name).cell].source
+        if cell.affine:
+            found[name] = cell.affine.states
+    assert found == {"QRNN": ["c"], "MinGRU": ["h"], "MinLSTM": ["h"]}
+
+
+def test_affine_updates_in_the_header() -> None:
+    assert body(zoo.QRNN, "affine") == [
+        "using T = typename Lanes<V>::T;",
+        "const V f = sigmoid(x[1]);",
+        "by[0] = f;",
+        "plus[0] = (T(1) - f) * tanh(x[0]);",
+    ]
+    assert "kAffine = 0b10;" in zoo.QRNN.source()
+    assert "affine      the new c" in zoo.QRNN.explain()
+
+    def both(x: Any, r: Any, s: Any, p: Any) -> dict[str, Any]:
+        by, plus = torch.sigmoid(x.a), p.u * x.a
+        return dict(h=torch.lerp(s.h, s.c, by), c=(plus - s.c) / 2)
+
+    assert body(of(both, "a", "h c", "u"), "affine") == [
+        "using T = typename Lanes<V>::T;",
+        "const V by_ = sigmoid(x[0]);",
+        "const V plus_ = p[0] * x[0];",
+        "by[0] = T(1) - by_;",
+        "by[1] = by_;",
+        "by[2] = V{};",
+        "by[3] = splat<V>(T(-0.5));",
+        "plus[0] = V{};",
+        "plus[1] = plus_ / T(2);",
+    ]
+
+
+@pytest.mark.parametrize(
+    "new, is_affine",
+    [
+        ("x.a * s.h + x.b", True),
+        ("s.h - s.h / x.a + 2", True),
+        ("-(-s.h - x.a) * 3", True),
+        ("torch.where(x.a > 0, s.h, x.b * s.h)", True),
+        ("x.a * s.c + torch.tanh(x.b)", True),
+        ("s.c + s.h - s.h", True),
+        ("s.h * s.h", False),
+        ("s.h * s.c", False),
+        ("torch.tanh(s.h) + x.a", False),
+        ("x.a / s.h", False),
+        ("torch.where(s.h > 0, x.a, x.b)", False),
+        ("torch.maximum(s.h, x.a)", False),
+        ("abs(s.h)", False),
+        ("x.a * s.h + r.b", False),
+        ("x.a * s.h + s.d + s.c", False),
+    ],
+)
+def test_which_updates_are_affine(new: str, is_affine: bool) -> None:
+    """Of at most two states that are read."""
+    text = f"def Drawn(x, r, s, p): return dict(h={new}, c=x.a * s.c + x.b, d=x.a + x.b)"
+    cell = compiled(random_cells.Drawn(("a", "b"), ("h", "c", "d"), (), "h", (), text))
+    assert (cell.affine is not None) == is_affine
+    if is_affine:
+        assert_affine(cell)
+
+
+def assert_affine(cell: Compiled) -> None:
+    """The new states are those of the function, of any numbers."""
+    found, traced = cell.affine, cell.trace
+    assert found is not None
+    inputs = [node for node in traced.graph if node.op == "input"]
+    known = {node: torch.randn(9, dtype=torch.float64) for node in inputs}
+    states = [known[traced.input("s", name)] for name in found.states]
+    free = {node: value for node, value in known.items() if node.args[0] in ("x", "p")}
+    by = [evaluate(node, dict(free)) for node in found.by]
+    for i, name in enumerate(found.states):
+        rows = zip(by[i * len(states) : (i + 1) * len(states)], states, strict=True)
+        new = sum((a * s for a, s in rows), evaluate(found.plus[i], dict(free)))
+        torch.testing.assert_close(new, evaluate(traced.new[name], dict(known)))
+
+
+@pytest.mark.parametrize("drawn", scan_cells.ALL, ids=lambda drawn: "-".join(drawn.states))
+def test_affine_updates_of_larger_cells(drawn: random_cells.Drawn) -> None:
+    assert_affine(compiled(drawn))
 
 
 def test_hyperparameters_are_constants() -> None:

@@ -62,6 +62,7 @@ class Problem(NamedTuple):
     blocks: int = 1
     has_resident: bool = True
     gates: int | None = None  # of each part, if not the cell's
+    affine: bool = False  # and then without a recurrent product
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,11 @@ def plan(engine: Any, problem: Problem) -> Any:
     p, device = engine.Problem(), engine.Device()
     device.multiprocessors, device.major, device.l2_bytes, device.shared_bytes = CARDS[problem.card]
     p.gates_x = p.gates_h = problem.gates or reference.CELLS[problem.cell].gates
+    if problem.affine:
+        p.gates_h = 0
     for name in ("H", "B", "T", "dirs", "projected", "allow_tf32", "kept"):
         setattr(p, name, getattr(problem, name))
-    for name in ("stages", "norms", "blocks", "has_resident"):
+    for name in ("stages", "norms", "blocks", "has_resident", "affine"):
         setattr(p, name, getattr(problem, name))
     p.storage = getattr(engine.Storage, problem.storage)
     p.aligned = True
@@ -110,6 +113,11 @@ def test_plans_are_possible(engine: Any) -> None:
         for force in (None, None, None, "resident", "cluster", "local")
         for kept in (False, True)
     ]
+    problems += [
+        problem._replace(affine=True, has_resident=False, force=force)
+        for problem in problems[::6]
+        for force in (None, "scan")
+    ]
     variants, seen = engine.Variant, set()
     for problem in problems:
         found = plan(engine, problem)
@@ -118,6 +126,10 @@ def test_plans_are_possible(engine: Any) -> None:
         assert 1 <= found.streams <= problem.dirs, problem
         assert 1 <= found.chunk_steps <= problem.T, problem
         seen.add(found.variant)
+        if found.variant == variants.scan:
+            assert problem.affine and 1 <= found.scan_length <= found.chunk_steps, problem
+            chunks = ceil(found.chunk_steps, found.scan_length)
+            assert (chunks - 1) ** 2 <= 2 * found.chunk_steps, problem
         if found.variant not in (variants.resident, variants.cluster, variants.local):
             continue
         multiprocessors, major, _, shared = CARDS[problem.card]
@@ -221,6 +233,28 @@ def test_between_two_steps(engine: Any) -> None:
     assert (found.groups, found.tiles) == (1, 4)  # where others have two groups
 
 
+def test_scans(engine: Any) -> None:
+    def one(**arguments: Any) -> Any:
+        arguments = {"H": 256, "B": 4, "affine": True, "has_resident": False, **arguments}
+        found = plan(engine, Problem(**arguments))
+        return found.scan_length if found.variant.name == "scan" else found.variant.name
+
+    # sqrt(2 T) chunks, so that there are half as many as two times their steps,
+    assert one(T=200) == 10 and one(T=800) == 20 and one(T=801) == 21
+    # unless they are very short, or the card is full before, with the threads of both directions.
+    assert one(T=15) == "graph" and one(T=16) == one(T=32) == 8
+    assert one(T=100, B=64) == 13 and one(T=100, B=64, dirs=2) == 16
+    assert one(T=100, B=32, card="RTX 3060") == 34
+    assert one(T=800, H=1024, B=64) == 32 and one(T=800, H=1024, B=128) == "graph"
+    # What is normalised, reset or returned of each step changes nothing. None is forced on others.
+    assert one(T=800, stages=True, norms=True) == 20
+    assert one(T=800, affine=False) == one(T=800, affine=False, force="scan") == "graph"
+    assert one(T=800, force="steps") == "steps" and one(T=800, force="resident") == "graph"
+    assert one(T=1, kept=False, B=1) == "one" and one(T=1, kept=False, B=1, force="scan") == 1
+    assert one(T=5, force="scan") == 2 and one(T=800, H=1024, B=512, force="scan") == 2
+    assert one(T=800, B=0) == one(T=800, H=0, force="scan") == "graph"
+
+
 def test_cells_that_lack_some_kernels(engine: Any) -> None:
     """Those from Python have none that keep their weights, and wide ones none of a single step."""
 
@@ -306,10 +340,11 @@ def test_variant_can_be_forced(engine: Any) -> None:
     found = {name: forced(name) for name in ("steps", "graph", "resident", "local")}
     found["cluster"] = plan(engine, Problem(H=264, force="cluster"))
     found["one"] = plan(engine, Problem(B=1, T=1, kept=False, force="one"))
+    found["scan"] = plan(engine, Problem(affine=True, force="scan"))
     assert all(plan.variant.name == name for name, plan in found.items())
     for name in ("threads_x", "threads_y", "streams", "chunk_steps", "copies"):
         assert getattr(found["steps"], name) == getattr(found["graph"], name)
-    message = "FUSED_RNN_VARIANT is 'fast': use steps, graph, one, resident, cluster or local"
+    message = "'fast': use steps, graph, scan, one, resident, cluster or local"
     with pytest.raises(ValueError, match=message):
         forced("fast")
     assert forced("local", H=129).variant.name == forced("cluster").variant.name == "graph"

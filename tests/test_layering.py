@@ -74,7 +74,7 @@ def test_one_place_calls_cells() -> None:
     calls = {
         path.relative_to(ROOT / "csrc").as_posix()
         for path in sources("csrc", ".h", ".cuh", ".cpp")
-        if re.search(r"\bC::(forward|backward)\(", path.read_text())
+        if re.search(r"\bC::(forward|backward|affine)\(", path.read_text())
     }
     assert calls == {"core/step.h"}
 
@@ -180,7 +180,7 @@ def test_layers_of_the_operators() -> None:
 
 
 # Each may import those before it.
-COMPILER_LAYERS = "errors graph trace derive cut emit explain"
+COMPILER_LAYERS = "errors graph trace derive cut affine emit explain"
 
 
 def test_layers_of_the_compiler() -> None:

@@ -23,6 +23,9 @@
 //                product k + 1; product 0 is that of h, of which it may be a function, and of the
 //                gates of all products before its own
 //   kHOf         with operands, how many of the kH gates each product has, in order
+//   kAffine      as bits, all states that the math reads of the step before, if these become
+//                s_t = by_t s_{t-1} + plus_t with `by` and `plus` of gates and parameters alone, and
+//                kH = 0 (0: they do not). An engine may then do many steps at once, see below
 //
 //   forward (x[kX + kGiven], h[kH], s[kStates], p[kParams])         -> s_new[kStates], saved[kSaved]
 //   backward(saved[kSaved], s[kStates], h_t, p[kParams], ds_new[kStates + kOperands])
@@ -37,6 +40,10 @@
 //
 // where ds_new of the state has the gradient that reaches it from what was shown. `forward` computes
 // show(saved, s_new[kShows]); what it saves does not depend on that.
+//
+// A cell with n affine states has, in their order and `by` row by row,
+//
+//   affine(x[kX + kGiven], p[kParams])                             -> by[n * n], plus[n]
 //
 // saved[k] is operand k, and ds_new[kStates + k] its gradient, for k < kOperands. An engine calls
 // forward once for each product, with zeros for the gates that it does not have yet, and takes from
@@ -61,7 +68,7 @@ struct Pack {
 
 struct CellDefaults {
   static constexpr int kRecurrent = 0, kOutput = 0, kParams = 0, kShows = -1, kGiven = 0,
-                       kOperands = 0;
+                       kOperands = 0, kAffine = 0;
   static constexpr bool kReadsNewH = false;
   static constexpr int kDh[1] = {0}, kHOf[1] = {0};
   static constexpr const char* kParamNames[1] = {nullptr};
@@ -101,6 +108,14 @@ struct Products {
   }
 };
 
+// How many states have an affine update.
+template <class C>
+constexpr int kAffineStates = [] {
+  int count = 0;
+  for (int j = 0; j < C::kStates; j++) count += C::kAffine >> j & 1;
+  return count;
+}();
+
 template <int N, int M>
 constexpr bool AllBelow(const int (&index)[N]) {
   for (int i : index)
@@ -127,6 +142,8 @@ constexpr bool CheckCell() {
                     (C::kShows < 0 ||
                      (C::kOutput == C::kRecurrent && C::kShows != C::kOutput && C::kOperands == 0)),
                 "h shows another state");
+  static_assert(C::kAffine >> C::kStates == 0 && (C::kAffine == 0 || C::kH == 0),
+                "affine are states of a cell without a recurrent product");
   static_assert(C::kParams == 0 || sizeof(C::kParamNames) / sizeof(char*) == C::kParams,
                 "one name per parameter");
   static_assert(C::kGiven >= 0 && C::kOperands >= 0 && C::kOperands <= C::kSaved &&

@@ -4,9 +4,79 @@
 // (ForwardStep::Compute, first line), or on states after it (last line: zoneout), and what undoes
 // them in BackwardStep, in reverse; and one between a state and the output that shows it.
 #pragma once
+#include <limits>
+
 #include "core/cell.h"
 
 namespace frnn {
+
+// s becomes by s + plus: what a step does to n affine states, or several steps together, or backwards
+// in time to their gradients.
+template <class V, int n>
+struct AffineMap {
+  Pack<V, n * n> by;
+  Pack<V, n> plus;
+
+  // All that was before does not matter: the states are these.
+  FRNN_HD static AffineMap To(const Pack<V, n>& s) {
+    AffineMap map{};
+    map.plus = s;
+    return map;
+  }
+  FRNN_HD static AffineMap Identity() {
+    AffineMap map{};
+    FRNN_UNROLL
+    for (int i = 0; i < n; i++) map.by[i * n + i] = splat<V>(1);
+    return map;
+  }
+  // `first` and then this.
+  FRNN_HD AffineMap After(const AffineMap& first) const {
+    AffineMap both;
+    FRNN_UNROLL
+    for (int i = 0; i < n; i++) {
+      FRNN_UNROLL
+      for (int j = 0; j < n; j++) {
+        V sum = by[i * n] * first.by[j];
+        FRNN_UNROLL
+        for (int k = 1; k < n; k++) sum = sum + by[i * n + k] * first.by[k * n + j];
+        // Factors beyond 1 may overflow together where a state is zero, which is to stay so.
+        constexpr auto most = std::numeric_limits<typename Lanes<V>::T>::max();
+        both.by[i * n + j] = clamp(sum, -most, most);
+      }
+    }
+    both.plus = (*this)(first.plus);
+    return both;
+  }
+  FRNN_HD Pack<V, n> operator()(const Pack<V, n>& s) const {
+    Pack<V, n> to = plus;
+    FRNN_UNROLL
+    for (int i = 0; i < n; i++) {
+      FRNN_UNROLL
+      for (int j = 0; j < n; j++) to[i] = to[i] + by[i * n + j] * s[j];
+    }
+    return to;
+  }
+};
+
+// The affine ones of all states; and all states, of which these are the affine ones and others zero.
+template <class C, class V>
+FRNN_HD Pack<V, kAffineStates<C>> AffineOf(const Pack<V, C::kStates>& s) {
+  Pack<V, kAffineStates<C>> of;
+  int i = 0;
+  FRNN_UNROLL
+  for (int j = 0; j < C::kStates; j++)
+    if (C::kAffine >> j & 1) of[i++] = s[j];
+  return of;
+}
+template <class C, class V>
+FRNN_HD Pack<V, C::kStates> FromAffine(const Pack<V, kAffineStates<C>>& of) {
+  Pack<V, C::kStates> s{};
+  int i = 0;
+  FRNN_UNROLL
+  for (int j = 0; j < C::kStates; j++)
+    if (C::kAffine >> j & 1) s[j] = of[i++];
+  return s;
+}
 
 // A cell with several products has a step after each: Load<k> has the gates of the first k + 1, and
 // StoreOperand<k> is all that comes of it but for the last, which is a step like any other.
@@ -54,6 +124,13 @@ struct ForwardStep {
     s[C::kRecurrent] = view.H();
     FRNN_UNROLL
     for (int j = 0; j < C::kStates; j++) Stay(view, j);
+  }
+
+  // After Load, whatever the states.
+  FRNN_HD AffineMap<V, kAffineStates<C>> Map() const {
+    AffineMap<V, kAffineStates<C>> map;
+    C::affine(x, p, map.by, map.plus);
+    return map;
   }
 
   template <int kProduct, class View>
@@ -166,6 +243,25 @@ struct BackwardStep {
     const Pack<V, C::kStates> stays = TakeStaying(view);
     Compute();
     AddStaying(view, stays);
+  }
+  // Of the gradients of affine states, from those after the step to those before it, where ds_new has
+  // all else that reaches the states after it. Its Jacobian is of no state.
+  FRNN_HD AffineMap<V, kAffineStates<C>> Map() {
+    constexpr int n = kAffineStates<C>;
+    AffineMap<V, n> map;
+    Compute();
+    map.plus = AffineOf<C>(ds);
+    FRNN_UNROLL
+    for (int j = 0; j < n; j++) {
+      Pack<V, n> one{};
+      one[j] = splat<V>(1);
+      FRNN_UNROLL
+      for (int k = 0; k < C::kStates; k++) ds_new[k] = FromAffine<C>(one)[k];
+      Compute();
+      FRNN_UNROLL
+      for (int i = 0; i < n; i++) map.by[i * n + j] = AffineOf<C>(ds)[i];
+    }
+    return map;
   }
   // The same in two parts, each after Load: the gradient of what the output shows, and all others
   // given that of the state.

@@ -25,6 +25,7 @@ struct Engine {
     problem.norms = NormOfX(p) || NormOfH(p);
     problem.blocks = p.blocks;
     problem.operands = C::kOperands > 0;
+    problem.affine = Steps<C, T>::CanScan(p);
     problem.kept = kBackward<P> || p.hs != nullptr || p.saved != nullptr;
     for (int d = 0; d < p.dirs; d++)
       problem.aligned &= p.blocks > 1 || reinterpret_cast<uintptr_t>(p.w[d].w_hh) % 16 == 0;

@@ -54,28 +54,26 @@ struct GateOrder {
   }
 };
 
-// f(k, the number of its first gate, how many it has) for the product with W_hh that gate q beside h
-// belongs to. Device code can not read the cell's static arrays, so that the numbers are constants of
-// the compiler, as q is where this is inlined.
-template <class C, int... k, class F>
-FRNN_HD void ForProductOf(int q, std::integer_sequence<int, k...>, const F& f) {
-  ((q >= std::integral_constant<int, Products<C>::First(k)>() &&
-            q < std::integral_constant<int, Products<C>::First(k + 1)>()
-        ? f(k, std::integral_constant<int, Products<C>::First(k)>(),
-            std::integral_constant<int, Products<C>::Gates(k)>())
-        : void()),
+// Where gate q of unit u lies in a row, where the gates of each product with W_hh are ordered by
+// themselves. Device code can not read the cell's static arrays, so that numbers of gates are constants
+// of the compiler, as q is where this is inlined.
+template <class C, int... k>
+FRNN_HD int64_t OfGateH(const GateOrder& order, int q, int64_t u,
+                        std::integer_sequence<int, k...>) {
+  int64_t at = 0;
+  const auto of_product = [&](int first, int end, int gates) {
+    const GateOrder own{uint32_t(gates), order.H, order.width};
+    if (q >= first && q < end) at = int64_t(first) * order.H + own(q - first, u);
+  };
+  (of_product(std::integral_constant<int, Products<C>::First(k)>(),
+              std::integral_constant<int, Products<C>::First(k + 1)>(),
+              std::integral_constant<int, Products<C>::Gates(k)>()),
    ...);
+  return at;
 }
-// Where gate q of unit u lies in a row, where the gates of each product are ordered by themselves.
 template <class C>
 FRNN_HD int64_t OfGateH(const GateOrder& order, int q, int64_t u) {
-  int64_t at = 0;
-  ForProductOf<C>(q, std::make_integer_sequence<int, Products<C>::kCount>(),
-                  [&](int, int first, int gates) {
-                    const GateOrder own{uint32_t(gates), order.H, order.width};
-                    at = int64_t(first) * order.H + own(q - first, u);
-                  });
-  return at;
+  return OfGateH<C>(order, q, u, std::make_integer_sequence<int, Products<C>::kCount>());
 }
 
 // h, or another operand of W_hh, as a mask leaves it.

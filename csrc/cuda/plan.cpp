@@ -31,6 +31,23 @@ void Tile(const CudaDevice& device, const Problem& problem, Plan* plan) {
   plan->threads_y = int(std::max<int64_t>(1, threads / plan->threads_x));
 }
 
+// A scan does twice the work, so that it is for layers that leave most of a card idle: a multiprocessor
+// of so many threads has enough to do.
+constexpr int64_t kScanThreads = 1024;
+// Shorter chunks are not worth a launch more.
+constexpr int64_t kScanLength = 8;
+
+// Steps of a chunk: with N chunks of L steps, all do 2 L steps side by side and N one after the other,
+// which is least for N = sqrt(2 T); but the card has room for so many only.
+int64_t ScanLength(const CudaDevice& device, const Problem& problem, int64_t steps, bool forced) {
+  int64_t chunks = 1;
+  while ((chunks + 1) * (chunks + 1) <= 2 * steps) chunks++;
+  const int64_t threads = problem.B * problem.H * problem.dirs;
+  if (!forced) chunks = std::min(chunks, device.multiprocessors * kScanThreads / threads);
+  chunks = std::max<int64_t>(chunks, 1);
+  return std::max((steps + chunks - 1) / chunks, forced ? 1 : kScanLength);
+}
+
 // Input products of a kernel that keeps its weights may take so much memory; a new launch costs some
 // steps.
 constexpr int64_t kResidentGates = int64_t{256} << 20;
@@ -187,11 +204,12 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
   const bool local = may("local"), cluster = may("cluster"), resident = may("resident");
   if (forced == "steps")
     plan.variant = Variant::kSteps;
-  else if (forced == "graph" || (!forced.empty() && (one || local || cluster || resident)))
+  else if (forced == "graph" || forced == "scan" ||
+           (!forced.empty() && (one || local || cluster || resident)))
     plan.variant = Variant::kGraph;
   else if (!forced.empty())
     throw std::invalid_argument("FUSED_RNN_VARIANT is '" + forced +
-                                "': use steps, graph, one, resident, cluster or local");
+                                "': use steps, graph, scan, one, resident, cluster or local");
   if (one && single) plan.variant = Variant::kOne;
   if (FitsTensorCores(device, problem)) {
     const Shapes shapes{device, problem, together};
@@ -211,6 +229,12 @@ Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* forc
     plan.streams = 1;
     const int64_t step_bytes = problem.gates_x * problem.H * problem.B * problem.dirs * 4;
     plan.chunk_steps = std::clamp<int64_t>(kResidentGates / step_bytes, 1, problem.T);
+  }
+  if (problem.affine && problem.B > 0 && problem.H > 0 && (forced.empty() || forced == "scan")) {
+    // Of the steps whose input products, which a scan reads twice, are there together.
+    const int64_t length = ScanLength(device, problem, plan.chunk_steps, !forced.empty());
+    if (2 * length <= plan.chunk_steps || !forced.empty())
+      plan.variant = Variant::kScan, plan.scan_length = length;
   }
   return plan;
 }

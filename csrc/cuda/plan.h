@@ -14,6 +14,7 @@ enum class Variant {
   kOne,    // one launch: a single step, of which nothing is kept
   kSteps,  // launch every step
   kGraph,  // replay them from a CUDA graph
+  kScan,  // all steps in a few launches, of a cell whose update is affine (scan.cuh), replayed, too
   // One launch with the weights in registers (resident.cuh), replayed from a graph, too.
   kResident,  // blocks share the units and talk through memory
   kCluster,   // or through each other's shared memory
@@ -34,6 +35,7 @@ struct Problem {
   // weights have all but norms, where blocks talk through memory.
   bool stages = false, norms = false;
   bool operands = false;  // W_hh multiplies other values than h, too
+  bool affine = false;    // the update is, also with what happens between two steps
 };
 
 // Rows of the batch that a kernel of one step does at once.
@@ -95,15 +97,16 @@ struct Plan {
   // Of a kernel that keeps its weights: a warp's blocks of k in h W_hh^T, a block's groups of units
   // and tiles of rows, and copies of all units, each with its part of the batch.
   int blocks, groups, tiles, copies;
-  int64_t stages;  // 0 or 1
+  int64_t stages;       // 0 or 1
+  int64_t scan_length;  // steps of a chunk of a scan, or 0
 
-  bool keeps_weights() const { return variant > Variant::kGraph; }
+  bool keeps_weights() const { return variant > Variant::kScan; }
 };
 static_assert(std::has_unique_object_representations_v<Plan>);  // compared byte by byte
 
 // together: how many blocks of the plan's kernel can be on the card at once.
-// `force`: "steps", "graph", "one", "resident", "cluster" or "local" (FUSED_RNN_VARIANT), or null. Where
-// the last four cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
+// `force`: "steps", "graph", "scan", "one", "resident", "cluster" or "local" (FUSED_RNN_VARIANT), or null.
+// Where the last five cannot be, it is a graph all the same. Throws std::invalid_argument for other words.
 FRNN_EXPORT Plan MakePlan(const CudaDevice& device, const Problem& problem, const char* force,
                           const std::function<int64_t(const Plan&)>& together);
 

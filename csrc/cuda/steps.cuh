@@ -1,6 +1,7 @@
 // One recurrent layer on a card, for any cell. Everything that does not depend on the step before is
 // one product over many steps. What does: per step one product and one kernel with the gate math, or
-// where the weights fit into registers one kernel for all steps (resident.cuh).
+// where the weights fit into registers one kernel for all steps (resident.cuh), or where the update is
+// affine a scan (scan.cuh).
 //
 // Forward, per chunk of steps: gx = x W_ih^T; per step: gh = h W_hh^T, gates.
 // Backward, per step from the last: gate gradients, dh += dgh W_hh. Then dX, dW and db over all rows.
@@ -16,6 +17,7 @@
 #include "cuda/plan.h"
 #include "cuda/product.h"
 #include "cuda/resident.cuh"
+#include "cuda/scan.cuh"
 
 namespace frnn {
 namespace cuda {
@@ -47,6 +49,11 @@ class Steps {
     return p.reset || p.zoneout || p.h_mask || p.every_state;
   }
 
+  // Whether the update of the affine states is affine in this call, too.
+  static bool CanScan(const LayerParams& p) {
+    return C::kAffine != 0 && !p.zoneout && !p.h_mask && !NormOfH(p) && !InBlocks(p);
+  }
+
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
     Workspace count(nullptr);
     if (plan.variant == Variant::kOne) return 0;
@@ -63,15 +70,16 @@ class Steps {
 
   static void Forward(const LayerParams& p, const Plan& plan, const Call& call) {
     if (plan.variant == Variant::kOne) return OneStep(p, plan, call);
-    Beside beside(call, plan.streams == 2);
     Workspace workspace(call.workspace);
+    const int64_t* offsets = BringOffsets(p, plan, call, workspace);
+    Beside beside(call, plan.streams == 2);
     ForwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
     for (int d = 0; d < p.dirs; d++) Direction(p, plan, call, d).TakeWeights(buffers[d].w_hh);
-    const bool resident = plan.keeps_weights();
+    const bool resident = plan.keeps_weights(), scan = plan.variant == Variant::kScan;
     ResidentSteps steps{};
     if (resident) {
-      steps = StepsOf(p, plan, call, workspace);
+      steps = StepsOf(p, plan, call, offsets);
       for (int d = 0; d < p.dirs; d++) Direction(p, plan, call, d).StartStates(buffers[d], steps);
     }
     for (int64_t begin = 0; begin < p.T; begin += plan.chunk_steps) {
@@ -84,15 +92,21 @@ class Steps {
         ForwardResident(p, plan, call, buffers, first, steps);
         continue;
       }
-      for (int d = 0; d < p.dirs; d++)
-        Direction(p, plan, call, d).ForwardSteps(buffers[d], first[d], begin, end);
+      for (int d = 0; d < p.dirs; d++) {
+        const Direction on(p, plan, call, d);
+        if (scan)
+          on.ForwardScan(buffers[d], first[d], on.ScanOf(begin, end, offsets));
+        else
+          on.ForwardSteps(buffers[d], first[d], begin, end);
+      }
     }
     beside.Join();
   }
 
   static void Backward(const LayerGradParams& p, const Plan& plan, const Call& call) {
-    Beside beside(call, plan.streams == 2);
     Workspace workspace(call.workspace);
+    const int64_t* offsets = BringOffsets(p, plan, call, workspace);
+    Beside beside(call, plan.streams == 2);
     BackwardBuffers buffers[2] = {{p, plan, workspace}, {}};
     if (p.dirs == 2) buffers[1] = {p, plan, workspace};
     for (int d = 0; d < p.dirs; d++) {
@@ -101,7 +115,10 @@ class Steps {
       on.StartCarry(buffers[d]);
     }
     if (plan.keeps_weights())
-      BackwardResident(p, plan, call, buffers, StepsOf(p, plan, call, workspace));
+      BackwardResident(p, plan, call, buffers, StepsOf(p, plan, call, offsets));
+    else if (plan.variant == Variant::kScan)
+      for (int d = 0; d < p.dirs; d++)
+        GradDirection(p, plan, call, d).BackwardScan(buffers[d], offsets);
     else
       for (int64_t end = p.T; end > 0; end -= std::min(end, plan.chunk_steps))
         for (int d = 0; d < p.dirs; d++)
@@ -191,6 +208,11 @@ class Steps {
         c = w.Take<A>(p.B * kExtra * p.H);
         return;
       }
+      if (plan.variant == Variant::kScan) {
+        maps = w.Take<A>(ScanChunks(plan, plan.chunk_steps) * p.B * ScanMaps<C, A>::kSize * p.H);
+        c = w.Take<A>(p.B * kAffineStates<C> * p.H);
+        return;
+      }
       gh = w.Take<A>(p.B * C::kH * p.H);
       operands = w.Take<T>(C::kOperands * p.B * p.H);
       masked = w.Take<T>(p.h_mask ? p.B * p.Hout : 0);
@@ -203,7 +225,9 @@ class Steps {
     T* operands;  // [kOperands, B, H]
     T* w_hh;      // of a block-diagonal one, see ByBlocks
     T* hs;        // [rows, Hout]: of a resident kernel, where none are kept for the backward
-    A* c;         // [B, kExtra H]: of resident kernels, from one launch to the next
+    A* c;         // [B, kExtra H]: of resident kernels, from one launch to the next; of scans [B,
+                  // affine H], of affine states
+    A* maps;      // of scans, see ScanMaps
     T* masked;  // [B, Hout], of resident kernels [rows, Hout]: h as it goes into W_hh, where a mask
                 // multiplies it
     uint8_t* cuts;  // [T, B]: of resident kernels, see FindCuts
@@ -224,13 +248,16 @@ class Steps {
           dh_full(w.Take<A>(Projected(p) ? p.B * p.H : 0)),
           h_masked(w.Take<T>(p.h_mask ? p.rows * p.Hout : 0)),
           dh_masked(w.Take<A>(p.h_mask ? p.B * p.Hout : 0)),
-          dparams(w.Take<A>(p.B * C::kParams * p.H)),
+          dparams(w.Take<A>(GradRows(p, plan) * C::kParams * p.H)),
           dgiven(w.Take<T>(HasGivenGrads(p) ? p.rows * C::kGiven * p.H : 0)),
           operands(w.Take<T>(C::kOperands * p.rows * p.H)),
           d_operands(w.Take<A>(C::kOperands * p.B * p.H)),
           partial(w.Take<A>(kSumParts * std::max({C::kX, C::kH, C::kParams}) * p.H)),
           sums(w.Take<T>(InBlocks(p) ? C::kH * p.H : 0)),
           w_hh(w.Take<T>(OwnWeights(p, plan))),
+          maps(w.Take<A>(plan.variant == Variant::kScan
+                             ? GradRows(p, plan) * ScanMaps<C, A>::kSize * p.H
+                             : 0)),
           w_hh_t(w.Take<T>(plan.keeps_weights() ? C::kH * p.H * p.H : 0)),
           cuts(w.Take<uint8_t>(plan.keeps_weights() && p.reset ? p.T * p.B : 0)) {}
     T *dgx, *dgh;   // [rows, kX H], [rows, kH H]: gate gradients; dgh null if it is the same
@@ -240,17 +267,26 @@ class Steps {
     A* dh_full;     // [B, H]: and of h before the projection
     T* h_masked;    // [rows, Hout]: h as it went into W_hh, where a mask multiplied it, and
     A* dh_masked;   // [B, Hout]: its gradient, from the step seen last
-    A* dparams;     // [B, kParams H]: gradients of parameters, of the steps already seen
+    A* dparams;     // [GradRows, kParams H]: gradients of parameters, of the steps already seen
     T* dgiven;      // [rows, kGiven H]: gradients of what is given, of this direction
     T* operands;    // [kOperands, rows, H]: operands of W_hh beside h, as they went into it
     A* d_operands;  // [kOperands, B, H]: and their gradients, of a step
     A* partial;     // [kSumParts, gates H]
     T* sums;        // [kH H]: the gradient of b_hh, block by block
     T* w_hh;        // as in the forward
+    A* maps;        // of scans, see ScanMaps
     T* w_hh_t;      // [H, kH H]: W_hh^T, for a resident kernel
     uint8_t* cuts;  // [T, B]: as in the forward
   };
   static constexpr int64_t kSumParts = 64;
+
+  static int64_t ScanChunks(const Plan& plan, int64_t steps) {
+    return (steps + plan.scan_length - 1) / plan.scan_length;
+  }
+  // Sequences, each in as many parts as threads sum up gradients of parameters over it.
+  static int64_t GradRows(const LayerParams& p, const Plan& plan) {
+    return p.B * (plan.variant == Variant::kScan ? ScanChunks(plan, p.T) : 1);
+  }
 
   // One direction of a layer: where the rows and states of its steps lie, and in which queue it runs.
   struct Direction {
@@ -299,11 +335,16 @@ class Steps {
       return base == nullptr ? nullptr : base + (d * p.B + row) * width;
     }
 
-    // Of [dirs, B, width], or with the states of every step of [dirs, rows, width]: those of step s.
+    // Of [dirs, B, width], or with the states of every step of [dirs, rows, width]: this direction's,
+    // or those of step s.
+    template <class P>
+    P* AllStates(P* all, int64_t width) const {
+      return all == nullptr ? nullptr : all + d * (p.every_state ? p.rows : p.B) * width;
+    }
     template <class P>
     Rows<P> StatesAfter(int64_t s, P* all, int64_t width) const {
-      const int64_t first = p.every_state ? d * p.rows + Row(s) : d * p.B;
-      return {all == nullptr ? nullptr : all + first * width, width};
+      P* const own = AllStates(all, width);
+      return {own == nullptr || !p.every_state ? own : own + Row(s) * width, width};
     }
     // What a unit keeps of its states in step s.
     Rows<const T> Zones(int64_t s) const {
@@ -399,6 +440,41 @@ class Steps {
     void ForwardSteps(const ForwardBuffers& w, int64_t first, int64_t begin, int64_t end) const {
       for (int64_t s = begin; s < end; s++)
         LaunchForward(w, s, w.gx + (Row(s) - first) * C::kX * p.H);
+    }
+
+    // Steps [begin, end) as a scan.
+    ScanSteps ScanOf(int64_t begin, int64_t end, const int64_t* offsets) const {
+      return {p.H, p.B, p.T, begin, end, plan.scan_length, d == 1, offsets, p.reset};
+    }
+    // One chunk after the other; `from` are the states before the first, or null.
+    void RunStarts(const ScanSteps& n, const A* from, const ScanMaps<C, A>& maps) const {
+      Run(ScanStarts<C, A>, n.B, n.H, n.Chunks(), n.B, n.H,
+          Rows<const A>{from, kAffineStates<C> * n.H}, maps);
+    }
+    ScanMaps<C, A> MapsOf(A* maps) const { return {{maps, ScanMaps<C, A>::kSize * p.H}, p.H}; }
+    // gx begins with row `first`.
+    void ForwardScan(const ForwardBuffers& w, int64_t first, const ScanSteps& n) const {
+      if constexpr (C::kAffine != 0) {
+        ScanForwardArgs<C, T> a{};
+        a.n = n;
+        a.gx = w.gx, a.gx_row = first;
+        a.b_ih = static_cast<const T*>(p.w[d].b_ih);
+        for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
+        a.given = static_cast<const T*>(p.given);
+        a.h0 = State(static_cast<const T*>(p.h0), p.H);
+        a.c0 = State(static_cast<const T*>(p.c0), kExtra * p.H);
+        a.y = {static_cast<T*>(p.y) + d * p.H, p.dirs * p.H};
+        a.every = p.every_state;
+        a.h_n = AllStates(static_cast<T*>(p.h_n), p.H);
+        a.c_n = AllStates(static_cast<T*>(p.c_n), kExtra * p.H);
+        a.hs = p.hs ? Hs() : nullptr;
+        a.tape = p.saved ? Saved() : nullptr;
+        a.maps = MapsOf(w.maps);
+        a.after = {w.c, kAffineStates<C> * p.H};
+        Run(ScanForwardMaps<C, T>, (n.Chunks() - 1) * p.B, p.H, a);
+        RunStarts(n, n.begin > 0 ? w.c : nullptr, a.maps);
+        Run(cuda::ScanForward<C, T>, n.Chunks() * p.B, p.H, a);
+      }
     }
 
     // What resident kernels start from, and the words by which they see what is not written yet.
@@ -576,6 +652,28 @@ class Steps {
       for (int64_t s = end - 1; s >= begin; s--) LaunchBackward(w, s);
     }
 
+    void BackwardScan(const BackwardBuffers& w, const int64_t* offsets) const {
+      if constexpr (C::kAffine != 0) {
+        ScanBackwardArgs<C, T> a{};
+        a.n = this->ScanOf(0, p.T, offsets);
+        a.tape = this->Saved(), a.hs = this->Hs();
+        for (int k = 0; k < C::kParams; k++) a.params[k] = static_cast<const T*>(p.w[d].params[k]);
+        if (g.dy) a.dy = static_cast<const T*>(g.dy) + d * p.H;
+        a.dy_t_stride = g.dy_t_stride, a.dy_b_stride = g.dy_b_stride;
+        a.every = p.every_state;
+        a.dh_n = this->AllStates(static_cast<const T*>(g.dh_n), p.H);
+        a.dc_n = this->AllStates(static_cast<const T*>(g.dc_n), kExtra * p.H);
+        a.dgx = w.dgx;
+        if (HasGivenGrads(g)) a.dgiven = w.dgiven;
+        a.dparams = w.dparams;
+        a.dh0 = w.dh, a.dc0 = w.dc;
+        a.maps = this->MapsOf(w.maps);
+        Run(ScanBackwardMaps<C, T>, (a.n.Chunks() - 1) * p.B, p.H, a);
+        this->RunStarts(a.n, nullptr, a.maps);
+        Run(ScanBackward<C, T>, a.n.Chunks() * p.B, p.H, a);
+      }
+    }
+
     void LaunchBackward(const BackwardBuffers& w, int64_t s) const {
       const int64_t batch = this->Batch(s), row = Row(s);
       const Rows<const T> dy = Dy(s);
@@ -671,7 +769,8 @@ class Steps {
       }
       OuterProduct(dw.w_ih, w.dgx, width, p.x, p.I, this->XStride());
       for (int k = 0; k < C::kParams; k++)
-        SumRows<A>(dw.params[k], p.B, {w.dparams + k * p.H, C::kParams * p.H}, p.H, w.partial);
+        SumRows<A>(dw.params[k], GradRows(p, plan), {w.dparams + k * p.H, C::kParams * p.H}, p.H,
+                   w.partial);
     }
 
    private:
@@ -736,14 +835,12 @@ class Steps {
     const LayerGradParams& g;
   };
 
-  // [T + 1]: what kernels that keep their weights read of a ragged batch, else null.
+  // [T + 1]: what kernels for all steps read of a ragged batch, else null. Brought to the card.
   static int64_t* TakeOffsets(const LayerParams& p, const Plan& plan, Workspace& workspace) {
-    return plan.keeps_weights() && p.ragged ? workspace.Take<int64_t>(p.T + 1) : nullptr;
+    return plan.variant >= Variant::kScan && p.ragged ? workspace.Take<int64_t>(p.T + 1) : nullptr;
   }
-
-  // All steps, for resident kernels. The offsets of a ragged batch are brought to the card.
-  static ResidentSteps StepsOf(const LayerParams& p, const Plan& plan, const Call& call,
-                               Workspace& workspace) {
+  static const int64_t* BringOffsets(const LayerParams& p, const Plan& plan, const Call& call,
+                                     Workspace& workspace) {
     int64_t* offsets = TakeOffsets(p, plan, workspace);
     for (int64_t i = 0; offsets != nullptr && i <= p.T; i += OffsetsPart::kSize) {
       OffsetsPart part;
@@ -752,6 +849,12 @@ class Steps {
       Start(StoreOffsets, ShapeOf(StoreOffsets, 128), {unsigned(count + 127) / 128},
             call.streams[0], part, count, offsets + i);
     }
+    return offsets;
+  }
+
+  // All steps, for resident kernels.
+  static ResidentSteps StepsOf(const LayerParams& p, const Plan& plan, const Call& call,
+                               const int64_t* offsets) {
     const Patience patience{call.context.device.alarm(), Patience::kPolls};
     return {p.H, p.B, p.T, 0, p.T, offsets, plan.copies, p.dirs, patience};
   }

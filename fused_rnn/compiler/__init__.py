@@ -4,6 +4,7 @@
     trace    the user's function on symbols, which stand for one number per unit
     derive   the gradients of the new states
     cut      which values of the forward are kept for the backward
+    affine   whether steps can be composed
     emit     the header
     explain  all that in words
 
@@ -17,6 +18,7 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
+from .affine import Affine, affine
 from .cut import Tape, choose
 from .derive import Gradients, derive
 from .emit import header, type_name
@@ -56,9 +58,14 @@ class Compiled:
         return choose(self.trace, self.gradients)
 
     @cached_property
+    def affine(self) -> Affine | None:
+        assert self.gradients  # their operations come first in the graph, which is its order
+        return affine(self.trace)
+
+    @cached_property
     def header(self) -> str:
-        return header(self.trace, self.gradients, self.tape)
+        return header(self.trace, self.gradients, self.tape, self.affine)
 
     @cached_property
     def explanation(self) -> str:
-        return explanation(self.trace, self.gradients, self.tape)
+        return explanation(self.trace, self.gradients, self.tape, self.affine)

@@ -6,8 +6,9 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
+from .affine import Affine
 from .cut import Tape
 from .derive import Gradients
 from .graph import COMPARISONS, Node, reachable
@@ -32,7 +33,8 @@ _TAKEN = set(
     signed sizeof static static_assert static_cast struct switch template this thread_local throw
     true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
     xor_eq NULL assert
-    V T Pack Lanes splat frnn custom forward backward x h s p s_new saved h_new ds_new d ds dp
+    V T Pack Lanes splat frnn custom forward backward affine x h s p s_new saved h_new ds_new d ds
+    dp by plus
     sigmoid tanh relu exp expm1 log log1p sqrt sin cos erf abs sign softplus maximum minimum
     sigmoid_grad tanh_grad relu_backward""".split()
 )
@@ -204,6 +206,18 @@ def _backward(
     return body
 
 
+def _affine(trace: Trace, affine: Affine, inputs: Mapping[Node, str]) -> _Body:
+    body, ends = _Body(inputs), [*affine.by, *affine.plus]
+    order, uses = _needed(ends, body.have)
+    for node in order:
+        if node.op not in ("input", "const") and (uses[node] > 1 or node in trace.local):
+            body.declare(node, trace.local.get(node) or body.describe(node))
+    for name, nodes in (("by", affine.by), ("plus", affine.plus)):
+        for i, node in enumerate(nodes):
+            body.assign(f"{name}[{i}]", node)
+    return body
+
+
 def _needed(ends: Sequence[Node], known: Mapping[Node, str]) -> tuple[list[Node], dict[Node, int]]:
     """All that the ends are made of and that is not known, operands first, and how often each is
     used."""
@@ -257,7 +271,7 @@ def _list(values: Iterable[object]) -> str:
     return f"{{{', '.join(map(str, values))}}}"
 
 
-def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
+def header(trace: Trace, gradients: Gradients, tape: Tape, affine: Affine | None) -> str:
     d = trace.declaration
     states = list(d.states)
     numbers: Mapping[str, Callable[[str], int]] = {
@@ -281,7 +295,11 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     for_backward = {n: text for n, text in inputs.items() if n.args[0] not in ("x", "r")}
     distinct = gradients.distinct
     reads = set(tape.states) | ({trace.recurrent} if trace.reads_h else set())
-    bits = "".join(str(int(name in reads)) for name in reversed(states))
+
+    def bits(chosen: Container[str]) -> str:
+        found = "".join(str(int(name in chosen)) for name in reversed(states))
+        return f"0b{found}" if int(found) else "0"
+
     counts = {
         "kX": len(trace.gates_x),
         "kH": len(trace.gates_h),
@@ -303,7 +321,7 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     places = f"int kDx[{all_x}] = {_list(map(distinct.index, gradients.gates_x))}"
     if trace.gates_h:
         places += f", kDh[kH] = {_list(map(distinct.index, gradients.gates_h))}"
-    facts += [places, f"int kReads = {'0b' + bits if int(bits) else 0}"]
+    facts += [places, f"int kReads = {bits(reads)}"]
     if trace.recurrent != states[0]:
         facts.append(f"int kRecurrent = {states.index(trace.recurrent)}")
     if d.output != states[0]:
@@ -313,6 +331,8 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
     if d.params:
         names = _list(f'"{name}"' for name in d.params)
         facts.append(f"const char* kParamNames[kParams] = {names}")
+    if affine:
+        facts.append(f"int kAffine = {bits(affine.states)}")
     declared = "\n".join(_filled(f"static constexpr {fact};", "  ", " " * 6) for fact in facts)
     forward = _forward(trace, tape, inputs)
     backward = _backward(trace, gradients, tape, for_backward, forward)
@@ -342,6 +362,16 @@ def header(trace: Trace, gradients: Gradients, tape: Tape) -> str:
         ],
         backward.lines,
     )
+    functions = [forward_text, backward_text]
+    if affine:
+        n = len(affine.states)
+        arguments = [
+            (f"const Pack<V, {all_x}>& ", "x"),
+            ("const Pack<V, kParams>& ", "p"),
+            (f"Pack<V, {n * n}>& ", "by"),
+            (f"Pack<V, {n}>& ", "plus"),
+        ]
+        functions.append(_function("affine", arguments, _affine(trace, affine, inputs).lines))
     name = type_name(d.name)
     described = [f"// {name}, written by fused_rnn/compiler. Gates: {', '.join(d.gates)}."]
     described += [f"// States: {', '.join(f's[{i}] = {state}' for i, state in enumerate(states))}."]
@@ -358,8 +388,7 @@ namespace custom {{
 struct {name} : CellDefaults {{
 {declared}
 
-{forward_text}
-{backward_text}
+{chr(10).join(functions)}
 }};
 
 }}  // namespace custom

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .affine import Affine
 from .cut import COMPUTE, KEEP, Tape
 from .derive import Gradients
 from .graph import Node, reachable
@@ -13,7 +14,7 @@ from .trace import Trace, said
 _FUNCTION_FLOPS = 20
 
 
-def explanation(trace: Trace, gradients: Gradients, tape: Tape) -> str:
+def explanation(trace: Trace, gradients: Gradients, tape: Tape, affine: Affine | None) -> str:
     d = trace.declaration
     kept = len(tape.saved) + sum(name != trace.recurrent for name in tape.states)
     backward = _backward_nodes(trace, gradients, tape)
@@ -31,6 +32,11 @@ def explanation(trace: Trace, gradients: Gradients, tape: Tape) -> str:
         f"products    {2 * len(trace.gates_x)} I + {2 * len(trace.gates_h)} H operations per step, "
         "row and unit; twice as many backward",
     ]
+    if affine:
+        lines.append(
+            f"affine      the new {_listed(affine.states)}: CUDA may do many steps of a long "
+            "sequence at once"
+        )
     functions = [node for node in tape.again if node.op in COMPUTE]
     for node in functions:
         cost = COMPUTE[node.op] / KEEP

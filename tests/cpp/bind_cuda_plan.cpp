@@ -15,6 +15,7 @@ PYBIND11_MODULE(bind_cuda_plan, m) {
       .value("one", Variant::kOne)
       .value("steps", Variant::kSteps)
       .value("graph", Variant::kGraph)
+      .value("scan", Variant::kScan)
       .value("resident", Variant::kResident)
       .value("cluster", Variant::kCluster)
       .value("local", Variant::kLocal);
@@ -40,7 +41,8 @@ PYBIND11_MODULE(bind_cuda_plan, m) {
       .def_readwrite("kept", &Problem::kept)
       .def_readwrite("stages", &Problem::stages)
       .def_readwrite("norms", &Problem::norms)
-      .def_readwrite("blocks", &Problem::blocks);
+      .def_readwrite("blocks", &Problem::blocks)
+      .def_readwrite("affine", &Problem::affine);
   py::class_<Plan>(m, "Plan")
       .def_readonly("variant", &Plan::variant)
       .def_readonly("threads_x", &Plan::threads_x)
@@ -50,6 +52,7 @@ PYBIND11_MODULE(bind_cuda_plan, m) {
       .def_readonly("blocks", &Plan::blocks)
       .def_readonly("groups", &Plan::groups)
       .def_readonly("tiles", &Plan::tiles)
-      .def_readonly("copies", &Plan::copies);
+      .def_readonly("copies", &Plan::copies)
+      .def_readonly("scan_length", &Plan::scan_length);
   m.def("make_plan", &MakePlan);  // None for no forced variant
 }
