@@ -16,9 +16,8 @@ from . import custom, record, settings
 from .cache import cache_dir, forget_failures, readable_caches
 from .loading import Libraries
 from .messages import BuildError
-from .sources import PACKAGE
+from .sources import PACKAGE, machine
 from .sources import cells as registry
-from .target import machine
 from .tools import find_compiler, find_ninja
 from .version import VERSION
 
