@@ -34,7 +34,7 @@ TIERS = {
 
 
 def cpu_flags() -> set[str]:
-    if build.machine() != "x86_64":  # under an emulator the file below may be about the other machine
+    if build.machine() != "x86_64":  # under an emulator the file is about the machine that it is on
         return set()
     try:
         return set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())

@@ -66,8 +66,8 @@ def filled(template: Path, words: Mapping[str, str]) -> str:
     return text
 
 
-# Needs no flag to be used. For AArch64 gcc moves loads ahead before it gives out registers, which tiles
-# that fill all of them do not survive: sums go through memory. For x86 it does not.
+# Needs no flag to be used. For AArch64, and not for x86, gcc moves loads ahead before it gives out
+# registers: of tiles that fill all of them, sums would go through memory.
 NEON = ("-fno-schedule-insns",)
 # By machine, the first levels of csrc/cpu/levels.def with their flags.
 TIERS_OF: dict[str, dict[str, tuple[str, ...]]] = {
