@@ -1,5 +1,5 @@
 # make demo | examples | test | test-quick | test-all | bench | docs | wheel | sanitize | soak |
-#      cuda-link | lint | format | clean
+#      arm64 | cuda-link | lint | format | clean
 #
 # Needs Python 3.10 or later (with venv), a C++17 compiler and make; all else goes into .venv.
 #
@@ -22,7 +22,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test bench docs wheel sanitize soak cuda-link lint format clean
+.PHONY: help setup demo examples test bench docs wheel sanitize soak arm64 cuda-link lint format \
+  clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -113,6 +114,15 @@ SOAK ?=
 soak: setup
 	$(BIN)/python -m fused_rnn build
 	$(BIN)/python tests/soak.py $(SOAK)
+
+# On demand, twenty minutes: the CPU's engine for arm64 under an emulator, with each instruction set.
+# Needs Debian and its packages g++-aarch64-linux-gnu and qemu-user; all else goes into build/arm64.
+# Newer wheels of torch for arm64 bring CUDA along, unless they are from where those for CPUs are:
+#   make arm64 ARM64="--torch 'torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
+# ARM64="--quick 10" runs ten cases of each test in place of two.
+ARM64 ?=
+arm64: setup
+	$(BIN)/python tests/arm64.py $(ARM64)
 
 # On demand: the whole CUDA library, compiled and linked against a CUDA build of torch (4 GB, into
 # $(CUDA_VENV)) and loaded with every symbol resolved. Needs nvcc, no card.

@@ -28,6 +28,8 @@ from forked import python
 from small_build import KINDS, SOURCES, load
 
 from fused_rnn import build
+from fused_rnn.build.messages import listed
+from fused_rnn.build.target import TIERS_OF
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,6 +157,25 @@ def test_units_and_flags(libraries, home):
         assert "native" not in text and "fast-math" not in text
     text = (home / "instance_generic_double_one.cpp").read_text()
     assert text.endswith("double probe_one_generic_double() { return One::kValue; }\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [
+        ("x86_64", "x86_64"),
+        ("AMD64", "x86_64"),
+        ("aarch64", "aarch64"),
+        ("arm64", "aarch64"),
+        ("riscv64", "riscv64"),
+    ],
+)
+def test_each_machine_has_its_own_instruction_sets(monkeypatch, name, machine):
+    monkeypatch.setattr(platform, "machine", lambda: name)
+    assert build.machine() == machine
+    tiers = list(TIERS_OF.get(machine, ["generic"]))
+    assert build.levels()[: len(tiers)] == tiers
+    others = {tier for other in TIERS_OF.keys() - {machine} for tier in TIERS_OF[other]}
+    assert others & set(build.levels()) == {"generic"}
 
 
 def test_a_cell_needs_a_line_in_the_registry_alone(libraries, home):
@@ -383,7 +404,7 @@ def test_native_and_auto_build(home, monkeypatch):
     ("name", "value", "message"),
     [
         ("FUSED_RNN_BACKEND", "cuda", "is 'cuda': use auto, native or reference"),
-        ("FUSED_RNN_CPU_CAPABILITY", "AVX2", "is 'AVX2': use generic, avx2, avx512, .* or amx"),
+        ("FUSED_RNN_CPU_CAPABILITY", "NEON", f"is 'NEON': use {listed(build.levels())}"),
         ("FUSED_RNN_MAX_JOBS", "many", "is 'many': use a number"),
         ("FUSED_RNN_LOCK_TIMEOUT", "-1", "is '-1': use a number that is not negative"),
         ("FUSED_RNN_CUDA_ARCH", "sm_90", "is 'sm_90': use compute capabilities"),
@@ -1039,6 +1060,7 @@ def command(home, monkeypatch, capsys):
 def test_doctor_says_what_is_used(command):
     code, out, _ = command("doctor", False)
     assert code == 0 and "all is well: the first use" in out and "backend   none" in out
+    assert re.search(r"^tested    (on such machines|under an emulator|never)", out, re.MULTILINE)
     code, out, _ = command("doctor", True)
     assert code == 0 and "origin    built now" in out and out.endswith("\nall is well\n")
     code, out, _ = command("doctor", False)

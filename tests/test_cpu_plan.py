@@ -238,18 +238,19 @@ def test_tiles_are_used_where_they_pay(engine: Any) -> None:
 
 
 def test_tiles_of_vectors_fit_in_registers(engine: Any) -> None:
-    for vector_bytes, nv in itertools.product((16, 32, 64), (1, 2, 3, 4)):
-        registers = engine.registers(vector_bytes)
-        rows = engine.tile_rows(vector_bytes, nv)
+    sets = {"generic": (16, 16), "neon": (16, 32), "avx2": (32, 16), "avx512": (64, 32)}
+    for (vector_bytes, registers), nv in itertools.product(sets.values(), (1, 2, 3, 4)):
+        vectors = engine.Vectors(vector_bytes, registers)
+        rows = engine.tile_rows(vectors, nv)
         assert 1 <= rows <= 12
         # The sums, beside one row of the right side and a value, or all values and one vector.
         assert rows * nv + min(nv + 1, rows + 1) <= registers
         for m in range(1, rows + 1):
-            chains = engine.chains(vector_bytes, m, nv)
+            chains = engine.chains(vectors, m, nv)
             assert chains in (1, 2, 4) and (chains == 1 or chains * m * nv <= registers)
             # Results must not depend on how columns are cut into tiles.
-            if nv <= engine.tile_vecs(vector_bytes):
-                assert chains == engine.chains(vector_bytes, m, 1)
+            if nv <= engine.tile_vecs(vectors):
+                assert chains == engine.chains(vectors, m, 1)
 
 
 def test_depth_of_tiles(engine: Any) -> None:

@@ -619,7 +619,7 @@ def test_a_library_is_built_once_and_listed(tmp_path: Path) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("capability", ["generic", "avx2"])
+@pytest.mark.parametrize("capability", build.levels()[:2])
 def test_other_instruction_sets(capability: str) -> None:
     done = fresh("0.5", FUSED_RNN_CPU_CAPABILITY=capability)
     assert "native" in done.stdout, done.stderr

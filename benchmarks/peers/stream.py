@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from . import Prepared
 
 MADE = Path("out/benchmarks/compiled")  # libraries, by what they were made of
 # The instruction set of this machine, and its widest vectors.
-NATIVE = ("-march=native", "-mprefer-vector-width=512")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+NATIVE = ("-march=native", *["-mprefer-vector-width=512"] * X86)
 
 
 def refuses(case: Case) -> str | None:

@@ -12,32 +12,31 @@
 namespace frnn {
 namespace cpu {
 
-// ---- tiles of products on vectors, by the bytes of a vector ----
+// ---- tiles of products on vectors ----
 
-constexpr int Registers(int vector_bytes) { return vector_bytes == 64 ? 32 : 16; }
+// The vectors of a set of instructions.
+struct Vectors {
+  int bytes, registers;
+};
 // Rows of a tile of nv vectors whose accumulators fit in registers beside one row of the right
 // operand and a broadcast value, or beside all broadcast values and one vector.
-constexpr int RowsByRow(int vector_bytes, int nv) {
-  return (Registers(vector_bytes) - 1 - nv) / nv;
-}
-constexpr int TileRows(int vector_bytes, int nv) {
-  const int by_row = RowsByRow(vector_bytes, nv);
-  const int by_value = (Registers(vector_bytes) - 1) / (nv + 1);
+constexpr int RowsByRow(Vectors v, int nv) { return (v.registers - 1 - nv) / nv; }
+constexpr int TileRows(Vectors v, int nv) {
+  const int by_row = RowsByRow(v, nv);
+  const int by_value = (v.registers - 1) / (nv + 1);
   const int rows = by_row > by_value ? by_row : by_value;
   return rows > 12 ? 12 : rows;
 }
 // The tile of products that have no gates to keep together: as square as registers allow, since of
 // such a tile each multiply-add takes the fewest loads (of 4 x 3 vectors 7 for 12, of 6 x 2 they
 // are 8).
-constexpr int TileVecs(int vector_bytes) {
-  return vector_bytes == 64 ? 4 : (vector_bytes == 32 ? 3 : 2);
-}
+constexpr int TileVecs(Vectors v) { return v.registers >= 32 ? 4 : (v.bytes == 32 ? 3 : 2); }
 // Products of one or two rows are summed in several chains, to hide the latency of the
 // multiply-add. How many must not depend on nv up to TileVecs: columns are cut into tiles by the
 // number of threads, and results must not.
-constexpr int Chains(int vector_bytes, int rows, int nv) {
-  const int vecs = nv > TileVecs(vector_bytes) ? nv : TileVecs(vector_bytes);
-  const int fits = (Registers(vector_bytes) - 2) / (rows * vecs);
+constexpr int Chains(Vectors v, int rows, int nv) {
+  const int vecs = nv > TileVecs(v) ? nv : TileVecs(v);
+  const int fits = (v.registers - 2) / (rows * vecs);
   const int wanted = rows == 1 ? 4 : (rows == 2 ? 2 : 1);
   return fits >= wanted ? wanted : (fits >= 2 && wanted >= 2 ? 2 : 1);
 }
@@ -46,7 +45,7 @@ constexpr int Chains(int vector_bytes, int rows, int nv) {
 // next into the second-level cache beside its own work, a line of memory in so many steps along K:
 // where the registers are full one in 24 cycles, which leaves buffers to the tile's own reads (one
 // in 12 does not). Tall tiles have no registers left for it, and less need.
-constexpr bool CallsAhead(int vector_bytes, int nv) { return TileRows(vector_bytes, nv) < 2 * nv; }
+constexpr bool CallsAhead(Vectors v, int nv) { return TileRows(v, nv) < 2 * nv; }
 constexpr int StepsOfLine(int rows, int nv) { return rows * nv > 12 ? 2 : 4; }
 
 // ---- the passes over time ----

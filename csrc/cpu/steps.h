@@ -28,7 +28,7 @@ struct RowProduct {
                    int64_t n, T* out) {
     for (int64_t panel = 0; panel < panels; panel++)
       Layout::ForBands([&](auto first, auto vecs) {
-        constexpr int NV = decltype(vecs)::value, kRows = cpu::TileRows(kVectorBytes, NV);
+        constexpr int NV = decltype(vecs)::value, kRows = cpu::TileRows(kVectors, NV);
         const T* const w = packed + panel * K * Layout::kWidth + first * N * K;
         T* const c = out + panel * kMostSteps * Layout::kWidth + first * N;
         ForRowBlocks<kRows>(n, [&](int rows, int64_t r) {
@@ -45,8 +45,8 @@ struct RowProduct {
   FRNN_INLINE static void Row(const T* packed, int64_t K, const T* row, int64_t panel, V* gates) {
     Layout::ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
       constexpr int NV = decltype(vecs)::value;
-      constexpr int kChains = kOneChain ? 1 : cpu::Chains(kVectorBytes, 1, NV);
-      constexpr bool kAhead = !kOneChain && cpu::CallsAhead(kVectorBytes, NV);
+      constexpr int kChains = kOneChain ? 1 : cpu::Chains(kVectors, 1, NV);
+      constexpr bool kAhead = !kOneChain && cpu::CallsAhead(kVectors, NV);
       const T* const w = packed + panel * K * Layout::kWidth + first * N * K;
       V sums[1][NV];
       TileSums<1, NV, false, kChains, kAhead>(row, 0, w, NV * N, K, sums,

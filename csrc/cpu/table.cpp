@@ -1,6 +1,8 @@
 // Chooses the instances for this machine, once.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -11,63 +13,62 @@
 
 namespace frnn {
 
-#define CELL(name, type, header) \
-  extern const CpuKernels k_generic_##name##_float, k_generic_##name##_double;
-#include "cells/registry.def"
-#undef CELL
-#ifdef __x86_64__
-#define CELL(name, type, header)                                                                  \
-  extern const CpuKernels k_avx2_##name##_float, k_avx2_##name##_double, k_avx512_##name##_float, \
-      k_avx512_##name##_double;
-#include "cells/registry.def"
-#undef CELL
+// TIER(level, cell) for each set of instructions that there are kernels for: the first levels.
+#if defined(__x86_64__)
+#define FRNN_TIERS(TIER, cell) TIER(generic, cell) TIER(avx2, cell) TIER(avx512, cell)
+#elif defined(__aarch64__)
+#define FRNN_TIERS(TIER, cell) TIER(generic, cell) TIER(neon, cell)
+#else
+#define FRNN_TIERS(TIER, cell) TIER(generic, cell)
 #endif
+
+#define DECLARED(tier, cell) \
+  extern const CpuKernels k_##tier##_##cell##_float, k_##tier##_##cell##_double;
+#define CELL(name, type, header) FRNN_TIERS(DECLARED, name)
+#include "cells/registry.def"
+#undef CELL
+#undef DECLARED
 
 namespace {
 
-enum Tier { kGeneric, kAvx2, kAvx512 };  // the first levels
+#define COUNTED(tier, cell) +1
+constexpr int kTiers = FRNN_TIERS(COUNTED, );
+#undef COUNTED
 
 struct Entry {
   const char* name;
-  const CpuKernels* kernels[3][2];  // [tier][is_double]
+  const CpuKernels* kernels[kTiers][2];  // [tier][is_double]
 };
 
+#define KERNELS(tier, cell) {&k_##tier##_##cell##_float, &k_##tier##_##cell##_double},
+#define CELL(name, type, header) {#name, {FRNN_TIERS(KERNELS, name)}},
 const Entry kTable[] = {
-#ifdef __x86_64__
-#define CELL(name, type, header)                             \
-  {#name,                                                    \
-   {{&k_generic_##name##_float, &k_generic_##name##_double}, \
-    {&k_avx2_##name##_float, &k_avx2_##name##_double},       \
-    {&k_avx512_##name##_float, &k_avx512_##name##_double}}},
-#else
-#define CELL(name, type, header)                             \
-  {#name,                                                    \
-   {{&k_generic_##name##_float, &k_generic_##name##_double}, \
-    {nullptr, nullptr},                                      \
-    {nullptr, nullptr}}},
-#endif
 #include "cells/registry.def"
-#undef CELL
 };
+#undef CELL
+#undef KERNELS
 
-Tier Detect() {
-  Tier tier = kGeneric;
-#ifdef __x86_64__
+// The best tier that the processor has and the process may use.
+Level Detect() {
+  Level tier = Level::generic;
+#if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
-    tier = kAvx2;
-  if (tier == kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    tier = kAvx512;
+    tier = Level::avx2;
+  if (tier == Level::avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    tier = Level::avx512;
+#elif defined(__aarch64__)
+  tier = Level::neon;  // which is part of the architecture
 #endif
-  const int highest = int(HighestLevel());
-  return highest < tier ? Tier(highest) : tier;
+  return std::min(tier, HighestLevel());
 }
 
-Tier tier() {
-  static const Tier detected = Detect();
-  return detected;
+Level TheTier() {
+  static const Level tier = Detect();
+  return tier;
 }
 
 #define LEVEL(name) #name,
@@ -84,7 +85,7 @@ const char* NameOf(Level level) { return kLevels[int(level)]; }
 
 Level HighestLevel() {
   const char* wish = std::getenv("FUSED_RNN_CPU_CAPABILITY");
-  if (!wish || !*wish) return Level::amx;
+  if (!wish || !*wish) return Level(std::size(kLevels) - 1);
   std::string names;
   for (const char* const& name : kLevels) {
     if (!std::strcmp(wish, name)) return Level(&name - kLevels);
@@ -96,7 +97,8 @@ Level HighestLevel() {
 
 const CpuKernels* FindCpuKernels(const char* cell, Storage storage) {
   for (const Entry& entry : kTable)
-    if (!std::strcmp(entry.name, cell)) return entry.kernels[tier()][storage == Storage::kDouble];
+    if (!std::strcmp(entry.name, cell))
+      return entry.kernels[int(TheTier())][storage == Storage::kDouble];
   return added.Find(cell, storage == Storage::kDouble ? storage : Storage::kFloat);
 }
 
@@ -106,9 +108,9 @@ void AddCpuKernels(const char* cell, Storage computing, const CpuKernels& kernel
 
 const char* CpuCapability() {
 #ifdef FRNN_HAS_BF16
-  if (tier() == kAvx512 && parts::Capability()) return parts::Capability();
+  if (TheTier() == Level::avx512 && parts::Capability()) return parts::Capability();
 #endif
-  return NameOf(Level(tier()));
+  return NameOf(TheTier());
 }
 
 }  // namespace frnn

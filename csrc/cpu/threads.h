@@ -72,7 +72,9 @@ class alignas(128) Flag {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    asm volatile("yield");
+    // About as long as a pause of x86 takes. A yield takes no time where cores have one thread, and
+    // so many of them would be over before a step is.
+    asm volatile("isb");
 #endif
   }
 #ifdef __linux__

@@ -15,12 +15,16 @@
   }
 
 FRNN_BEGIN
+// Bytes of a vector, and registers for them. NEON is part of AArch64, which needs no flag for it:
+// there FRNN_GENERIC says that no more is asked for than any processor has.
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__) && !defined(FRNN_GENERIC)
+constexpr int kVectorBytes = 16, kRegisters = 32;
 #else
-constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 using T = FRNN_SCALAR;
 using V = Vec<T, kVectorBytes / sizeof(T)>;

@@ -33,7 +33,7 @@ from .loading import Libraries, State
 from .messages import BuildError
 from .ninja import Unit
 from .settings import requested_backend
-from .sources import CSRC, cells, levels, source_files
+from .sources import CSRC, cells, levels, machine, source_files
 from .target import AVX2, CPU, CUDA, TARGETS, Target, cpu_variants
 from .tools import Compiler, Tools, find_compiler, find_ninja, find_toolkit, max_jobs
 from .version import TORCH_MIN, VERSION, check_torch_version
@@ -71,6 +71,7 @@ __all__ = [
     "libraries",
     "library",
     "locked",
+    "machine",
     "max_jobs",
     "ninja",
     "record",

@@ -13,7 +13,8 @@ from typing import Any
 from . import ninja, record
 from .cache import Place, check_space
 from .messages import say
-from .target import Target, machine
+from .sources import machine
+from .target import Target
 from .tools import Tools, find_ninja
 from .version import VERSION
 

@@ -16,11 +16,16 @@ from . import custom, record, settings
 from .cache import cache_dir, forget_failures, readable_caches
 from .loading import Libraries
 from .messages import BuildError
-from .sources import PACKAGE
+from .sources import PACKAGE, machine
 from .sources import cells as registry
-from .target import machine
 from .tools import find_compiler, find_ninja
 from .version import VERSION
+
+# Where the tests ran, of systems and processors.
+TESTED = {
+    ("Linux", "x86_64"): "on such machines",
+    ("Linux", "aarch64"): "under an emulator, on no such machine",
+}
 
 
 def facts_of(libraries: Libraries) -> dict[str, Any]:
@@ -42,6 +47,7 @@ def facts_of(libraries: Libraries) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {machine()}",
+        "tested": TESTED.get((platform.system(), machine()), "never, on such a machine"),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "settings": settings.given(),
         "backend": state.backend if state else None,

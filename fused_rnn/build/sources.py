@@ -1,7 +1,8 @@
-"""The C++ and CUDA sources: where they lie, and what their lists say."""
+"""The C++ and CUDA sources: where they lie, and what their lists say of this machine."""
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CSRC = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 
 SUFFIXES = {".h", ".cuh", ".cpp", ".def", ".in"}
+
+
+def machine() -> str:
+    """The kind of processor that this process runs on, by the name that compilers have for it.
+
+    Systems have others: arm64 on macOS, AMD64 on Windows and BSD.
+    """
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 class Cell(NamedTuple):
@@ -35,9 +45,16 @@ def cells(csrc: Path = CSRC) -> list[Cell]:
 
 
 def levels(csrc: Path = CSRC) -> list[str]:
-    """The instruction sets that FUSED_RNN_CPU_CAPABILITY may name, from the least to the most."""
-    text = (csrc / "cpu" / "levels.def").read_text(encoding="utf-8")
-    return re.findall(r"^LEVEL\((\w+)\)", text, re.MULTILINE)
+    """What FUSED_RNN_CPU_CAPABILITY may name on this machine, from the least to the most."""
+    found, here = [], True
+    for line in (csrc / "cpu" / "levels.def").read_text(encoding="utf-8").splitlines():
+        if other := re.match(r"#(?:el)?if defined\(__(\w+)__\)", line):
+            here = other[1] == machine()
+        elif line == "#endif":
+            here = True
+        elif here and (level := re.match(r"LEVEL\((\w+)\)", line)):
+            found.append(level[1])
+    return found
 
 
 def source_files(csrc: Path = CSRC, wanted: Callable[[Path], bool] = bool) -> list[Path]:

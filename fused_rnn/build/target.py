@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from . import tools
 from .ninja import Unit
-from .sources import CSRC, PACKAGE, cells, source_files
+from .sources import CSRC, PACKAGE, cells, machine, source_files
 from .tools import Tools
 from .version import TORCH_MIN, VERSION
 
@@ -36,10 +35,6 @@ LINUX = sys.platform.startswith("linux")
 # What is exported for libraries of single cells is called directly from within.
 STRICT = ("-Wl,--as-needed", "-Wl,-z,defs", "-Wl,-Bsymbolic-functions") if LINUX else ()
 NEEDED = ("-Wl,--no-as-needed",) if LINUX else ()
-
-
-def machine() -> str:
-    return platform.machine().lower().replace("amd64", "x86_64")
 
 
 class Variant(NamedTuple):
@@ -71,8 +66,15 @@ def filled(template: Path, words: Mapping[str, str]) -> str:
     return text
 
 
-X86_TIERS = {"generic": (), "avx2": AVX2, "avx512": AVX512 + AVX2}
-TIERS: dict[str, tuple[str, ...]] = X86_TIERS if machine() == "x86_64" else {"generic": ()}
+# Needs no flag to be used. For AArch64, and not for x86, gcc moves loads ahead before it gives out
+# registers: of tiles that fill all of them, sums would go through memory.
+NEON = ("-fno-schedule-insns",)
+# By machine, the first levels of csrc/cpu/levels.def with their flags.
+TIERS_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"generic": (), "avx2": AVX2, "avx512": AVX512 + AVX2},
+    "aarch64": {"generic": ("-DFRNN_GENERIC",), "neon": NEON},
+}
+TIERS = TIERS_OF.get(machine(), {"generic": ()})
 
 # In the order of enum Storage; the second is the type in C++.
 CUDA_VARIANTS = tuple(

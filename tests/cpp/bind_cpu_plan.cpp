@@ -26,6 +26,9 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .value("each_use", Packing::kEachUse)
       .value("turned", Packing::kTurned)
       .value("given", Packing::kGiven);
+  py::class_<Vectors>(m, "Vectors").def(py::init([](int bytes, int registers) {
+    return Vectors{bytes, registers};
+  }));
   py::class_<Machine>(m, "Machine")
       .def(py::init<>())
       .def_readwrite("unit", &Machine::unit)
@@ -74,7 +77,6 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readonly("d_grad_cut", &BackwardPlan::d_grad_cut);
   m.def("plan_forward", &PlanForward);
   m.def("plan_backward", &PlanBackward);
-  m.def("registers", &Registers);
   m.def("tile_rows", &TileRows);
   m.def("tile_vecs", &TileVecs);
   m.def("chains", &Chains);

@@ -13,9 +13,9 @@
 FRNN_BEGIN
 
 constexpr int64_t kLine = 64;  // bytes of a line of memory
-constexpr int kRegisters = cpu::Registers(kVectorBytes);
-constexpr int kTileVecs = cpu::TileVecs(kVectorBytes);
-constexpr int kTileRows = cpu::TileRows(kVectorBytes, kTileVecs);
+constexpr cpu::Vectors kVectors{kVectorBytes, kRegisters};
+constexpr int kTileVecs = cpu::TileVecs(kVectors);
+constexpr int kTileRows = cpu::TileRows(kVectors, kTileVecs);
 // Row of a packed left operand: a power of two, so that it is copied as one vector.
 constexpr int kPackedRow = kTileRows <= 4 ? 4 : 8;
 // Rows of a left operand that pass together along rows of w as they lie, where there are so many.

@@ -7,19 +7,19 @@ FRNN_BEGIN
 template <int NV, class W>
 void GemmRows(int64_t M, const T* a, int64_t lda, const W* w, int64_t ldw, int64_t K, T* c,
               int64_t ldc, bool accumulate, bool one_chain, int64_t before) {
-  constexpr int kRows = cpu::TileRows(kVectorBytes, NV);
+  constexpr int kRows = cpu::TileRows(kVectors, NV);
   const int64_t bytes = K * ldw * sizeof(*w), share = K / cpu::StepsOfLine(kRows, NV) * kLine;
   ForRowBlocks<kRows>(M, [&](int rows, int64_t r) {
     const int64_t called = (before + r) * share / kRows;
-    const bool more = cpu::CallsAhead(kVectorBytes, NV) &&
-                      called < bytes;  // else a line of w again, which is near
+    const bool more =
+        cpu::CallsAhead(kVectors, NV) && called < bytes;  // else a line of w again, which is near
     const char* ahead = reinterpret_cast<const char*>(w) + (more ? bytes + called : 0);
     const auto tile = [&](auto mr, auto chains) {
       GemmTile<decltype(mr)::value, NV, false, decltype(chains)::value>(
           a + r * lda, lda, w, ldw, K, c + r * ldc, ldc, accumulate, ahead, more ? kLine : 0);
     };
     WithConstant<kRows>(rows, [&](auto mr) {
-      constexpr int MR = decltype(mr)::value, kChains = cpu::Chains(kVectorBytes, MR, NV);
+      constexpr int MR = decltype(mr)::value, kChains = cpu::Chains(kVectors, MR, NV);
       // Two of more rows: in tiles of another width they would be among three or more.
       if (kChains > 1 && (one_chain || (MR == 2 && M > 2)))
         tile(mr, std::integral_constant<int, 1>());

@@ -32,7 +32,7 @@ FRNN_INLINE void TileSums(const T* a, int64_t a_stride, const W* w, int64_t ldw,
     return splat<V>(kPackedA ? a[k * a_stride + m] : a[m * a_stride + k]);
   };
   const auto step = [&](int64_t k, V(&sum)[MR][NV]) FRNN_INLINE_LAMBDA {
-    if constexpr (MR <= cpu::RowsByRow(kVectorBytes, NV)) {
+    if constexpr (MR <= cpu::RowsByRow(kVectors, NV)) {
       V row[NV];
       FRNN_UNROLL
       for (int v = 0; v < NV; v++) {
@@ -85,10 +85,10 @@ FRNN_INLINE void TileSums(const T* a, int64_t a_stride, const W* w, int64_t ldw,
 }
 
 // c[m][v] (+)= these sums.
-template <int MR, int NV, bool kPackedA, int kChains = cpu::Chains(kVectorBytes, MR, NV), class W>
+template <int MR, int NV, bool kPackedA, int kChains = cpu::Chains(kVectors, MR, NV), class W>
 FRNN_NOINLINE void GemmTile(const T* a, int64_t a_stride, const W* w, int64_t ldw, int64_t K, T* c,
                             int64_t ldc, bool accumulate, const char* ahead, int64_t stride) {
-  constexpr bool kAhead = !kPackedA && cpu::CallsAhead(kVectorBytes, NV);
+  constexpr bool kAhead = !kPackedA && cpu::CallsAhead(kVectors, NV);
   V sums[MR][NV];
   TileSums<MR, NV, kPackedA, kChains, kAhead>(a, a_stride, w, ldw, K, sums, ahead, stride);
   FRNN_UNROLL
