@@ -561,8 +561,9 @@ class Rows(NamedTuple):
         largest = F.pad(rows.detach().abs(), (0, 1)).amax(-1, keepdim=True)  # of none, 0
         is_number = largest.isfinite()
         fits = is_number & (largest >= 1e-30)
-        factors = torch.where(fits, 127 / largest, 0)
-        scales = torch.where(fits, largest / 127, 0).masked_fill(~is_number, torch.nan)
+        most = torch.full_like(largest, 127)  # by a number torch multiplies with its inverse
+        factors = torch.where(fits, most / largest, 0)
+        scales = torch.where(fits, largest / most, 0).masked_fill(~is_number, torch.nan)
         return cls(torch.where(fits, (rows * factors).round(), 0).double(), scales)
 
     def chunk(self, chunks: int) -> list[Rows]:
