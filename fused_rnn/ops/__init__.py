@@ -157,6 +157,9 @@ def pack(
         return None
     if not takes(stages, cell, hidden, x.device, train=False):
         return None
+    # Kernels do not know them again, and go on with these, which for bytes are other numbers.
+    if dtype is torch.int8 and not all(w.is_contiguous() for w in weights):
+        return None
     given = [x.new_empty((1, 0, len(known.given) * hidden))] if known.given else []
     call, tensors = _call(x, cell, layers, directions, present, stages), (None,) * 4
     packed: Tensor = operators.recurrent_pack.default(
