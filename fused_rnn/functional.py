@@ -358,8 +358,8 @@ def pack(
     between: BetweenSteps = NOTHING,
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights, in the type in which
-    they compute or, in the place of float32, in that of ``freeze``; None if no kernel takes any."""
+    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights; None if no kernel
+    takes any. ``dtype``, in the place of float32: as of ``freeze``."""
     if dtype is torch.int8:
         _check_sums(cell, weights, present)
     stages = Stages(blocks=between.blocks, norm=between.norm_of_call())
