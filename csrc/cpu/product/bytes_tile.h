@@ -63,17 +63,36 @@ struct SignedWeights {
   __m256i w, size;
 #endif
 };
+#elif FRNN_BYTES_BY == 128
+// Widened to 16 bits, of two units at a time.
+struct SignedWeights {
+  static constexpr int kRegisters = 6;
+  explicit SignedWeights(const int8_t* p) {
+    const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i sign = _mm_cmpgt_epi8(_mm_setzero_si128(), w);
+    first = _mm_unpacklo_epi8(w, sign);
+    second = _mm_unpackhi_epi8(w, sign);
+  }
+  FRNN_INLINE void Add(IntLanes& sums, const IntLanes& a) const {
+    const __m128i sign = _mm_cmpgt_epi8(_mm_setzero_si128(), __m128i(a));
+    const __m128i left = _mm_unpacklo_epi8(__m128i(a), sign);
+    const __m128 pairs = __m128(_mm_madd_epi16(first, left));
+    const __m128 others = __m128(_mm_madd_epi16(second, left));
+    sums += IntLanes(_mm_shuffle_ps(pairs, others, _MM_SHUFFLE(2, 0, 2, 0))) +
+            IntLanes(_mm_shuffle_ps(pairs, others, _MM_SHUFFLE(3, 1, 3, 1)));
+  }
+  __m128i first, second;
+};
 #else
+// One of the bytes of each lane after the other, which a shift to the top and back extends.
 struct SignedWeights {
   static constexpr int kRegisters = 5;
-  explicit SignedWeights(const int8_t* w) : w(w) {}
+  explicit SignedWeights(const int8_t* p) { memcpy(&w, p, sizeof(w)); }
   FRNN_INLINE void Add(IntLanes& sums, const IntLanes& a) const {
-    int8_t left[kDepth];
-    memcpy(left, &a, sizeof(left));
-    for (int lane = 0; lane < kLanes; lane++)
-      for (int i = 0; i < kDepth; i++) sums[lane] += int(w[lane * kDepth + i]) * left[i];
+    FRNN_UNROLL
+    for (int shift = 0; shift < 32; shift += 8) sums += ((w << shift) >> 24) * ((a << shift) >> 24);
   }
-  const int8_t* w;
+  IntLanes w;
 };
 #endif
 
