@@ -151,10 +151,11 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
     Args:
         model: a layer or cell of this package, or any module that has some in it.
         inplace: freeze ``model`` itself; otherwise a deep copy, and ``model`` can go on training.
-        dtype: of the packed W_ih and W_hh: None for that in which layers compute, or
-            torch.bfloat16, half as many bytes, to which they are rounded. Products and sums are in
-            float32. Single steps through layers of 512 units and more, which wait for memory, are
-            faster then, and smaller layers slower. Layers of float64 stay in it.
+        dtype: of the packed W_ih and W_hh: None for that in which layers compute; torch.bfloat16,
+            half as many bytes, to which they are rounded; or torch.int8, a quarter as many. Of
+            bfloat16 products and sums are in float32: single steps through layers of 512 units and
+            more, which wait for memory, are faster then, and smaller layers slower. Layers of
+            float64 stay in it. Of int8 see below.
 
     Returns:
         The model, in eval mode, of whose parameters none requires gradients. It is called as
@@ -163,10 +164,20 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: it has no layer of this package; another dtype.
+        ValueError: it has no layer of this package; another dtype; torch.int8 for layers of
+            float64, not on the CPU, or with more than 133144 inputs or units.
 
-    Beside its parameters a frozen layer holds the packed copy, of about their size (of 16-bit
-    parameters twice that). Each call looks whether the copy still is of these parameters:
+    With ``dtype=torch.int8`` products are of integers, as in Alvarez, Prabhavalkar and Bakhtin 2016
+    (arXiv:1607.04683). A row of W_ih or W_hh, and in each step the row of a sequence in x or h, is
+    ``scale * n``, where the scale is its largest number in magnitude divided by 127, and n are
+    integers from -127 to 127. Their products are summed exactly, in 32 bits, and multiplied with
+    both scales in float32; biases, gates and states are those of any layer. A row of x or h with
+    an infinity or NaN gives NaN. Where there are no kernels, plain torch computes the same
+    integers.
+
+    Beside its parameters a frozen layer holds the packed copy, without ``dtype`` of about their
+    size (of 16-bit parameters twice that). Each call looks whether the copy still is of these
+    parameters:
 
     - Training raises a RuntimeError: ``train()``, and a call with gradients on where a parameter
       requires them. Gradients of the input are as ever.
@@ -174,10 +185,12 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
       once; after a new parameter or a write into one (``copy_``, an optimizer's step) at the next
       call. Nobody sees what is written through ``parameter.data`` or NumPy: freeze again then.
     - Calls with other weights (``torch.func.functional_call``, a parametrization, autocast) run as
-      if the layer was not frozen. So do layers on tile units, on CUDA, and in exported programs.
+      if the layer was not frozen, and so do calls that want the gradient of the input. So do layers
+      on tile units, but for int8, on CUDA, and in exported programs.
 
-    Results are those of the model before, up to rounding; to the last bit where that packs its
-    weights at every call, as it does for 16-bit types and most sequences, but not for single steps.
+    Without ``dtype`` results are those of the model before, up to rounding; to the last bit where
+    that packs its weights at every call, as it does for 16-bit types and most sequences, but not
+    for single steps.
 
     Examples:
         >>> model = fused_rnn.freeze(fused_rnn.LSTM(10, 20))

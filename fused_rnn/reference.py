@@ -480,10 +480,8 @@ def _direction(
     params = [weights[name] for name in cell.params]
     norm, how = stages.norm, {}
     at = () if norm is None else norm.at
-    w_ih: Matrix = weights["w_ih"]
-    w_hh: Matrix | None = weights.get("w_hh")
-    if stages.int8:
-        w_ih, w_hh = Rows.of(w_ih), None if w_hh is None else Rows.of(w_hh)
+    w_ih = _matrix(weights["w_ih"], stages)
+    w_hh = _matrix(weights["w_hh"], stages) if "w_hh" in weights else None
     # One product for all steps.
     gx = _product(x, w_ih, None if {"input", "sum"}.intersection(at) else b_ih)
     if norm is not None and "input" in at:
@@ -572,6 +570,10 @@ class Rows(NamedTuple):
 
 
 Matrix = Tensor | Rows
+
+
+def _matrix(w: Tensor, stages: Stages) -> Matrix:
+    return Rows.of(w) if stages.int8 else w
 
 
 def _product(a: Tensor, w: Matrix, bias: Tensor | None, blocks: int = 1) -> Tensor:
