@@ -18,19 +18,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Frozen:
-    """What kernels made of the weights of a module, and of which weights.
+    """What kernels made of the weights of a module, in which type, and of which weights.
 
     ``packed`` is None where there is nothing to pack; ``words`` says where it is, and how many, to
-    direct calls. Copied or pickled it is empty: then it is of
-    no weights, and the module that comes out packs its own, in the same type.
+    direct calls; ``int8``, whether calls multiply 8-bit integers, packed or not. Copied or pickled
+    it is empty: then it is of no weights, and the module that comes out packs its own, in the same
+    type.
     """
 
-    __slots__ = ("_memory", "_stamps", "_weights", "bfloat16", "packed", "words")
+    __slots__ = ("_memory", "_stamps", "_weights", "dtype", "int8", "packed", "words")
 
     def __init__(
-        self, bfloat16: bool, weights: Sequence[Tensor] = (), packed: Tensor | None = None
+        self,
+        dtype: torch.dtype | None,
+        weights: Sequence[Tensor] = (),
+        packed: Tensor | None = None,
     ) -> None:
-        self.bfloat16 = bfloat16
+        self.dtype = dtype
+        self.int8 = dtype is torch.int8 and all(map(_has_int8, weights))
         self.packed = packed
         self.words = None if packed is None else (packed.data_ptr(), packed.numel())
         self._weights = list(weights)
@@ -51,7 +56,11 @@ class Frozen:
         return all(_stamp(w) == s for w, s in zip(self._weights, self._stamps, strict=True))
 
     def __reduce__(self) -> Any:
-        return Frozen, (self.bfloat16,)
+        return Frozen, (self.dtype,)
+
+
+def _has_int8(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:
@@ -63,7 +72,7 @@ class Freezable(nn.Module):
 
     _frozen: Frozen | None = None
 
-    def _pack(self, weights: Sequence[Tensor], bfloat16: bool) -> Tensor | None:
+    def _pack(self, weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor | None:
         """The ``packed`` of calls with these weights; None if there is nothing to pack."""
         raise NotImplementedError
 
@@ -71,34 +80,35 @@ class Freezable(nn.Module):
         """The weights of a call; those that are missing may be None."""
         raise NotImplementedError
 
-    def _freeze(self, bfloat16: bool) -> None:
+    def _freeze(self, dtype: torch.dtype | None) -> None:
         """Pack the weights as they are."""
         with torch.inference_mode(False), torch.no_grad():
             for name, p in list(self._parameters.items()):
                 if p is not None and p.is_inference():  # torch does not know when it is written to
                     setattr(self, name, Parameter(p.clone(), requires_grad=False))
             weights = [w for w in self._weights() if w is not None]
-            self._frozen = Frozen(bfloat16, weights, self._pack(weights, bfloat16))
+            self._frozen = Frozen(dtype, weights, self._pack(weights, dtype))
 
-    def _packed(self, weights: Sequence[Tensor | None]) -> Tensor | None:
-        """What is packed of the weights of a call, made anew if they were written to; None if there
-        is nothing, or they are not the module's own."""
+    def _packed(self, weights: Sequence[Tensor | None]) -> tuple[Tensor | None, bool]:
+        """What is packed of the weights of a call, made anew if they were written to, and whether
+        it multiplies 8-bit integers. Nothing is packed of weights that are not the module's own."""
         frozen = self._frozen
         if frozen is None:
-            return None
+            return None, False
         if ops.wants_grad(weights):
             raise RuntimeError(
                 f"{type(self).__name__}: frozen for inference, but its weights require gradients: "
                 "train the model that it was before, or a copy"
             )
         if is_compiling():  # kernels see themselves whether it is of these weights
-            return None if is_exporting() else frozen.packed
+            return (None, False) if is_exporting() else (frozen.packed, frozen.int8)
         there = [w for w in weights if w is not None]
         if transformed() or not frozen.is_empty() and not frozen.is_of(there):
-            return None
+            return None, False
         if frozen.is_empty() or not frozen.is_up_to_date():
             self._freeze_again()
-        return self._frozen.packed if self._frozen is not None else None
+        frozen = self._frozen
+        return (None, False) if frozen is None else (frozen.packed, frozen.int8)
 
     def train(self, mode: bool = True) -> Any:
         if mode and self._frozen is not None:
@@ -115,7 +125,7 @@ class Freezable(nn.Module):
         super().__setattr__(name, value)
         frozen = self.__dict__.get("_frozen")
         if frozen is not None and name in self._parameters:
-            self._frozen = Frozen(frozen.bfloat16)  # until a call: more weights may follow
+            self._frozen = Frozen(frozen.dtype)  # until a call: more weights may follow
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -132,7 +142,7 @@ class Freezable(nn.Module):
 
     def _freeze_again(self) -> None:
         if self._frozen is not None:
-            self._freeze(self._frozen.bfloat16)
+            self._freeze(self._frozen.dtype)
 
 
 def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = None) -> Model:
@@ -141,10 +151,11 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
     Args:
         model: a layer or cell of this package, or any module that has some in it.
         inplace: freeze ``model`` itself; otherwise a deep copy, and ``model`` can go on training.
-        dtype: of the packed W_ih and W_hh: None for that in which layers compute, or
-            torch.bfloat16, half as many bytes, to which they are rounded. Products and sums are in
-            float32. Single steps through layers of 512 units and more, which wait for memory, are
-            faster then, and smaller layers slower. Layers of float64 stay in it.
+        dtype: of the packed W_ih and W_hh: None for that in which layers compute; torch.bfloat16,
+            half as many bytes, to which they are rounded; or torch.int8, a quarter as many. Of
+            bfloat16 products and sums are in float32: single steps through layers of 512 units and
+            more, which wait for memory, are faster then, and smaller layers slower. Layers of
+            float64 stay in it. Of int8 see below.
 
     Returns:
         The model, in eval mode, of whose parameters none requires gradients. It is called as
@@ -153,10 +164,20 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: it has no layer of this package; another dtype.
+        ValueError: it has no layer of this package; another dtype; torch.int8 for layers of
+            float64, not on the CPU, or with more than 133144 inputs or units.
 
-    Beside its parameters a frozen layer holds the packed copy, of about their size (of 16-bit
-    parameters twice that). Each call looks whether the copy still is of these parameters:
+    With ``dtype=torch.int8`` products are of integers, as in Alvarez, Prabhavalkar and Bakhtin 2016
+    (arXiv:1607.04683). A row of W_ih or W_hh, and in each step the row of a sequence in x or h, is
+    ``scale * n``, where the scale is its largest number in magnitude divided by 127, and n are
+    integers from -127 to 127. Their products are summed exactly, in 32 bits, and multiplied with
+    both scales in float32; biases, gates and states are those of any layer. A row of x or h with
+    an infinity or NaN gives NaN. Where there are no kernels, plain torch computes the same
+    integers.
+
+    Beside its parameters a frozen layer holds the packed copy, without ``dtype`` of about their
+    size (of 16-bit parameters twice that). Each call looks whether the copy still is of these
+    parameters:
 
     - Training raises a RuntimeError: ``train()``, and a call with gradients on where a parameter
       requires them. Gradients of the input are as ever.
@@ -164,10 +185,12 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
       once; after a new parameter or a write into one (``copy_``, an optimizer's step) at the next
       call. Nobody sees what is written through ``parameter.data`` or NumPy: freeze again then.
     - Calls with other weights (``torch.func.functional_call``, a parametrization, autocast) run as
-      if the layer was not frozen. So do layers on tile units, on CUDA, and in exported programs.
+      if the layer was not frozen, and so do calls that want the gradient of the input. So do layers
+      on tile units, but for int8, on CUDA, and in exported programs.
 
-    Results are those of the model before, up to rounding; to the last bit where that packs its
-    weights at every call, as it does for 16-bit types and most sequences, but not for single steps.
+    Without ``dtype`` results are those of the model before, up to rounding; to the last bit where
+    that packs its weights at every call, as it does for 16-bit types and most sequences, but not
+    for single steps.
 
     Examples:
         >>> model = fused_rnn.freeze(fused_rnn.LSTM(10, 20))
@@ -181,12 +204,24 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
             f"model: expected layers of fused_rnn, got {type(model).__name__} without any: "
             "fused_rnn.replace puts them in the place of torch.nn's"
         )
-    if dtype not in (None, torch.bfloat16):
-        raise ValueError(f"dtype: expected None or torch.bfloat16, got {dtype}")
+    if dtype not in (None, torch.bfloat16, torch.int8):
+        raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.int8, got {dtype}")
+    for module in model.modules() if dtype is torch.int8 else ():
+        if isinstance(module, Freezable):
+            _check_int8(module)
     if not inplace:
         model = copy.deepcopy(model)
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Freezable):
-            module._freeze(dtype is torch.bfloat16)
+            module._freeze(dtype)
     return model
+
+
+def _check_int8(module: Freezable) -> None:
+    for weight in module._weights():
+        if weight is not None and not _has_int8(weight):
+            raise ValueError(
+                "dtype: torch.int8 is for layers of float32, bfloat16 or float16 on the CPU, got "
+                f"{type(module).__name__} of {weight.dtype} on {weight.device}"
+            )

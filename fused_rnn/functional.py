@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import autocast, engines, onnx, ops, reference, segments
 from .between import NOTHING, BetweenSteps
-from .reference import CELLS, NO_STAGES, PROJECTION, Stages
+from .reference import CELLS, NO_STAGES, PROJECTION, Stages, present_names
 from .torch_internals import dispatch_modes, transformed
 
 __all__ = [
@@ -104,6 +104,7 @@ def recurrent(
     every_state: bool = False,
     given: Tensor | None = None,
     packed: Tensor | None = None,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run L layers of D directions over a whole sequence.
 
@@ -125,6 +126,7 @@ def recurrent(
         every_state: return the states after every step.
         given: [T, B, given * H], or packed rows, to a cell that asks for it, in all layers.
         packed: what ``pack`` made of the weights, for the engine that can read it there.
+        int8: products with the weights are of 8-bit integers, unless a gradient is wanted.
 
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0. With ``every_state`` h_n and c_n
@@ -158,6 +160,7 @@ def recurrent(
         reset,
         every_state,
         packed,
+        int8,
     )
     states = (h0, c0, *(reset_to or (None, None)))
     low = autocast.dtype_for(x, _present(states), weights)
@@ -181,6 +184,7 @@ class _How(NamedTuple):
     reset: Tensor | None
     every_state: bool
     packed: Tensor | None
+    int8: bool
 
 
 States = tuple[Tensor | None, ...]  # h0, c0, and the h and c after a reset
@@ -202,9 +206,10 @@ def _run_autocast(
     )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
     kept = _kept_for_backward(x, given, weights)
+    same = all(w.dtype == wide for w in weights)  # others are not those that were frozen
     with torch.autocast(x.device.type, enabled=False):
         y, h_n, c_n = _run(
-            how,
+            how._replace(int8=how.int8 and same),
             x.to(wide, copy=kept, memory_format=torch.contiguous_format),
             tuple(None if s is None else s.to(wide, copy=kept) for s in states),
             [w.to(wide) for w in weights],
@@ -239,7 +244,8 @@ def _run(
     """``recurrent`` for tensors of one dtype."""
     cell, batch_sizes, between = how.cell, how.batch_sizes, how.between
     present = how.shape[2]
-    engine = engines.engine_of(cell, x, _present(states), weights)
+    in_bytes = how.int8 and not ops.wants_grad((x, *_present(states), *weights))
+    engine = _engine(cell, x, _present(states), weights, how.packed, in_bytes)
     if _kept_for_backward(x, _present(states), weights):
         x = x.contiguous()
         states = tuple(None if s is None else s.contiguous() for s in states)
@@ -258,6 +264,8 @@ def _run(
     def call(
         x: Tensor, h0: Any, c0: Any, masks: Any, batch_sizes: Any, stages: Stages, given: Any
     ) -> Any:
+        if engine is reference:
+            stages = stages._replace(int8=in_bytes)
         usual = stages.nothing and not how.every_state
         extra = () if usual else (stages, how.every_state)
         packed = {} if how.packed is None or engine is not ops else {"packed": how.packed}
@@ -303,6 +311,20 @@ def _run(
     return found
 
 
+def _engine(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    packed: Tensor | None,
+    in_bytes: bool,
+) -> Any:
+    engine = engines.engine_of(cell, x, states, weights)
+    if engine is ops and in_bytes and packed is None:  # of which kernels have no others
+        return reference
+    return engine
+
+
 def _drawn(
     how: _How, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Tensor | None, Stages]:
@@ -334,13 +356,26 @@ def pack(
     bidirectional: bool,
     present: int,
     between: BetweenSteps = NOTHING,
-    bfloat16: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights, of which those of
-    float32 are rounded to bfloat16 if so asked; None if no kernel takes any."""
+    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights; None if no kernel
+    takes any. ``dtype``, in the place of float32: as of ``freeze``."""
+    if dtype is torch.int8:
+        _check_sums(cell, weights, present)
     stages = Stages(blocks=between.blocks, norm=between.norm_of_call())
     directions = 2 if bidirectional else 1
-    return ops.pack(cell, weights, num_layers, directions, present, stages, bfloat16)
+    return ops.pack(cell, weights, num_layers, directions, present, stages, dtype)
+
+
+def _check_sums(cell: str, weights: Sequence[Tensor], present: int) -> None:
+    most = (2**31 - 1) // 127**2
+    names = present_names(cell, present)
+    for i, w in enumerate(weights):
+        if names[i % len(names)] in ("w_ih", "w_hh") and w.shape[1] > most:
+            raise ValueError(
+                f"dtype: torch.int8 is for at most {most} inputs and units, whose products it sums "
+                f"up in 32 bits, got {w.shape[1]}"
+            )
 
 
 # --- One step of a cell --------------------------------------------------------------------------
@@ -356,6 +391,7 @@ def step(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     packed: Tensor | None = None,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One step for x [B, I], h [B, H] and c [B, C] or None; returns the new h and c."""
     states = (h,) if c is None else (h, c)
@@ -369,7 +405,7 @@ def step(
     weights = [w for w in run if w is not None]
     low = autocast.dtype_for(x, states, weights)
     if low is None:
-        return _step(cell, x, states, weights, present, packed)
+        return _step(cell, x, states, weights, present, packed, int8)
     h_dtype, c_dtype = autocast.dtypes_of_results(
         cell, low, x, states, projected=False, fused=False
     )
@@ -389,9 +425,11 @@ def _step(
     weights: Sequence[Tensor],
     present: int,
     packed: Tensor | None = None,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    engine = engines.engine_of(cell, x, states, weights)
+    in_bytes = int8 and not ops.wants_grad((x, *states, *weights))
+    engine = _engine(cell, x, states, weights, packed, in_bytes)
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
     h, c = states[0], states[1] if len(states) > 1 else None
@@ -407,6 +445,7 @@ def _step(
         1,
         present,
         **({} if packed is None or engine is not ops else {"packed": packed}),
+        **({"stages": Stages(int8=True)} if in_bytes and engine is reference else {}),
     )
     return _one_step(h_n), None if c_n is None else _one_step(c_n)
 

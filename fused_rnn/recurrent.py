@@ -241,7 +241,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
         except KeyError:
             return [self._weight(i) for i in range(len(names))]
 
-    def _pack(self, weights: Sequence[Tensor], bfloat16: bool) -> Tensor | None:
+    def _pack(self, weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor | None:
         return functional.pack(
             self.mode.lower(),
             weights,
@@ -249,7 +249,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             bidirectional=self.bidirectional,
             present=self._present(),
             between=self.between_steps,
-            bfloat16=bfloat16,
+            dtype=dtype,
         )
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
@@ -311,6 +311,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
         """The outputs, the last states and, if asked for, those of all rows, [L*D, rows, P]."""
         h0, c0 = (None, None) if hx is None else self._split_hidden(hx)
         weights = self._weights()
+        packed, int8 = self._packed(weights)
         y, h_n, c_n = functional.recurrent(
             self.mode.lower(),
             x,
@@ -330,7 +331,8 @@ class Recurrent(TorchShaped, nn.RNNBase):
             reset_to=asked.reset_to,
             every_state=asked.states,
             given=asked.given,
-            packed=self._packed(weights),
+            packed=packed,
+            int8=int8,
         )
         if not asked.states:
             return y, self._join_hidden(h_n, c_n), None
@@ -464,6 +466,9 @@ class Recurrent(TorchShaped, nn.RNNBase):
             return None
         if self.training and self.dropout or self.recompute and torch.is_grad_enabled():
             return None
+        packed, int8 = self._packed(self._weights()) if self._frozen is not None else (None, False)
+        if int8 and packed is None:
+            return None
         found: tuple[Tensor, Any] | None = functional.recurrent_directly(
             self.mode.lower(),
             x,
@@ -474,7 +479,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             self.bidirectional,
             self._present(),
             self.batch_first,
-            None if self._frozen is None else self._packed(self._weights()),
+            packed,
         )
         return found
 

@@ -203,6 +203,8 @@ class Stages(NamedTuple):
     blocks: W_hh is block-diagonal of so many blocks, and has P / blocks columns: row q*H + u
         multiplies the h of u's block.
     norm: what is normalised; the weights then have the tensors of it.
+    int8: products with W_ih and W_hh are those of 8-bit integers, see ``Rows``. The native kernels
+        do so where they have such weights packed.
     """
 
     reset: Tensor | None = None
@@ -211,12 +213,14 @@ class Stages(NamedTuple):
     h_mask: Tensor | None = None
     blocks: int = 1
     norm: Norm | None = None
+    int8: bool = False
 
     @property
     def nothing(self) -> bool:
         """Whether a layer is as torch.nn has it."""
         tensors = (self.reset, self.zoneout, self.h_mask)
-        return self.blocks == 1 and self.norm is None and all(t is None for t in tensors)
+        plain = self.blocks == 1 and self.norm is None and not self.int8
+        return plain and all(t is None for t in tensors)
 
     def of_states(self, fn: Callable[[Tensor], Tensor]) -> Stages:
         """With what ``fn`` makes of all tensors that are about states, [.., L*D, rows, ..]."""
@@ -472,13 +476,14 @@ def _direction(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run over time from the states h [B, P], c [B, C]; return the outputs and the last states, or
     those of all rows."""
-    w_hh, w_hr = weights.get("w_hh"), weights.get("w_hr")
-    b_ih, b_hh = weights.get("b_ih"), weights.get("b_hh")
+    w_hr, b_ih, b_hh = (weights.get(name) for name in ("w_hr", "b_ih", "b_hh"))
     params = [weights[name] for name in cell.params]
     norm, how = stages.norm, {}
     at = () if norm is None else norm.at
+    w_ih = _matrix(weights["w_ih"], stages)
+    w_hh = _matrix(weights["w_hh"], stages) if "w_hh" in weights else None
     # One product for all steps.
-    gx = F.linear(x, weights["w_ih"], None if {"input", "sum"}.intersection(at) else b_ih)
+    gx = _product(x, w_ih, None if {"input", "sum"}.intersection(at) else b_ih)
     if norm is not None and "input" in at:
         gx = norm(gx, weights["g_ih"], b_ih)
     if norm is not None and "cell" in at:
@@ -502,14 +507,14 @@ def _direction(
         mask = None if stages.h_mask is None else stages.h_mask[:b]
         g, gh = steps[t], None
         if w_hh is not None and cell.products:
-            product = partial(_product, w_hh, b_hh, mask, stages.blocks, cell.recurrent_gates)
+            product = partial(_gate, w_hh, b_hh, mask, stages.blocks, cell.recurrent_gates)
             how["product"] = product
             gates = [product(q, h_t) for q in range(cell.products[0])]
             gh = torch.cat(gates, -1) if gates else None
         elif w_hh is not None:
             late = {"recurrent", "sum"}.intersection(at)
             into = h_t if mask is None else h_t * mask
-            gh = _recurrent_gates(into, w_hh, None if late else b_hh, stages.blocks)
+            gh = _product(into, w_hh, None if late else b_hh, stages.blocks)
             if norm is not None and "recurrent" in at:
                 gh = norm(gh, weights["g_hh"], b_hh)
             if norm is not None and "sum" in at:
@@ -538,18 +543,56 @@ def _direction(
     return (y, torch.cat(hs), torch.cat(cs) if cs else None) if every_state else (y, h, c)
 
 
-def _recurrent_gates(h: Tensor, w_hh: Tensor, b_hh: Tensor | None, blocks: int) -> Tensor:
-    """h W_hh^T + b_hh [b, G*H], W_hh being block-diagonal."""
+class Rows(NamedTuple):
+    """Rows of numbers as ``scale * n``, n being whole numbers from -127 to 127.
+
+    The scale of a row is its largest number in magnitude, divided by 127. A row below 1e-30 is
+    zeros, and one with an infinity or NaN has the scale NaN. ``csrc/cpu/product/bytes.h`` has the
+    same numbers.
+    """
+
+    numbers: Tensor  # [.., K] float64, in which products of them are exact
+    scales: Tensor  # [.., 1] float32
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Rows:
+        largest = F.pad(rows.detach().abs(), (0, 1)).amax(-1, keepdim=True)  # of none, 0
+        is_number = largest.isfinite()
+        fits = is_number & (largest >= 1e-30)
+        most = torch.full_like(largest, 127)  # by a number torch multiplies with its inverse
+        factors = torch.where(fits, most / largest, 0)
+        scales = torch.where(fits, largest / most, 0).masked_fill(~is_number, torch.nan)
+        return cls(torch.where(fits, (rows * factors).round(), 0).double(), scales)
+
+    def chunk(self, chunks: int) -> list[Rows]:
+        each = zip(self.numbers.chunk(chunks), self.scales.chunk(chunks), strict=True)
+        return [Rows(*both) for both in each]
+
+
+Matrix = Tensor | Rows
+
+
+def _matrix(w: Tensor, stages: Stages) -> Matrix:
+    return Rows.of(w) if stages.int8 else w
+
+
+def _product(a: Tensor, w: Matrix, bias: Tensor | None, blocks: int = 1) -> Tensor:
+    """a w^T + bias [.., G*H], w being block-diagonal if it has blocks."""
+    if isinstance(w, Rows):
+        left = Rows.of(a)
+        sums = _product(left.numbers, w.numbers, None, blocks)  # exact
+        product = sums.float() * left.scales * w.scales.squeeze(-1)
+        return product if bias is None else product + bias
     if blocks == 1:
-        return F.linear(h, w_hh, b_hh)
-    width = w_hh.shape[1]
-    each = w_hh.unflatten(0, (-1, blocks, h.shape[1] // blocks))  # [G, blocks, units, width]
-    gates = torch.einsum("bnk,gnuk->bgnu", h.unflatten(1, (blocks, width)), each).flatten(1)
-    return gates if b_hh is None else gates + b_hh
+        return F.linear(a, w, bias)
+    width = w.shape[1]
+    each = w.unflatten(0, (-1, blocks, a.shape[1] // blocks))  # [G, blocks, units, width]
+    gates = torch.einsum("bnk,gnuk->bgnu", a.unflatten(1, (blocks, width)), each).flatten(1)
+    return gates if bias is None else gates + bias
 
 
-def _product(
-    w_hh: Tensor,
+def _gate(
+    w_hh: Matrix,
     b_hh: Tensor | None,
     mask: Tensor | None,
     blocks: int,
@@ -559,7 +602,7 @@ def _product(
 ) -> Tensor:
     """Gate q alone, of any operand u [b, H], which ``mask`` multiplies."""
     bias = None if b_hh is None else b_hh.chunk(gates)[q]
-    return _recurrent_gates(u if mask is None else u * mask, w_hh.chunk(gates)[q], bias, blocks)
+    return _product(u if mask is None else u * mask, w_hh.chunk(gates)[q], bias, blocks)
 
 
 def _cuts(reset: Tensor | None, counts: list[int], *, reverse: bool) -> list[Tensor | None]:

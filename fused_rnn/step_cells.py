@@ -49,7 +49,7 @@ class _Cell(TorchShaped, nn.RNNCellBase):
         except KeyError:
             return [self._read(name) for name in _CELL_WEIGHTS]
 
-    def _pack(self, weights: Sequence[Tensor], bfloat16: bool) -> Tensor | None:
+    def _pack(self, weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor | None:
         present = sum(1 << i for i, w in enumerate(self._weights()) if w is not None)
         return functional.pack(
             self._cell(),
@@ -57,7 +57,7 @@ class _Cell(TorchShaped, nn.RNNCellBase):
             num_layers=1,
             bidirectional=False,
             present=present,
-            bfloat16=bfloat16,
+            dtype=dtype,
         )
 
     def _has_usual_sizes(self) -> bool:
@@ -75,12 +75,14 @@ class _Cell(TorchShaped, nn.RNNCellBase):
         """Return the next state; the class says which shapes."""
         if type(input) is Tensor and not is_dynamo_compiling() and self._is_usual():
             parameters = self._parameters
-            packed = None if self._frozen is None else self._packed(self._weights())
-            found = functional.step_directly(
-                self._cell(), input, hx, parameters, _CELL_WEIGHTS, packed
-            )
-            if found is not None:
-                return found
+            frozen = self._frozen is not None
+            packed, int8 = self._packed(self._weights()) if frozen else (None, False)
+            if packed is not None or not int8:
+                found = functional.step_directly(
+                    self._cell(), input, hx, parameters, _CELL_WEIGHTS, packed
+                )
+                if found is not None:
+                    return found
         if (node := self._fx_node(input, hx)) is not None:
             return node
         batched = self._check_dim(input, "input") == 2
@@ -94,8 +96,9 @@ class _Cell(TorchShaped, nn.RNNCellBase):
                 h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
         weights = self._weights()
         w_ih, w_hh, b_ih, b_hh = weights
+        packed, int8 = self._packed(weights)
         h, c = functional.step(
-            self._cell(), x, h, c, w_ih, w_hh, b_ih, b_hh, packed=self._packed(weights)
+            self._cell(), x, h, c, w_ih, w_hh, b_ih, b_hh, packed=packed, int8=int8
         )
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)

@@ -144,6 +144,8 @@ def test_threads(engine: Any) -> None:
     # Narrow vectors do less while a team starts.
     narrow, wide = ({"B": 1, "T": 1, "I": 64, "H": 96, "vector_bytes": n} for n in (16, 64))
     assert threads(**narrow) > 1 and threads(**wide) == 1
+    # A vector multiplies four times as many bytes as floats.
+    assert threads(B=1, H=64, bytes=True) == 1 and threads(B=4, H=64, bytes=True) == 2
     assert forward(engine, threads=1).threads == 1
     # Who has no core for each thread does not spin.
     assert [forward(engine, threads=n).spins for n in (1, 8, 9)] == [2000, 2000, 0]
@@ -178,6 +180,8 @@ def test_weights_are_packed_where_it_pays(engine: Any) -> None:
     for shape in (dict(B=1, T=1), dict(B=32, T=1), dict(B=1, T=300, H=512), dict(B=64, T=100)):
         for storage in STORAGES:
             assert packing(packed=True, storage=storage, **shape) == (Packing.given,) * 2
+            bytes_ = dict(packed=True, bytes=True, storage=storage, **shape)
+            assert not forward(engine, UNITS[-1], **bytes_).tiled
     # In any batch the same: never over lanes, on tiles or in several chains.
     for shape in (dict(B=1, T=1), dict(B=32, T=1), dict(B=1, T=300, H=512), dict(B=64, T=100)):
         plan = forward(engine, UNITS[-1], invariant=True, **shape)

@@ -57,8 +57,9 @@ struct DirectionTensors {
   P& operator[](int i) { return const_cast<P&>(static_cast<const DirectionTensors&>(*this)[i]); }
 };
 struct DirectionWeights : DirectionTensors<const void*> {
-  const void* packed;    // what CpuKernels::pack made of w_ih and w_hh; null: nothing
-  int64_t packed_bytes;  // of an element: 2, a bfloat16, or those of the computing type
+  const void* packed;  // what CpuKernels::pack made of w_ih and w_hh; null: nothing
+  // Of an element: those of the computing type; 2, a bfloat16; 1, an integer times what its row has.
+  int64_t packed_bytes;
 };
 using DirectionGrads = DirectionTensors<void*>;  // null: not wanted
 
@@ -186,8 +187,8 @@ struct CpuKernels : CellFacts {
   void (*layer_bwd)(const LayerGradParams&);
   void (*scale)(void* data, const void* by, int64_t n, Storage);  // data[i] *= by[i]
   // W_ih and W_hh of a direction in the order in which vectors multiply with them, for any number of
-  // threads: how many elements, which go to w.packed.
-  int64_t (*packed_size)(int64_t I, int64_t H, int64_t K);  // W_hh has K columns
+  // threads: how many bytes, which go to w.packed.
+  int64_t (*packed_size)(int64_t I, int64_t H, int64_t K, int64_t element);  // W_hh has K columns
   void (*pack)(const LayerParams&, const DirectionWeights& w);
 };
 

@@ -236,6 +236,8 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
   x_common.paired = plan.paired;
   x_common.K = p.I;
   x_common.packing = plan.w_ih;
+  const bool in_bytes = PackedInput(p.w[0]).IsBytes();
+  x_common.byte_rows = in_bytes ? plan.gates_rows : 0;
   x_common.one_chain = plan.one_chain;
   x_common.tiled = plan.tiled;
   x_common.cut = plan.x_cut;
@@ -247,6 +249,7 @@ Layer<C>::ForwardPass::ForwardPass(const LayerParams& p)
     common.K = common.left.K = BlockWidth(p);
     common.block_units = p.blocks > 1 ? BlockWidth(p) : 0;
     common.packing = plan.w_hh;
+    common.byte_rows = in_bytes ? p.B : 0;
     common.one_chain = plan.one_chain;
     common.tiled = common.left.tiled = plan.tiled && C::kH > 0;
     common.cut = common.left.cut = plan.h_cut;

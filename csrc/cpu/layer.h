@@ -57,8 +57,8 @@ class Layer {
       StoreRow(At(data, storage, i), storage, a, count);
     }
   }
-  static int64_t PackedSize(int64_t I, int64_t H, int64_t K) {
-    return PackedBefore(I, H, K, C::kOperands + 1);
+  static int64_t PackedSize(int64_t I, int64_t H, int64_t K, int64_t element) {
+    return PackedBefore(I, H, K, {nullptr, element}, C::kOperands + 1);
   }
   static void Pack(const LayerParams& p, const DirectionWeights& w) {
     PanelProduct<C::kX, kPanelVecs>::Pack(w.w_ih, p.storage, p.H, p.I, Panels(p), PackedInput(w));
@@ -137,7 +137,8 @@ class Layer {
   }
   static void ForwardStream(const LayerParams& p);
 
-  static int64_t Panels(const LayerParams& p) { return (p.H + kUnits - 1) / kUnits; }
+  static int64_t Panels(int64_t H) { return (H + kUnits - 1) / kUnits; }
+  static int64_t Panels(const LayerParams& p) { return Panels(p.H); }
   static cpu::Problem ProblemOf(const LayerParams& p) {
     cpu::Problem problem;
     problem.storage = p.storage;
@@ -159,6 +160,7 @@ class Layer {
     problem.norm = NormOfX(p) || NormOfH(p);
     problem.operands = C::kOperands > 0;
     problem.packed = p.w[0].packed != nullptr;
+    problem.bytes = PackedInput(p.w[0]).IsBytes();
     problem.invariant = p.invariant;
     return problem;
   }
@@ -335,13 +337,21 @@ class Layer {
     return w_hh == nullptr ? w_hh
                            : At(w_hh, p.storage, Products<C>::First(k) * p.H * BlockWidth(p));
   }
-  // What is packed before the rows of product k: those of W_ih, and of the products before it.
-  static int64_t PackedBefore(int64_t I, int64_t H, int64_t K, int k) {
-    return RoundUp(H, kUnits) * (C::kX * I + Products<C>::First(k) * K);
+  // Bytes that are packed before the rows of product k: those of W_ih, and of the products before it.
+  static int64_t PackedBefore(int64_t I, int64_t H, int64_t K, const PackedPanels& packed, int k) {
+    int64_t of_panel = PanelProduct<C::kX, kPanelVecs>::PackedSize(I, packed);
+    ForProducts([&](auto product) {
+      constexpr int kGates = Products<C>::Gates(decltype(product)::value);
+      if (product < k) of_panel += PanelProduct<kGates, kPanelVecs>::PackedSize(K, packed);
+    });
+    return Panels(H) * of_panel;
   }
-  static PackedPanels PackedInput(const DirectionWeights& w) { return {w.packed, w.packed_bytes}; }
+  static PackedPanels PackedInput(const DirectionWeights& w) {
+    return {w.packed, w.packed ? w.packed_bytes : 0};
+  }
   static PackedPanels PackedProduct(const LayerParams& p, const DirectionWeights& w, int k) {
-    return PackedInput(w).From(PackedBefore(p.I, p.H, BlockWidth(p), k));
+    const PackedPanels packed = PackedInput(w);
+    return packed.From(PackedBefore(p.I, p.H, BlockWidth(p), packed, k));
   }
   // h, or another operand, as it goes into W_hh.
   FRNN_INLINE static V Masked(const T* h, const T* mask, Storage storage) {

@@ -17,7 +17,10 @@ bool IsPlain(const Problem& p) {
   return p.storage == (p.scalar_bytes == 4 ? Storage::kFloat : Storage::kDouble);
 }
 
-int64_t Macs(const Problem& p) { return p.rows * p.H * (p.gates_h * p.Hout + p.gates_x * p.I); }
+// In the time that multiply-adds of floats take: of bytes a vector has four times as many.
+int64_t Macs(const Problem& p) {
+  return p.rows * p.H * (p.gates_h * p.Hout + p.gates_x * p.I) / (p.bytes ? 4 : 1);
+}
 
 bool IsShort(const Problem& p) {
   constexpr int64_t kMacsOfShortCall = 100000000;  // a few milliseconds
@@ -31,7 +34,8 @@ int Threads(const Problem& p, const Machine& m, int products) {
   // narrow vectors less.
   constexpr int64_t kMacsPerBarrier = 4096, kMacsPerTeamAndByte = 3125;
   const int64_t most = Least(Least(p.threads, kMaxThreads), p.panels);
-  const int64_t macs = Macs(p), at_once = p.gates_h > 0 ? p.B * p.gates_h * p.H * p.Hout : macs;
+  const int64_t macs = Macs(p), of_step = p.B * p.gates_h * p.H * p.Hout / (p.bytes ? 4 : 1);
+  const int64_t at_once = p.gates_h > 0 ? of_step : macs;
   const int64_t shared = products * macs < kMacsPerTeamAndByte * p.vector_bytes ? 0 : at_once;
   int64_t n = 1;
   while (n < most && n * (n + 1) * kMacsPerBarrier <= shared) n++;
@@ -43,7 +47,8 @@ int Threads(const Problem& p, const Machine& m, int products) {
 // from so many rows per step, and in all, on; fixed point is fewer bytes than floats are, so that
 // wide layers stream faster for any batch.
 bool IsTiled(const Problem& p, const Machine& m) {
-  if (p.vector_bytes != 64 || p.scalar_bytes != 4 || p.in_blocks || p.operands) return false;
+  if (p.vector_bytes != 64 || p.scalar_bytes != 4) return false;
+  if (p.in_blocks || p.operands || p.bytes) return false;
   // Vectors multiply two bfloat16 in the time of one float, which six products per float do not
   // repay.
   const bool available = m.unit >= MatrixUnit::kTiles ||

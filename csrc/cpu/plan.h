@@ -129,6 +129,7 @@ struct Problem {
   bool norm = false;       // products have other gradients than gates
   bool operands = false;   // W_hh multiplies other values than h, too
   bool packed = false;     // the caller has the weights packed, too
+  bool bytes = false;      // .. in bytes, for products of integers
   // Sums are in the same order for any number of rows: none over lanes, all in one chain, none on tiles,
   // where rows have factors in common.
   bool invariant = false;

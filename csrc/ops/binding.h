@@ -154,12 +154,12 @@ struct Operators {
     return {w.y, w.h_n, w.c_n, w.between};
   }
   // The weights as later calls take them, whose x may have other rows. Empty if the device has none.
-  static Tensor Pack(FRNN_INPUTS, bool bfloat16) {
+  static Tensor Pack(FRNN_INPUTS, int64_t element) {
     Work w(FRNN_INPUTS_LIST);
     if constexpr (Device::kPacks) {
-      const int64_t element = w.call.PackedElement(bfloat16);
-      Tensor words = Device::NewLarge(x, {w.call.PackedWords(element)}, ScalarType::Long);
-      w.call.Pack(weights.data(), words.mutable_data_ptr(), element);
+      const int64_t bytes = w.call.PackedElement(element);
+      Tensor words = Device::NewLarge(x, {w.call.PackedWords(bytes)}, ScalarType::Long);
+      w.call.Pack(weights.data(), words.mutable_data_ptr(), bytes);
       return words;
     }
     return New(x, {int64_t(0)}, ScalarType::Long);

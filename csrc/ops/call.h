@@ -226,9 +226,10 @@ struct Call {
   bool IsAddedTo(int64_t i) const { return i == 3 + runs() * int64_t(tensors.size()); }
   // ---- weights that are packed once, for many calls ----
 
-  // Of an element: what it may be.
-  int64_t PackedElement(bool bfloat16) const {
-    return bfloat16 && computing() == ScalarType::Float ? 2 : BytesOf(computing());
+  // Bytes of an element: 2 or 1, see DirectionWeights, if that is wanted of floats.
+  int64_t PackedElement(int64_t wanted) const {
+    const bool fewer = wanted == 2 || wanted == 1;
+    return fewer && computing() == ScalarType::Float ? wanted : BytesOf(computing());
   }
   int64_t PackedWords(int64_t element) const {
     int64_t bytes = PackedHeads();
@@ -255,7 +256,7 @@ struct Call {
       if (bytes < at) return false;
       const char* data = static_cast<const char*>(packed);
       const auto* heads = reinterpret_cast<const PackedHead*>(data);
-      const int64_t element = PackedElement(heads->element == 2);
+      const int64_t element = PackedElement(heads->element);
       for (int64_t run = 0; run < runs(); run++) {
         if (!heads[run].IsOf(PackedHeadOf(run, weights, element))) return false;
         at += PackedBytes(run, element);
@@ -286,8 +287,8 @@ struct Call {
   int64_t InputWidth(int64_t run) const { return run < p.dirs ? p.I : stack.Width(); }
   int64_t PackedHeads() const { return RoundUp(runs() * int64_t(sizeof(PackedHead)), kPackedLine); }
   int64_t PackedBytes(int64_t run, int64_t element) const {
-    const int64_t size = kernels.packed_size(InputWidth(run), p.H, p.Hout / p.blocks);
-    return RoundUp(size * element + kPackedLine, kPackedLine);
+    const int64_t size = kernels.packed_size(InputWidth(run), p.H, p.Hout / p.blocks, element);
+    return RoundUp(size + kPackedLine, kPackedLine);
   }
   PackedHead PackedHeadOf(int64_t run, const T* weights, int64_t element) const {
     PackedHead head{&kernels, element, int64_t(storage), InputWidth(run), p.H, p.Hout, p.blocks,

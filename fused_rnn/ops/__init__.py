@@ -35,6 +35,7 @@ from .direct import called_directly, direct_calls
 from .library import facts_of, has_cell, supports, takes, tensor_names
 from .schemas import (
     NO_STAGE_TENSORS,
+    PACKED_ELEMENTS,
     Call,
     Inputs,
     StageTensors,
@@ -145,10 +146,10 @@ def pack(
     directions: int,
     present: int,
     stages: reference.Stages,
-    bfloat16: bool,
+    dtype: torch.dtype | None,
 ) -> Tensor | None:
     """What kernels read in the place of W_ih and W_hh, as long as nobody writes to these; None if
-    they read no such thing. ``bfloat16``: rounded to it."""
+    they read no such thing. ``dtype``: one of PACKED_ELEMENTS."""
     w_ih, known = weights[0], reference.CELLS[cell]
     x = w_ih.new_empty((1, 0, w_ih.shape[1]))  # of any length
     hidden = w_ih.shape[0] // known.gates
@@ -156,10 +157,13 @@ def pack(
         return None
     if not takes(stages, cell, hidden, x.device, train=False):
         return None
+    # Kernels do not know them again, and go on with these, which for bytes are other numbers.
+    if dtype is torch.int8 and not all(w.is_contiguous() for w in weights):
+        return None
     given = [x.new_empty((1, 0, len(known.given) * hidden))] if known.given else []
     call, tensors = _call(x, cell, layers, directions, present, stages), (None,) * 4
     packed: Tensor = operators.recurrent_pack.default(
-        *inputs_of(call, NO_STAGE_TENSORS, x, *tensors, [*weights, *given]), bfloat16
+        *inputs_of(call, NO_STAGE_TENSORS, x, *tensors, [*weights, *given]), PACKED_ELEMENTS[dtype]
     )
     return packed if packed.numel() > 0 else None
 

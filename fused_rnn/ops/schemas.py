@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .. import reference
 
+# Bytes of an element of packed weights, for the types that can be asked for.
+PACKED_ELEMENTS = {None: 0, torch.bfloat16: 2, torch.int8: 1}
+
 # The names that builds have for the types of tensors, see enum Storage in csrc/core/params.h.
 STORAGES = {
     torch.float32: "float",
@@ -35,9 +38,9 @@ SCHEMAS = {
     "recurrent": f"({_INPUTS}) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor between, Tensor hs, Tensor saved)",
     "recurrent_recomputed": f"({_INPUTS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor between)",
-    # W_ih and W_hh for calls of other x, rounded to bfloat16 where that is asked for and sums are
-    # in float32; empty where there is nothing to pack.
-    "recurrent_pack": f"({_INPUTS}, bool bfloat16=False) -> Tensor",
+    # W_ih and W_hh for calls of other x, in bfloat16 (element=2) or bytes (1) where that is asked
+    # for and sums are in float32; empty where there is nothing to pack.
+    "recurrent_pack": f"({_INPUTS}, int element=0) -> Tensor",
     # needs: which gradients are wanted, by their numbers: x, h0, c0, then the weights, with what is
     # given behind them. The others come back empty.
     "recurrent_backward": "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor between, Tensor hs, "

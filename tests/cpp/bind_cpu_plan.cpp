@@ -53,6 +53,7 @@ PYBIND11_MODULE(bind_cpu_plan, m) {
       .def_readwrite("panels", &Problem::panels)
       .def_readwrite("operands", &Problem::operands)
       .def_readwrite("packed", &Problem::packed)
+      .def_readwrite("bytes", &Problem::bytes)
       .def_readwrite("invariant", &Problem::invariant);
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)

@@ -3,6 +3,7 @@
 // once, before each use, or long ago; for tiles) and goes back to vectors by itself where tiles do
 // not fit.
 #pragma once
+#include "cpu/product/bytes.h"
 #include "cpu/product/panel.h"
 #include "cpu/product/tiles.h"
 
@@ -18,22 +19,24 @@ struct MatrixRows {
   const T* Plain(int64_t r) const { return static_cast<const T*>(first) + r * stride; }
 };
 
-// Panels that were packed before the call: of the computing type, or of bfloat16, whose elements are
-// half as many bytes for the same products.
+// Panels that were packed before the call: of the computing type; of bfloat16, whose elements are half
+// as many bytes for the same products; or of bytes, for products of integers.
 struct PackedPanels {
   const void* first;  // null: there are none
-  int64_t bytes;      // of an element
+  int64_t element;    // its bytes
 
-  PackedPanels From(int64_t i) const {
-    return {first ? static_cast<const char*>(first) + i * bytes : nullptr, bytes};
+  PackedPanels From(int64_t bytes) const {
+    return {first ? static_cast<const char*>(first) + bytes : nullptr, element};
   }
-  bool IsBFloat16() const { return sizeof(T) == 4 && bytes == 2; }
+  bool IsBFloat16() const { return sizeof(T) == 4 && element == 2; }
+  bool IsBytes() const { return sizeof(T) == 4 && element == 1; }
 };
 
 // The right operand, and what both kinds of products do with it. One object a thread.
 template <int kGates, int kPanelVecs>
 class PanelProduct {
   using Layout = Panel<kGates, kPanelVecs>;
+  using ByteLayout = BytePanel<kGates, kPanelVecs>;
 
  public:
   static constexpr int kUnits = Layout::kUnits, kWidth = Layout::kWidth;
@@ -46,6 +49,8 @@ class PanelProduct {
     // Of a block-diagonal W, units of a block: each block has K columns of the left side.
     int64_t block_units = 0;
     cpu::Packing packing;
+    // Of packed bytes, as many rows as there are of the left side at a time: it becomes bytes, too.
+    int64_t byte_rows = 0;
     bool one_chain;  // as of GemmRows
     bool tiled;
     parts::Cut cut;
@@ -78,22 +83,35 @@ class PanelProduct {
     int64_t LeftColumn(int64_t panel) const {
       return block_units > 0 ? panel * kUnits / block_units * K : 0;
     }
+    int64_t LeftColumns() const { return block_units > 0 ? H / block_units * K : K; }
   };
 
   void Take(Scratch& s, Common& shared) {
     common_ = &shared;
     if (!shared.tiled) packed_ = TakePacked(s);
+    left_bytes_.stride = bytes::PaddedDepth(shared.LeftColumns());
+    left_bytes_.numbers = s.Take<int8_t>(shared.byte_rows * left_bytes_.stride);
+    left_bytes_.scales = s.Take<float>(shared.byte_rows);
     tiles_ = TakeTiles(s, shared.tiled, shared.own_panels * kWidth, shared.K, shared.cut);
     balance_.Take(s, tiles_);
   }
 
+  // Bytes of a packed panel.
+  static int64_t PackedSize(int64_t K, const PackedPanels& packed) {
+    return packed.IsBytes() ? ByteLayout::Size(K) : K * kWidth * packed.element;
+  }
   // All panels of w, one after the other: each thread of any team finds its own there.
   static void Pack(const void* w, Storage storage, int64_t H, int64_t K, int64_t panels,
                    const PackedPanels& packed) {
     const int64_t size = K * kWidth;
     Vector<T> rounded(packed.IsBFloat16() ? size : 0);
     for (int64_t panel = 0; panel < panels; panel++) {
-      void* const at = const_cast<void*>(packed.From(panel * size).first);
+      void* const at = const_cast<void*>(packed.From(panel * PackedSize(K, packed)).first);
+      if constexpr (sizeof(T) == 4)
+        if (packed.IsBytes()) {
+          ByteLayout::Pack(w, storage, H, K, panel, at);
+          continue;
+        }
       T* const to = packed.IsBFloat16() ? rounded.data() : static_cast<T*>(at);
       Layout::Pack(w, storage, H, K, panel, to);
       if (packed.IsBFloat16()) StoreRow(at, Storage::kBFloat16, to, size);
@@ -127,14 +145,20 @@ class PanelProduct {
     dir_ = dir;
     w_ = w;
     is_packed_ = common_->packing != cpu::Packing::kOnce;
-    given_ = packed.From(panels.begin * common_->K * kWidth);
+    given_ = packed.From(panels.begin * PackedSize(common_->K, packed));
     if constexpr (kTiles)
       if (common_->tiled) PackTiles(team, left);
   }
 
   void Refuse() const { common_->misfit[dir_].store(true, std::memory_order_relaxed); }
 
-  // gates of `rows` rows and the own panel `at`; `before` as in GemmRows.
+  // The n rows of a product on vectors, before MultiplyPanel has them.
+  FRNN_INLINE void TakeLeft(int64_t n, const T* a, int64_t lda) const {
+    if constexpr (sizeof(T) == 4)
+      if (given_.IsBytes() && count() > 0)
+        bytes::Quantise(Floats(a), lda, n, common_->LeftColumns(), bytes::Shift(), left_bytes_);
+  }
+  // gates of `rows` rows and the own panel `at`; `before` as in GemmRows: the rows taken before these.
   FRNN_INLINE void MultiplyPanel(int64_t rows, const T* a, int64_t lda, int64_t at, T* gates,
                                  int64_t stride, int64_t before) const {
     const Common& c = *common_;
@@ -151,7 +175,6 @@ class PanelProduct {
       return;
     }
     if (c.Turns()) return MultiplyTurned(rows, panel, gates, stride);
-    const int64_t size = c.K * kWidth;
     const auto multiply = [&](const auto* packed) FRNN_INLINE_LAMBDA {
       Layout::ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
         GemmRows<decltype(vecs)::value>(rows, a, lda, packed + first * N * c.K, vecs * N, c.K,
@@ -159,16 +182,20 @@ class PanelProduct {
       });
     };
     if (c.packing == cpu::Packing::kGiven) {
-      const PackedPanels panel_at = given_.From(at * size);
-      if constexpr (sizeof(T) == 4)
+      const PackedPanels panel_at = given_.From(at * PackedSize(c.K, given_));
+      if constexpr (sizeof(T) == 4) {
+        if (given_.IsBytes())
+          return ByteLayout::Multiply(rows, LeftBytes(before, c.LeftColumn(panel)), panel_at.first,
+                                      c.K, Floats(gates), stride);
         if (given_.IsBFloat16()) return multiply(static_cast<const uint16_t*>(panel_at.first));
+      }
       return multiply(static_cast<const T*>(panel_at.first));
     }
     if (c.packing == cpu::Packing::kEachUse) {
       Layout::Pack(w_, c.storage, c.H, c.K, panel, packed_);
       return multiply(static_cast<const T*>(packed_));
     }
-    multiply(static_cast<const T*>(packed_ + at * size));
+    multiply(static_cast<const T*>(packed_ + at * c.K * kWidth));
   }
   // All rows of a step: the gates come out as [unit][row], and are turned back.
   FRNN_NOINLINE void MultiplyTurned(int64_t n, int64_t panel, T* gates, int64_t stride) const {
@@ -215,6 +242,10 @@ class PanelProduct {
 
  private:
   static constexpr int64_t kTurned = cpu::kTurnedVecs * N;
+  bytes::Rows LeftBytes(int64_t row, int64_t column) const {
+    return {left_bytes_.numbers + row * left_bytes_.stride + column, left_bytes_.scales + row,
+            left_bytes_.stride};
+  }
   // Vectors of so many rows, of one block.
   static int TurnedVecs(int64_t rows) { return int((rows < kTurned ? rows : kTurned) + N - 1) / N; }
 
@@ -251,6 +282,7 @@ class PanelProduct {
   int dir_;
   T* packed_ = nullptr;  // for vectors
   PackedPanels given_;   // the same where they were packed before the call
+  bytes::Rows left_bytes_;
   bool is_packed_;
   parts::TiledOperand tiles_;
   Balance balance_;
@@ -283,6 +315,7 @@ class InputProduct : public PanelProduct<kGates, kPanelVecs> {
       if (tiled && MultiplyOnTiles(x, r, rows, gates)) continue;
       if (x.storage != kPlain) x = stage();
       Base::EnsureVectors();
+      Base::TakeLeft(rows, x.Plain(r), x.stride);
       for (int64_t at = 0; at < Base::count(); at++)
         Base::MultiplyPanel(rows, x.Plain(r), x.stride, at, gates(at) + r * stride, stride, 0);
     }
@@ -358,7 +391,10 @@ class StepProduct : public PanelProduct<kGates, kPanelVecs> {
         }
         return;
       }
-    if constexpr (kGates > 0) Base::EnsureVectors();
+    if constexpr (kGates > 0) {
+      Base::EnsureVectors();
+      Base::TakeLeft(n, h, ldh);
+    }
     for (int64_t at = 0; at < Base::count(); at++)
       ForRowBlocks<cpu::kRowBlock>(n, [&](int rows, int64_t r) FRNN_INLINE_LAMBDA {
         if constexpr (kGates > 0)
