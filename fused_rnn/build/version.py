@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 # The bindings use this version of torch's stable ABI: one library serves every torch from it on.
 TORCH_MIN = (2, 10)
