@@ -175,7 +175,14 @@ def test_a_step_with_options(name: str, options: dict[str, Any]) -> None:
     ).eval()
     frozen = frozen_of(module)
     x, hx = step_of(module, 3)
-    for more in ({}, {"reset": torch.tensor([[True, False, True]])}):
+    reset = torch.tensor([[True, False, True]])
+    calls: list[dict[str, Any]] = [
+        {},
+        {"reset": reset},
+        {"lengths": [1, 0, 1]},
+        {"reset": reset, "reset_to": step_of(module, 3)[1]},
+    ]
+    for more in calls:
         found = run(frozen, x, hx, **more)
         with in_plain_torch():
             assert_same(found, run(frozen, x, hx, **more), 1e-5)
@@ -264,7 +271,9 @@ def test_bits_do_not_depend_on_how_a_sequence_is_cut_or_who_is_beside_it(cell: s
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "options", [dict(norm="layer"), dict(norm="rms", norm_at=("sum", "cell")), dict(blocks=2)], ids=str
+    "options",
+    [dict(norm="layer"), dict(norm="rms", norm_at=("sum", "cell")), dict(blocks=2)],
+    ids=str,
 )
 def test_bits_with_options_do_not_depend_on_the_batch(options: dict[str, Any]) -> None:
     for H, T, B in ((64, 9, 17), (192, 4, 70)):
