@@ -19,7 +19,7 @@ from fused_rnn import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = build.levels()[::-1]  # at most
-TESTS = ["ops", "parity", "ragged", "tiles", "norm", "stages"]
+TESTS = ["ops", "parity", "ragged", "tiles", "norm", "stages", "int8"]
 # About torch, the reference, or processes that this library is not loaded in.
 LEFT_OUT = "not opcheck and not lesser and not fewer and not derivatives and not reaches"
 # Of options between two steps, mixtures are what pairs are; and no graphs.

@@ -205,7 +205,7 @@ def test_cells(name: str, bias: bool) -> None:
             assert distance(expected, run(cell, x)) > 0
 
 
-def test_cells_from_python() -> None:
+def test_compiled_cells_from_python() -> None:
     """One to which a value is given for each step, and one whose second product is of what the
     first one made: its operand may round to another integer, once in a while."""
     given, x = torch.rand(1, 3, 33), torch.randn(1, 3, 5)
@@ -389,7 +389,7 @@ print(digest.hexdigest())
 
 
 @needs_kernels
-def test_instruction_sets_agree_to_the_last_bit(seed: int) -> None:
+def test_lesser_instruction_sets_agree_to_the_last_bit(seed: int) -> None:
     """Of a cell without a function that they round differently."""
     found = {}
     for capability in (*build.levels()[:3], build.levels()[-1]):
@@ -402,7 +402,7 @@ def test_instruction_sets_agree_to_the_last_bit(seed: int) -> None:
 
 @cpu_engine_only
 @pytest.mark.parametrize("capability", build.levels()[:3])
-def test_each_instruction_set(capability: str, seed: int) -> None:
+def test_lesser_instruction_sets(capability: str, seed: int) -> None:
     if not packs():
         return
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
@@ -557,14 +557,14 @@ def test_layers_without_such_products(layer: Any, given: str) -> None:
 
 
 def test_rows_that_are_too_long_for_sums_in_32_bits() -> None:
-    wide = fused_rnn.RNN(133_145, 1)
-    with pytest.raises(ValueError, match="dtype: torch.int8 is for at most 133144 .*, got 133145"):
+    wide = fused_rnn.RNN(65_537, 1)
+    with pytest.raises(ValueError, match="dtype: torch.int8 is for at most 65536 .*, got 65537"):
         fused_rnn.freeze(wide, dtype=torch.int8)
-    module = fused_rnn.RNN(133_144, 1, nonlinearity="relu", bias=False).eval()
+    module = fused_rnn.RNN(65_536, 1, nonlinearity="relu", bias=False).eval()
     with torch.no_grad():
         module.weight_ih_l0.fill_(0.5)
-    y = run(frozen_of(module), torch.full((1, 1, 133_144), 2.0))[0]
-    assert_close(y, torch.full((1, 1, 1), 133_144.0), 1e-6)
+    y = run(frozen_of(module), torch.full((1, 1, 65_536), 2.0))[0]
+    assert_close(y, torch.full((1, 1, 1), 65_536.0), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, "int8"])
