@@ -495,16 +495,30 @@ def test_calls_that_run_as_if_it_was_not_frozen() -> None:
     assert_same(flatten(torch.func.functional_call(frozen, weights, (x,))), expected, 1e-5)
     vmapped = torch.func.vmap(lambda x: frozen(x)[0])(x.expand(2, 4, 1, 5))
     assert_close(vmapped[1], expected[0], 1e-5)
-    leaf = x.clone().requires_grad_()
-    y = frozen(leaf)[0]
-    assert_close(y.detach(), expected[0], 1e-5)
-    y.sum().backward()
-    assert leaf.grad is not None
     program = torch.export.export(frozen, (x,))
     assert_same(flatten(program.module()(x)), expected, 1e-5)
     low = torch.autocast("cpu", torch.bfloat16)
     with low, torch.no_grad():
         assert_close(frozen(x)[0], module(x)[0], 1e-2)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "RNN", "LSTMCell", "GRUCell"])
+def test_gradients_of_inputs_are_those_of_float32(name: str) -> None:
+    module = getattr(fused_rnn, name)(5, 33).requires_grad_(False)
+    frozen, x = frozen_of(module), torch.randn(3, 5)
+    with torch.no_grad():
+        hx = map_tensors(module(x)[1] if name in ("LSTM", "RNN") else module(x), torch.randn_like)
+    found: list[list[Tensor]] = []
+    for m in (module, frozen):
+        leaf, state = (
+            x.clone().requires_grad_(),
+            map_tensors(hx, lambda t: t.clone().requires_grad_()),
+        )
+        out = flatten(m(leaf, state))
+        sum(t.square().sum() for t in out).backward()  # type: ignore[union-attr]
+        found.append([t.detach() for t in out] + [t.grad for t in (leaf, *flatten(state))])
+    assert_same(found[1], found[0], 1e-5)
+    assert distance(run(frozen, x, hx), run(module, x, hx)) > 0
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell"])
