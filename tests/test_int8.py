@@ -359,8 +359,8 @@ def test_rows_without_numbers_are_nan_and_others_stay() -> None:
 
 
 def test_errors_are_those_of_half_a_number() -> None:
-    """Of both sides of each product, whose rows have scales of their own: large rows cost small ones
-    nothing."""
+    """Of both sides of each product, whose rows have scales of their own: large rows cost small
+    ones nothing."""
     module = fused_rnn.RNN(40, 33, nonlinearity="relu", bias=False).eval()
     with torch.no_grad():
         for p in module.parameters():
