@@ -165,7 +165,7 @@ def freeze(model: Model, *, inplace: bool = True, dtype: torch.dtype | None = No
     Raises:
         TypeError: ``model`` is no module.
         ValueError: it has no layer of this package; another dtype; torch.int8 for layers of
-            float64, not on the CPU, or with more than 133144 inputs or units.
+            float64, not on the CPU, or with more than 65536 inputs or units.
 
     With ``dtype=torch.int8`` products are of integers, as in Alvarez, Prabhavalkar and Bakhtin 2016
     (arXiv:1607.04683). A row of W_ih or W_hh, and in each step the row of a sequence in x or h, is

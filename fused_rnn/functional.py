@@ -46,6 +46,7 @@ def recurrent_directly(
     present: int,
     batch_first: bool,
     packed: Tensor | None = None,
+    int8: bool = False,
 ) -> Any:
     """``recurrent`` without dropout and gradients, to (y, hx); or None.
 
@@ -53,7 +54,7 @@ def recurrent_directly(
     parameters that ``names`` says. If ``batch_first``, x and y have that layout.
     """
     calls = ops.direct_calls(x)
-    if not calls:
+    if not calls or int8 and packed is None:
         return None
     states = hx if isinstance(hx, (tuple, list)) else (hx,)
     weights = [parameters.get(name) for name in names]
@@ -72,10 +73,16 @@ def step_directly(
     parameters: Mapping[str, Tensor | None],
     names: list[str],
     packed: Tensor | None = None,
+    int8: bool = False,
 ) -> Any:
     """``step``, to hx, or None. B may be missing everywhere; as in ``recurrent_directly``."""
     calls = ops.direct_calls(x)
-    return calls.step(cell, x, hx, parameters, names, packed) if calls else None
+    if not calls:
+        return None
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    if int8 and (packed is None or ops.wants_grad((x, *states))):
+        return None
+    return calls.step(cell, x, hx, parameters, names, packed)
 
 
 # --- A stack of layers ---------------------------------------------------------------------------
@@ -368,7 +375,7 @@ def pack(
 
 
 def _check_sums(cell: str, weights: Sequence[Tensor], present: int) -> None:
-    most = (2**31 - 1) // 127**2
+    most = 2**16  # times 127 times 255, where the left side has no sign
     names = present_names(cell, present)
     for i, w in enumerate(weights):
         if names[i % len(names)] in ("w_ih", "w_hh") and w.shape[1] > most:

@@ -467,8 +467,6 @@ class Recurrent(TorchShaped, nn.RNNBase):
         if self.training and self.dropout or self.recompute and torch.is_grad_enabled():
             return None
         packed, int8 = self._packed(self._weights()) if self._frozen is not None else (None, False)
-        if int8 and packed is None:
-            return None
         found: tuple[Tensor, Any] | None = functional.recurrent_directly(
             self.mode.lower(),
             x,
@@ -480,6 +478,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             self._present(),
             self.batch_first,
             packed,
+            int8,
         )
         return found
 

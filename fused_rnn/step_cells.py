@@ -77,12 +77,11 @@ class _Cell(TorchShaped, nn.RNNCellBase):
             parameters = self._parameters
             frozen = self._frozen is not None
             packed, int8 = self._packed(self._weights()) if frozen else (None, False)
-            if packed is not None or not int8:
-                found = functional.step_directly(
-                    self._cell(), input, hx, parameters, _CELL_WEIGHTS, packed
-                )
-                if found is not None:
-                    return found
+            found = functional.step_directly(
+                self._cell(), input, hx, parameters, _CELL_WEIGHTS, packed, int8
+            )
+            if found is not None:
+                return found
         if (node := self._fx_node(input, hx)) is not None:
             return node
         batched = self._check_dim(input, "input") == 2

@@ -119,3 +119,25 @@ def test_char_lm_reads_the_standard_library_by_default(runs: Runs) -> None:
 def test_char_lm_refuses_a_text_that_is_too_short(runs: Runs) -> None:
     with pytest.raises(AssertionError, match="too short for"):
         runs["short"].result()
+
+
+def test_frozen_types(tmp_path: Path) -> None:
+    """Fewer bits cost little, and cannot be free."""
+    pytest.importorskip("sklearn")
+    small = "--hidden 64 --steps 30 --digits-steps 3 --widths 16 --characters 60000 --threads 1"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "frozen_types.py"), *small.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads((tmp_path / "out" / "frozen_types.json").read_text())
+    bits = figures["bits"]
+    assert bits.keys() == {"not frozen", "float32", "bfloat16", "int8"}
+    assert 0 < abs(bits["int8"] - bits["not frozen"]) < 0.02
+    assert abs(bits["float32"] - bits["not frozen"]) < 1e-5
+    assert all(0 <= share <= 1 for share in figures["answers"].values())
+    assert len(figures["clock"]) == 15 and f"{bits['int8']:.5f}" in done.stdout

@@ -2,9 +2,9 @@
 // side are before each product.
 //
 // A row of numbers is scale * n, each n an integer from -127 to 127, of the largest in magnitude scale =
-// that / 127. Products of n are summed in 32 bits, exactly: the same for any instruction set, order and
-// number of rows. Only then they become a float, times both scales. A row that is smaller than kLeast is
-// zeros, and one with an infinity or NaN has the scale NaN.
+// that / 127. Products of n are summed in 32 bits, exactly, where there are at most 65536 of them: the
+// same for any instruction set, order and number of rows. Only then they become a float, times both
+// scales. A row that is smaller than kLeast is zeros, and one with an infinity or NaN has the scale NaN.
 //
 // Packed, W [kGates * H, K] lies by panels and bands as for other types (cpu/product/panel.h), but with
 // kDepth elements of a row together, which are multiplied at once: [band][k / kDepth][gate][unit][kDepth],
@@ -34,7 +34,7 @@ struct Rows {
 };
 // 128 where the left side of the instruction has no sign: sums begin with what that adds to them.
 FRNN_EXPORT int Shift();
-// n rows a [n][K], `stride` of them apart.
+// Of n rows a [n][K], lda apart.
 FRNN_EXPORT void Quantise(const float* a, int64_t lda, int64_t n, int64_t K, int shift,
                           const Rows& out);
 
