@@ -42,8 +42,8 @@ PROGRAMS = {
 PACKAGES = ("python3", "libpython3-dev", "python3-pip-whl", "libstdc++6", "libgomp1")
 # What the package and these tests import.
 MODULES = ("numpy", "networkx", "setuptools>=77", "pytest", "hypothesis", "expecttest", "tqdm")
-# The one looks at the time of a process that an emulator takes longer to start; for the other, torch
-# 2.10 does not compile layers with options.
+# The one looks at the time of a process that an emulator takes longer to start. Of the other, torch
+# 2.10 refuses some: it does not compile layers with options.
 LEFT_OUT = "not busy_neighbours and not (test_stages and test_compile)"
 
 APT = """\
