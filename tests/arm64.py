@@ -42,8 +42,9 @@ PROGRAMS = {
 PACKAGES = ("python3", "libpython3-dev", "python3-pip-whl", "libstdc++6", "libgomp1")
 # What the package and these tests import.
 MODULES = ("numpy", "networkx", "setuptools>=77", "pytest", "hypothesis", "expecttest", "tqdm")
-# Looks at the time of a process that an emulator takes longer to start.
-LEFT_OUT = "not busy_neighbours"
+# The one looks at the time of a process that an emulator takes longer to start. Of the other, torch
+# 2.10 refuses some: it does not compile layers with options.
+LEFT_OUT = "not busy_neighbours and not (test_stages and test_compile)"
 
 APT = """\
 APT::Architecture "arm64";
@@ -153,7 +154,7 @@ def main() -> None:
     for tier in TIERS_OF["aarch64"]:
         own = env | {"FUSED_RNN_CPU_CAPABILITY": tier}
         run(f"instructions: {tier}", [PYTHON, "-c", USED, tier], **own)
-        run(f"tests on {tier}", [*test, f"--roles={args.roles}", draw], **own)
+        run(f"tests on {tier}", [*test, f"--roles={args.roles}", draw, "-k", LEFT_OUT], **own)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,13 @@
 #define FRNN_INLINE inline __attribute__((always_inline))
 #define FRNN_NOINLINE __attribute__((noinline))
 #define FRNN_INLINE_LAMBDA __attribute__((always_inline))
+// For a product that is in a sum with what it may cancel: for AArch64 compilers make a multiply-add of
+// them, which does not round the product as it was rounded before.
+#ifdef __aarch64__
+#define FRNN_ROUNDED(v) asm("" : "+w"(v))
+#else
+#define FRNN_ROUNDED(v)
+#endif
 // For a vector that several instructions use: compilers may read it from memory in each of them, as an
 // operand, and then loads run short before multiply-adds do.
 #ifndef FRNN_KEEP_IN_REGISTER

@@ -225,7 +225,8 @@ class RowNorm {
       FRNN_UNROLL
       for (int k = 0; k < kVecs; k++) {
         const int q = k / kPanelVecs, unit = k % kPanelVecs * N;
-        const V g = load<V>(gate(q) + row * stride + unit) * load<V>(gain + k * N);
+        V g = load<V>(gate(q) + row * stride + unit) * load<V>(gain + k * N);
+        FRNN_ROUNDED(g);  // of a single unit it is the mean
         const V scale = scales[row] * valid[k % kPanelVecs];
         const V dv = scale * (g - mean - load<V>(tape + k * N) * slope);
         store<V>(out + row * out_stride + q * gate_stride + unit, dv);
