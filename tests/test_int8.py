@@ -323,7 +323,7 @@ def test_long_sequences_stay_near_float32(name: str) -> None:
         found, expected = run(frozen, x)[0], run(module, x)[0]
         assert 0 < error(found, expected) < 0.05
         with in_plain_torch():
-            assert error(found, run(frozen, x)[0]) < 0.02
+            assert error(found, run(frozen, x)[0]) < 0.05
 
 
 def test_inputs_that_are_not_contiguous() -> None:
