@@ -1,9 +1,11 @@
 // The products of cpu/product/bytes.h, in tiles of registers.
 #pragma once
-// The instructions for the vectors of a tier. An emulated tier has none.
-#if defined(__AVX512BW__)
+// The instructions for the vectors of a tier. Where processors are emulated (tests/emulated.py) it is
+// defined: they have none.
+#if defined(FRNN_BYTES_BY)
+#elif defined(__AVX512BW__)
 #define FRNN_BYTES_BY 512
-#elif defined(__AVX512F__) || !defined(__SSE2__)
+#elif !defined(__SSE2__)
 #define FRNN_BYTES_BY 0
 #elif defined(__AVX2__)
 #define FRNN_BYTES_BY 256
