@@ -22,7 +22,11 @@ SPEED_PICTURE = ROOT / "docs" / "pictures" / "speed.png"
 CARDS = ("h200",)
 
 # The machines of README's table and picture, and what ends the names of their files.
-MACHINES = {"Xeon with AVX-512 and AMX": "cpu", "EPYC with AVX2": "avx2-cpu"}
+MACHINES = {
+    "EPYC with AVX-512": "avx512-cpu",
+    "Xeon with AVX-512 and AMX": "cpu",
+    "EPYC with AVX2": "avx2-cpu",
+}
 # Its lines: what it is called, the suite, and the kind of rows.
 LINES = (
     ("inference", "headline", "inference float32"),
@@ -136,15 +140,15 @@ def _overview(files: Iterable[Results], folder: Path) -> str:
 
 
 def cpu_table(results: Path) -> str:
-    """Two figures in every field: one for each machine."""
+    """In every field a figure for each machine."""
     body = []
     for name, suite, kind in LINES:
         machines = [_by_cell(results / f"{suite}-{end}.json", kind) for end in MACHINES.values()]
         fields = [
-            _both(machines, cell, lambda mean: mean.of_peer["torch_nn"][0]) for cell in LAYERS
+            _of_each(machines, cell, lambda mean: mean.of_peer["torch_nn"][0]) for cell in LAYERS
         ]
-        fields.append(_both(machines, "all", lambda mean: mean.best))
-        fields.append(_both(machines, "all", lambda mean: mean.worst))
+        fields.append(_of_each(machines, "all", lambda mean: mean.best))
+        fields.append(_of_each(machines, "all", lambda mean: mean.worst))
         link = f"[{name}](benchmarks/results/pages/{suite}-cpu.md)"
         body.append([f"{link}, {machines[0]['all'].rows} sizes", *fields])
     return table(["", "LSTM", "GRU", "RNN", "fastest", "worst size"], body)
@@ -159,7 +163,7 @@ def _to_torch(mean: Mean) -> float:
     return mean.of_peer["torch_nn"][0]
 
 
-def _both(machines: list[dict[str, Mean]], cell: str, value: Callable[[Mean], float]) -> str:
+def _of_each(machines: list[dict[str, Mean]], cell: str, value: Callable[[Mean], float]) -> str:
     return " / ".join(gpu_page.number(value(found[cell])) for found in machines if cell in found)
 
 

@@ -351,9 +351,11 @@ PASSES = {"inference": "#0072b2", "training": "#d55e00"}
 
 
 def draw_speed(results: Path, path: Path) -> Path:
-    """How many times faster than torch.nn, by layer and pass, on two CPUs and a GPU."""
+    """How many times faster than torch.nn, by layer and pass, on CPUs and a GPU."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), sharey=True, layout="constrained")
+        panels = len(MACHINES) + 1
+        size = (11, 3.9)
+        figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, layout="constrained")
         for axis, (name, ending) in zip(axes, MACHINES.items(), strict=False):
             _speed_panel(axis, f"CPU ({name})\nfloat32, 2 cores")
             for phase, suite in zip(PASSES, ("headline", "headline-train"), strict=True):
@@ -362,13 +364,13 @@ def draw_speed(results: Path, path: Path) -> Path:
                     own = [row for row in rows if case_of(row).cell == cell]
                     found = [r.median for row in own if (r := ratio(row, "torch_nn"))]
                     _speed_bar(axis, place, phase, found)
-        _speed_panel(axes[2], "GPU (H200)\nbfloat16, an older version of the kernels")
+        _speed_panel(axes[-1], "GPU (H200)\nbfloat16, an older version of the kernels")
         shown = gpu_page.read(results / "h200").shown
         for place, cell in enumerate(LAYERS):
             own = [row for row in shown if row.case.cell == cell]
             for phase in PASSES:
                 _speed_bar(
-                    axes[2],
+                    axes[-1],
                     place,
                     phase,
                     gpu_page.ratios_of(own, "bfloat16", phase, gpu_page.KERNELS),
