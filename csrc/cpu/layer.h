@@ -133,7 +133,8 @@ class Layer {
         Projected(p) || p.norm != Norm::kNone)
       return false;
     const cpu::ForwardPlan plan = cpu::PlanForward(ProblemOf(p), TheMachine());
-    return plan.threads == 1 && !plan.tiled && !plan.one_chain && plan.w_hh == cpu::Packing::kOnce;
+    if (plan.threads > 1 || plan.tiled || plan.one_chain) return false;
+    return plan.w_hh == cpu::Packing::kOnce || IsPackedPlainly(p.w[0]);
   }
   static void ForwardStream(const LayerParams& p);
 
@@ -349,6 +350,10 @@ class Layer {
   static PackedPanels PackedInput(const DirectionWeights& w) {
     return {w.packed, w.packed ? w.packed_bytes : 0};
   }
+  // Before the call, in panels of the computing type, which are those of Steps.
+  static bool IsPackedPlainly(const DirectionWeights& w) {
+    return w.packed && w.packed_bytes == int64_t(sizeof(T));
+  }
   static PackedPanels PackedProduct(const LayerParams& p, const DirectionWeights& w, int k) {
     const PackedPanels packed = PackedInput(w);
     return packed.From(PackedBefore(p.I, p.H, BlockWidth(p), packed, k));
@@ -383,10 +388,11 @@ void Layer<C>::ForwardStream(const LayerParams& p) {
     const int64_t padded = Stream::Padded(p.H);
     const DirectionWeights& w = p.w[0];
     Stream stream{};
+    const bool packs = !IsPackedPlainly(w);
     T *packed, *b_ih, *b_hh, *params;
     Scratch scratch;
     scratch.Build([&](Scratch& s) {
-      packed = s.Take<T>(Stream::PackedSize(p.I, p.H));
+      packed = s.Take<T>(packs ? Stream::PackedSize(p.I, p.H) : 0);
       b_ih = s.Take<T>(C::kX * padded);
       b_hh = s.Take<T>(C::kH * padded);
       params = s.Take<T>(C::kParams * padded);
@@ -396,11 +402,12 @@ void Layer<C>::ForwardStream(const LayerParams& p) {
       stream.gates_x = s.Take<T>(Stream::GatesSize(p.I, p.H));
     });
     stream.inputs = p.I, stream.units = p.H;
-    stream.packed = packed, stream.b_ih = b_ih, stream.b_hh = b_hh, stream.params = params;
+    stream.packed = packs ? packed : static_cast<const T*>(w.packed);
+    stream.b_ih = b_ih, stream.b_hh = b_hh, stream.params = params;
     const auto numbers = [](const void* q, int64_t at = 0) {
       return q == nullptr ? nullptr : static_cast<const T*>(q) + at;
     };
-    Stream::Pack(numbers(w.w_ih), numbers(w.w_hh), p.I, p.H, packed);
+    if (packs) Stream::Pack(numbers(w.w_ih), numbers(w.w_hh), p.I, p.H, packed);
     for (int q = 0; q < C::kX; q++)
       Stream::PackUnits(numbers(w.b_ih, q * p.H), q, C::kX, p.H, b_ih);
     for (int q = 0; q < C::kH; q++)
