@@ -56,7 +56,8 @@ examples: setup
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
 # core busy, the longest first. What a run says is shown when it ends; one that fails does not stop
-# the others. Which tests a run has, their roles say (pyproject.toml).
+# the others. Which tests a run has, their roles say (pyproject.toml). Of a test with many cases a run
+# draws some, others each time, so that the whole takes ten minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
 #   native     all that no other run has, on the CPU's engine
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
@@ -80,11 +81,11 @@ test-examples: setup
 test-compiling: setup
 	$(PYTEST) --roles=compiling
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 10
 test-native: setup
-	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda
+	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 20
 test-reference: setup
-	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine
+	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine --quick 3
 
 # On demand, hours: all cases of tests of which `make test` draws some, and heavy sweeps.
 .PHONY: test-all

@@ -54,9 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of the cases of each test function N, drawn by the seed",
     )
-    parser.addoption(
-        "--all", action="store_true", help="all cases of tests that draw some, which are marked so"
-    )
+    parser.addoption("--all", action="store_true", help="all cases, whatever is drawn otherwise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,8 +85,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: set[pytest.Item] = set()
     for some in cases.values():
         most, drawn = config.getoption("--quick"), some[0].get_closest_marker("drawn")
-        if drawn and not config.getoption("--all"):
+        if drawn:
             most = min(most or drawn.args[0], drawn.args[0])
+        if config.getoption("--all"):
+            most = 0
         kept.update(draw.sample(some, min(most, len(some))) if most else some)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

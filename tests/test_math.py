@@ -56,6 +56,7 @@ def math() -> Any:
     return bound("tests/cpp/bind_math.cpp", *sweeps, flags=[f"-DTIERS={names}"])
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("tier", TIERS)
 def test_gate_functions(tier: str, math: Any) -> None:
     if not hasattr(math, tier):

@@ -123,12 +123,13 @@ def test_agrees_with_the_reference(
         exact = [t.detach() for t in run(reference, cell, tensors, rest, torch.float64)]
         found, theirs = (
             [
-                float((t.detach().double() - want).norm() / want.norm().clamp_min(1e-3))
+                float((t.detach().double() - want).norm() / want.norm().clamp_min(1e-2))
                 for t, want in zip(run(engine, cell, tensors, rest, dtype), exact, strict=True)
             ]
             for engine in (ops, reference)
         )
-        # A row of one number has no spread, and of its gradient float32 leaves little to anyone.
+        # A row of one number has no spread. Where its gradient is zero, rounding leaves some eps of
+        # each of 200 summands, or 2e-7 beside gradients of 10: that much is granted, and not less.
         limit = 1e-11 if dtype == torch.float64 else max(2e-4, *theirs)
         assert max(found) < limit, (found, theirs)
 

@@ -13,7 +13,11 @@ class OursFrozen(Ours):
     name, title = "ours_frozen", "ours, frozen"
 
     def refuses(self, case: Case) -> str | None:
-        return None if case.phase in ("inference", "decode", "stream") else "frozen layers do not train"
+        return (
+            None
+            if case.phase in ("inference", "decode", "stream")
+            else "frozen layers do not train"
+        )
 
     def module(self, problem: Problem) -> Any:
         import fused_rnn

@@ -15,6 +15,7 @@ from .ours import Ours
 class OursInvariant(Ours):
     name, title = "ours_invariant", "ours, batch invariant"
     devices = ("cpu",)
+    has_cells = False
 
     def prepare(self, problem: Problem) -> Prepared:
         prepared = super().prepare(problem)
