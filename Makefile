@@ -81,11 +81,11 @@ test-examples: setup
 test-compiling: setup
 	$(PYTEST) --roles=compiling
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 10
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 8
 test-native: setup
-	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 20
+	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 6
 test-reference: setup
-	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine --quick 3
+	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine --quick 2
 
 # On demand, hours: all cases of tests of which `make test` draws some, and heavy sweeps.
 .PHONY: test-all
