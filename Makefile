@@ -60,10 +60,10 @@ examples: setup
 # draws some, others each time, so that the whole takes ten minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
 #   native     all that no other run has, on the CPU's engine
-#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 #   examples   programs of examples/, which train
+#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 #   reference  the reference path, on what it could change
-RUNS := compiling native emulated examples reference
+RUNS := compiling native examples emulated reference
 # --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
 PYTEST := $(BIN)/python -m pytest -q
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
