@@ -73,3 +73,12 @@ def python(
         print(json.dumps(asked), file=process.stdin, flush=True)
         code = int(process.stdout.readline())
         return subprocess.CompletedProcess(arguments, code, *(p.read_text() for p in outputs))
+
+
+def tests_on(
+    capability: str, seed: int, file: str, words: str, quick: int
+) -> subprocess.CompletedProcess[str]:
+    """Some cases of the tests of a file that ``words`` name, on these instructions at most."""
+    env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
+    options = ["-q", "-x", "-p", "no:cacheprovider", f"--quick={quick}", "-k", words]
+    return python("-m", "pytest", *options, file, env=env)

@@ -219,6 +219,11 @@ def native() -> bool:
     return fused_rnn.backend_info()["backend"] == "native"
 
 
+def packs() -> bool:
+    """Whether the engine that runs the tests packs weights."""
+    return native() and not emulated.WANTED
+
+
 def compile_quickly(
     monkeypatch: pytest.MonkeyPatch, but: Callable[[str], bool] = lambda cell: False
 ) -> None:

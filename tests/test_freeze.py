@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import emulated
 import forked
 import pytest
 import torch
@@ -26,7 +24,7 @@ from helpers import (
     error,
     flatten,
     map_tensors,
-    native,
+    packs,
 )
 from torch import Tensor, nn
 
@@ -55,11 +53,6 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tol: float = 1e-5) 
 
 def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def packs() -> bool:
-    """Whether the engine that runs the tests packs weights."""
-    return native() and not emulated.WANTED
 
 
 def reads_packed(module: nn.Module, call: Callable[[], list[Tensor]]) -> bool:
@@ -129,12 +122,8 @@ def test_bits_are_those_of_a_layer_that_packs_at_each_call(cell: str, dtype: tor
 def test_each_instruction_set_packs_for_itself(capability: str, seed: int) -> None:
     if not packs():
         return
-    env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
-    done = forked.python(
-        *["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "--quick=12"],
-        *["-k", "bits or threads or no_worse"],
-        env=env,
-    )
+    words = "bits or threads or no_worse"
+    done = forked.tests_on(capability, seed, __file__, words, quick=12)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -19,12 +19,11 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-import emulated
 import forked
 import pytest
 import torch
 from cases import LAYERS, OWN_LAYERS, Case
-from helpers import assert_close, cpu_engine_only, error, flatten, map_tensors, native
+from helpers import assert_close, cpu_engine_only, error, flatten, map_tensors, packs
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -45,11 +44,6 @@ def frozen_of(module: nn.Module) -> Any:
 def run(module: Any, x: Any, hx: Any = None, **more: Any) -> list[Tensor]:
     with torch.no_grad():
         return flatten(module(x, hx, **more))
-
-
-def packs() -> bool:
-    """Whether the engine that runs the tests packs weights."""
-    return native() and not emulated.WANTED
 
 
 needs_kernels = pytest.mark.skipif(
@@ -411,12 +405,8 @@ def test_lesser_instruction_sets_agree_to_the_last_bit(seed: int) -> None:
 def test_lesser_instruction_sets(capability: str, seed: int) -> None:
     if not packs():
         return
-    env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
-    done = forked.python(
-        *["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "--quick=3"],
-        *["-k", "plain_torch or bits_do or 16_bits or half_a_number"],
-        env=env,
-    )
+    words = "plain_torch or bits_do or 16_bits or half_a_number"
+    done = forked.tests_on(capability, seed, __file__, words, quick=3)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
