@@ -57,7 +57,7 @@ examples: setup
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
 # core busy, the longest first. What a run says is shown when it ends; one that fails does not stop
 # the others. Which tests a run has, their roles say (pyproject.toml). Of a test with many cases a run
-# draws some, others each time, so that the whole takes ten minutes; `make test-all` takes all.
+# draws some, others each time, so that the whole takes about ten minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
 #   native     all that no other run has, on the CPU's engine
 #   examples   programs of examples/, which train

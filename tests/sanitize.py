@@ -20,7 +20,7 @@ from fused_rnn import build
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = build.levels()[::-1]  # at most
 TESTS = "ops parity ragged tiles norm stages native_stages streams freeze int8 lengths".split()
-# Of each test, drawn anew in every run: the whole then takes a quarter of an hour with two cores.
+# Of each test, drawn anew in every run.
 CASES = 24
 # About torch, the reference, or processes that this library is not loaded in.
 LEFT_OUT = "not opcheck and not lesser and not fewer and not derivatives and not reaches"
