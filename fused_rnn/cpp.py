@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import build
-from .recurrent import Recurrent, parameter_shapes
+from .recurrent import Recurrent
 from .reference import CELLS, by_name
+from .stack import parameter_shapes
 
 _SCALARS = {torch.float32: "float", torch.float64: "double"}
 # Options of BetweenSteps that a layer in eval mode takes no notice of.

@@ -20,8 +20,9 @@ from . import functional
 from .between import Options
 from .cells import CustomLayer
 from .compiler import CellError, Compiled, Declaration, trace
-from .recurrent import PairLayers, Recurrent, parameter_shapes
+from .recurrent import PairLayers, Recurrent
 from .reference import CELLS, Cell, Step, present_bits
+from .stack import parameter_shapes
 from .torch_internals import is_any_autocast_enabled
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from torch import _VF, Tensor
 from torch.nn import Parameter
 
 from . import onnx, ops, reference
+from .packed import Packed
 from .reference import BIASES
 from .torch_internals import transformed
 
@@ -67,17 +68,22 @@ def answers_itself(weight: Tensor | None) -> bool:
     return getattr(answer, "__func__", answer) not in _USUAL_ANSWERS
 
 
-def engine_of(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-    """``ops``, ``reference`` or ``onnx``: all have ``recurrent``."""
+def engine_of(
+    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], packed: Packed
+) -> tuple[Any, bool]:
+    """``ops``, ``reference`` or ``onnx``, all of which have ``recurrent``; and whether its products
+    with the weights are of 8-bit integers."""
+    int8 = packed.int8 and not ops.wants_grad((x, *states, *weights))
     if onnx.exporting():
-        return onnx
+        return onnx, int8
     # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
     if (
         not wants_torch_operator(x, weights)
         and not transformed()
         and ops.supports([x, *states, *weights], cell)
     ):
-        return ops
+        # Kernels have such products with packed weights alone.
+        return reference if int8 and packed.tensor is None else ops, int8
     # Plain torch would broadcast and promote where torch.nn refuses.
     for kind, operands in (("hidden", states), ("parameter", weights)):
         for operand in operands:
@@ -92,7 +98,7 @@ def engine_of(cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[
                 "mat1 and mat2 must have the same dtype, but got "
                 f"{_type_name(operand)} and {_type_name(weights[0])}"
             )
-    return reference
+    return reference, int8
 
 
 def _type_name(tensor: Tensor) -> str:

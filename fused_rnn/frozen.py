@@ -12,6 +12,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn import Parameter
 
 from . import ops
+from .packed import NOT_PACKED, Packed
 from .torch_internals import transformed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,24 +21,22 @@ Model = TypeVar("Model", bound=nn.Module)
 class Frozen:
     """What kernels made of the weights of a module, in which type, and of which weights.
 
-    ``packed`` is None where there is nothing to pack; ``words`` says where it is, and how many, to
-    direct calls; ``int8``, whether calls multiply 8-bit integers, packed or not. Copied or pickled
-    it is empty: then it is of no weights, and the module that comes out packs its own, in the same
-    type.
+    ``packed`` is for calls, and without a tensor where there is nothing to pack; ``words`` says to
+    direct calls where that tensor is, and how many words it has. Copied or pickled it is empty:
+    then it is of no weights, and the module that comes out packs its own, in the same type.
     """
 
-    __slots__ = ("_memory", "_stamps", "_weights", "dtype", "int8", "packed", "words")
+    __slots__ = ("_memory", "_stamps", "_weights", "dtype", "packed", "words")
 
     def __init__(
         self,
         dtype: torch.dtype | None,
         weights: Sequence[Tensor] = (),
-        packed: Tensor | None = None,
+        tensor: Tensor | None = None,
     ) -> None:
         self.dtype = dtype
-        self.int8 = dtype is torch.int8 and all(map(_has_int8, weights))
-        self.packed = packed
-        self.words = None if packed is None else (packed.data_ptr(), packed.numel())
+        self.packed = Packed(tensor, dtype is torch.int8 and all(map(_has_int8, weights)))
+        self.words = None if tensor is None else (tensor.data_ptr(), tensor.numel())
         self._weights = list(weights)
         self._stamps = [_stamp(w) for w in weights]
         # Nobody else gets this memory: kernels know weights by their addresses and versions.
@@ -73,7 +72,7 @@ class Freezable(nn.Module):
     _frozen: Frozen | None = None
 
     def _pack(self, weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor | None:
-        """The ``packed`` of calls with these weights; None if there is nothing to pack."""
+        """The ``Packed.tensor`` of these weights; None if there is nothing to pack."""
         raise NotImplementedError
 
     def _weights(self) -> list[Any]:
@@ -89,26 +88,26 @@ class Freezable(nn.Module):
             weights = [w for w in self._weights() if w is not None]
             self._frozen = Frozen(dtype, weights, self._pack(weights, dtype))
 
-    def _packed(self, weights: Sequence[Tensor | None]) -> tuple[Tensor | None, bool]:
-        """What is packed of the weights of a call, made anew if they were written to, and whether
-        it multiplies 8-bit integers. Nothing is packed of weights that are not the module's own."""
+    def _packed(self, weights: Sequence[Tensor | None]) -> Packed:
+        """What is packed of the weights of a call, made anew if they were written to. Nothing is of
+        weights that are not the module's own."""
         frozen = self._frozen
         if frozen is None:
-            return None, False
+            return NOT_PACKED
         if ops.wants_grad(weights):
             raise RuntimeError(
                 f"{type(self).__name__}: frozen for inference, but its weights require gradients: "
                 "train the model that it was before, or a copy"
             )
         if is_compiling():  # kernels see themselves whether it is of these weights
-            return (None, False) if is_exporting() else (frozen.packed, frozen.int8)
+            return NOT_PACKED if is_exporting() else frozen.packed
         there = [w for w in weights if w is not None]
         if transformed() or not frozen.is_empty() and not frozen.is_of(there):
-            return None, False
+            return NOT_PACKED
         if frozen.is_empty() or not frozen.is_up_to_date():
             self._freeze_again()
         frozen = self._frozen
-        return (None, False) if frozen is None else (frozen.packed, frozen.int8)
+        return NOT_PACKED if frozen is None else frozen.packed
 
     def train(self, mode: bool = True) -> Any:
         if mode and self._frozen is not None:

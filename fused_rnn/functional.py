@@ -6,88 +6,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import autocast, engines, onnx, ops, reference, segments
+from . import autocast, engines, ops, reference, segments
 from .between import NOTHING, BetweenSteps
-from .reference import CELLS, NO_STAGES, PROJECTION, Stages, present_names
-from .torch_internals import dispatch_modes, transformed
+from .in_place import kept_for_backward, reshapes_in_place
+from .packed import NOT_PACKED, Packed
+from .reference import CELLS, NO_STAGES, PROJECTION, Stages
+from .torch_internals import transformed
 
-__all__ = [
-    "called_directly",
-    "check_packed",
-    "recurrent",
-    "recurrent_directly",
-    "step",
-]
-
-# --- Direct calls --------------------------------------------------------------------------------
-#
-# What most calls come to on the CPU: everything below in one function of the library, or for single
-# layers that want gradients at least the checks. It compares all tensors with each other, and where
-# it would have to convert, copy or complain it returns None. Then nothing has happened, and the
-# functions below do the work.
-
-called_directly = ops.called_directly  # of whole modules
-
-
-def recurrent_directly(
-    cell: str,
-    x: Tensor,
-    hx: Any,
-    parameters: Mapping[str, Tensor | None],
-    names: list[str],
-    num_layers: int,
-    bidirectional: bool,
-    present: int,
-    batch_first: bool,
-    packed: Tensor | None = None,
-    int8: bool = False,
-) -> Any:
-    """``recurrent`` without dropout and gradients, to (y, hx); or None.
-
-    hx is h, or a pair (h, c), and comes back in that form; None is zeros. The weights are those
-    parameters that ``names`` says. If ``batch_first``, x and y have that layout.
-    """
-    calls = ops.direct_calls(x)
-    if not calls or int8 and packed is None:
-        return None
-    states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    weights = [parameters.get(name) for name in names]
-    if any(map(engines.answers_itself, weights)) or ops.wants_grad((*weights, x, *states)):
-        return None
-    directions = 2 if bidirectional else 1
-    return calls.infer_stack(
-        cell, x, hx, parameters, names, num_layers, directions, present, batch_first, packed
-    )
-
-
-def step_directly(
-    cell: str,
-    x: Tensor,
-    hx: Any,
-    parameters: Mapping[str, Tensor | None],
-    names: list[str],
-    packed: Tensor | None = None,
-    int8: bool = False,
-) -> Any:
-    """``step``, to hx, or None. B may be missing everywhere; as in ``recurrent_directly``."""
-    calls = ops.direct_calls(x)
-    if not calls:
-        return None
-    states = hx if isinstance(hx, (tuple, list)) else (hx,)
-    if int8 and (packed is None or ops.wants_grad((x, *states))):
-        return None
-    return calls.step(cell, x, hx, parameters, names, packed)
-
+__all__ = ["recurrent", "step"]
 
 # --- A stack of layers ---------------------------------------------------------------------------
-
-check_packed = onnx.check_packed
 
 
 def recurrent(
@@ -110,8 +44,7 @@ def recurrent(
     reset_to: tuple[Tensor, Tensor | None] | None = None,
     every_state: bool = False,
     given: Tensor | None = None,
-    packed: Tensor | None = None,
-    int8: bool = False,
+    packed: Packed = NOT_PACKED,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run L layers of D directions over a whole sequence.
 
@@ -132,8 +65,7 @@ def recurrent(
             None for zeros.
         every_state: return the states after every step.
         given: [T, B, given * H], or packed rows, to a cell that asks for it, in all layers.
-        packed: what ``pack`` made of the weights, for the engine that can read it there.
-        int8: products with the weights are of 8-bit integers, unless a gradient is wanted.
+        packed: what kernels may read in the place of the weights.
 
     Returns:
         y [T, B, D*P] (packed: [R, D*P]), h_n like h0, c_n like c0. With ``every_state`` h_n and c_n
@@ -167,7 +99,6 @@ def recurrent(
         reset,
         every_state,
         packed,
-        int8,
     )
     states = (h0, c0, *(reset_to or (None, None)))
     low = autocast.dtype_for(x, _present(states), weights)
@@ -190,8 +121,7 @@ class _How(NamedTuple):
     between: BetweenSteps
     reset: Tensor | None
     every_state: bool
-    packed: Tensor | None
-    int8: bool
+    packed: Packed
 
 
 States = tuple[Tensor | None, ...]  # h0, c0, and the h and c after a reset
@@ -212,11 +142,11 @@ def _run_autocast(
         cell, low, x, _present(states[:2]), projected=projected, fused=fused
     )
     wide = torch.promote_types(h_dtype, c_dtype)  # compute so, and round once at the end
-    kept = _kept_for_backward(x, given, weights)
+    kept = kept_for_backward(x, given, weights)
     same = all(w.dtype == wide for w in weights)  # others are not those that were frozen
     with torch.autocast(x.device.type, enabled=False):
         y, h_n, c_n = _run(
-            how._replace(int8=how.int8 and same),
+            how if same else how._replace(packed=NOT_PACKED),
             x.to(wide, copy=kept, memory_format=torch.contiguous_format),
             tuple(None if s is None else s.to(wide, copy=kept) for s in states),
             [w.to(wide) for w in weights],
@@ -235,25 +165,14 @@ def _takes(
     return ops.takes(stages, how.cell, units, x.device, train=train)
 
 
-def _kept_for_backward(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    """Whether autograd will keep x and the states, and notice if somebody changes them.
-
-    torch.nn then keeps copies of what it has to cast, and of what is not contiguous, as are inputs
-    that are batch-first. So programs write into their inputs as soon as a call has returned
-    (``x += rnn(x)[0]``), and we copy the same. A compiler knows by itself who writes where.
-    """
-    return ops.wants_grad((x, *states, *weights)) and not torch.compiler.is_compiling()
-
-
 def _run(
     how: _How, x: Tensor, states: States, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``recurrent`` for tensors of one dtype."""
     cell, batch_sizes, between = how.cell, how.batch_sizes, how.between
     present = how.shape[2]
-    in_bytes = how.int8 and not ops.wants_grad((x, *_present(states), *weights))
-    engine = _engine(cell, x, _present(states), weights, how.packed, in_bytes)
-    if _kept_for_backward(x, _present(states), weights):
+    engine, int8 = engines.engine_of(cell, x, _present(states), weights, how.packed)
+    if kept_for_backward(x, _present(states), weights):
         x = x.contiguous()
         states = tuple(None if s is None else s.contiguous() for s in states)
     h0, c0, *anew = states
@@ -272,10 +191,10 @@ def _run(
         x: Tensor, h0: Any, c0: Any, masks: Any, batch_sizes: Any, stages: Stages, given: Any
     ) -> Any:
         if engine is reference:
-            stages = stages._replace(int8=in_bytes)
+            stages = stages._replace(int8=int8)
         usual = stages.nothing and not how.every_state
         extra = () if usual else (stages, how.every_state)
-        packed = {} if how.packed is None or engine is not ops else {"packed": how.packed}
+        packed = how.packed.tensor if engine is ops else None
         recompute = how.recompute and not transformed()
         return engine.recurrent(
             cell,
@@ -288,7 +207,7 @@ def _run(
             *how.shape,
             recompute,
             *extra,
-            **packed,
+            **({} if packed is None else {"packed": packed}),
         )
 
     if how.reset is not None and how.reset.numel() > 0:
@@ -318,20 +237,6 @@ def _run(
     return found
 
 
-def _engine(
-    cell: str,
-    x: Tensor,
-    states: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    packed: Tensor | None,
-    in_bytes: bool,
-) -> Any:
-    engine = engines.engine_of(cell, x, states, weights)
-    if engine is ops and in_bytes and packed is None:  # of which kernels have no others
-        return reference
-    return engine
-
-
 def _drawn(
     how: _How, x: Tensor, h0: Tensor | None, weights: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Tensor | None, Stages]:
@@ -355,36 +260,6 @@ def _drawn(
     return weights, masks, between.stages(cell, x, batch, runs, widths, training=training)
 
 
-def pack(
-    cell: str,
-    weights: Sequence[Tensor],
-    *,
-    num_layers: int,
-    bidirectional: bool,
-    present: int,
-    between: BetweenSteps = NOTHING,
-    dtype: torch.dtype | None = None,
-) -> Tensor | None:
-    """The ``packed`` of calls of ``recurrent`` and ``step`` with these weights; None if no kernel
-    takes any. ``dtype``, in the place of float32: as of ``freeze``."""
-    if dtype is torch.int8:
-        _check_sums(cell, weights, present)
-    stages = Stages(blocks=between.blocks, norm=between.norm_of_call())
-    directions = 2 if bidirectional else 1
-    return ops.pack(cell, weights, num_layers, directions, present, stages, dtype)
-
-
-def _check_sums(cell: str, weights: Sequence[Tensor], present: int) -> None:
-    most = 2**16  # times 127 times 255, where the left side has no sign
-    names = present_names(cell, present)
-    for i, w in enumerate(weights):
-        if names[i % len(names)] in ("w_ih", "w_hh") and w.shape[1] > most:
-            raise ValueError(
-                f"dtype: torch.int8 is for at most {most} inputs and units, whose products it sums "
-                f"up in 32 bits, got {w.shape[1]}"
-            )
-
-
 # --- One step of a cell --------------------------------------------------------------------------
 
 
@@ -397,8 +272,7 @@ def step(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-    packed: Tensor | None = None,
-    int8: bool = False,
+    packed: Packed = NOT_PACKED,
 ) -> tuple[Tensor, Tensor | None]:
     """One step for x [B, I], h [B, H] and c [B, C] or None; returns the new h and c."""
     states = (h,) if c is None else (h, c)
@@ -412,11 +286,11 @@ def step(
     weights = [w for w in run if w is not None]
     low = autocast.dtype_for(x, states, weights)
     if low is None:
-        return _step(cell, x, states, weights, present, packed, int8)
+        return _step(cell, x, states, weights, present, packed)
     h_dtype, c_dtype = autocast.dtypes_of_results(
         cell, low, x, states, projected=False, fused=False
     )
-    kept = _kept_for_backward(x, states, weights)
+    kept = kept_for_backward(x, states, weights)
     with torch.autocast(x.device.type, enabled=False):
         cast = [w.to(h_dtype) for w in weights]
         x = x.to(h_dtype, copy=kept)
@@ -431,12 +305,10 @@ def _step(
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
     present: int,
-    packed: Tensor | None = None,
-    int8: bool = False,
+    packed: Packed = NOT_PACKED,
 ) -> tuple[Tensor, Tensor | None]:
     """A sequence of length 1."""
-    in_bytes = int8 and not ops.wants_grad((x, *states, *weights))
-    engine = _engine(cell, x, states, weights, packed, in_bytes)
+    engine, int8 = engines.engine_of(cell, x, states, weights, packed)
     if x.numel() == 0 or states[0].numel() == 0:  # nothing for a kernel to do
         engine = reference
     h, c = states[0], states[1] if len(states) > 1 else None
@@ -451,8 +323,8 @@ def _step(
         1,
         1,
         present,
-        **({} if packed is None or engine is not ops else {"packed": packed}),
-        **({"stages": Stages(int8=True)} if in_bytes and engine is reference else {}),
+        **({} if packed.tensor is None or engine is not ops else {"packed": packed.tensor}),
+        **({"stages": Stages(int8=True)} if int8 and engine is reference else {}),
     )
     return _one_step(h_n), None if c_n is None else _one_step(c_n)
 
@@ -460,18 +332,6 @@ def _step(
 def _one_step(states: Tensor) -> Tensor:
     """States of one layer without the dimension of layers."""
     return states.squeeze_(0) if reshapes_in_place(states) else states.squeeze(0)
-
-
-def reshapes_in_place(result: Tensor) -> bool:
-    """Whether an engine's result should change its shape in place rather than become a view, which
-    torch.nn's results are not, and which ``detach_()`` refuses.
-
-    Tracers are better off with views. A mode may have kept the tensor, as selective checkpoints do,
-    and a subclass of Tensor is a view already, which autograd lets nobody change.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return type(result) is Tensor and dispatch_modes() == 0
 
 
 def _check_step(x: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What all layers share: from a user's call to ``functional.recurrent`` and back.
+"""A call of a layer: from what the user gives to ``functional.recurrent`` and back.
 
 Sizes: T steps, B sequences, R packed rows, L layers, D directions, P the width of h.
 """
@@ -6,7 +6,6 @@ Sizes: T steps, B sequences, R packed rows, L layers, D directions, P the width 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import engines, functional, sequences
-from .between import NOTHING, BetweenSteps, Options
-from .reference import CELLS, present_bits, present_names
+from . import functional, onnx, sequences
+from .between import NOTHING
+from .direct_calls import called_directly, recurrent_directly
+from .packed import NOT_PACKED
 from .sequences import NOTHING_ASKED, Asked, Lengths
+from .stack import Stack
 from .torch_internals import is_any_autocast_enabled
-from .torch_shaped import HiddenPair, TorchShaped
+from .torch_shaped import HiddenPair
 
 # Methods that torch.nn's forward calls, so that a subclass may override them.
 _HOOKS = (
@@ -33,148 +34,11 @@ _HOOKS = (
 _RANKS = {2: "unbatched 2-D", 3: "batched 3-D"}
 
 
-_LONG_NAMES = {"w": "weight", "b": "bias", "g": "gain", "s": "shift"}
-
-
-def parameter_shapes(
-    cell: str, present: int, inputs: int, hidden: int, width: int, blocks: int = 1
-) -> dict[str, tuple[int, ...]]:
-    """The tensors of one direction of a layer of ``width`` P, by the names that torch.nn gives to
-    parameters. A cell's own keep theirs."""
-    known = CELLS[cell]
-    rows, rows_h = known.gates * hidden, known.recurrent_gates * hidden
-    shapes: dict[str, tuple[int, ...]] = {
-        "w_ih": (rows, inputs),
-        "w_hh": (rows_h, width // blocks),
-        "b_ih": (rows,),
-        "b_hh": (rows_h,),
-        "w_hr": (width, hidden),
-        "g_ih": (rows,),
-        "g_hh": (rows_h,),
-        "g": (rows,),
-    }
-    found = {}
-    for short in present_names(cell, present):
-        kind, *rest = short.split("_")
-        own = short in known.params
-        long = short if own else "_".join([_LONG_NAMES.get(kind, kind), *rest])
-        found[long] = shapes.get(short, (hidden,))
-    return found
-
-
-class Recurrent(TorchShaped, nn.RNNBase):
-    """What RNN, LSTM and GRU share: from a user's call to ``functional.recurrent`` and back."""
+class Recurrent(Stack):
+    """What all layers share: RNN, LSTM, GRU and those of other cells."""
 
     _wrong_input: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     _own_hooks: ClassVar[bool]  # whether _HOOKS are as here and in torch.nn
-    # For instances that were torch.nn's, or pickled before these existed.
-    recompute = False
-    between_steps = NOTHING
-
-    def __init__(
-        self,
-        cell: str,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        recompute: bool,
-        options: Options,
-    ) -> None:
-        between = BetweenSteps.of(type(self).__name__, options)
-        # torch.nn's class knows four modes, and parameters of their sizes. Of a layer that has
-        # others it makes the attributes and checks; its parameters, which take no memory and no
-        # random numbers, go at once.
-        own = between.reshapes or cell not in engines.TORCH_CELLS
-        super().__init__(
-            "RNN_TANH" if own else cell.upper(),
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            "meta" if own else device,
-            dtype,
-        )
-        # torch.nn's raise the same at the first call.
-        for name, value in (("bidirectional", self.bidirectional), ("recompute", recompute)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-        if isinstance(self.num_layers, bool):
-            raise TypeError("num_layers should be of type int, got: bool")
-        self.mode = cell.upper()
-        self.recompute = recompute
-        if between != NOTHING:
-            self.between_steps = between.fitting(type(self).__name__, cell, hidden_size, proj_size)
-        if own:
-            self._make_parameters(device, dtype)
-
-    def _make_parameters(self, device: Any, dtype: Any) -> None:
-        for name in list(self._parameters):
-            delattr(self, name)
-        self._all_weights = [
-            self._add_run(layer, suffix, device, dtype)
-            for layer in range(self.num_layers)
-            for suffix in ("", "_reverse")[: 1 + self.bidirectional]
-        ]
-        self._flat_weights_names = [name for run in self._all_weights for name in run]
-        self._init_flat_weights()
-        self.reset_parameters()
-
-    def _add_run(self, layer: int, suffix: str, device: Any, dtype: Any) -> list[str]:
-        """Make the parameters of one direction of a layer; their names, as torch.nn forms them."""
-        width = self.proj_size or self.hidden_size
-        inputs = self.input_size if layer == 0 else width * (1 + self.bidirectional)
-        shapes = parameter_shapes(
-            self.mode.lower(),
-            self._present(),
-            inputs,
-            self.hidden_size,
-            width,
-            self.between_steps.blocks,
-        )
-        names = []
-        for long, shape in shapes.items():
-            names.append(f"{long}_l{layer}{suffix}")
-            empty: Tensor = torch.empty(*shape, device=device, dtype=dtype)
-            setattr(self, names[-1], nn.Parameter(empty))
-        return names
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters as torch.nn does; a layer that normalises begins with gains of 1 and
-        shifts of 0."""
-        places = self.between_steps.places
-        if not places:
-            return super().reset_parameters()
-        bound = self.hidden_size**-0.5
-        for name, parameter in self.named_parameters():
-            if name.startswith(("gain_", "shift_")):
-                nn.init.constant_(parameter, float(name.startswith("gain_")))
-            else:
-                nn.init.uniform_(parameter, -bound, bound)
-
-    def flatten_parameters(self) -> None:
-        """Put them side by side for cuDNN, where a layer is one of torch.nn's."""
-        if self.mode.lower() in engines.TORCH_CELLS and not self.between_steps.reshapes:
-            super().flatten_parameters()
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        if options := ", ".join(self.between_steps.changed):
-            raise RuntimeError(
-                f"torch.jit.script compiles torch.nn's layers in place of ours, which have no "
-                f"{options}: use torch.compile, torch.export or torch.jit.trace"
-            )
-        return super().__prepare_scriptable__()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -186,25 +50,13 @@ class Recurrent(TorchShaped, nn.RNNBase):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward`` and the hooks; the class says which shapes."""
         # nn.Module's own takes as long as a small step and mostly finds nothing to do.
-        found = functional.called_directly(self, args, kwargs, self.mode.lower())
+        found = called_directly(self, args, kwargs, self.mode.lower())
         return nn.Module.__call__(self, *args, **kwargs) if found is None else found
-
-    def extra_repr(self) -> str:
-        words = [super().extra_repr(), *(["recompute=True"] if self.recompute else [])]
-        words += [f"{name}={value!r}" for name, value in self.between_steps.changed.items()]
-        return ", ".join(words)
 
     def _has_usual_checks(self) -> bool:
         own = self.__dict__
         usual = own.keys().isdisjoint(_HOOKS) and own.get("between_steps", NOTHING) == NOTHING
         return self._own_hooks and usual
-
-    def _has_usual_sizes(self) -> bool:
-        return (
-            self._width("weight_ih_l0") == self.input_size
-            and self._width("weight_hh_l0") == (self.proj_size or self.hidden_size)
-            and (self.proj_size == 0 or self._width("weight_hr_l0") == self.hidden_size)
-        )
 
     def _widths(self) -> list[int]:
         """Of the states, in the user's order."""
@@ -221,36 +73,6 @@ class Recurrent(TorchShaped, nn.RNNBase):
             raise RuntimeError(
                 f"For {_RANKS[dim]} input, hx should also be {dim}-D but got {hx.dim()}-D tensor"
             )
-
-    def _weight(self, index: int) -> Tensor:
-        """The weight that the attribute of this name is now, whatever it was at construction.
-
-        Parametrizations, ``functional_call``, and people who assign a plain tensor all change the
-        attribute. One that was deleted is taken from where it was last seen, as in torch.nn.
-        """
-        try:
-            return self._read(self._flat_weights_names[index])
-        except AttributeError:
-            last_seen: Any = self._flat_weights[index]
-            return last_seen
-
-    def _weights(self) -> list[Tensor]:
-        parameters, names = self._parameters, self._flat_weights_names
-        try:
-            return [parameters[name] for name in names]  # type: ignore[misc]
-        except KeyError:
-            return [self._weight(i) for i in range(len(names))]
-
-    def _pack(self, weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor | None:
-        return functional.pack(
-            self.mode.lower(),
-            weights,
-            num_layers=self.num_layers,
-            bidirectional=self.bidirectional,
-            present=self._present(),
-            between=self.between_steps,
-            dtype=dtype,
-        )
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         weight_dtype = self._weight(0).dtype
@@ -281,14 +103,6 @@ class Recurrent(TorchShaped, nn.RNNBase):
         else:
             super().check_hidden_size(hx, expected_hidden_size, msg)
 
-    def _present(self) -> int:
-        return present_bits(
-            self.mode.lower(),
-            biases=self.bias,
-            projection=self.proj_size > 0,
-            norm_at=self.between_steps.places,
-        )
-
     def _checked(self, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> Any:
         """hx after torch.nn's checks, for which it has states of zeros where none are given. They
         are as many as the module says, and needed only if that is not what the weights say."""
@@ -311,7 +125,6 @@ class Recurrent(TorchShaped, nn.RNNBase):
         """The outputs, the last states and, if asked for, those of all rows, [L*D, rows, P]."""
         h0, c0 = (None, None) if hx is None else self._split_hidden(hx)
         weights = self._weights()
-        packed, int8 = self._packed(weights)
         y, h_n, c_n = functional.recurrent(
             self.mode.lower(),
             x,
@@ -331,8 +144,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
             reset_to=asked.reset_to,
             every_state=asked.states,
             given=asked.given,
-            packed=packed,
-            int8=int8,
+            packed=self._packed(weights),
         )
         if not asked.states:
             return y, self._join_hidden(h_n, c_n), None
@@ -466,8 +278,8 @@ class Recurrent(TorchShaped, nn.RNNBase):
             return None
         if self.training and self.dropout or self.recompute and torch.is_grad_enabled():
             return None
-        packed, int8 = self._packed(self._weights()) if self._frozen is not None else (None, False)
-        found: tuple[Tensor, Any] | None = functional.recurrent_directly(
+        packed = NOT_PACKED if self._frozen is None else self._packed(self._weights())
+        found: tuple[Tensor, Any] | None = recurrent_directly(
             self.mode.lower(),
             x,
             hx,
@@ -478,7 +290,6 @@ class Recurrent(TorchShaped, nn.RNNBase):
             self._present(),
             self.batch_first,
             packed,
-            int8,
         )
         return found
 
@@ -525,7 +336,7 @@ class Recurrent(TorchShaped, nn.RNNBase):
     def _forward_packed(
         self, input: PackedSequence, hx: Any, asked: Asked
     ) -> tuple[PackedSequence, Any, Any]:
-        functional.check_packed()
+        onnx.check_packed()
         rows, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is None and torch.compiler.is_compiling():
             # How many sequences there are is in the data: a compiler takes it from the states.

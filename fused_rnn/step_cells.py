@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import functional
+from .direct_calls import called_directly, step_directly
+from .packed import NOT_PACKED, pack
 from .torch_shaped import HiddenPair, TorchShaped, torchs_own
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -33,7 +35,7 @@ class _Cell(TorchShaped, nn.RNNCellBase):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward`` and the hooks; the class says which shapes."""
         # As in Recurrent.__call__.
-        found = functional.called_directly(self, args, kwargs, self._cell(), _CELL_WEIGHTS)
+        found = called_directly(self, args, kwargs, self._cell(), _CELL_WEIGHTS)
         return super().__call__(*args, **kwargs) if found is None else found
 
     def _cell(self) -> str:
@@ -51,7 +53,7 @@ class _Cell(TorchShaped, nn.RNNCellBase):
 
     def _pack(self, weights: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor | None:
         present = sum(1 << i for i, w in enumerate(self._weights()) if w is not None)
-        return functional.pack(
+        return pack(
             self._cell(),
             weights,
             num_layers=1,
@@ -75,11 +77,8 @@ class _Cell(TorchShaped, nn.RNNCellBase):
         """Return the next state; the class says which shapes."""
         if type(input) is Tensor and not is_dynamo_compiling() and self._is_usual():
             parameters = self._parameters
-            frozen = self._frozen is not None
-            packed, int8 = self._packed(self._weights()) if frozen else (None, False)
-            found = functional.step_directly(
-                self._cell(), input, hx, parameters, _CELL_WEIGHTS, packed, int8
-            )
+            packed = NOT_PACKED if self._frozen is None else self._packed(self._weights())
+            found = step_directly(self._cell(), input, hx, parameters, _CELL_WEIGHTS, packed)
             if found is not None:
                 return found
         if (node := self._fx_node(input, hx)) is not None:
@@ -95,10 +94,8 @@ class _Cell(TorchShaped, nn.RNNCellBase):
                 h, c = h.unsqueeze(0), None if c is None else c.unsqueeze(0)
         weights = self._weights()
         w_ih, w_hh, b_ih, b_hh = weights
-        packed, int8 = self._packed(weights)
-        h, c = functional.step(
-            self._cell(), x, h, c, w_ih, w_hh, b_ih, b_hh, packed=packed, int8=int8
-        )
+        packed = self._packed(weights)
+        h, c = functional.step(self._cell(), x, h, c, w_ih, w_hh, b_ih, b_hh, packed=packed)
         if not batched:
             h, c = h.squeeze(0), None if c is None else c.squeeze(0)
         return self._join_hidden(h, c)

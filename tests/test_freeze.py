@@ -60,7 +60,7 @@ def reads_packed(module: nn.Module, call: Callable[[], list[Tensor]]) -> bool:
     before, kept = call(), []
     for layer in module.modules():
         if isinstance(layer, Freezable) and layer._frozen is not None:
-            packed = layer._frozen.packed
+            packed = layer._frozen.packed.tensor
             assert packed is not None
             kept.append((packed, packed.clone()))
             runs = getattr(layer, "num_layers", 1) * (1 + getattr(layer, "bidirectional", False))
@@ -130,7 +130,7 @@ def test_each_instruction_set_packs_for_itself(capability: str, seed: int) -> No
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "PeepholeLSTM"])
 def test_one_copy_serves_teams_of_any_size(name: str) -> None:
     module = frozen_of(getattr(fused_rnn, name)(70, 193, num_layers=2))
-    packed, before = module._frozen.packed, torch.get_num_threads()
+    packed, before = module._frozen.packed.tensor, torch.get_num_threads()
     try:
         for B, T in ((1, 40), (3, 1), (33, 3)):
             x, found = torch.randn(T, B, 70), []
@@ -142,13 +142,13 @@ def test_one_copy_serves_teams_of_any_size(name: str) -> None:
             assert_reads_packed(module, lambda x=x: run(module, x))
     finally:
         torch.set_num_threads(before)
-    assert module._frozen.packed is packed
+    assert module._frozen.packed.tensor is packed
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell"])
 def test_threads_share_one_copy(name: str) -> None:
     module = frozen_of(getattr(fused_rnn, name)(5, 65))
-    packed, lead = module._frozen.packed, () if name.endswith("Cell") else (7,)
+    packed, lead = module._frozen.packed.tensor, () if name.endswith("Cell") else (7,)
     inputs = [torch.randn(*lead, 1 + i % 3, 5) for i in range(12)]
     expected = [run(module, x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
@@ -159,7 +159,7 @@ def test_threads_share_one_copy(name: str) -> None:
                 assert_same(found, right, 1e-6)  # plain torch sums in the order that it likes
                 if packs():
                     assert_equal(found, right)
-    assert module._frozen.packed is packed
+    assert module._frozen.packed.tensor is packed
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_cell_from_python() -> None:
         assert_same(flatten(frozen(x, **given)), flatten(module(x, **given)))
         copied = pickle.loads(pickle.dumps(frozen))
         assert_same(flatten(copied(x, **given)), flatten(module(x, **given)))
-        if packs() and frozen._frozen.packed is not None:
+        if packs() and frozen._frozen.packed.tensor is not None:
             assert reads_packed(frozen, lambda: flatten(frozen(x, **given)))
 
 
@@ -240,7 +240,10 @@ def test_weights_in_bfloat16(cell: str, dtype: torch.dtype) -> None:
         assert_equal(run(half, x, hx), run(frozen_of(rounded), x, hx))
         copied = pickle.loads(pickle.dumps(half))
         assert_equal(run(copied, x, hx), run(half, x, hx))
-        assert copied._frozen.packed.numel() < 0.6 * frozen_of(module)._frozen.packed.numel() + 99
+        assert (
+            copied._frozen.packed.tensor.numel()
+            < 0.6 * frozen_of(module)._frozen.packed.tensor.numel() + 99
+        )
 
 
 def test_float64_stays() -> None:
@@ -454,7 +457,7 @@ def test_weights_that_are_not_contiguous() -> None:
 
 def test_calls_with_other_weights() -> None:
     module, x = frozen_of(fused_rnn.RNN(5, 33)), torch.randn(4, 1, 5)
-    packed = module._frozen.packed
+    packed = module._frozen.packed.tensor
     with torch.no_grad():
         for change in (
             lambda t: t * 2,
@@ -467,7 +470,7 @@ def test_calls_with_other_weights() -> None:
             plain = fused_rnn.RNN(5, 33)
             plain.load_state_dict(weights)
             assert_same(found, run(plain, x))
-    assert module._frozen.packed is packed
+    assert module._frozen.packed.tensor is packed
     assert_reads_packed(module, lambda: run(module, x))
     with torch.autocast("cpu", torch.bfloat16):
         assert run(module, x)[0].dtype == torch.bfloat16

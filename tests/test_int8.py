@@ -414,11 +414,11 @@ def test_threads_share_one_copy() -> None:
     module = frozen_of(fused_rnn.LSTM(5, 65))
     inputs = [torch.randn(7, 1 + i % 3, 5) for i in range(12)]
     expected = [run(module, x) for x in inputs]
-    packed = module._frozen.packed
+    packed = module._frozen.packed.tensor
     with ThreadPoolExecutor(4) as pool:
         for found, right in zip(pool.map(lambda x: run(module, x), inputs), expected, strict=True):
             assert_same(found, right)
-    assert module._frozen.packed is packed
+    assert module._frozen.packed.tensor is packed
 
 
 # --- What it is beside that ----------------------------------------------------------------------
@@ -465,8 +465,8 @@ def test_the_state_dict_is_that_of_the_layer() -> None:
         assert_same(run(frozen, x), run(frozen_of(other), x))
         nn.init.normal_(other.weight_hh_l0)
     if packs():
-        plain = fused_rnn.freeze(module, inplace=False)._frozen.packed
-        assert frozen._frozen.packed.numel() < 0.3 * plain.numel()
+        plain = fused_rnn.freeze(module, inplace=False)._frozen.packed.tensor
+        assert frozen._frozen.packed.tensor.numel() < 0.3 * plain.numel()
 
 
 def test_conversions() -> None:

@@ -5,6 +5,7 @@ And that every file of tests has a role, so that it is in the runs of the Makefi
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -28,13 +29,13 @@ def includes(path: Path) -> list[str]:
 
 def imports(path: Path) -> set[str]:
     """First names of absolute imports and modules of relative ones (as ".name")."""
-    text = path.read_text()
-    found = set(re.findall(r"^\s*import (\w+)", text, re.M)) | set(
-        re.findall(r"^\s*from (\w+)[\w.]* import", text, re.M)
-    )
-    found |= {"." + m for m in re.findall(r"^\s*from \.(\w+) import", text, re.M)}
-    for names in re.findall(r"^\s*from \. import (.+)$", text, re.M):
-        found |= {"." + name.split(" as ")[0].strip() for name in names.strip("()").split(",")}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {"." * node.level + name.partition(".")[0] for name in names}
     return found
 
 
@@ -101,39 +102,49 @@ def test_binding_sees_no_kernel() -> None:
     assert not any("torch/extension.h" in includes(p) for p in sources("csrc", ".h", ".cpp"))
 
 
+# Each imports packages, and of these files some that stand before it.
+PACKAGES = {".build", ".compiler", ".ops"}
 PYTHON_LAYERS = {
     "torch_internals": set(),
+    "imports": set(),
+    "scripting": set(),
     "reference": set(),
     "onnx": {".reference"},
     "segments": {".reference", ".torch_internals"},
     "between": {".reference", ".segments"},
-    "engines": {".onnx", ".ops", ".reference", ".torch_internals"},
+    "packed": {".between", ".ops", ".reference"},
+    "engines": {".onnx", ".ops", ".packed", ".reference", ".torch_internals"},
     "autocast": {".ops", ".reference"},
+    "in_place": {".ops", ".torch_internals"},
+    "direct_calls": {".engines", ".ops", ".packed"},
     "functional": {
         ".autocast",
         ".between",
         ".engines",
-        ".onnx",
+        ".in_place",
         ".ops",
+        ".packed",
         ".reference",
         ".segments",
         ".torch_internals",
     },
-    "scripting": set(),
-    "frozen": {".ops", ".torch_internals"},
+    "frozen": {".ops", ".packed", ".torch_internals"},
     "torch_shaped": {".frozen", ".scripting", ".torch_internals"},
     "sequences": {".segments"},
     "call_types": {".sequences"},
+    "stack": {".between", ".engines", ".packed", ".reference", ".torch_shaped"},
     "recurrent": {
         ".between",
-        ".engines",
+        ".direct_calls",
         ".functional",
-        ".reference",
+        ".onnx",
+        ".packed",
         ".sequences",
+        ".stack",
         ".torch_internals",
         ".torch_shaped",
     },
-    "step_cells": {".call_types", ".functional", ".torch_shaped"},
+    "step_cells": {".call_types", ".direct_calls", ".functional", ".packed", ".torch_shaped"},
     "modules": {".between", ".call_types", ".recurrent", ".step_cells", ".torch_shaped"},
     "cells": {".between", ".call_types", ".recurrent", ".reference"},
     "custom": {
@@ -144,11 +155,11 @@ PYTHON_LAYERS = {
         ".functional",
         ".recurrent",
         ".reference",
+        ".stack",
         ".torch_internals",
     },
     "zoo": {".custom"},
-    "cpp": {".build", ".recurrent", ".reference"},
-    "imports": set(),
+    "cpp": {".build", ".recurrent", ".reference", ".stack"},
     "keras": {".functional"},
     "flops": {".imports", ".ops", ".reference"},
     "hybrid": {".modules"},
@@ -163,6 +174,16 @@ PYTHON_LAYERS = {
 def test_python_layers(module: str) -> None:
     own = {name for name in imports(ROOT / f"fused_rnn/{module}.py") if name.startswith(".")}
     assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
+
+
+def test_python_layers_are_in_order() -> None:
+    """All files have their place, and none imports another that imports it."""
+    files = {path.stem for path in (ROOT / "fused_rnn").glob("*.py")}
+    assert PYTHON_LAYERS.keys() == files - {"__init__", "__main__"}
+    before = set(PACKAGES)
+    for module, allowed in PYTHON_LAYERS.items():
+        assert allowed <= before, module
+        before.add(f".{module}")
 
 
 # Each may import those before it.
