@@ -24,7 +24,7 @@ import fused_rnn
 from fused_rnn import CellError, zoo
 from fused_rnn.compiler import Compiled, Declaration, trace
 from fused_rnn.compiler.graph import Node
-from fused_rnn.custom import _Products, _Values
+from fused_rnn.custom.plain import Products, Values
 from fused_rnn.reference import CELLS
 
 pytestmark = pytest.mark.unit
@@ -77,7 +77,7 @@ def test_values_and_gradients(drawn: random_cells.Drawn) -> None:
     gates_x = (*traced.gates_x, *drawn.given)
     kinds = {"x": gates_x, "r": traced.gates_h, "s": drawn.states, "p": drawn.params}
     values = {kind: {name: draw() for name in names} for kind, names in kinds.items()}
-    x, s, p = (_Values(list(values[k]), list(values[k].values())) for k in "xsp")
+    x, s, p = (Values(list(values[k]), list(values[k].values())) for k in "xsp")
     # What an operand is multiplied to has no say here: its gates are values of their own.
     operands: dict[int, Tensor] = {}
 
@@ -94,7 +94,7 @@ def test_values_and_gradients(drawn: random_cells.Drawn) -> None:
     first = traced.products[0]
     own = {gate: values["r"][gate] for gate in traced.gates_h[:first]}
     others = {gate: product(gate) for gate in traced.gates_h[first:]}
-    new = drawn.fn(x, _Products(own, others, getattr(s, drawn.states[0])), s, p)
+    new = drawn.fn(x, Products(own, others, getattr(s, drawn.states[0])), s, p)
     inputs = {
         traced.input(kind, name): value.detach()
         for kind, named in values.items()
@@ -364,7 +364,7 @@ def test_threads_trace_one_after_another() -> None:
 
     layer = of(leaky, "a")
     wanted = {leak: layer(2, 3, leak=leak).cell for leak in (0.5, 0.25, 0.125, 2.0)}
-    layer._made._names.clear()
+    layer._family._names.clear()
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda leak: layer(2, 3, leak=leak).cell, wanted)
     assert list(found) == list(wanted.values())

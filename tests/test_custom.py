@@ -208,11 +208,11 @@ def giving(kind: Any, sizes: tuple[int, ...], dtype: torch.dtype, **own: Any) ->
     layer = kind(inputs, hidden, 2, bidirectional=True, dtype=dtype, **own)
     given = {
         name: torch.rand(steps, batch, hidden, dtype=dtype)
-        for name in layer._made.declaration.given
+        for name in layer._family.declaration.given
     }
     x = torch.randn(steps, batch, inputs, dtype=dtype)
     states = tuple(
-        torch.randn(4, batch, hidden, dtype=dtype) for _ in layer._made.declaration.states
+        torch.randn(4, batch, hidden, dtype=dtype) for _ in layer._family.declaration.states
     )
     return Giving(layer, given), x, states if len(states) > 1 else states[0]
 
@@ -507,7 +507,7 @@ def test_copies_and_pickles() -> None:
     text = pickle.dumps(layer)
     name = CELLS[layer.cell]
     del CELLS[layer.cell]
-    Swapped._made._names.clear()
+    Swapped._family._names.clear()
     assert_all_close(pickle.loads(text)(x), expected, tol=0)
     assert CELLS[layer.cell] is not name
 

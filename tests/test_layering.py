@@ -103,7 +103,7 @@ def test_binding_sees_no_kernel() -> None:
 
 
 # Each imports packages, and of these files some that stand before it.
-PACKAGES = {".build", ".compiler", ".ops"}
+PACKAGES = {".build", ".compiler", ".custom", ".ops"}
 PYTHON_LAYERS = {
     "torch_internals": set(),
     "imports": set(),
@@ -147,17 +147,6 @@ PYTHON_LAYERS = {
     "step_cells": {".call_types", ".direct_calls", ".functional", ".packed", ".torch_shaped"},
     "modules": {".between", ".call_types", ".recurrent", ".step_cells", ".torch_shaped"},
     "cells": {".between", ".call_types", ".recurrent", ".reference"},
-    "custom": {
-        ".between",
-        ".call_types",
-        ".cells",
-        ".compiler",
-        ".functional",
-        ".recurrent",
-        ".reference",
-        ".stack",
-        ".torch_internals",
-    },
     "zoo": {".custom"},
     "cpp": {".build", ".recurrent", ".reference", ".stack"},
     "keras": {".functional"},
@@ -184,6 +173,19 @@ def test_python_layers_are_in_order() -> None:
     for module, allowed in PYTHON_LAYERS.items():
         assert allowed <= before, module
         before.add(f".{module}")
+
+
+# Each may import those before it.
+CUSTOM_LAYERS = "plain family given module single layers declaring __init__"
+
+
+def test_layers_of_cells_from_functions() -> None:
+    known = {"..between", "..call_types", "..cells", "..compiler", "..functional", "..recurrent"}
+    known |= {"..reference", "..stack", "..torch_internals"}
+    for name in CUSTOM_LAYERS.split():
+        path = ROOT / f"fused_rnn/custom/{name}.py"
+        assert {n for n in imports(path) if n.startswith(".")} <= known, name
+        known.add(f".{name}")
 
 
 # Each may import those before it.

@@ -94,11 +94,11 @@ def module_of(cell: Any, steps: int, batch: int, *sizes: int, **options: Any) ->
     kind = getattr(zoo, cell.partition(".")[2]) if isinstance(cell, str) else cell.declare()
     layer, like = kind(*sizes, **options), {"dtype": options["dtype"]}
     given = {
-        name: torch.rand(steps, batch, sizes[1], **like) for name in layer._made.declaration.given
+        name: torch.rand(steps, batch, sizes[1], **like) for name in layer._family.declaration.given
     }
     x = torch.randn(steps, batch, sizes[0], **like)
     count = layer.num_layers * (1 + layer.bidirectional)
-    states = [torch.rand(count, batch, sizes[1], **like) for _ in layer._made.declaration.states]
+    states = [torch.rand(count, batch, sizes[1], **like) for _ in layer._family.declaration.states]
     hx: Any = tuple(states) if len(states) > 1 else states[0]
     return Giving(layer, given).to(DEVICE), *tree_map(lambda t: t.to(DEVICE), (x, hx))
 

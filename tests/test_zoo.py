@@ -238,7 +238,7 @@ class Loop(Giving):
 
     def forward(self, x: Tensor, hx: Any, **_: Any) -> Any:
         layer, kind = self.layer, self.kind
-        states = layer._made.declaration.states
+        states = layer._family.declaration.states
         last: list[list[Tensor]] = [[] for _ in states]
         hx = hx if isinstance(hx, tuple) else (hx,)
         traced = layer_trace(layer)
@@ -246,7 +246,7 @@ class Loop(Giving):
             i, d = divmod(number, 1 + layer.bidirectional)
             name = f"_l{i}{'_reverse' * d}"
             weights = {short: getattr(layer, short + name) for short in ("weight_ih", "bias_ih")}
-            params = {p: getattr(layer, p + name) for p in layer._made.declaration.params}
+            params = {p: getattr(layer, p + name) for p in layer._family.declaration.params}
             if traced.gates_h:
                 weights |= {s: getattr(layer, s + name) for s in ("weight_hh", "bias_hh")}
             now = dict(zip(states, (h[number] for h in hx), strict=True))
@@ -303,7 +303,7 @@ def example(name: str, **sizes: Any) -> tuple[Any, Tensor, Any, Named]:
     x = torch.randn(6, 4, sizes["input_size"], dtype=torch.float64)
     given = {
         given: torch.rand(6, 4, sizes["hidden_size"], dtype=torch.float64)
-        for given in layer._made.declaration.given
+        for given in layer._family.declaration.given
     }
     _, hx = layer(x, **given)
     hx = torch.utils._pytree.tree_map(torch.randn_like, hx)
