@@ -3,11 +3,18 @@ it: the CPU's own, and that of a cell from Python."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fused_rnn import build
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SOURCES = {
     "cells/registry.def": "// CELL(not, a, cell)\nCELL(one, One, one.h)\nCELL(two, Two, one.h)\n",
@@ -69,3 +76,58 @@ class OfCell:
 
 
 KINDS = {"main": load, "cell": OfCell}
+
+# ``libraries`` of a process, on the sources in the folder given.
+LOADER = """
+import sys
+from pathlib import Path
+from small_build import KINDS
+folder = Path(sys.argv[1])
+libraries = KINDS[sys.argv[2]](folder)
+"""
+
+
+def with_tests() -> dict[str, str]:
+    """An environment in which all can be imported that can be here."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def key_of(libraries: build.Libraries, target: str = "cpu") -> str:
+    made = libraries.targets[target]
+    return made.cache_key(made.find_tools())
+
+
+def compile_into(libraries: build.Libraries, cache: Path, key: str = "key", name: str = "") -> Path:
+    return build.compile_library(libraries.targets["cpu"], build.Place(cache, key), name)
+
+
+def facts_of(libraries: build.Libraries) -> dict[str, Any]:
+    return build.report.facts_of(libraries)
+
+
+def no_compiler(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(home / "empty"))
+
+
+def fallback_message(libraries: Any) -> str:
+    """Use the backend twice, expect the reference and one warning; return its text."""
+    with pytest.warns(RuntimeWarning) as caught:
+        assert libraries.backend() == "reference"
+        assert libraries.backend() == "reference"
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "python -m fused_rnn doctor" in text and "remedy: " in text
+    return text
+
+
+def run_afresh(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """In an interpreter that has imported nothing."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
