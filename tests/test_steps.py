@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from cases import pair
+from direct import needs_direct
 from helpers import assert_all_close, flatten, native
-from test_direct import needs_direct
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
