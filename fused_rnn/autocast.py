@@ -46,7 +46,7 @@ def dtypes_of_results(
     ======================================  ===============  ===============
 
     ``fused`` says whether the last row holds, see ``fused_by_torch``. On CUDA everything is cast
-    first. tests/test_transforms.py tries the table against the torch that is there.
+    first. tests/test_autocast.py tries the table against the torch that is there.
     """
     if x.is_cuda:
         return low, low

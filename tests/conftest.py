@@ -1,4 +1,5 @@
-"""Fresh random numbers in every run, and the seed to have them again; roles; quick runs."""
+"""Fresh random numbers in every run, and the seed to have them again; roles; quick runs; Dynamo
+without a past."""
 
 from __future__ import annotations
 
@@ -118,3 +119,11 @@ def seed() -> int:
     """Every test starts from the session's seed, so it repeats alone as it ran among the others."""
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture
+def fresh_dynamo() -> Generator[None]:
+    """Nothing that an earlier test compiled, nor left for a later one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

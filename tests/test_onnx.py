@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import pair
+from double_modules import Mixed
 from helpers import assert_all_close, assert_close, flatten
-from test_transforms import Mixed
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -22,13 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("fresh_dynamo"),
 ]
-
-
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Call(nn.Module):
