@@ -76,9 +76,9 @@ def python(
 
 
 def tests_on(
-    capability: str, seed: int, file: str, words: str, quick: int
+    capability: str, seed: int, *files: str, words: str, quick: int
 ) -> subprocess.CompletedProcess[str]:
-    """Some cases of the tests of a file that ``words`` name, on these instructions at most."""
+    """Some cases of the tests of files that ``words`` name, on these instructions at most."""
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
     options = ["-q", "-x", "-p", "no:cacheprovider", f"--quick={quick}", "-k", words]
-    return python("-m", "pytest", *options, file, env=env)
+    return python("-m", "pytest", *options, *files, env=env)

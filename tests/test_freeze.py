@@ -123,7 +123,7 @@ def test_each_instruction_set_packs_for_itself(capability: str, seed: int) -> No
     if not packs():
         return
     words = "bits or threads or no_worse"
-    done = forked.tests_on(capability, seed, __file__, words, quick=12)
+    done = forked.tests_on(capability, seed, __file__, words=words, quick=12)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

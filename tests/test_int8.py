@@ -406,7 +406,7 @@ def test_lesser_instruction_sets(capability: str, seed: int) -> None:
     if not packs():
         return
     words = "plain_torch or bits_do or 16_bits or half_a_number"
-    done = forked.tests_on(capability, seed, __file__, words, quick=3)
+    done = forked.tests_on(capability, seed, __file__, words=words, quick=3)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

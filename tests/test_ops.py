@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from cases import KERNELS, Case, random_case
-from forked import python
 from helpers import cpu_engine_only, leaves, operate
 from torch import Tensor
 
@@ -119,7 +119,7 @@ fused_rnn.build.use("cpu", Path(sys.argv[1]))
 fused_rnn.{module}(4, 6)(torch.ones(3, 4))
 """
     env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": "AVX2"}
-    done = python("-c", code, str(build.state().library), env=env)
+    done = forked.python("-c", code, str(build.state().library), env=env)
     assert (
         f"FUSED_RNN_CPU_CAPABILITY is 'AVX2': use one of {', '.join(CAPABILITIES)}" in done.stderr
     )
@@ -129,7 +129,7 @@ fused_rnn.{module}(4, 6)(torch.ones(3, 4))
 def chosen() -> dict[str, str]:
     """The instruction set taken, by the one that was asked for."""
     names = CAPABILITIES[:-1]
-    done = python("-c", CHOICES, *names)
+    done = forked.python("-c", CHOICES, *names)
     assert done.returncode == 0, done.stderr
     return dict(zip(names, done.stdout.split(), strict=True))
 
@@ -141,21 +141,16 @@ def test_lesser_instruction_sets(
     capability: str, chosen: dict[str, str], seed: int, request: pytest.FixtureRequest
 ) -> None:
     """The same checks, some of each, on the code for machines that have less."""
-    env = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability, "FUSED_RNN_TEST_SEED": str(seed)}
     library = build.library()
     library.frnn_cpu_capability.restype = ctypes.c_char_p
     machine = library.frnn_cpu_capability().decode()
     assert chosen[capability] == min(capability, machine, key=CAPABILITIES.index)
     if chosen[capability] == machine:
         return  # whose code the other tests run
-    done = python(
-        *["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"],
-        __file__,
-        str(Path(__file__).with_name("test_tiles.py")),
-        *["-k", "test_agrees_with_float64 or test_tiles and bfloat16"],
-        f"--quick={request.config.getoption('--quick') or 20}",
-        env=env,
-    )
+    files = __file__, str(Path(__file__).with_name("test_tiles.py"))
+    words = "test_agrees_with_float64 or test_tiles and bfloat16"
+    quick = request.config.getoption("--quick") or 20
+    done = forked.tests_on(capability, seed, *files, words=words, quick=quick)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
