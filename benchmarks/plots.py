@@ -33,6 +33,8 @@ COLOURS = {
     "torchrecurrent": "#8da0cb",
     "torch_compile": "#cc79a7",
     "ours_frozen": "#555555",
+    "ours_int8": "#777777",
+    "torch_int8": "#bc5090",
     "ours_invariant": "#bbbbbb",
     "ours_recompute": "#f0e442",
     "reference": "#999999",

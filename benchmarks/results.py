@@ -144,10 +144,13 @@ def ratio(row: Row, name: str) -> Spread | None:
     return Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
-# Our own slow path, for machines without a compiler, is no rival, nor is another case of ours.
+# Our own slow path, for machines without a compiler, is no rival, nor is another case of ours, nor
+# one with weights of 8 bits.
 NO_RIVALS = (
     OURS,
     "ours_frozen",
+    "ours_int8",
+    "torch_int8",
     "ours_exported",
     "ours_invariant",
     "ours_recompute",

@@ -89,7 +89,8 @@ class Worker:
         prepare_s = time.perf_counter() - start
         first_s = self.clock(prepared.call, 1)
         found = sample(prepared.results())
-        if wrong := mismatch(found, torch.load(expected), case.dtype):
+        precision = self.peer.rounds_to or case.dtype
+        if wrong := mismatch(found, torch.load(expected), precision):
             return {"refused": f"wrong results: {wrong}", "wrong": True}
         self.estimate = min(self.clock(prepared.call, 1) for _ in range(2))
         report: dict[str, Any] = {

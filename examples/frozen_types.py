@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--digits-hidden", type=int, default=64)
     p.add_argument("--digits-steps", type=int, default=800)
     p.add_argument("--widths", type=int, nargs="*", default=[512, 1024], help="for the clock")
+    p.add_argument("--rounds", type=int, default=60, help="of the clock")
     p.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     p.add_argument("--characters", type=int, default=2_000_000, help="of text")
     p.add_argument("--seed", type=int, default=0)
@@ -133,7 +134,9 @@ def right(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def clock(a: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Microseconds of a call, in each type."""
     return {
-        f"{cell}, {width} units, {batch} x {steps}": microseconds(cell, width, batch, steps)
+        f"{cell}, {width} units, {batch} x {steps}": microseconds(
+            cell, width, batch, steps, a.rounds
+        )
         for cell in ("lstm", "gru", "rnn")
         for width in a.widths
         for batch, steps in ((1, 1), (1, 50), (8, 1), (16, 1), (16, 20))
@@ -141,15 +144,15 @@ def clock(a: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def microseconds(cell: str, width: int, batch: int, steps: int) -> dict[str, float]:
-    """Of a layer of as many inputs as units, in each type in turn: the tenth percentile of 60
+def microseconds(cell: str, width: int, batch: int, steps: int, rounds: int) -> dict[str, float]:
+    """Of a layer of as many inputs as units, in each type in turn: the tenth percentile of so many
     rounds, which other programs delayed little."""
     models = frozen(CELLS[cell](width, width))
     x = torch.randn(steps, batch, width)
     state = models["not frozen"](x)[1]
-    calls = max(1, 2_000_000 // (width * width * batch * steps))
+    calls = min(1000, max(1, 2_000_000 // (width * width * batch * steps)))
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for round_ in range(61):
+    for round_ in range(1 + rounds):
         for name, model in models.items():
             begin = time.perf_counter()
             for _ in range(calls):

@@ -229,6 +229,25 @@ def test_peers_do_equal_work(name: str, cell: str) -> None:
         assert mismatch(found, expected, case.dtype) is None, case.label
 
 
+@pytest.mark.parametrize("name", ["ours_int8", "torch_int8"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_peers_of_8_bits_do_equal_work(name: str, cell: str) -> None:
+    """But for what their weights are rounded to."""
+    peer = peers.load(name)
+    if missing := peer.missing("cpu"):
+        pytest.skip(missing)
+    for case in (
+        Case(cell, B=1, T=1, H=64, phase="decode"),
+        Case(cell, B=3, T=20, H=65, I=9, layers=2, bidirectional=True),
+    ):
+        assert peer.refuses_at_all(case) is None
+        expected = sample(torch_nn.peer().prepare(Problem(case)).results())
+        found = sample(peer.prepare(Problem(case)).results())
+        assert mismatch(found, expected, peer.rounds_to or case.dtype) is None, case.label
+        assert mismatch(found, expected, case.dtype), "weights are not rounded"
+    assert peer.refuses(replace(case, phase="training"))
+
+
 @pytest.mark.parametrize("name", ["ours_exported", "rtneural", "rtneural_xsimd"])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_peers_that_are_compiled_do_equal_work(

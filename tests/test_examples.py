@@ -124,9 +124,15 @@ def test_char_lm_refuses_a_text_that_is_too_short(runs: Runs) -> None:
 def test_frozen_types(tmp_path: Path) -> None:
     """Fewer bits cost little, and cannot be free."""
     pytest.importorskip("sklearn")
-    small = "--hidden 64 --steps 30 --digits-steps 3 --widths 16 --characters 60000 --threads 1"
+    small = "--hidden 64 --steps 30 --digits-steps 3 --widths 16 --rounds 2 --characters 60000"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "frozen_types.py"), *small.split()],
+        [
+            sys.executable,
+            str(ROOT / "examples" / "frozen_types.py"),
+            *small.split(),
+            "--threads",
+            "1",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -38,6 +38,8 @@ NAMES = (
     "rtneural_xsimd",
     "ours_exported",
     "ours_frozen",
+    "ours_int8",
+    "torch_int8",
     "ours_invariant",
     "ours_recompute",
     "ours_baseline",
@@ -65,6 +67,7 @@ class Peer(ABC):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     has_cells: ClassVar[bool] = False  # of single steps
     has_zoo: ClassVar[bool] = False  # cells of fused_rnn.zoo; which, says ``refuses``
+    rounds_to: ClassVar[str | None] = None  # the type of its weights, if not the case's
     has_between: ClassVar[frozenset[str]] = frozenset()  # which of ``Case.between``
 
     def missing(self, device: str) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
 
 from ..cases import Case
 from ..problem import Problem
@@ -11,6 +13,7 @@ from .ours import Ours
 
 class OursFrozen(Ours):
     name, title = "ours_frozen", "ours, frozen"
+    packs: ClassVar[torch.dtype | None] = None  # what freeze() packs
 
     def refuses(self, case: Case) -> str | None:
         return (
@@ -22,7 +25,7 @@ class OursFrozen(Ours):
     def module(self, problem: Problem) -> Any:
         import fused_rnn
 
-        return fused_rnn.freeze(super().module(problem))
+        return fused_rnn.freeze(super().module(problem), dtype=self.packs)
 
 
 def peer() -> OursFrozen:
