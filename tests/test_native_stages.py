@@ -12,7 +12,7 @@ import emulated
 import pytest
 import torch
 from cases import KERNELS
-from test_norm import sizes
+from test_norm import PLACES, sizes
 from torch import Tensor
 
 import fused_rnn
@@ -51,9 +51,8 @@ def problem(
         units = rng.choice([1, 5, 33])
     at: tuple[str, ...] = ()
     if "norm" in names:
-        places = [("input",), ("recurrent",), ("input", "recurrent"), ("sum",)]
         has = set(reference.CELLS[cell].norm_places)
-        at = rng.choice([place for place in places if set(place) <= has])
+        at = rng.choice([place for place in PLACES if set(place) <= has])
     projects &= cell.endswith("lstm") and units > 1 and not {"blocks", "zoneout"} & set(names)
     width = units // 2 if projects and rng.random() < 0.4 else units
     time, batch = rng.choice([(1, 3), (6, 2), (9, 5), (3, 17), (4, 27)])
@@ -198,7 +197,7 @@ def test_modules_take_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) ->
         "zoneout": {"zoneout": 0.3},
         "h_mask": {"recurrent_dropout": 0.3},
         "blocks": {"blocks": 2},
-        "norm": {"norm": "layer", "norm_at": ("input", "recurrent")},
+        "norm": {"norm": "layer"},
     }
     module = fused_rnn.LSTM(3, 64, bidirectional=True, **options.get(name, {})).to(DEVICE)
     given: dict[str, Any] = {"return_states": name == "every_state"}

@@ -22,7 +22,7 @@ struct Engine {
     problem.allow_tf32 = call.allow_tf32;
     problem.aligned = true;
     problem.stages = Steps<C, T>::ChangesStates(p);
-    problem.norms = NormOfX(p) || NormOfH(p);
+    problem.norms = NormOfX(p) || NormOfH(p) || Steps<C, T>::NormOfShown(p);
     problem.blocks = p.blocks;
     problem.operands = C::kOperands > 0;
     problem.affine = Steps<C, T>::CanScan(p);

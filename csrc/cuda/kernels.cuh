@@ -227,6 +227,41 @@ __global__ void OperandForward(const __grid_constant__ GateForwardArgs<T> a) {
   });
 }
 
+// The gate math where what the output shows is normalised: up to the state that it shows, whose rows
+// are normalised next, and the output, of that and of what was kept.
+template <class T>
+struct ShownForwardArgs {
+  GateForwardArgs<T> gates;  // with a tape, be it of this step alone
+  Rows<Wide<T>> shown;       // [rows, H]
+  const T* shift;            // [H]
+};
+template <class C, class T>
+struct ShownForwardView : GateForwardView<C, T, true> {
+  using A = Wide<T>;
+  const ShownForwardArgs<T>& all;
+
+  FRNN_HD A Kept(int k) const { return this->a.tape(this->row, k * this->a.H + this->u); }
+  FRNN_HD void SetShown(A v) const { all.shown(this->row, this->u) = v; }
+  FRNN_HD A Shown() const { return all.shown(this->row, this->u) + Widen(all.shift[this->u]); }
+};
+template <class C, class T>
+__global__ void ForwardToShown(const __grid_constant__ ShownForwardArgs<T> a) {
+  ForEach(a.gates.rows, a.gates.H, [&](int64_t row, int64_t u) {
+    const ShownForwardView<C, T> view{{a.gates, row, u}, a};
+    ForwardStep<C, Wide<T>> step;
+    step.Load(view);
+    step.RunToShown(view);
+  });
+}
+template <class C, class T>
+__global__ void ForwardOutput(const __grid_constant__ ShownForwardArgs<T> a) {
+  ForEach(a.gates.rows, a.gates.H, [&](int64_t row, int64_t u) {
+    const ShownForwardView<C, T> view{{a.gates, row, u}, a};
+    ForwardStep<C, Wide<T>> step;
+    step.RunOutput(view);
+  });
+}
+
 // A layer of one step, for which nothing is kept: both products and the gate math of a unit by a warp.
 template <class T>
 struct OneStepDirection {
@@ -483,6 +518,47 @@ __global__ void OperandBackward(const __grid_constant__ GateBackwardArgs<T> a) {
   });
 }
 
+// The gate math backwards where what the output shows was normalised: the gradient of what it shows,
+// which goes back through the normalisation next, and all others, given what reaches the state.
+template <class T>
+struct ShownBackwardArgs {
+  GateBackwardArgs<T> gates;
+  Rows<const Wide<T>> n;       // [rows, H]: the state, normalised
+  const T *gain, *shift;       // [H] each
+  Rows<Wide<T>> dshown;        // [rows, H]: of gain * n + shift
+  Rows<const Wide<T>> dstate;  // [rows, H]: of the state
+};
+template <class C, class T>
+struct ShownBackwardView : GateBackwardView<C, T, true> {
+  using A = Wide<T>;
+  const ShownBackwardArgs<T>& all;
+
+  FRNN_HD A Shown() const {
+    return Widen(all.gain[this->u]) * all.n(this->row, this->u) + Widen(all.shift[this->u]);
+  }
+  FRNN_HD A GradShown() const { return all.dstate(this->row, this->u); }
+};
+template <class C, class T>
+__global__ void BackwardToShown(const __grid_constant__ ShownBackwardArgs<T> a) {
+  ForEach(a.gates.rows, a.gates.H, [&](int64_t row, int64_t u) {
+    const ShownBackwardView<C, T> view{{a.gates, row, u}, a};
+    BackwardStep<C, Wide<T>> step;
+    step.Load(view);
+    a.dshown(row, u) = step.ComputeGradShown(view);
+  });
+}
+template <class C, class T>
+__global__ void BackwardFromShown(const __grid_constant__ ShownBackwardArgs<T> a) {
+  ForEach(a.gates.rows, a.gates.H, [&](int64_t row, int64_t u) {
+    const ShownBackwardView<C, T> view{{a.gates, row, u}, a};
+    BackwardStep<C, Wide<T>> step;
+    step.Load(view);
+    step.ComputeFromShown(view);
+    if (a.gates.mask) a.gates.mask.Keep(row, u, a.gates.h_prev(row, u));
+    step.Store(view);
+  });
+}
+
 // sum += of, [rows, columns].
 template <class T>
 __global__ void AddTo(int64_t rows, int64_t columns, T* sum, const T* of) {
@@ -552,13 +628,13 @@ __global__ void WholeMatrix(int64_t rows, int64_t H, int64_t width, const T* fro
   });
 }
 
-// Normalisation of gates, row by row: v becomes gain * n, where n = (v - mean) * scale and
+// Normalisation of gates, or of a state, row by row: v becomes gain * n, where n = (v - mean) * scale and
 // scale = 1 / sqrt(var + eps), or without a mean n = v * scale and scale = 1 / sqrt(mean of squares
 // + eps). A block of threads has a row.
 constexpr int kNormThreads = 256;
 template <class T>
 struct NormRowsArgs {
-  int64_t width;  // gates H
+  int64_t width;  // gates H, of a state H
   bool centred;
   Wide<T> eps;
   Rows<Wide<T>> v;
@@ -569,15 +645,15 @@ struct NormRowsArgs {
   Rows<Wide<T>> n;  // for the backward, or null: n, and of each row the scale
   Wide<T>* scale;
 };
-template <class T>
+template <class T, class D>  // D: of gradients
 struct NormGradsArgs {
   int64_t width;
   bool centred;
-  Rows<const T> d;  // the gradients of gain * n
+  Rows<const D> d;  // of gain * n
   const T* gain;
   Rows<const Wide<T>> n;
   const Wide<T>* scale;
-  Rows<T> dv;
+  Rows<D> dv;
   GateOrder of_dv;
 };
 
@@ -626,9 +702,9 @@ __global__ void __launch_bounds__(kNormThreads)
   });
   if (a.n && threadIdx.x == 0) a.scale[row] = scale;
 }
-template <class T>
+template <class T, class D>
 __global__ void __launch_bounds__(kNormThreads)
-    NormGrads(const __grid_constant__ NormGradsArgs<T> a) {
+    NormGrads(const __grid_constant__ NormGradsArgs<T, D> a) {
   using A = Wide<T>;
   const int64_t row = blockIdx.x;
   const auto grad = [&](int64_t i) { return Widen(a.d(row, i)) * Widen(a.gain[i]); };
@@ -640,7 +716,7 @@ __global__ void __launch_bounds__(kNormThreads)
   const A mean = a.centred ? SumOfBlock(sum) / A(a.width) : A(0);
   const A slope = SumOfBlock(products) / A(a.width), scale = a.scale[row];
   ForOwn(a.width, [&](int64_t i) {
-    a.dv(row, a.of_dv.At(i)) = Narrow<T>(scale * (grad(i) - mean - a.n(row, i) * slope));
+    a.dv(row, a.of_dv.At(i)) = Narrow<D>(scale * (grad(i) - mean - a.n(row, i) * slope));
   });
 }
 

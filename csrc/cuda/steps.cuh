@@ -43,15 +43,22 @@ template <class C, class T>
 class Steps {
  public:
   static constexpr int kExtra = States<C>::kExtra, kTape = Tape<C>::kSize;
+  static constexpr bool kShows = C::kShows >= 0;
 
   // Whether states change between two steps, or all of them are wanted.
   static bool ChangesStates(const LayerParams& p) {
     return p.reset || p.zoneout || p.h_mask || p.every_state;
   }
 
-  // Whether the update of the affine states is affine in this call, too.
+  // Whether what the output shows is normalised.
+  static bool NormOfShown(const LayerParams& p) {
+    return kShows && p.w[0].gains[kShown] != nullptr;
+  }
+
+  // Whether the update of the affine states is affine in this call, too, and the output is of a step.
   static bool CanScan(const LayerParams& p) {
-    return C::kAffine != 0 && !p.zoneout && !p.h_mask && !NormOfH(p) && !InBlocks(p);
+    return C::kAffine != 0 && !p.zoneout && !p.h_mask && !NormOfH(p) && !NormOfShown(p) &&
+           !InBlocks(p);
   }
 
   static int64_t ForwardWorkspace(const LayerParams& p, const Plan& plan) {
@@ -152,12 +159,13 @@ class Steps {
 
   // Whether the gate math of a step is that of kernels with stages.
   static bool HasStages(const LayerParams& p) {
-    return ChangesStates(p) || NormOfX(p) || NormOfH(p) || InBlocks(p);
+    return ChangesStates(p) || NormOfX(p) || NormOfH(p) || NormOfShown(p) || InBlocks(p);
   }
-  // The gains of what x W_ih^T is a part of, or their gradients.
-  template <class P>
-  static P GainOfX(const DirectionTensors<P>& w) {
-    return w.gains[kSum] ? w.gains[kSum] : w.gains[kInput];
+  // Where x W_ih^T is normalised, and h W_hh^T, if they are; and gates of a row of each place.
+  static Place PlaceOfX(const LayerParams& p) { return NormOfSum(p) ? kSum : kInput; }
+  static Place PlaceOfH(const LayerParams& p) { return NormOfSum(p) ? kSum : kRecurrent; }
+  static constexpr int64_t GatesAt(Place place) {
+    return place == kShown ? 1 : place == kInput ? C::kX : C::kH;
   }
 
   // W_hh is block-diagonal: steps multiply block by block, of weights that have all gates of a block
@@ -216,10 +224,12 @@ class Steps {
       gh = w.Take<A>(p.B * C::kH * p.H);
       operands = w.Take<T>(C::kOperands * p.B * p.H);
       masked = w.Take<T>(p.h_mask ? p.B * p.Hout : 0);
+      shown = w.Take<A>(NormOfShown(p) ? p.B * p.H : 0);
       if (p.hs != nullptr) return;
       h_ring = w.Take<T>(2 * p.B * p.Hout);
       c_ring = w.Take<A>(2 * p.B * kExtra * p.H);
       h_full = w.Take<T>(Projected(p) ? p.B * p.H : 0);
+      tape = w.Take<A>(NormOfShown(p) ? p.B * kTape * p.H : 0);
     }
     A *gx, *gh;   // [rows of a chunk, kX H], [B, kH H]
     T* operands;  // [kOperands, B, H]
@@ -234,6 +244,8 @@ class Steps {
     T* h_ring;      // [2, B, Hout]: states of two steps, where none are kept for the backward
     A* c_ring;      // [2, B, kExtra H]
     T* h_full;      // [B, H]: before the projection
+    A* shown;       // [B, H]: what the output shows, where that is normalised
+    A* tape;        // [B, kTape H]: and of its step, where none is kept for the backward
   };
 
   struct BackwardBuffers {
@@ -252,6 +264,8 @@ class Steps {
           dgiven(w.Take<T>(HasGivenGrads(p) ? p.rows * C::kGiven * p.H : 0)),
           operands(w.Take<T>(C::kOperands * p.rows * p.H)),
           d_operands(w.Take<A>(C::kOperands * p.B * p.H)),
+          dshown(w.Take<A>(NormOfShown(p) ? p.rows * p.H : 0)),
+          dstate(w.Take<A>(NormOfShown(p) ? p.B * p.H : 0)),
           partial(w.Take<A>(kSumParts * std::max({C::kX, C::kH, C::kParams}) * p.H)),
           sums(w.Take<T>(InBlocks(p) ? C::kH * p.H : 0)),
           w_hh(w.Take<T>(OwnWeights(p, plan))),
@@ -271,6 +285,8 @@ class Steps {
     T* dgiven;      // [rows, kGiven H]: gradients of what is given, of this direction
     T* operands;    // [kOperands, rows, H]: operands of W_hh beside h, as they went into it
     A* d_operands;  // [kOperands, B, H]: and their gradients, of a step
+    A* dshown;      // [rows, H]: gradients of what the output shows, where that was normalised, and
+    A* dstate;      // [B, H]: what reaches the state from there, of a step
     A* partial;     // [kSumParts, gates H]
     T* sums;        // [kH H]: the gradient of b_hh, block by block
     T* w_hh;        // as in the forward
@@ -311,9 +327,10 @@ class Steps {
     struct NormTape {
       A *n, *scale;
     };
-    NormTape NormTapeOf(bool of_x, int64_t row) const {
-      const int64_t behind = kTape + (!of_x && NormOfX(p) ? C::kX + 1 : 0);
-      const int64_t width = (of_x ? C::kX : C::kH) * p.H;
+    NormTape NormTapeOf(Place place, int64_t row) const {
+      const int64_t behind = kTape + (place != kInput && NormOfX(p) ? C::kX + 1 : 0) +
+                             (place == kShown && NormOfH(p) ? C::kH + 1 : 0);
+      const int64_t width = GatesAt(place) * p.H;
       A* n = Saved() + p.rows * behind * p.H;
       return {n + row * width, n + p.rows * width + row};
     }
@@ -398,14 +415,14 @@ class Steps {
     }
 
     // Kernels of what is normalised.
-    NormRowsArgs<T> NormOf(bool of_x, const void* gain, int64_t row) const {
+    NormRowsArgs<T> NormOf(Place place, int64_t row) const {
       NormRowsArgs<T> a{};
-      a.width = (of_x ? C::kX : C::kH) * p.H, a.centred = p.norm == Norm::kLayer,
+      a.width = GatesAt(place) * p.H, a.centred = p.norm == Norm::kLayer;
       a.eps = A(NormEps(p));
       a.of_v = a.of_added = PlainOrder(p);
-      a.gain = static_cast<const T*>(gain);
+      a.gain = static_cast<const T*>(p.w[d].gains[place]);
       if (p.saved) {
-        const NormTape tape = NormTapeOf(of_x, row);
+        const NormTape tape = NormTapeOf(place, row);
         a.n = {tape.n, a.width}, a.scale = tape.scale;
       }
       return a;
@@ -430,7 +447,7 @@ class Steps {
                static_cast<const T*>(p.x) + first * x_stride, x_stride, p.w[d].w_ih, p.I, false,
                w.gx, C::kX * p.H});
       if (NormOfX(p)) {
-        NormRowsArgs<T> a = NormOf(true, p.w[d].gains[kInput], first);
+        NormRowsArgs<T> a = NormOf(kInput, first);
         a.v = {w.gx, a.width};
         RunRows(NormRows<T>, last - first, a);
       }
@@ -544,7 +561,7 @@ class Steps {
 
       RecurrentProduct<0>(w, p.h_mask ? w.masked : h_prev.data, batch);
       if (NormOfH(p)) {
-        NormRowsArgs<T> a = NormOf(false, GainOfH(p.w[d]), Row(s));
+        NormRowsArgs<T> a = NormOf(PlaceOfH(p), Row(s));
         a.v = {w.gh, a.width}, a.of_v = OrderOfH(p, plan);
         if (NormOfSum(p)) {
           a.added = {w.gh, a.width}, a.of_added = a.of_v;
@@ -578,11 +595,27 @@ class Steps {
             batch, p.H, a);
         RecurrentProduct<k + 1>(w, w.operands + k * p.B * p.H, batch);
       });
-      Run(stages ? GateForward<C, T, true> : GateForward<C, T, false>, batch, p.H, a);
+      RunGates(w, s, a);
       if (!projected) return;
       Product({kStorage<T>, kStorage<T>, false, true, batch, p.Hout, p.H, full.data, p.H,
                p.w[d].w_hr, p.H, false, y.data, y.stride});
       Run(Publish<T>, batch, p.Hout, batch, p.Hout, {y.data, y.stride}, a.to);
+    }
+    // The gate math of a step, after all products but a projection.
+    void RunGates(const ForwardBuffers& w, int64_t s, const GateForwardArgs<T>& gates) const {
+      if constexpr (kShows) {
+        if (NormOfShown(p)) {
+          ShownForwardArgs<T> a{gates, {w.shown, p.H}, static_cast<const T*>(p.w[d].shift)};
+          if (!p.saved) a.gates.tape = {w.tape, kTape * p.H};
+          NormRowsArgs<T> norm = NormOf(kShown, Row(s));
+          norm.v = a.shown;
+          Run(ForwardToShown<C, T>, gates.rows, p.H, a);
+          RunRows(NormRows<T>, gates.rows, norm);
+          return Run(ForwardOutput<C, T>, gates.rows, p.H, a);
+        }
+      }
+      Run(HasStages(p) ? GateForward<C, T, true> : GateForward<C, T, false>, gates.rows, p.H,
+          gates);
     }
     // gh = h W_hh^T, the gates of product k, or with another operand.
     template <int k>
@@ -715,18 +748,37 @@ class Steps {
             a);
         RecurrentGrad<k>(w, row, batch, false, w.d_operands + (k - 1) * p.B * p.H);
       });
-      Run(stages ? GateBackward<C, T, true> : GateBackward<C, T, false>, batch, p.H, a);
+      RunGateGrads(w, row, a);
 
       if (NormOfH(p)) {
-        NormGradsArgs<T> n = NormGradsOf(false, GainOfH(p.w[d]), row);
+        NormGradsArgs<T, T> n = NormGradsOf<T>(PlaceOfH(p), row);
         n.d = {(Same() ? w.dgx : w.dgh) + row * n.width, n.width};
         n.dv = {w.dnh + row * n.width, n.width}, n.of_dv = OrderOfH(p, plan);
-        this->RunRows(NormGrads<T>, batch, n);
+        this->RunRows(NormGrads<T, T>, batch, n);
       }
       if (C::kH == 0 || (s == 0 && g.dh0 == nullptr)) return;
       // dh_{t-1} = dgh W_hh, beside the elementwise path if there is one.
       const bool beside = stages ? bool(a.dh_prev) : kGradReachesH<C>;
       RecurrentGrad<0>(w, row, batch, beside && !p.h_mask, p.h_mask ? w.dh_masked : w.dh);
+    }
+    // The gate math of a step backwards, whose rows begin with `row`.
+    void RunGateGrads(const BackwardBuffers& w, int64_t row,
+                      const GateBackwardArgs<T>& gates) const {
+      if constexpr (kShows) {
+        if (NormOfShown(p)) {
+          A* const dshown = w.dshown + row * p.H;
+          NormGradsArgs<T, A> norm = NormGradsOf<A>(kShown, row);
+          norm.d = {dshown, p.H}, norm.dv = {w.dstate, p.H};
+          const ShownBackwardArgs<T> a{gates,         norm.n,
+                                       norm.gain,     static_cast<const T*>(p.w[d].shift),
+                                       {dshown, p.H}, {w.dstate, p.H}};
+          Run(BackwardToShown<C, T>, gates.rows, p.H, a);
+          this->RunRows(NormGrads<T, A>, gates.rows, norm);
+          return Run(BackwardFromShown<C, T>, gates.rows, p.H, a);
+        }
+      }
+      Run(HasStages(p) ? GateBackward<C, T, true> : GateBackward<C, T, false>, gates.rows, p.H,
+          gates);
     }
     // The gradient of h, dgh W_hh of the gates of product k, or of another operand.
     template <int k>
@@ -739,11 +791,12 @@ class Steps {
                Blocks(p), gates, gates * columns, columns});
     }
 
-    NormGradsArgs<T> NormGradsOf(bool of_x, const void* gain, int64_t row) const {
-      NormGradsArgs<T> a{};
-      a.width = (of_x ? C::kX : C::kH) * p.H, a.centred = p.norm == Norm::kLayer;
-      a.gain = static_cast<const T*>(gain);
-      const auto tape = this->NormTapeOf(of_x && !NormOfSum(p), row);
+    template <class D>
+    NormGradsArgs<T, D> NormGradsOf(Place place, int64_t row) const {
+      NormGradsArgs<T, D> a{};
+      a.width = GatesAt(place) * p.H, a.centred = p.norm == Norm::kLayer;
+      a.gain = static_cast<const T*>(p.w[d].gains[place]);
+      const auto tape = this->NormTapeOf(place, row);
       a.n = {tape.n, a.width}, a.scale = tape.scale;
       a.of_dv = PlainOrder(p);
       return a;
@@ -762,12 +815,17 @@ class Steps {
       const int64_t width = C::kX * p.H;
       SumRows<T>(dw.b_ih, p.rows, {w.dgx, width}, width, w.partial);
       if (NormOfX(p) || NormOfSum(p)) {
-        NormGradsArgs<T> a = NormGradsOf(true, GainOfX(p.w[d]), 0);
-        SumRows<T>(GainOfX(dw), p.rows, {w.dgx, width}, width, w.partial, a.n);
+        NormGradsArgs<T, T> a = NormGradsOf<T>(PlaceOfX(p), 0);
+        SumRows<T>(dw.gains[PlaceOfX(p)], p.rows, {w.dgx, width}, width, w.partial, a.n);
         a.d = {w.dgx, width}, a.dv = {w.dgx, width};
-        this->RunRows(NormGrads<T>, p.rows, a);
+        this->RunRows(NormGrads<T, T>, p.rows, a);
       }
       OuterProduct(dw.w_ih, w.dgx, width, p.x, p.I, this->XStride());
+      if (NormOfShown(p)) {
+        const Rows<const A> d{w.dshown, p.H};
+        SumRows<A>(dw.gains[kShown], p.rows, d, p.H, w.partial, NormGradsOf<A>(kShown, 0).n);
+        SumRows<A>(dw.shift, p.rows, d, p.H, w.partial);
+      }
       for (int k = 0; k < C::kParams; k++)
         SumRows<A>(dw.params[k], GradRows(p, plan), {w.dparams + k * p.H, C::kParams * p.H}, p.H,
                    w.partial);
@@ -791,7 +849,7 @@ class Steps {
       if (turned && dw.b_hh) this->SwapGates(w.sums, static_cast<T*>(dw.b_hh), BlockWidth(p), true);
       if (dw.gains[kRecurrent])
         SumRows<T>(dw.gains[kRecurrent], p.rows, d_h, all, w.partial,
-                   NormGradsOf(false, nullptr, 0).n);
+                   NormGradsOf<T>(kRecurrent, 0).n);
     }
     // The rows of W_hh that product k is with: all gates of it with h, or another operand.
     template <int k>

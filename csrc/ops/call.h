@@ -19,7 +19,6 @@ namespace frnn {
 //     static constexpr const char* kName;        // "CPU"
 //     static constexpr int kSavedLead;           // hs has kSavedLead * B rows before its own
 //     static constexpr bool kHsInStorageType;    // or in the computing type, as saved is
-//     static constexpr int kHasNorm;             // kernels for Shape::norm, as has_norm in frnn_cell_t
 //     static constexpr bool kPacks;              // weights once, for many calls
 //     static bool Invariant();                   // what is asked for, see LayerParams::invariant
 //     static int32_t Index(const Tensor&);       // of its device, among those of this kind
@@ -121,7 +120,6 @@ struct Call {
                shape.blocks);
     p.blocks = shape.blocks;
     p.invariant = Device::Invariant();
-    FRNN_CHECK(shape.norm == 0 || Device::kHasNorm, "norm: no kernels for ", Device::kName);
     FRNN_CHECK(shape.norm >= 0 && shape.norm <= int64_t(Norm::kRms) && shape.norm_eps >= 0,
                "norm: expected 0, 1 or 2, and norm_eps from 0 on, got ", shape.norm, " and ",
                shape.norm_eps);
@@ -343,7 +341,6 @@ struct Call {
                "g: expected without g_ih and g_hh, of a cell that reads sums alone");
     FRNN_CHECK((g_c != nullptr) == (s_c != nullptr) && (g_c == nullptr || kernels.shows),
                "g_c, s_c: expected both or none, of a cell whose output shows a state");
-    FRNN_CHECK(g_c == nullptr || Device::kHasNorm > 1, "g_c: no kernels for ", Device::kName);
     const T& sized = w_hh != nullptr ? *w_hh : *w_ih;
     FRNN_CHECK(sized.dim() == 2, w_hh != nullptr ? "w_hh" : "w_ih",
                ": expected 2 dimensions, got shape ", ShapeText(sized.sizes()));

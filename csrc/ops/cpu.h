@@ -31,7 +31,6 @@ struct Cpu {
   static constexpr int kSavedLead = 1;
   static constexpr bool kHsInStorageType = false;
   static constexpr bool kPacks = true;
-  static constexpr int kHasNorm = 2;
 
   static bool Invariant() {
     static const bool always = [] {

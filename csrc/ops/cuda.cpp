@@ -47,7 +47,6 @@ struct Cuda {
   static constexpr bool kHsInStorageType = true;
   static constexpr bool kPacks = false;
   static bool Invariant() { return false; }
-  static constexpr int kHasNorm = 1;
 #ifdef FUSED_RNN_EMULATE
   static constexpr const char* kName = "CPU";
   static int32_t Index(const Tensor&) { return 0; }

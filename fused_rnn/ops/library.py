@@ -62,10 +62,8 @@ def takes(
     train: bool,
 ) -> bool:
     """Whether the native kernels have what is to happen between two steps of this cell's layers."""
-    units_of_block, reads_new_h, has_norm = _stages_of(target_of(device), cell)
+    units_of_block, reads_new_h = _stages_of(target_of(device), cell)
     if stages.reset_to is not None:
-        return False
-    if stages.norm is not None and has_norm < (2 if "cell" in stages.norm.at else 1):
         return False
     if stages.blocks > 1 and hidden % (stages.blocks * units_of_block):
         return False
@@ -96,7 +94,7 @@ class _Facts(ctypes.Structure):
             "reads_h",
             "reads_new_h",
             "block_units",
-            "has_norm",
+            "shows",
         )
     ]
 
@@ -137,9 +135,9 @@ def tape_values(target: str, cell: str, present: int) -> int:
 
 
 @constant
-def _stages_of(target: str, cell: str) -> tuple[int, bool, int]:
+def _stages_of(target: str, cell: str) -> tuple[int, bool]:
     facts = facts_of(target, cell)
-    return facts.block_units, bool(facts.reads_new_h), facts.has_norm
+    return facts.block_units, bool(facts.reads_new_h)
 
 
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:
