@@ -218,7 +218,6 @@ def test_operators_are_sound(cell: str, at: tuple[str, ...]) -> None:
         assert_close(ours, theirs)
 
 
-@cpu_engine_only
 @pytest.mark.parametrize(
     "cell, at, norm, message",
     [
@@ -240,7 +239,6 @@ def test_refused(cell: str, at: tuple[str, ...], norm: int, message: str) -> Non
         torch.ops.fused_rnn.recurrent_infer(*arguments, 1, norm, 1e-3, False, False)
 
 
-@cpu_engine_only
 @pytest.mark.parametrize("cell", KERNELS)
 def test_library_and_reference_agree_on_what_is_shown(cell: str) -> None:
     """kShows of csrc/cells, and ``shows_c``."""

@@ -244,8 +244,13 @@ struct ShownForwardView : GateForwardView<C, T, true> {
   FRNN_HD void SetShown(A v) const { all.shown(this->row, this->u) = v; }
   FRNN_HD A Shown() const { return all.shown(this->row, this->u) + Widen(all.shift[this->u]); }
 };
+// So many blocks are to live on a multiprocessor: left alone, the compiler takes registers for copies
+// of a step, and too few threads are there to hide the latency of memory.
+template <class T>
+constexpr int kBlocksOfShown = sizeof(Wide<T>) == 8 ? 2 : 3;
 template <class C, class T>
-__global__ void ForwardToShown(const __grid_constant__ ShownForwardArgs<T> a) {
+__global__ void __launch_bounds__(kGateThreads, kBlocksOfShown<T>)
+    ForwardToShown(const __grid_constant__ ShownForwardArgs<T> a) {
   ForEach(a.gates.rows, a.gates.H, [&](int64_t row, int64_t u) {
     const ShownForwardView<C, T> view{{a.gates, row, u}, a};
     ForwardStep<C, Wide<T>> step;
@@ -548,7 +553,8 @@ __global__ void BackwardToShown(const __grid_constant__ ShownBackwardArgs<T> a) 
   });
 }
 template <class C, class T>
-__global__ void BackwardFromShown(const __grid_constant__ ShownBackwardArgs<T> a) {
+__global__ void __launch_bounds__(kGateThreads, kBlocksOfShown<T>)
+    BackwardFromShown(const __grid_constant__ ShownBackwardArgs<T> a) {
   ForEach(a.gates.rows, a.gates.H, [&](int64_t row, int64_t u) {
     const ShownBackwardView<C, T> view{{a.gates, row, u}, a};
     BackwardStep<C, Wide<T>> step;

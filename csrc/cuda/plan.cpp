@@ -21,10 +21,10 @@ constexpr int64_t kTile = 128;
 
 int64_t WideSize(Storage s) { return s == Storage::kDouble ? 8 : 4; }
 
-// Units by rows of a block of at most 256 threads. Small blocks where large ones would leave
-// multiprocessors without work; units first, as memory is coalesced along them.
+// Units by rows of a block. Small blocks where large ones would leave multiprocessors without work;
+// units first, as memory is coalesced along them.
 void Tile(const CudaDevice& device, const Problem& problem, Plan* plan) {
-  int64_t threads = 256;
+  int64_t threads = kGateThreads;
   while (threads > 64 && problem.H * problem.B / threads < device.multiprocessors) threads /= 2;
   const int64_t warp = 32;
   plan->threads_x = int(std::min(threads, RoundUp(std::max<int64_t>(problem.H, 1), warp)));

@@ -38,6 +38,8 @@ struct Problem {
   bool affine = false;    // the update is, also with what happens between two steps
 };
 
+// Threads of a block of a gate kernel, at most.
+constexpr int kGateThreads = 256;
 // Rows of the batch that a kernel of one step does at once.
 constexpr int kOneStepRows = 4;
 // Gates that it has room for, both parts together.
