@@ -169,7 +169,8 @@ def doctor(libraries: Libraries, load: bool) -> int:
     facts = facts_of(libraries)
     problem, remedy = facts.pop("problem"), facts.pop("remedy")
     for name, value in facts.items():
-        print(f"{name:9} {_shown(value)}")
+        unknown = facts["backend"] is None and name in ("backend", "instructions")
+        print(f"{name:9} {'chosen at the first use' if unknown else _shown(value)}")
     print()
     if not problem and (failure := _try_all(libraries)):
         problem, remedy = failure.reason, failure.remedy
@@ -178,7 +179,7 @@ def doctor(libraries: Libraries, load: bool) -> int:
     elif facts["backend"]:
         print("all is well" if facts["backend"] == "native" else "native is switched off")
     elif facts["library"]:
-        print("all is well: the library works, and is loaded at the first use")
+        print("all is well: the native library works, and is loaded at the first use")
     else:
         print("all is well: the first use, or `python -m fused_rnn build`, builds the library")
     return int(settings.requested_backend() == "native" and problem is not None)

@@ -60,7 +60,7 @@ def for_cpu() -> Tools:
 
 
 def for_cuda() -> Tools:
-    compiler, toolkit = find_compiler(), find_toolkit()
+    toolkit, compiler = find_toolkit(), find_compiler()  # a torch without CUDA is told first
     nvcc = [toolkit.nvcc, "-ccbin", compiler.program]
     nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in toolkit.architectures]
     commands = {"cxx": compiler.command, "nvcc": tuple(nvcc)}
