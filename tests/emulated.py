@@ -108,7 +108,7 @@ def cpu_target(engine: str) -> tuple[build.Target, str]:
         tiers = {"generic": (), "avx2": build.AVX2, "avx512": (*build.AVX2, "-D__AVX512F__")}
         target = replace(target, variants=build.cpu_variants(tiers))
         features = ["-D__builtin_cpu_supports(feature)=1", "-DFRNN_KEEP_IN_REGISTER(v)="]
-        features.append("-DFRNN_BYTES_BY=0")
+        features += ["-DFRNN_BYTES_BY=0", "-DFRNN_BOUNDS_BY_ASM=0"]
         target = target.plus(f"-I{unit}", *features, "-mavx2", "-mfma")
     return target, digest
 

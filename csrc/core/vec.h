@@ -56,10 +56,19 @@ FRNN_HD To bit_cast(const From& from) {
   return to;
 }
 
+// Whether to write the instructions of the next two functions. Tests that emulate a processor do not.
+#ifndef FRNN_BOUNDS_BY_ASM
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+#define FRNN_BOUNDS_BY_ASM 1
+#else
+#define FRNN_BOUNDS_BY_ASM 0
+#endif
+#endif
+
 // bound where the lane of x is less, or more, and x elsewhere: NaN in x stays NaN.
 template <class V>
 FRNN_HD V at_least(V x, V bound) {
-#if defined(__AVX512F__) && !defined(__CUDACC__)
+#if FRNN_BOUNDS_BY_ASM
   // Compilers make a comparison and a move under its mask of it, in four times the latency.
   if constexpr (sizeof(V) == 64) {
     if constexpr (sizeof(typename Lanes<V>::T) == 4)
@@ -73,7 +82,7 @@ FRNN_HD V at_least(V x, V bound) {
 }
 template <class V>
 FRNN_HD V at_most(V x, V bound) {
-#if defined(__AVX512F__) && !defined(__CUDACC__)
+#if FRNN_BOUNDS_BY_ASM
   if constexpr (sizeof(V) == 64) {
     if constexpr (sizeof(typename Lanes<V>::T) == 4)
       asm("vminps {%0, %1, %0|%0, %1, %0}" : "+v"(x) : "v"(bound));
