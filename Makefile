@@ -81,7 +81,7 @@ test-examples: setup
 test-compiling: setup
 	$(PYTEST) --roles=compiling
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 5
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 4
 test-native: setup
 	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 4
 test-reference: setup

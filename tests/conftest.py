@@ -81,7 +81,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        drawn = item.get_closest_marker("drawn")
+        group = drawn.kwargs.get("of") if drawn else None
+        cases.setdefault(group or item.nodeid.partition("[")[0], []).append(item)
     draw = random.Random(SEED)
     kept: set[pytest.Item] = set()
     for some in cases.values():

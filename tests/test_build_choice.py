@@ -75,7 +75,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_library_in_the_cache_is_built_anew(anew, kind, home, damage):
     """It would end the process, when it is loaded or when it is called."""

@@ -141,7 +141,7 @@ def agree(module: Any, x: Any, hx: Any, tol: float) -> None:
 
 
 @needs_kernels
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_bits_are_those_of_the_headers(name: str, dtype: torch.dtype) -> None:
@@ -373,7 +373,7 @@ def test_flops_of_what_is_given() -> None:
 
 @needs_kernels
 @settings(
-    max_examples=4,
+    max_examples=2,
     deadline=None,
     database=None,
     derandomize=True,  # so that libraries are found in the cache
@@ -619,6 +619,7 @@ def test_a_library_is_built_once_and_listed(tmp_path: Path) -> None:
 
 
 @needs_kernels
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("capability", build.levels()[:2])
 def test_other_instruction_sets(capability: str) -> None:
     done = fresh("0.5", FUSED_RNN_CPU_CAPABILITY=capability)

@@ -20,6 +20,7 @@ from cases import DTYPES, LAYERS, OWN_LAYERS, Case, random_case
 from helpers import (
     assert_close,
     assert_no_worse,
+    compile_quickly,
     cpu_engine_only,
     error,
     flatten,
@@ -118,6 +119,7 @@ def test_bits_are_those_of_a_layer_that_packs_at_each_call(cell: str, dtype: tor
 
 
 @cpu_engine_only
+@pytest.mark.drawn(1)  # a process of its own
 @pytest.mark.parametrize("capability", build.levels()[:3])
 def test_each_instruction_set_packs_for_itself(capability: str, seed: int) -> None:
     if not packs():
@@ -204,8 +206,9 @@ def test_cells(name: str, bias: bool) -> None:
                 assert_reads_packed(module, lambda m=module, x=x: run(m, x))
 
 
-def test_cell_from_python() -> None:
+def test_cell_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with several products, to which a value is given for each step."""
+    compile_quickly(monkeypatch)
     module = zoo.GRUD(5, 33, num_layers=2)
     given = {name: torch.rand(6, 3, 33) for name in ("decay",)}
     frozen, x = frozen_of(module), torch.randn(6, 3, 5)

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -460,23 +459,12 @@ def test_libraries_that_come_later_are_built_ahead(
     }
 
 
-@pytest.fixture(scope="module")
-def latency(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Future[None]]]:
-    """By architecture, the program and its compilation. All begin at once: each takes one core."""
-    folder, archs = tmp_path_factory.mktemp("latency"), ("sm_80", "sm_90a")
-    programs = {arch: folder / arch for arch in archs}
-    with ThreadPoolExecutor(len(archs)) as pool:
-        return {
-            arch: (program, pool.submit(device.compile_latency, program, arch, 120))
-            for arch, program in programs.items()
-        }
-
-
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_latency_compiles(arch: str, latency: dict[str, tuple[Path, Future[None]]]) -> None:
-    program, compiled = latency[arch]
-    compiled.result()
+def test_latency_compiles(arch: str, tmp_path: Path) -> None:
+    program = tmp_path / arch
+    device.compile_latency(program, arch, 120)
     assert program.exists()
 
 

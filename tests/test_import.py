@@ -124,7 +124,7 @@ else:
 
 
 @cpu_engine_only  # the processes load the package's own library
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_import_again(way: str) -> None:
     done = python("-c", PRELUDE + WAYS[way], cwd=Path(fused_rnn.__file__).parents[1])

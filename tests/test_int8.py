@@ -23,7 +23,15 @@ import forked
 import pytest
 import torch
 from cases import LAYERS, OWN_LAYERS, Case
-from helpers import assert_close, cpu_engine_only, error, flatten, map_tensors, packs
+from helpers import (
+    assert_close,
+    compile_quickly,
+    cpu_engine_only,
+    error,
+    flatten,
+    map_tensors,
+    packs,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -199,9 +207,10 @@ def test_cells(name: str, bias: bool) -> None:
             assert distance(expected, run(cell, x)) > 0
 
 
-def test_compiled_cells_from_python() -> None:
+def test_compiled_cells_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """One to which a value is given for each step, and one whose second product is of what the
     first one made: its operand may round to another integer, once in a while."""
+    compile_quickly(monkeypatch)
     given, x = torch.rand(1, 3, 33), torch.randn(1, 3, 5)
     for module, more, tol in (
         (zoo.GRUD(5, 33), {"decay": given}, 3e-6),
@@ -401,6 +410,7 @@ def test_lesser_instruction_sets_agree_to_the_last_bit(seed: int) -> None:
 
 
 @cpu_engine_only
+@pytest.mark.drawn(1)  # a process of its own
 @pytest.mark.parametrize("capability", build.levels()[:3])
 def test_lesser_instruction_sets(capability: str, seed: int) -> None:
     if not packs():

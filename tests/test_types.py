@@ -24,6 +24,7 @@ CHECKERS = {
 }
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_calls(checker: str) -> None:
     """Strictly: a mark on a line that cannot work, where it would be no error, is one."""
