@@ -72,6 +72,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(map(torch.equal, a, b)) and len(a) == len(b)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_failure_at_every_call(
     variant: str, fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch

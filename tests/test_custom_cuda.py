@@ -49,7 +49,7 @@ def test_bits_are_those_of_the_header(dtype: torch.dtype) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.drawn(4)  # each is compiled
+@pytest.mark.drawn(2)  # each is compiled
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
     "kind",
@@ -115,7 +115,7 @@ def resident_cell(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Resident
 
 
-@pytest.mark.drawn(5)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("shape", test_resident.SHAPES[::3], ids=lambda s: "-".join(map(str, s)))
 @pytest.mark.parametrize("dtype", test_resident.DTYPES, ids=str)
 def test_kernels_that_keep_their_weights(
@@ -141,7 +141,7 @@ def test_kernels_that_keep_their_weights(
         assert_no_worse(ours, steps, exact, max(4 * shape.hidden, 3 * shape.batch))
 
 
-@pytest.mark.drawn(4)
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("kind", [*PRODUCTS, zoo.OriginalGRU, zoo.MUT1], ids=lambda k: k.__name__)
 def test_several_products_and_what_is_given(kind: Any, dtype: torch.dtype) -> None:

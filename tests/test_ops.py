@@ -183,6 +183,7 @@ check(Case("lstm", bidirectional=True, **sizes), threads=4)
 """
 
 
+@pytest.mark.drawn(1)
 @cpu_engine_only
 @pytest.mark.parametrize(
     "setting", ["OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true"]
