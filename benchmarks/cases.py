@@ -95,6 +95,11 @@ class Case:
         return self.phase == "training" or self.loops
 
     @property
+    def keeps(self) -> bool:
+        """Whether what a backward needs is kept, be there one or not."""
+        return self.trains or self.phase == "forward"
+
+    @property
     def wants_dx(self) -> bool:
         return self.phase in ("training", "loop")
 

@@ -105,7 +105,7 @@ class Problem:
             reset = torch.rand(case.T, case.B) < case.resets
             gains = {name: 1 + 0.1 * torch.randn(size) for name, size in gain_sizes(case).items()}
             given = torch.rand(case.T, case.B, case.H)
-        self.module.to(case.device, self.dtype).train(case.trains or case.phase == "forward")
+        self.module.to(case.device, self.dtype).train(case.keeps)
         # By the names of torch.nn and fused_rnn.
         self.weights = dict(self.module.state_dict())
         if case.blocks > 1:

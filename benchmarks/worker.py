@@ -100,7 +100,7 @@ class Worker:
             "checked": sorted(found),
             "regime": self.peer.regime(case),
         }
-        if case.trains or case.phase == "forward":
+        if case.keeps:
             report["saved_bytes"] = _saved_bytes(prepared.call, problem)
         self.call = prepared.call
         return report

@@ -24,7 +24,7 @@ _OPERATOR = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "rnn_relu": "RNN"}
 
 
 def refuses(case: Case) -> str | None:
-    if not case.carries and case.phase != "inference":
+    if case.keeps:
         return "inference only"
     return "ONNX has no projections" if case.proj else None
 

@@ -16,11 +16,7 @@ class OursFrozen(Ours):
     packs: ClassVar[torch.dtype | None] = None  # what freeze() packs
 
     def refuses(self, case: Case) -> str | None:
-        return (
-            None
-            if case.phase in ("inference", "decode", "stream")
-            else "frozen layers do not train"
-        )
+        return "frozen layers do not train" if case.keeps else None
 
     def module(self, problem: Problem) -> Any:
         import fused_rnn

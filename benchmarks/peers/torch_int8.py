@@ -25,7 +25,7 @@ class TorchInt8(ModulePeer):
         return {"torch": torch.__version__}
 
     def refuses(self, case: Case) -> str | None:
-        if case.phase not in ("inference", "decode", "stream"):
+        if case.keeps:
             return "quantized layers do not train"
         if case.cell.startswith("rnn"):
             return "quantizes LSTM and GRU"

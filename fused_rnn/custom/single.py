@@ -61,23 +61,20 @@ class SingleStep(FamilyModule, nn.Module):
 
     def forward(self, input: Tensor, hx: Any = None, **given: Any) -> Any:
         """Return the new states. What is given is [B, H] or [H]."""
+        declared = self._family.declaration
         if input.dim() not in (1, 2):
             raise ValueError(
-                f"{self._family.declaration.name}.Cell: expected input to be 1D or 2D, got "
-                f"{input.dim()}D"
+                f"{declared.name}.Cell: expected input to be 1D or 2D, got {input.dim()}D"
             )
         if input.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input has inconsistent input_size: got {input.shape[-1]} expected "
                 f"{self.input_size}"
             )
-        batched, names = input.dim() == 2, self._family.declaration.states
+        batched, shape = input.dim() == 2, (*input.shape[:-1], self.hidden_size)
         x = input if batched else input.unsqueeze(0)
-        h, c = (
-            (None, None) if hx is None else self._states(hx, (*input.shape[:-1], self.hidden_size))
-        )
+        h, c = (None, None) if hx is None else self._states(hx, shape)
         bits = present_bits(self.cell, biases=self.bias, projection=False)
-        declared, shape = self._family.declaration, (*input.shape[:-1], self.hidden_size)
         values = together(f"{declared.name}.Cell", declared.given, given, input, shape)
         _, h_n, c_n = functional.recurrent(
             self.cell,
@@ -90,7 +87,7 @@ class SingleStep(FamilyModule, nn.Module):
             present=bits,
             given=None if values is None else values.reshape(1, -1, values.shape[-1]),
         )
-        order = CELLS[self.cell].states
+        order, names = CELLS[self.cell].states, declared.states
         new = [h_n, *(() if c_n is None else c_n.split(self.hidden_size, -1))]
         new = [state.squeeze(0) if batched else state.squeeze(0).squeeze(0) for state in new]
         return tuple(new[order.index(name)] for name in names) if len(names) > 1 else new[0]
