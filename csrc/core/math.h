@@ -187,7 +187,8 @@ FRNN_HD V expm1(V x) {
   return bit_cast<V>(typename Lanes<V>::I(bit_cast<typename Lanes<V>::I>(V(m + m)) | sign_bits(x)));
 }
 
-// log(1 + f) = f - s (f - R), with s = f / (2 + f) and R = 2 atanh(s) / s - 2 = z Q(z), z = s^2.
+// log(1 + f) = f - s (f - R), with s = f / (2 + f) and R = 2 atanh(s) / s - 2 = z Q(z), z = s^2. Q is
+// for sqrt(1/2) <= 1 + f < sqrt(2), and of a higher degree, Wide, for 0 <= f <= 1.
 template <class T>
 struct LogConstants;
 template <>
@@ -197,6 +198,11 @@ struct LogConstants<float> {
   template <class V>
   FRNN_HD static V Q(V z) {
     constexpr float kQ[] = {0.666666665526f, 0.400001230904f, 0.285506990492f, 0.233334160127f};
+    return horner(z, kQ);
+  }
+  template <class V>
+  FRNN_HD static V Wide(V z) {
+    constexpr float kQ[] = {0.666664131595f, 0.400216978406f, 0.279991579183f, 0.28024386068f};
     return horner(z, kQ);
   }
 };
@@ -210,6 +216,15 @@ struct LogConstants<double> {
                              0.285714285707947661177, 0.222222223936035397779,
                              0.181817954483358769094, 0.153862496761680934033,
                              0.13268516444528897524,  0.130892173471514676348};
+    return horner(z, kQ);
+  }
+  template <class V>
+  FRNN_HD static V Wide(V z) {
+    constexpr double kQ[] = {0.666666666666663040576,  0.400000000001571720205,
+                             0.28571428547861226111,   0.222222239693397254183,
+                             0.181817439370851201628,  0.153865596902026441803,
+                             0.133009763748507708346,  0.12106065902866509283,
+                             0.0834018428758183251332, 0.17018431426532906064};
     return horner(z, kQ);
   }
 };
@@ -250,11 +265,13 @@ FRNN_HD V log1p(V x) {
       I(bit_cast<I>(found) | (bit_cast<I>(x) == sign_bits(x) ? bit_cast<I>(x) : I{})));
 }
 
-// log(1 + e^x)
+// log(1 + e^x): beside what is above 0 the logarithm of 1 + f, with no power of two to take out.
 template <class V>
 FRNN_HD V softplus(V x) {
-  const V zero{};
-  return (x < zero ? zero : x) + log1p(exp(V(-abs(x))));
+  using T = typename Lanes<V>::T;
+  const V zero{}, f = exp(V(-abs(x)));
+  const V s = f / (f + T(2)), z = s * s;
+  return (x < zero ? zero : x) + (f - s * (f - z * LogConstants<T>::Wide(z)));
 }
 
 // erf(x) = x P(x^2) for |x| < 1. Beyond, 1 - e^-C(|x| - 1), up to where that rounds to 1.
