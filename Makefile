@@ -60,10 +60,10 @@ examples: setup
 # draws some, others each time, so that the whole takes about ten minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
 #   native     all that no other run has, on the CPU's engine
-#   examples   programs of examples/, which train
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
+#   examples   programs of examples/, which train
 #   reference  the reference path, on what it could change
-RUNS := compiling native examples emulated reference
+RUNS := compiling native emulated examples reference
 # --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
 PYTEST := $(BIN)/python -m pytest -q
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
@@ -81,9 +81,9 @@ test-examples: setup
 test-compiling: setup
 	$(PYTEST) --roles=compiling
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 4
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 3
 test-native: setup
-	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 4
+	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 3
 test-reference: setup
 	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine --quick 2
 

@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,30 +72,16 @@ def unigram_entropy(text: str) -> float:
 TEXT = "Größe, δοκιμή, 試験\n" * 10
 TEXT += Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8") * 4
 CELLS = ["gru", "lstm", "rnn"]
-Runs = dict[str, Future[tuple[dict[str, Any], str]]]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """All runs, by name; two at a time, as each keeps one core busy."""
-    folder = tmp_path_factory.mktemp("char_lm")
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    (folder / "short.txt").write_text("too short", encoding="utf-8")
-    learn = ["--text", str(folder / "text.txt"), "--steps", "150", "--layers", "2"]
-    arguments = {cell: ["--cell", cell, *learn] for cell in CELLS}
-    # Into a folder that is not there yet.
-    arguments["default"] = ["--steps", "10", "--control", "--out", "deeper/curves.png"]
-    arguments["short"] = ["--text", str(folder / "short.txt")]
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(run_char_lm, tmp_path_factory.mktemp(name), *own)
-            for name, own in arguments.items()
-        }
-
-
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("cell", CELLS)
-def test_char_lm_learns_a_text_the_same_way_twice(runs: Runs, cell: str) -> None:
-    figures, printed = runs[cell].result()
+def test_char_lm_learns_a_text_the_same_way_twice(tmp_path: Path, cell: str) -> None:
+    text, folder = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT, encoding="utf-8")
+    folder.mkdir()
+    learn = ["--cell", cell, "--text", str(text), "--steps", "150", "--layers", "2"]
+    figures, printed = run_char_lm(folder, *learn)
     check(figures, steps=150)
     assert figures["arguments"]["out"] == f"out/char_lm_{cell}.png", "one picture for each cell"
     baseline = unigram_entropy(TEXT)
@@ -108,17 +92,19 @@ def test_char_lm_learns_a_text_the_same_way_twice(runs: Runs, cell: str) -> None
     assert figures["sample"] in printed and "\n1 thread;" in printed
 
 
-def test_char_lm_reads_the_standard_library_by_default(runs: Runs) -> None:
-    figures, printed = runs["default"].result()
+def test_char_lm_reads_the_standard_library_by_default(tmp_path: Path) -> None:
+    new = ["--out", "deeper/curves.png"]  # into a folder that is not there yet
+    figures, printed = run_char_lm(tmp_path, "--steps", "10", "--control", *new)
     check(figures, steps=10)
     assert figures["characters"] > 1_000_000
     assert figures["control_largest_difference_bits"] <= 1e-5
     assert "largest difference" in printed and "fused_rnn / torch.nn" in printed
 
 
-def test_char_lm_refuses_a_text_that_is_too_short(runs: Runs) -> None:
+def test_char_lm_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
     with pytest.raises(AssertionError, match="too short for"):
-        runs["short"].result()
+        run_char_lm(tmp_path, "--text", str(tmp_path / "short.txt"))
 
 
 def test_frozen_types(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_scheduled_sampling_feeds_the_models_own_tokens() -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(3, of="long training")
 def test_seq2seq_beats_a_parser_written_by_hand_and_copying(run: Run, capsys: Any) -> None:
     figures = run(
         seq2seq, "--steps", 240, "--held-out", 200, "--examples", 8000, "--attention", "yes",
@@ -317,7 +317,7 @@ def test_captioner_steps_as_it_was_taught(variant: str) -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(3, of="long training")
 def test_captioning_beats_copying_the_nearest_images_caption(run: Run) -> None:
     figures = run(
         captioning, "--cnn-steps", 180, "--steps", 220, "--examples", 1500, "--held-out", 300,
@@ -406,7 +406,7 @@ def test_the_last_state_answers_for_each_clip_as_the_clip_would_alone(cell: str)
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(3, of="long training")
 def test_video_beats_single_frames_and_the_commonest_answer(run: Run) -> None:
     figures = run(video, "--steps", 240, "--held-out", 200)
     ours, single, common = (
@@ -641,7 +641,7 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(3, of="long training")
 def test_hidden_units_learn_what_untrained_ones_do_not_know(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "code.py"
     file.write_text(corpus.standard_library_source(700_000), encoding="utf-8")

@@ -22,7 +22,7 @@ from random_cells import Drawn
 
 from fused_rnn import ops
 
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.unit
 needs_kernels = pytest.mark.skipif(not native(), reason="about kernels")
 
 

@@ -13,8 +13,10 @@
 
 namespace frnn {
 
-// TIER(level, cell) for each set of instructions that there are kernels for: the first levels.
-#if defined(__x86_64__)
+// TIER(level, cell) for each set of instructions that there are kernels for: the first levels, or as
+// many of them as the build says.
+#if defined(FRNN_TIERS)
+#elif defined(__x86_64__)
 #define FRNN_TIERS(TIER, cell) TIER(generic, cell) TIER(avx2, cell) TIER(avx512, cell)
 #elif defined(__aarch64__)
 #define FRNN_TIERS(TIER, cell) TIER(generic, cell) TIER(neon, cell)
@@ -63,7 +65,7 @@ Level Detect() {
 #elif defined(__aarch64__)
   tier = Level::neon;  // which is part of the architecture
 #endif
-  return std::min(tier, HighestLevel());
+  return std::min({tier, HighestLevel(), Level(kTiers - 1)});
 }
 
 Level TheTier() {

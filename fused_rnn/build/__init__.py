@@ -34,7 +34,7 @@ from .messages import BuildError
 from .ninja import Unit
 from .settings import requested_backend
 from .sources import CSRC, cells, levels, machine, source_files
-from .target import AVX2, CPU, CUDA, TARGETS, Target, cpu_variants
+from .target import AVX2, CPU, CUDA, TARGETS, TIERS, Target, cpu_variants
 from .tools import Compiler, Tools, find_compiler, find_ninja, find_toolkit, max_jobs
 from .version import TORCH_MIN, VERSION, check_torch_version
 
@@ -44,6 +44,7 @@ __all__ = [
     "CSRC",
     "CUDA",
     "TARGETS",
+    "TIERS",
     "TORCH_MIN",
     "VERSION",
     "BuildError",
