@@ -42,11 +42,11 @@ def sources_of(engine: str) -> Path:
     """csrc, or a copy of it: with the cells of tests, or to be sanitized without some that others
     stand for."""
     if engine.endswith("-contract"):
-        from contract_cells import HEADERS
+        from contract_cells import headers
 
         made = copied("csrc-contract", ROOT / "tests/cells")
         with (made / "cells" / "registry.def").open("a") as registry:
-            for cell, layer in HEADERS.items():
+            for cell, layer in headers(engine).items():
                 (made / "cells" / cell.header).write_text(layer.source())
                 registry.write(f"CELL({', '.join(cell)})\n")
         return made

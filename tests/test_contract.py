@@ -44,7 +44,7 @@ CELLS = {
     "swapped": reference.Cell(_swapped, gates=4, states=("h", "c", "count"), output=1),
 }
 
-FROM_PYTHON = [cell.name for cell in contract_cells.HEADERS]
+FROM_PYTHON = [cell.name for cell in contract_cells.headers(emulated.ENGINE)]
 
 inside = pytest.mark.skipif(not emulated.ENGINE.endswith("-contract"), reason="in a process below")
 

@@ -141,7 +141,7 @@ def agree(module: Any, x: Any, hx: Any, tol: float) -> None:
 
 
 @needs_kernels
-@pytest.mark.drawn(2)
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_bits_are_those_of_the_headers(name: str, dtype: torch.dtype) -> None:
@@ -466,6 +466,7 @@ def test_parameters_and_states() -> None:
         LSTM(3, 4)(x, h[:1])
 
 
+@pytest.mark.drawn(1)
 @pytest.mark.parametrize("kind", [Swapped, GRU, LSTM], ids=lambda kind: kind.__name__)
 def test_a_single_step(kind: Any) -> None:
     layer = kind(3, 4, dtype=torch.float64)

@@ -437,7 +437,7 @@ def test_the_rate_is_chosen_by_the_end_of_training(
 
 
 @learns
-@pytest.mark.drawn(3, of="long training")
+@pytest.mark.drawn(4, of="long training")
 def test_every_cell_beats_the_baselines_at_equal_size(tmp_path: Path) -> None:
     file, out = tmp_path / "text.txt", tmp_path / "out"
     file.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
@@ -455,7 +455,7 @@ def test_every_cell_beats_the_baselines_at_equal_size(tmp_path: Path) -> None:
 
 
 @learns
-@pytest.mark.drawn(3, of="long training")
+@pytest.mark.drawn(4, of="long training")
 def test_all_five_shapes_learn(tmp_path: Path) -> None:
     out = tmp_path / "out"
     overview.main(["--out", str(out), "--steps", "600"])

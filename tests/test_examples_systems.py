@@ -198,7 +198,7 @@ def test_scheduled_sampling_feeds_the_models_own_tokens() -> None:
 
 
 @learns
-@pytest.mark.drawn(3, of="long training")
+@pytest.mark.drawn(4, of="long training")
 def test_seq2seq_beats_a_parser_written_by_hand_and_copying(run: Run, capsys: Any) -> None:
     figures = run(
         seq2seq, "--steps", 240, "--held-out", 200, "--examples", 8000, "--attention", "yes",
@@ -317,7 +317,7 @@ def test_captioner_steps_as_it_was_taught(variant: str) -> None:
 
 
 @learns
-@pytest.mark.drawn(3, of="long training")
+@pytest.mark.drawn(4, of="long training")
 def test_captioning_beats_copying_the_nearest_images_caption(run: Run) -> None:
     figures = run(
         captioning, "--cnn-steps", 180, "--steps", 220, "--examples", 1500, "--held-out", 300,
@@ -329,6 +329,7 @@ def test_captioning_beats_copying_the_nearest_images_caption(run: Run) -> None:
 
 
 @learns
+@pytest.mark.drawn(4, of="long training")
 def test_pretrained_cnn_is_frozen_and_every_variant_learns(run: Run, tmp_path: Path) -> None:
     args = ["--cnn-steps", 40, "--steps", 50, "--examples", 400, "--held-out", 50, "--hidden", 64]
     figures = run(captioning, *args)
@@ -406,7 +407,7 @@ def test_the_last_state_answers_for_each_clip_as_the_clip_would_alone(cell: str)
 
 
 @learns
-@pytest.mark.drawn(3, of="long training")
+@pytest.mark.drawn(4, of="long training")
 def test_video_beats_single_frames_and_the_commonest_answer(run: Run) -> None:
     figures = run(video, "--steps", 240, "--held-out", 200)
     ours, single, common = (
@@ -421,6 +422,7 @@ def test_video_beats_single_frames_and_the_commonest_answer(run: Run) -> None:
 
 
 @learns
+@pytest.mark.drawn(4, of="long training")
 def test_films_in_folders_are_told_apart_by_their_motion(run: Run, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -641,7 +643,7 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
 
 
 @learns
-@pytest.mark.drawn(3, of="long training")
+@pytest.mark.drawn(4, of="long training")
 def test_hidden_units_learn_what_untrained_ones_do_not_know(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "code.py"
     file.write_text(corpus.standard_library_source(700_000), encoding="utf-8")
@@ -746,6 +748,7 @@ def test_recurrent_ppo_learns_alike_with_resets_and_by_a_loop(ppo: ModuleType, r
 
 
 @learns
+@pytest.mark.drawn(4, of="long training")
 def test_a_pole_needs_memory(ppo: ModuleType, tmp_path: Path) -> None:
     command = ["--steps", "14", "--threads", "1", "--out", str(tmp_path)]
     run = ppo.start(ppo.parser().parse_args(command))

@@ -188,7 +188,7 @@ FRNN_HD V expm1(V x) {
 }
 
 // log(1 + f) = f - s (f - R), with s = f / (2 + f) and R = 2 atanh(s) / s - 2 = z Q(z), z = s^2. Q is
-// for sqrt(1/2) <= 1 + f < sqrt(2), and of a higher degree, Wide, for 0 <= f <= 1.
+// for sqrt(1/2) <= 1 + f < sqrt(2), Wide for 0 <= f <= 1.
 template <class T>
 struct LogConstants;
 template <>
