@@ -7,6 +7,7 @@ made on purpose: who finds none there would find none elsewhere.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def instructions(env: dict[str, str]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     env = emulated.sanitizer("cpu-asan")
     if env is None:
         sys.exit("this compiler has no address sanitizer")
