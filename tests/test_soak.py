@@ -119,25 +119,29 @@ def test_a_process_that_dies_is_told_and_started_anew() -> None:
     worker.close()
 
 
-GROWS = """
+USES = """
 import pickle, sys
-answers, used = sys.stdout.buffer, 0
+answers, calls, asked = sys.stdout.buffer, 0, 0
 while True:
     try:
         question = pickle.load(sys.stdin.buffer)
     except EOFError:
         break
-    used += 0 if question is None else {of_a_call}
-    pickle.dump(used if question is None else (True, ""), answers)
+    calls += question is not None
+    asked += question is None
+    pickle.dump(MEMORY if question is None else (True, ""), answers)
     answers.flush()
 """
 
 
-@pytest.mark.parametrize("of_a_call, failures", [(100, 0), (100_000, 1)])
-def test_memory_that_grows(of_a_call: int, failures: int) -> None:
+@pytest.mark.parametrize(
+    "memory, failures",
+    [("100 * calls", 0), ("100_000 * calls", 1), ("(0, 0, 50, 40)[asked - 1] << 20", 0)],
+)
+def test_memory_that_grows(memory: str, failures: int) -> None:
     said: list[str] = []
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    worker = soak.Worker([sys.executable, "-c", GROWS.format(of_a_call=of_a_call)], env)
+    worker = soak.Worker([sys.executable, "-c", USES.replace("MEMORY", memory)], env)
     watched = soak.Soak("native", 1.0, 1, said.append)
     watched.watch(worker, 1, [Config()] * 20)
     worker.close()
