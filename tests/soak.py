@@ -312,13 +312,14 @@ class Soak:
             for config in configs:
                 worker.ask(config)
             rounds.append(memory_of(worker))
-        # What leaks does in every round. In new calls, caches fill: plans, workspaces, what libraries
-        # compiled; and a sanitizer holds back what is freed, now more, now less.
+        # What leaks does in every round. In new calls, caches fill: plans, workspaces, what
+        # libraries compiled; and a sanitizer holds back what is freed, now more, now less.
         grown = min(later - earlier for earlier, later in itertools.pairwise(rounds))
         if grown > LEAK:
             self.found += 1
             self.say(f"{self.engine}: FAILED: memory grows: {before}, {after}, then {rounds}")
-        return f"{before // MIB} to {after // MIB} MB, in each round of calls repeated {grown / MIB:.2f} MB more"
+        grew = f"{grown / MIB:.2f} MB more"
+        return f"{before // MIB} to {after // MIB} MB, in each round of calls repeated {grew}"
 
     def report(self, worker: Worker, config: Config, failure: str) -> None:
         words = re.sub(r"\d+", "", failure.partition("\n")[0])
