@@ -171,9 +171,12 @@ def half_ulp(dtype: torch.dtype, size: float) -> float:
     return 0.5 * torch.finfo(dtype).eps * size
 
 
-def assert_no_worse(
-    ours: Named, theirs: Named, exact: Named, terms: int, more: float = 1.0
-) -> None:
+class TooFar(AssertionError):
+    """Worse than the judge by little, which by luck one of thousands of cases is in short types. It
+    has to be so for other numbers, too: see conftest.py and soak.py."""
+
+
+def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> None:
     """Against float64, our error is at most twice torch.nn's own in the same dtype, plus a floor.
 
     The errors of two runs of the same quality differ by luck, above all in small tensors. So some
@@ -186,9 +189,10 @@ def assert_no_worse(
     of ``terms`` products with an h that was rounded when it was stored. Tensors that small are
     granted what this costs, for h and gradients of 1/2, however much of the sum cancels.
 
-    ``more`` times as much is allowed to those that look again.
+    Up to four times as much raises ``TooFar``.
     """
     assert ours.keys() == theirs.keys()
+    too_far = []
     for name, reference in exact.items():
         dtype, size = ours[name].dtype, max(magnitude(reference), 1e-3)  # float16 has subnormals
         assert dtype == theirs[name].dtype, name
@@ -197,9 +201,14 @@ def assert_no_worse(
         floor = 4 * half_ulp(dtype, size) + computing
         if reference.numel() < 16:
             floor += terms**0.5 * half_ulp(dtype, 0.25)
-        bound = more * (2 * error(theirs[name], reference) + floor)
+        bound = 2 * error(theirs[name], reference) + floor
         found = error(ours[name], reference)
-        assert found <= bound, f"{name}: off by {found:.3g} of {size:.3g}, allowed {bound:.3g}"
+        said = f"{name}: off by {found:.3g} of {size:.3g}, allowed {bound:.3g}"
+        assert found <= 4 * bound, said
+        if found > bound:
+            too_far.append(said)
+    if too_far:
+        raise TooFar("; ".join(too_far))
 
 
 def resident() -> int:
