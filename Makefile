@@ -81,9 +81,9 @@ test-examples: setup
 test-compiling: setup
 	$(PYTEST) --roles=compiling
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 3
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 2
 test-native: setup
-	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 3
+	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 2
 test-reference: setup
 	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine --quick 2
 
