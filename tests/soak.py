@@ -305,9 +305,9 @@ class Soak:
                 worker.ask(config)
             rounds.append(memory_of(worker))
         # What leaks does in every round. In new calls, caches fill: plans, workspaces, what
-        # libraries compiled; and a sanitizer holds back what is freed, now more, now less.
+        # libraries compiled. A sanitizer holds back what is freed, so there it says nothing.
         grown = min(later - earlier for earlier, later in itertools.pairwise(rounds))
-        if grown > LEAK:
+        if grown > LEAK and not self.engine.endswith("-asan"):
             self.found += 1
             self.say(f"{self.engine}: FAILED: memory grows: {before}, {after}, then {rounds}")
         grew = f"{grown / MIB:.2f} MB more"

@@ -143,13 +143,18 @@ while True:
 
 
 @pytest.mark.parametrize(
-    "memory, failures",
-    [("100 * calls", 0), ("100_000 * calls", 1), ("(0, 0, 50, 40)[asked - 1] << 20", 0)],
+    "engine, memory, failures",
+    [
+        ("native", "100 * calls", 0),
+        ("native", "100_000 * calls", 1),
+        ("native", "(0, 0, 50, 40)[asked - 1] << 20", 0),
+        ("cpu-asan", "100_000 * calls", 0),
+    ],
 )
-def test_memory_that_grows(memory: str, failures: int) -> None:
+def test_memory_that_grows(engine: str, memory: str, failures: int) -> None:
     said: list[str] = []
     worker = soak.Worker([sys.executable, "-c", USES.replace("MEMORY", memory)], dict(os.environ))
-    watched = soak.Soak("native", 1.0, 1, said.append)
+    watched = soak.Soak(engine, 1.0, 1, said.append)
     watched.watch(worker, 1, [Config()] * 20)
     worker.close()
     assert watched.found == failures == len(said)
