@@ -3,18 +3,15 @@ without a past."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import random
 import re
-import warnings
 from collections.abc import Generator
 from pathlib import Path
 
 import emulated
 import pytest
 import torch
-from helpers import TooFar
 from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("FUSED_RNN_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
@@ -117,27 +114,6 @@ def pytest_runtest_makereport(
     if report.failed:
         report.sections.append(("seed", REPEAT))
     return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """What is worse by little has to be so for other numbers, too, in half of four more calls."""
-    try:
-        return (yield)
-    except TooFar as error:
-        names = inspect.signature(pyfuncitem.obj).parameters
-        arguments = {name: pyfuncitem.funcargs[name] for name in names}
-        again = 0
-        for other in range(1, 5):
-            torch.manual_seed(SEED + other)
-            try:
-                pyfuncitem.obj(**arguments)
-            except TooFar:
-                again += 1
-        if again > 1:
-            raise
-        warnings.warn(f"by luck: {error}", stacklevel=1)
-        return True
 
 
 @pytest.fixture(autouse=True)

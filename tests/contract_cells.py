@@ -1,4 +1,4 @@
-"""Cells from Python that tests/test_contract.py compiles for both engines, beside tests/cells."""
+"""Cells from Python that tests/test_contract.py compiles beside those of tests/cells."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def Everything(x: Any, r: Any, s: Any, p: Any) -> dict[str, Any]:
 
 
 def headers(engine: str) -> dict[Cell, Any]:
-    """With the layer of each. Emulated, kernels that keep their weights take long to compile, and
-    tests/test_custom_cuda.py has those of FastGRNN."""
+    """With the layer of each. FastGRNN for the CPU alone: kernels that keep their weights take long
+    to compile where CUDA is emulated, and tests/test_custom_cuda.py has a cell for these."""
     kept = () if engine.startswith("emulated") else (zoo.FastGRNN,)
     return {
         Cell(layer.cell, f"custom::{CELLS[layer.cell].source.type_name}", f"{layer.cell}.h"): layer

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import emulated
 import pytest
@@ -172,8 +174,37 @@ def half_ulp(dtype: torch.dtype, size: float) -> float:
 
 
 class TooFar(AssertionError):
-    """Worse than the judge by little, which by luck one of thousands of cases is in short types. It
-    has to be so for other numbers, too: see conftest.py and soak.py."""
+    """Over the bound of ``assert_no_worse``, but by at most four times.
+
+    By luck, one in thousands of cases is, mostly in 16-bit types. So it is tried again with other
+    numbers: see ``not_by_luck`` and soak.py.
+    """
+
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def not_by_luck(test: Test) -> Test:
+    """A test of numbers from torch's generator: one that is ``TooFar`` is called four times more,
+    and fails if it is ``TooFar`` in two of these."""
+
+    @functools.wraps(test)
+    def judged(*args: Any, **kwargs: Any) -> None:
+        try:
+            return test(*args, **kwargs)
+        except TooFar as error:
+            again, first = 0, torch.initial_seed()
+            for i in range(1, 5):
+                torch.manual_seed(first + i)
+                try:
+                    test(*args, **kwargs)
+                except TooFar:
+                    again += 1
+            if again > 1:
+                raise
+            warnings.warn(f"{test.__name__}, by luck: {error}", stacklevel=1)
+
+    return cast(Test, judged)
 
 
 def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> None:
@@ -189,7 +220,7 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
     of ``terms`` products with an h that was rounded when it was stored. Tensors that small are
     granted what this costs, for h and gradients of 1/2, however much of the sum cancels.
 
-    Up to four times as much raises ``TooFar``.
+    Up to four times this raises ``TooFar``.
     """
     assert ours.keys() == theirs.keys()
     too_far = []

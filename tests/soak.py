@@ -6,8 +6,8 @@ Everything that ``problems`` can draw, of the package's cells, the zoo's and ran
 compared with the reference in float64. An engine is "native", with sets of instructions that are
 drawn, or one of ``emulated``, some of which have sanitizers. Each has a process that computes, and
 may crash or hang; every ten minutes another one, of other cells, before whose end calls are
-repeated: memory that grows then is a failure. A failure is made smaller and becomes a test in
-tests/found.
+repeated: memory that grows then is a failure, but where a sanitizer holds it back. A failure is
+made smaller and becomes a test in tests/found.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ ENOUGH = 5  # failures of one engine
 def check(config: Config) -> bool:
     """Raise AssertionError where kernels and plain PyTorch differ; return whether kernels did it.
 
-    In short types one of thousands of calls is worse by luck. So what is not far off has to be so
-    for other numbers too, in half of four more calls.
+    What is ``TooFar`` has to be so for other numbers, too, in half of four more calls.
     """
     try:
         return check_once(config)
@@ -305,7 +304,7 @@ class Soak:
                 worker.ask(config)
             rounds.append(memory_of(worker))
         # What leaks does in every round. In new calls, caches fill: plans, workspaces, what
-        # libraries compiled. A sanitizer holds back what is freed, so there it says nothing.
+        # libraries compiled. Sanitizers hold back what is freed, so growth says nothing under them.
         grown = min(later - earlier for earlier, later in itertools.pairwise(rounds))
         if grown > LEAK and not self.engine.endswith("-asan"):
             self.found += 1
