@@ -265,7 +265,7 @@ FRNN_HD V log1p(V x) {
       I(bit_cast<I>(found) | (bit_cast<I>(x) == sign_bits(x) ? bit_cast<I>(x) : I{})));
 }
 
-// log(1 + e^x): beside what is above 0 the logarithm of 1 + f, with no power of two to take out.
+// log(1 + e^x) = max(x, 0) + log(1 + f) with f = e^-|x| <= 1: no power of two has to be taken out.
 template <class V>
 FRNN_HD V softplus(V x) {
   using T = typename Lanes<V>::T;
