@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import resource
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import emulated
 import pytest
@@ -173,41 +171,9 @@ def half_ulp(dtype: torch.dtype, size: float) -> float:
     return 0.5 * torch.finfo(dtype).eps * size
 
 
-class TooFar(AssertionError):
-    """Over the bound of ``assert_no_worse``, but by at most four times.
-
-    By luck, one in thousands of cases is, mostly in 16-bit types. So it is tried again with other
-    numbers: see ``not_by_luck`` and soak.py.
-    """
-
-
-Test = TypeVar("Test", bound=Callable[..., None])
-
-
-def not_by_luck(test: Test) -> Test:
-    """A test of numbers from torch's generator: one that is ``TooFar`` is called four times more,
-    and fails if it is ``TooFar`` in two of these."""
-
-    @functools.wraps(test)
-    def judged(*args: Any, **kwargs: Any) -> None:
-        try:
-            return test(*args, **kwargs)
-        except TooFar as error:
-            again, first = 0, torch.initial_seed()
-            for i in range(1, 5):
-                torch.manual_seed(first + i)
-                try:
-                    test(*args, **kwargs)
-                except TooFar:
-                    again += 1
-            if again > 1:
-                raise
-            warnings.warn(f"{test.__name__}, by luck: {error}", stacklevel=1)
-
-    return cast(Test, judged)
-
-
-def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> None:
+def assert_no_worse(
+    ours: Named, theirs: Named, exact: Named, terms: int, more: float = 1.0
+) -> None:
     """Against float64, our error is at most twice torch.nn's own in the same dtype, plus a floor.
 
     The errors of two runs of the same quality differ by luck, above all in small tensors. So some
@@ -220,10 +186,9 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
     of ``terms`` products with an h that was rounded when it was stored. Tensors that small are
     granted what this costs, for h and gradients of 1/2, however much of the sum cancels.
 
-    Up to four times this raises ``TooFar``.
+    ``more`` times as much is allowed to those that look again.
     """
     assert ours.keys() == theirs.keys()
-    too_far = []
     for name, reference in exact.items():
         dtype, size = ours[name].dtype, max(magnitude(reference), 1e-3)  # float16 has subnormals
         assert dtype == theirs[name].dtype, name
@@ -232,14 +197,9 @@ def assert_no_worse(ours: Named, theirs: Named, exact: Named, terms: int) -> Non
         floor = 4 * half_ulp(dtype, size) + computing
         if reference.numel() < 16:
             floor += terms**0.5 * half_ulp(dtype, 0.25)
-        bound = 2 * error(theirs[name], reference) + floor
+        bound = more * (2 * error(theirs[name], reference) + floor)
         found = error(ours[name], reference)
-        said = f"{name}: off by {found:.3g} of {size:.3g}, allowed {bound:.3g}"
-        assert found <= 4 * bound, said
-        if found > bound:
-            too_far.append(said)
-    if too_far:
-        raise TooFar("; ".join(too_far))
+        assert found <= bound, f"{name}: off by {found:.3g} of {size:.3g}, allowed {bound:.3g}"
 
 
 def resident() -> int:

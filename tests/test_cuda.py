@@ -21,7 +21,6 @@ from helpers import (
     leave_kink,
     leaves,
     map_tensors,
-    not_by_luck,
     run,
 )
 from torch import Tensor, nn
@@ -75,7 +74,6 @@ def test_float64(case: Case, variant: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-@not_by_luck
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     """Our error against the exact result for these very numbers is at most twice torch.nn's."""
     theirs, ours, x, hx = on_card(case, dtype)

@@ -11,7 +11,7 @@ import gate_cells
 import pytest
 import test_resident
 import torch
-from helpers import assert_all_close, assert_no_worse, flatten, not_by_luck, run
+from helpers import assert_all_close, assert_no_worse, flatten, run
 from test_custom import (
     PRODUCTS,
     TOLERANCES,
@@ -118,7 +118,6 @@ def resident_cell(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.drawn(2)
 @pytest.mark.parametrize("shape", test_resident.SHAPES[::3], ids=lambda s: "-".join(map(str, s)))
 @pytest.mark.parametrize("dtype", test_resident.DTYPES, ids=str)
-@not_by_luck
 def test_kernels_that_keep_their_weights(
     shape: Any, dtype: torch.dtype, resident_cell: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,6 @@ from helpers import (
     leave_kink,
     leaves,
     map_tensors,
-    not_by_luck,
     restored_rng,
     run,
 )
@@ -55,7 +54,6 @@ SHARP = [case for case in PAIRWISE if case.dropout == 0]
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("case", SHARP, ids=ids(SHARP))
-@not_by_luck
 def test_low_precision(case: Case, dtype: torch.dtype) -> None:
     """Our error against the exact result for these very numbers is at most twice torch.nn's."""
     theirs, ours = case.modules(dtype)
@@ -74,7 +72,6 @@ def test_low_precision(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("with_hx", [True, False], ids=["hx", "zeros"])
 @pytest.mark.parametrize("cell", CELLS)
-@not_by_luck
 def test_cells(cell: str, with_hx: bool, bias: bool, unbatched: bool, dtype: torch.dtype) -> None:
     name, kwargs = CELLS[cell]
     for batch, inputs, hidden in ((1, 1, 1), (3, 17, 33), (7, 65, 3), (17, 5, 193)):

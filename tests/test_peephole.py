@@ -11,7 +11,7 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from helpers import assert_all_close, assert_no_worse, flatten, map_tensors, not_by_luck, run
+from helpers import assert_all_close, assert_no_worse, flatten, map_tensors, run
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
@@ -127,7 +127,6 @@ def test_agrees_with_the_paper(case: Case, proj_size: int, recompute: bool) -> N
 
 @pytest.mark.parametrize("size", [(4, 3, 5, 7), (6, 32, 48, 64), (9, 33, 100, 130)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@not_by_luck
 def test_low_precision(dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
     """Against float64 no worse than the reference path, on vectors and on tiles."""
     T, B, I, H = size  # noqa: E741

@@ -14,16 +14,7 @@ import emulated
 import pytest
 import torch
 from cases import LAYERS, OWN_LAYERS, Case
-from helpers import (
-    Named,
-    assert_all_close,
-    assert_no_worse,
-    flatten,
-    leave_kink,
-    map_tensors,
-    not_by_luck,
-    run,
-)
+from helpers import Named, assert_all_close, assert_no_worse, flatten, leave_kink, map_tensors, run
 from torch import Tensor
 
 import fused_rnn
@@ -100,7 +91,6 @@ def first(output: Any) -> Tensor:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
-@not_by_luck
 def test_as_good_as_steps(
     shape: Shape, layout: str, cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +126,6 @@ def test_as_good_as_steps(
 @pytest.mark.parametrize(
     ("inputs", "hidden", "batch"), [(5, 7, 1), (16, 40, 5), (16, 33, 3), (1000, 8, 4)]
 )
-@not_by_luck
 def test_one_step(
     inputs: int,
     hidden: int,

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import CELLS, pair
-from helpers import assert_no_worse, leave_kink, map_tensors, native, not_by_luck, run
+from helpers import assert_no_worse, leave_kink, map_tensors, native, run
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -48,7 +48,6 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("cell", LAYERS)
-@not_by_luck
 def test_accuracy(
     cell: str, dtype: torch.dtype, shape: tuple[int, int, int, int], bidirectional: bool
 ) -> None:
@@ -64,7 +63,6 @@ def test_accuracy(
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("hidden, proj", [(96, 40), (200, 130)], ids=str)
-@not_by_luck
 def test_projection_and_packed_rows(hidden: int, proj: int, dtype: torch.dtype) -> None:
     theirs, ours = layers("lstm", 48, hidden, proj_size=proj, bidirectional=True, dtype=dtype)
     lengths = torch.randint(1, 30, (40,))
@@ -75,7 +73,6 @@ def test_projection_and_packed_rows(hidden: int, proj: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@not_by_luck
 def test_rows_apart(dtype: torch.dtype) -> None:
     """batch_first: the rows of a step lie T rows apart, and those of a chunk at no one stride."""
     theirs, ours = layers("gru", 48, 64, batch_first=True, dtype=dtype)
