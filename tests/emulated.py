@@ -30,7 +30,8 @@ from fused_rnn.build import Unit
 
 ENGINE = os.environ.get("FUSED_RNN_TEST_ENGINE", "")
 WANTED = ENGINE.startswith("emulated")
-STAND_INS = ["fake_runtime.cpp", "host.cpp", "emulate.cpp"]  # of tests/cpp
+EMULATION = sorted(path.name for path in (ROOT / "tests/cpp").glob("emulate*.cpp"))
+STAND_INS = ["fake_runtime.cpp", "host.cpp", *EMULATION]  # of tests/cpp
 REPLACED = ["runtime.cpp"]  # of csrc/cuda, by the former
 
 

@@ -52,7 +52,8 @@ def drawn(most: int) -> list[Any]:
 def write(layers: list[Any], scalar: str, path: Path) -> None:
     """A source of all kernels of their steps, for tensors of this type."""
     (path.parent / "cells").mkdir(exist_ok=True)
-    includes = ['#include "cuda/scan.cuh"']
+    headers = ("gates_backward", "gates_forward", "matrices", "scan")
+    includes = [f'#include "cuda/{name}.cuh"' for name in headers]
     kernels = [
         f"template __global__ void AddTo<{scalar}>(int64_t, int64_t, {scalar}*, const {scalar}*);"
     ]

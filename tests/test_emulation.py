@@ -18,6 +18,7 @@ pytestmark = pytest.mark.compiling
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "cpp"
+SOURCES = [str(FOLDER / "test_emulation.cpp"), *map(str, sorted(FOLDER.glob("emulate*.cpp")))]
 CASES = [
     "clusters",
     "conversions",
@@ -68,8 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Path:
     """-rdynamic: reports name kernels by their symbols."""
-    sources = [str(FOLDER / "test_emulation.cpp"), str(FOLDER / "emulate.cpp")]
-    return compile_with(folder / "plain", "-O1", "-rdynamic", *sources)
+    return compile_with(folder / "plain", "-O1", "-rdynamic", *SOURCES)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,7 @@ def sanitized(folder: Path) -> Path:
     if not works(folder, flag):
         pytest.skip(f"{COMPILER[0]} has no working {flag}")
     options = [flag, "-fno-sanitize=null", "-fno-sanitize-recover=undefined", "-g1", "-rdynamic"]
-    sources = [str(FOLDER / "test_emulation.cpp"), str(FOLDER / "emulate.cpp")]
-    return compile_with(folder / "sanitized", "-O0", *options, *sources)
+    return compile_with(folder / "sanitized", "-O0", *options, *SOURCES)
 
 
 def test_all_cases_are_run(plain: Path) -> None:

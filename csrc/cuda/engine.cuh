@@ -2,7 +2,11 @@
 #pragma once
 #include <cstdlib>
 
+#include "cuda/matrices.cuh"
+#include "cuda/resident.cuh"
 #include "cuda/steps.cuh"
+#include "cuda/steps_backward.cuh"
+#include "cuda/steps_forward.cuh"
 
 namespace frnn {
 namespace cuda {

@@ -1,4 +1,5 @@
-// csrc/cuda/steps.cuh, emulated, for tests/test_cuda_engine.py: matrices of more elements than 2^31.
+// Steps of csrc/cuda/steps.cuh, emulated, for tests/test_cuda_engine.py: matrices of more elements than
+// 2^31.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
@@ -7,7 +8,8 @@
 #include <vector>
 
 #include "cells/lstm.h"
-#include "cuda/steps.cuh"
+#include "cuda/matrices.cuh"
+#include "cuda/steps_backward.cuh"
 
 using namespace frnn;
 using namespace frnn::cuda;

@@ -1,6 +1,6 @@
 // CUDA device code on the CPU: the same .cuh, compiled by g++, every CUDA thread a fiber.
 //
-// Link emulate.cpp with it. It has what csrc/cuda uses of CUDA, and the names of
+// Link emulate*.cpp with it. It has what csrc/cuda uses of CUDA, and the names of
 // csrc/cuda/primitives.h; whoever adds to that adds here.
 //
 //   primitive, in frnn::cuda   PTX twin
