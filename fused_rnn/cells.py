@@ -44,12 +44,10 @@ class CustomLayer(Recurrent):
         recompute: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        known = CELLS[self.cell]
-        own_width = known.reads_h or known.output or known.products
-        if proj_size and (own_width or not known.recurrent_gates):
+        if proj_size and not CELLS[self.cell].projectable:
             raise ValueError(
-                f"proj_size: expected 0, since {type(self).__name__} reads h unit by unit, or has "
-                f"another output, got {proj_size}"
+                f"proj_size: expected 0, since {type(self).__name__} reads h or the new h unit by "
+                f"unit, or has another output, got {proj_size}"
             )
         super().__init__(
             self.cell,

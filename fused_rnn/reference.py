@@ -47,6 +47,7 @@ class Cell:
     output: int = 0  # the state that is the layer's output
     gates_h: int | None = None  # with a part of W_hh; None: all. With 0 there is no W_hh
     reads_h: bool = False  # whether the step reads h itself, beside its product with W_hh
+    reads_new_h: bool = False  # whether the kernels' backward reads the new h
     adds: bool = True  # whether the step reads gx and gh by nothing but their sum
     shows_c: bool = False  # whether the output is a function of the new c
     given: tuple[str, ...] = ()  # what the caller gives for each step, one number per unit each
@@ -56,6 +57,12 @@ class Cell:
     @property
     def recurrent_gates(self) -> int:
         return self.gates if self.gates_h is None else self.gates_h
+
+    @property
+    def projectable(self) -> bool:
+        """Whether h may be narrower than the cell: if it is the output, and goes into W_hh only."""
+        reads = self.reads_h or self.reads_new_h or self.products
+        return self.recurrent_gates > 0 and not reads and self.output == 0
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -152,8 +159,8 @@ def _block_gru(gx: Tensor, gh: Tensor, h: Tensor, c: None) -> tuple[Tensor, None
 
 
 CELLS: dict[str, Cell] = {
-    "rnn_tanh": Cell(_rnn(torch.tanh), gates=1),
-    "rnn_relu": Cell(_rnn(torch.relu), gates=1),
+    "rnn_tanh": Cell(_rnn(torch.tanh), gates=1, reads_new_h=True),
+    "rnn_relu": Cell(_rnn(torch.relu), gates=1, reads_new_h=True),
     "lstm": Cell(_lstm, gates=4, states=("h", "c"), shows_c=True),
     "gru": Cell(_gru, gates=3, reads_h=True, adds=False),
     "block_gru": Cell(_block_gru, gates=3, reads_h=True),

@@ -181,10 +181,7 @@ def can_have(cell: str | Drawn, option: str) -> bool:
     if option in ("recurrent_dropout", "weight_dropout", "blocks"):
         return known.recurrent_gates > 0
     if option == "projection":
-        if known.source is not None and known.source.tape.reads_new_h:
-            return False
-        own_width = known.reads_h or known.output or known.products
-        return cell not in ("RNN", "GRU") and known.recurrent_gates > 0 and not own_width
+        return known.projectable
     return True
 
 

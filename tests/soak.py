@@ -53,6 +53,7 @@ MIB = 1 << 20
 LEAK = MIB // 2  # of each of two repetitions of calls that the process has done before
 REPEATED = 20  # calls
 ENOUGH = 5  # failures of one engine
+DRAWS = 32  # of other numbers, where kernels are worse by little
 
 # --- In the process that computes -----------------------------------------------------------------
 
@@ -60,40 +61,84 @@ ENOUGH = 5  # failures of one engine
 def check(config: Config) -> bool:
     """Raise AssertionError where kernels and plain PyTorch differ; return whether kernels did it.
 
-    In short types one of thousands of calls is worse by luck. So what is not far off has to be so
-    for other numbers too, in half of four more calls.
+    In one of thousands of calls kernels are worse by luck: in short types, and where a layer makes
+    roundings large, as a norm over two units does. But then plain PyTorch is worse than kernels as
+    often. So where they are not far off, other numbers are drawn, and both are counted.
     """
+    call = results(config)
     try:
-        return check_once(config)
+        call.judge()
+        return call.native
     except TooFar as error:
-        again = [replace(config, seed=config.seed + 1 + i) for i in range(4)]
-        if sum(map(too_far, again)) > 1:
+        worse = theirs_worse = 0
+        for i in range(DRAWS):
+            call = results(replace(config, seed=config.seed + 1 + i))
+            worse += call.too_far()
+            theirs_worse += call.theirs_too_far()
+        if worse > 2 * theirs_worse + DRAWS // 8:
             raise
-        print(f"by luck: {error}: {config}")
-        return True
+        print(f"by luck, {worse} and {theirs_worse} of {DRAWS}: {error}: {config}")
+        return call.native
 
 
 class TooFar(AssertionError):
     """By little."""
 
 
-def too_far(config: Config) -> bool:
-    try:
-        check_once(config)
-        return False
-    except TooFar:
-        return True
+@dataclass
+class Results:
+    """Of one call: outputs with and without gradients, and gradients."""
+
+    config: Config
+    native: bool  # whether kernels did it
+    found: Named
+    theirs: Named  # of plain PyTorch
+    exact: Named  # in float64
+
+    @property
+    def terms(self) -> int:
+        config = self.config
+        return max(4 * config.hidden_size, config.input_size, config.batch * config.time)
+
+    def judge(self) -> None:
+        if self.config.dtype == "float64":
+            # ATen has 1/6 of hardsigmoid's derivative in float32.
+            tol = 1e-6 if isinstance(self.config.cell, Drawn) else 1e-9
+            return assert_all_close(self.found, self.exact, tol)
+        assert_no_worse(self.found, self.theirs, self.exact, self.terms, more=4.0)
+        try:
+            assert_no_worse(self.found, self.theirs, self.exact, self.terms)
+        except AssertionError as error:
+            raise TooFar(str(error)) from None
+
+    def too_far(self) -> bool:
+        try:
+            self.judge()
+            return False
+        except TooFar:
+            return True
+
+    def theirs_too_far(self) -> bool:
+        """What ``too_far`` says where plain PyTorch and kernels change places."""
+        try:
+            assert_no_worse(self.theirs, self.found, self.exact, self.terms)
+            return False
+        except AssertionError:
+            return True
 
 
-def check_once(config: Config) -> bool:
-    """Called again, and without gradients, kernels give the same."""
+def results(config: Config) -> Results:
+    """Called again, kernels give the same."""
     torch.set_num_threads(config.threads)
     problem, draws = problems.make(config), problems.Draws(config.seed)
 
     def run(p: problems.Problem) -> Named:
-        dtype = getattr(torch, config.dtype)
+        """Without gradients too, in names of their own."""
         with draws.used():
-            return problems.with_gradients(p, problems.call(p), dtype)
+            named = problems.with_gradients(p, problems.call(p), getattr(torch, config.dtype))
+        with draws.used(), torch.no_grad():
+            outputs = problems.call(p)
+        return named | {f"output {i} without gradients": o for i, o in enumerate(outputs)}
 
     asked, plain = [], reference.recurrent
 
@@ -111,25 +156,7 @@ def check_once(config: Config) -> bool:
     with problems.on_reference():
         exact = run(problem.to(torch.float64))
         theirs = exact if config.dtype == "float64" else run(problem)
-    with draws.used(), torch.no_grad():
-        outputs = problems.call(problem)
-    without = {f"output {i}": output for i, output in enumerate(outputs)}
-    compare(config, found, theirs, exact)
-    compare(config, without, *({name: some[name] for name in without} for some in (theirs, exact)))
-    return not asked
-
-
-def compare(config: Config, found: Named, theirs: Named, exact: Named) -> None:
-    if config.dtype == "float64":
-        # ATen has 1/6 of hardsigmoid's derivative in float32.
-        tol = 1e-6 if isinstance(config.cell, Drawn) else 1e-9
-        return assert_all_close(found, exact, tol)
-    terms = max(4 * config.hidden_size, config.input_size, config.batch * config.time)
-    assert_no_worse(found, theirs, exact, terms, more=4.0)
-    try:
-        assert_no_worse(found, theirs, exact, terms)
-    except AssertionError as error:
-        raise TooFar(str(error)) from None
+    return Results(config, not asked, found, theirs, exact)
 
 
 def memory() -> int:

@@ -671,7 +671,10 @@ def test_what_the_library_knows() -> None:
     assert ops.tensor_names("cpu", layer.cell) == known.tensors
     facts = ops.facts_of("cpu", layer.cell)
     assert facts.gates_x == known.gates and facts.gates_h == known.recurrent_gates
-    assert facts.extra_states == len(known.states) - 1 and bool(facts.reads_h) == known.reads_h
+    assert facts.extra_states == len(known.states) - 1
+    assert (facts.given, facts.operands + 1) == (len(known.given), len(known.products) or 1)
+    for name in ("reads_h", "reads_new_h", "adds", "projectable"):
+        assert bool(getattr(facts, name)) == getattr(known, name), name
     assert known.states == ("h", "c", "count") and known.output == 0
 
 

@@ -85,7 +85,7 @@ def problem(
     if "zoneout" in names:
         kept = torch.full((runs, rows, states * units), 0.3, dtype=dtype).bernoulli()
         stages = stages._replace(zoneout=kept)
-        if not reads_new_h(cell) and rng.random() < 0.3:
+        if not reference.CELLS[cell].reads_new_h and rng.random() < 0.3:
             stages = stages._replace(zoneout=torch.rand(runs, 1, states * units).to(dtype))
     if "h_mask" in names:
         stages = stages._replace(h_mask=2 * torch.full_like(h0, 0.5).detach().bernoulli())
@@ -93,11 +93,6 @@ def problem(
         stages = stages._replace(norm=reference.Norm(rng.choice(["layer", "rms"]), at, 0.1))
     shape = (None, counts, layers, directions, present, rng.random() < 0.3)
     return [x, h0, c0, *weights], (*shape, stages, "every_state" in names)
-
-
-def reads_new_h(cell: str) -> bool:
-    """Whether its derivative is one at the new h, which a part of the old one must not be in."""
-    return cell.startswith("rnn_")
 
 
 def run(

@@ -411,7 +411,10 @@ def test_library_and_reference_agree_on_a_cell(cell: str) -> None:
     known, facts = reference.CELLS[cell], ops.facts_of("cpu", cell)
     assert ops.tensor_names("cpu", cell) == known.tensors
     assert (facts.gates_x, facts.gates_h) == (known.gates, known.recurrent_gates)
-    assert facts.extra_states == len(known.states) - 1 and bool(facts.reads_h) == known.reads_h
+    assert facts.extra_states == len(known.states) - 1
+    assert (facts.given, facts.operands + 1) == (len(known.given), len(known.products) or 1)
+    for name in ("reads_h", "reads_new_h", "adds", "projectable"):
+        assert bool(getattr(facts, name)) == getattr(known, name), name
 
 
 def test_states_of_zeros_need_not_be_given(seed: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import problems
 import pytest
 import random_cells
@@ -66,6 +67,29 @@ def test_wrong_numbers_are_found(dtype: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ops, "recurrent", wrong)
     with pytest.raises(AssertionError, match="output 0: off by"):
         soak.check(config)
+
+
+@pytest.mark.parametrize("factor, found", [(1.0, False), (4.0, True)], ids=["by luck", "worse"])
+def test_errors_that_are_too_large_by_little(
+    factor: float, found: bool, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Errors of kernels and of plain PyTorch are drawn, the former ``factor`` times as large."""
+
+    def drawn(config: Config) -> soak.Results:
+        rng = np.random.default_rng((seed, config.seed))
+        exact = torch.ones(20, dtype=torch.float64)
+        wrong = [exact + scale * 1e-6 * rng.lognormal(0.0, 0.5) for scale in (factor, 1.0)]
+        values = [{"output 0": value.float()} for value in wrong]
+        return soak.Results(config, True, *values, {"output 0": exact})
+
+    monkeypatch.setattr(soak, "results", drawn)
+    raised = 0
+    for i in range(100):
+        try:
+            soak.check(Config(cell="LSTM", hidden_size=2, dtype="float32", seed=1000 * i))
+        except AssertionError:
+            raised += 1
+    assert raised > 10 if found else raised == 0
 
 
 def test_a_failure_is_made_smaller() -> None:

@@ -35,8 +35,9 @@ class Text {
 extern "C" {
 struct frnn_cell_t {
   int gates_x, gates_h, extra_states, tape, given, operands, reads_h, reads_new_h;
-  int block_units;  // a block of a block-diagonal W_hh has a multiple of so many
-  int shows;        // its output shows a state, which can be normalised on the way
+  int block_units;        // a block of a block-diagonal W_hh has a multiple of so many
+  int shows;              // its output shows a state, which can be normalised on the way
+  int adds, projectable;  // see CellFacts
 };
 struct frnn_tape_t {
   int64_t units, hs_row, hs_lead;  // padded units; a row of hs; blocks of B rows before its own
@@ -223,8 +224,9 @@ template <class Device>
 bool FindFacts(const char* cell, frnn::frnn_cell_t* facts) {
   const CellFacts* found = FindAny<Device>(cell);
   if (found == nullptr) return false;
-  *facts = {found->gates_x,  found->gates_h, found->extra_states, found->tape, found->given,
-            found->operands, found->reads_h, found->reads_new_h,  kAlign,      found->shows};
+  *facts = {found->gates_x, found->gates_h,  found->extra_states, found->tape,
+            found->given,   found->operands, found->reads_h,      found->reads_new_h,
+            kAlign,         found->shows,    found->adds,         found->projectable};
   return true;
 }
 template <class Device>

@@ -330,8 +330,10 @@ struct Call {
                                    : "weights: w_ih is required, and there is no w_hh");
     for (int i = DirectionWeights::kNamed; i < kernels.tensors(); i++)
       FRNN_CHECK(find(i) != nullptr, "weights: ", kernels.TensorName(i), " is required");
-    FRNN_CHECK(w_hr == nullptr || kernels.projectable,
-               "w_hr: this cell reads h elementwise and takes no projection");
+    FRNN_CHECK(
+        w_hr == nullptr || kernels.projectable,
+        "w_hr: this cell reads h or the new h unit by unit, or has another output, and takes "
+        "no projection");
     const T *g_ih = find(kernels.tensors() + kInput), *g_hh = find(kernels.tensors() + kRecurrent),
             *g = find(kernels.tensors() + kSum), *g_c = find(kernels.tensors() + kShown),
             *s_c = find(kernels.tensors() + kPlaces);

@@ -103,6 +103,7 @@ class Family:
             output=states.index(d.output),
             gates_h=len(found.gates_h),
             reads_h=found.reads_h,
+            reads_new_h=compiled.tape.reads_new_h,
             adds=found.adds,
             source=compiled,
             given=d.given,

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..cells import CustomLayer
-from ..compiler import Compiled
 from ..reference import CELLS
 from .family import OPTIONS
 from .given import together
@@ -45,12 +44,6 @@ class Layer(FamilyModule, CustomLayer):
     ) -> None:
         options = {n: hyperparameters.pop(n) for n in OPTIONS if n in hyperparameters}
         self._choose(hyperparameters)
-        source: Compiled = CELLS[self.cell].source
-        if proj_size and source.tape.reads_new_h:
-            raise ValueError(
-                f"proj_size: expected 0, since the backward of {type(self).__name__} reads h unit "
-                f"by unit, got {proj_size}"
-            )
         super().__init__(
             input_size,
             hidden_size,

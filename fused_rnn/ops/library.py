@@ -95,6 +95,8 @@ class _Facts(ctypes.Structure):
             "reads_new_h",
             "block_units",
             "shows",
+            "adds",
+            "projectable",
         )
     ]
 
