@@ -149,8 +149,8 @@ def cpu_table(results: Path) -> str:
         ]
         fields.append(_of_each(machines, "all", lambda mean: mean.best))
         fields.append(_of_each(machines, "all", lambda mean: mean.worst))
-        link = f"[{name}](benchmarks/results/pages/{suite}-cpu.md)"
-        body.append([f"{link}, {machines[0]['all'].rows} sizes", *fields])
+        link = f"[{name}](benchmarks/results/pages/{suite}-{next(iter(MACHINES.values()))}.md)"
+        body.append([f"{link}, {machines[0]['lstm'].rows} sizes", *fields])
     return table(["", "LSTM", "GRU", "RNN", "fastest", "worst size"], body)
 
 
