@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fused_rnn
+from fused_rnn import ops
 from fused_rnn.build.custom import CellTarget
+from fused_rnn.reference import CELLS
 
 Named = dict[str, Tensor]
 
@@ -200,6 +202,17 @@ def assert_no_worse(
         bound = more * (2 * error(theirs[name], reference) + floor)
         found = error(ours[name], reference)
         assert found <= bound, f"{name}: off by {found:.3g} of {size:.3g}, allowed {bound:.3g}"
+
+
+def assert_library_agrees(cell: str) -> None:
+    """What the kernels' header declares of a cell, and what ``CELLS`` says of it."""
+    known, facts = CELLS[cell], ops.facts_of("cpu", cell)
+    assert ops.tensor_names("cpu", cell) == known.tensors
+    assert (facts.gates_x, facts.gates_h) == (known.gates, known.recurrent_gates)
+    assert facts.extra_states == len(known.states) - 1
+    assert (facts.given, facts.operands + 1) == (len(known.given), len(known.products) or 1)
+    for name in ("reads_h", "reads_new_h", "adds", "projectable"):
+        assert bool(getattr(facts, name)) == getattr(known, name), name
 
 
 def resident() -> int:

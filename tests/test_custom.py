@@ -22,6 +22,7 @@ import torch
 from helpers import (
     Giving,
     assert_all_close,
+    assert_library_agrees,
     compile_quickly,
     error,
     flatten,
@@ -668,13 +669,7 @@ def test_what_the_library_knows() -> None:
     layer = Swapped(3, 4)
     layer(torch.zeros(1, 1, 3))
     known = CELLS[layer.cell]
-    assert ops.tensor_names("cpu", layer.cell) == known.tensors
-    facts = ops.facts_of("cpu", layer.cell)
-    assert facts.gates_x == known.gates and facts.gates_h == known.recurrent_gates
-    assert facts.extra_states == len(known.states) - 1
-    assert (facts.given, facts.operands + 1) == (len(known.given), len(known.products) or 1)
-    for name in ("reads_h", "reads_new_h", "adds", "projectable"):
-        assert bool(getattr(facts, name)) == getattr(known, name), name
+    assert_library_agrees(layer.cell)
     assert known.states == ("h", "c", "count") and known.output == 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
 
 from fused_rnn import build
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.compiling
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "cpp"
-SOURCES = [str(FOLDER / "test_emulation.cpp"), *map(str, sorted(FOLDER.glob("emulate*.cpp")))]
+SOURCES = [str(FOLDER / name) for name in ("test_emulation.cpp", *emulated.EMULATION)]
 CASES = [
     "clusters",
     "conversions",

@@ -17,7 +17,7 @@ import forked
 import pytest
 import torch
 from cases import KERNELS, Case, random_case
-from helpers import cpu_engine_only, leaves, operate
+from helpers import assert_library_agrees, cpu_engine_only, leaves, operate
 from torch import Tensor
 
 import fused_rnn
@@ -407,14 +407,7 @@ def test_bad_arguments_are_refused(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("cell", KERNELS)
 def test_library_and_reference_agree_on_a_cell(cell: str) -> None:
-    """What csrc/cells declares, and what reference.py says of the same cell."""
-    known, facts = reference.CELLS[cell], ops.facts_of("cpu", cell)
-    assert ops.tensor_names("cpu", cell) == known.tensors
-    assert (facts.gates_x, facts.gates_h) == (known.gates, known.recurrent_gates)
-    assert facts.extra_states == len(known.states) - 1
-    assert (facts.given, facts.operands + 1) == (len(known.given), len(known.products) or 1)
-    for name in ("reads_h", "reads_new_h", "adds", "projectable"):
-        assert bool(getattr(facts, name)) == getattr(known, name), name
+    assert_library_agrees(cell)
 
 
 def test_states_of_zeros_need_not_be_given(seed: int) -> None:
