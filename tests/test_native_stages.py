@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest import mock
 
 import emulated
 import pytest
@@ -88,7 +89,8 @@ def problem(
         if not reference.CELLS[cell].reads_new_h and rng.random() < 0.3:
             stages = stages._replace(zoneout=torch.rand(runs, 1, states * units).to(dtype))
     if "h_mask" in names:
-        stages = stages._replace(h_mask=2 * torch.full_like(h0, 0.5).detach().bernoulli())
+        # Of 2 and 0 it would double h, and its roundings, at every step.
+        stages = stages._replace(h_mask=1.25 * torch.full_like(h0, 0.8).detach().bernoulli())
     if at:
         stages = stages._replace(norm=reference.Norm(rng.choice(["layer", "rms"]), at, 0.1))
     shape = (None, counts, layers, directions, present, rng.random() < 0.3)
@@ -123,16 +125,23 @@ def check(
     stages = rest[-2]
     units = tensors[1].shape[2]
     assert ops.takes(stages, cell, units, DEVICE, train=True)
+    layers: int = rest[2]
     exact = run(reference, cell, tensors, rest, torch.float64)
-    for ours, want in zip(run(ops, cell, tensors, rest, dtype), exact, strict=True):
+    ours, theirs = run(ops, cell, tensors, rest, dtype), exact
+    if dtype.itemsize == 2:
+        # As torch computes, by operations that each round. The reference rounds once, at the end.
+        with mock.patch.object(reference, "_wide", lambda dtype: dtype):
+            theirs = run(reference, cell, tensors, rest, dtype)
+    for found, other, want in zip(ours, theirs, exact, strict=True):
+        size = want.norm().clamp_min(want.numel() ** 0.5)
         limit = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 0.03)
         if shape and dtype == torch.float32:
             limit = 3e-3  # operands rounded to 2^-11
         if want.numel() < 16 and dtype != torch.float64:
             limit *= 4  # sums of many rows, of which little may be left
-        error = (ours.double() - want).norm() / want.norm().clamp_min(want.numel() ** 0.5)
-        assert error < limit, (float(error), want.shape, float(want.norm()))
-    layers: int = rest[2]
+        limit = max(limit, 2 * float((other.double() - want).norm() / size))
+        error = float((found.double() - want).norm() / size)
+        assert error < limit, (error, limit, want.shape, float(want.norm()))
     return layers
 
 
