@@ -53,14 +53,16 @@ int main() {
 """
 
 
-def run(title: str, command: list[str], env: dict[str, str], fails_by: str = "") -> None:
-    """Exit if it fails; with ``fails_by``, if it does not fail so."""
+def run(title: str, command: list[str], env: dict[str, str], fails_by: str = "") -> bool:
+    """Whether it passed; with ``fails_by``, exit if it does not fail so."""
     print(f"== {title}", flush=True)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=bool(fails_by), text=True)
     if not fails_by and done.returncode:
-        sys.exit(f"{title}: failed")
+        print(f"== {title}: failed", flush=True)
+        return False
     if fails_by and (done.returncode == 0 or fails_by not in done.stdout + done.stderr):
         sys.exit(f"{title}: not found\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return True
 
 
 def instructions(env: dict[str, str]) -> str:
@@ -87,6 +89,7 @@ def main() -> None:
         subprocess.run([*compiler, f"-I{build.CSRC}", *sources, "-o", program], check=True)
         run("planted: past a piece", [program], dict(os.environ), fails_by="use-after-poison")
 
+    failed = []
     capabilities = CAPABILITIES[CAPABILITIES.index(instructions(env)) :]
     if len(capabilities) < len(CAPABILITIES):
         emulated.compile_cpu("cpu-tiles-asan")
@@ -102,13 +105,18 @@ def main() -> None:
         command += ["-k", LEFT_OUT if here else EMULATED]
         command += ["--quick", str(CASES)]
         names = TESTS if here else ["tiles"]
-        run(f"tests, {capability}", [*command, *(f"tests/test_{name}.py" for name in names)], own)
+        command += [f"tests/test_{name}.py" for name in names]
+        if not run(f"tests, {capability}", command, own):
+            failed.append(f"tests, {capability}")
 
     program = str(emulated.compile_race_check())
     run("planted: a race", [program, "0"], dict(os.environ), fails_by="data race")
     for capability in capabilities:
         own = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability}
-        run(f"races, {capability}", [program, "3"], own)
+        if not run(f"races, {capability}", [program, "3"], own):
+            failed.append(f"races, {capability}")
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":
