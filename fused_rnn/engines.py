@@ -50,38 +50,40 @@ def wants_torch_operator(x: Tensor, weights: Iterable[Tensor | None]) -> bool:
         return True
     if torch.compiler.is_dynamo_compiling():
         return False
-    return torch.jit.is_tracing() or any(map(answers_itself, weights))
+    return torch.jit.is_tracing() or any_answers_itself(weights)
 
 
+_USUAL_TYPES = {Parameter, Tensor, type(None)}
 _USUAL_ANSWERS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
     Parameter.__torch_function__,
 )
 
 
-def answers_itself(weight: Tensor | None) -> bool:
-    """Whether it is of a class that puts code of its own in the place of torch's functions: it may
+def any_answers_itself(weights: Iterable[Tensor | None]) -> bool:
+    """Whether one is of a class that puts code of its own in the place of torch's functions: it may
     know torch.nn's operators, as torch's ExpandedWeight does, and knows nothing of ours."""
-    if weight is None or type(weight) is Parameter:
-        return False
-    answer: Any = type(weight).__torch_function__
-    return getattr(answer, "__func__", answer) not in _USUAL_ANSWERS
+    unusual: Any = {*map(type, weights)} - _USUAL_TYPES
+    answers = [each.__torch_function__ for each in unusual]
+    return any(getattr(answer, "__func__", answer) not in _USUAL_ANSWERS for answer in answers)
 
 
 def engine_of(
-    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], packed: Packed
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    packed: Packed,
+    *,
+    by_torch: bool = False,
 ) -> tuple[Any, bool]:
     """``ops``, ``reference`` or ``onnx``, all of which have ``recurrent``; and whether its products
-    with the weights are of 8-bit integers."""
+    with the weights are of 8-bit integers. ``by_torch``: whether ``wants_torch_operator``, which
+    torch has not for what is asked."""
     int8 = packed.int8 and not ops.wants_grad((x, *states, *weights))
     if onnx.exporting():
         return onnx, int8
-    # Of what torch's operators are asked for, those of torch.nn's cells do not come here.
-    if (
-        not wants_torch_operator(x, weights)
-        and not transformed()
-        and ops.supports([x, *states, *weights], cell)
-    ):
+    if not (by_torch or transformed()) and ops.supports([x, *states, *weights], cell):
         # Kernels have such products with packed weights alone.
         return reference if int8 and packed.tensor is None else ops, int8
     # Plain torch would broadcast and promote where torch.nn refuses.

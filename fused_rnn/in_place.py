@@ -18,7 +18,7 @@ def kept_for_backward(x: Tensor, states: Sequence[Tensor], weights: Sequence[Ten
     that are batch-first. So programs write into their inputs as soon as a call has returned
     (``x += rnn(x)[0]``), and we copy the same. A compiler knows by itself who writes where.
     """
-    return ops.wants_grad((x, *states, *weights)) and not torch.compiler.is_compiling()
+    return ops.wants_grad((*weights, x, *states)) and not torch.compiler.is_compiling()
 
 
 def reshapes_in_place(result: Tensor) -> bool:

@@ -225,6 +225,8 @@ class Stages(NamedTuple):
     @property
     def nothing(self) -> bool:
         """Whether a layer is as torch.nn has it."""
+        if self is NO_STAGES:
+            return True
         tensors = (self.reset, self.zoneout, self.h_mask)
         plain = self.blocks == 1 and self.norm is None and not self.int8
         return plain and all(t is None for t in tensors)
@@ -258,8 +260,9 @@ def present_bits(cell: str, *, biases: bool, projection: bool, norm_at: Sequence
     vectors = BIASES & matrices << 2 if biases else 0
     params = (1 << len(known.params)) - 1
     found = matrices | vectors | PROJECTION * projection | params << 5
-    for i, name in enumerate(_all_tensors(cell)):
-        found |= any(name in NORM_TENSORS[place] for place in norm_at) << i
+    if norm_at:
+        there = {name for place in norm_at for name in NORM_TENSORS[place]}
+        found |= sum((name in there) << i for i, name in enumerate(_all_tensors(cell)))
     return found
 
 

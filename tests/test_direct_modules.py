@@ -12,6 +12,7 @@ from helpers import flatten
 from torch import Tensor, nn
 
 import fused_rnn
+from fused_rnn import functional
 
 pytest_plugins = "direct_fixtures"
 pytestmark = pytest.mark.engine
@@ -75,6 +76,86 @@ def test_whole_calls_know_who_wants_gradients(name: str, spy: Spy) -> None:
             tensor.requires_grad_(False)
     # Of a step it is the whole call, with its place in the graph of autograd.
     assert ("call_module" in spy.names) == name.endswith("Cell")
+
+
+LAYERS = [name for name in CLASSES if not name.endswith("Cell")]
+
+
+@needs_direct
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_is_a_direct_call(
+    name: str, given: bool, batch_first: bool, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = getattr(fused_rnn, name)
+    module = kind(3, 4, 2, batch_first=batch_first, bidirectional=True)
+    x = torch.randn(5, 7, 3, requires_grad=True)
+    h, c = (torch.randn(4, 5 if batch_first else 7, 4, requires_grad=True) for _ in range(2))
+    hx = None if not given else (h, c) if name.startswith("LSTM") else h
+    leaves = [x, *module.parameters(), *(() if hx is None else flatten(hx))]
+
+    def results() -> list[Tensor]:
+        outputs = flatten(module(x, hx))
+        outputs[0].mul_(2)  # of which the backward reads nothing
+        return [*outputs, *torch.autograd.grad([o.sin().sum() for o in outputs], leaves)]
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("another way")
+
+    with torch.enable_grad():
+        expected = by_operator(results)
+        monkeypatch.setattr(functional, "recurrent", never)
+        actual = results()
+    assert_identical([t.detach() for t in actual], [t.detach() for t in expected])
+    assert spy.names == ["forward", "backward"]
+
+
+@needs_direct
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_beside_the_usual(name: str, spy: Spy) -> None:
+    """What a direct call does not take, and what is wrong, is as it is without."""
+    module = getattr(fused_rnn, name)(3, 4)
+    x, (h, c) = torch.randn(5, 2, 3), torch.randn(2, 1, 2, 4)
+    whole = (lambda h, c: (h, c)) if name.startswith("LSTM") else (lambda h, c: h)
+    wide = torch.randn(2, 1, 2, 8)[..., ::2]
+    for given in (
+        (x[:, 0], None),
+        (x.transpose(0, 1).contiguous().transpose(0, 1), None),
+        (x, whole(*wide)),
+        (x, list(whole(h, c))),
+        (x, (h, c, c)),
+        (x, (h,)),
+        (x, (None, None)),
+        (x, whole(h, None)),
+        (x, whole(h.double(), c)),
+        (x, whole(h[:, :1], c)),
+        (x, whole(h[0], c[0])),
+        (x, 3),
+        (x, "h"),
+        (x.double(), None),
+        (x[:0], None),
+        (x[:, :0], None),
+        (x[..., :2], None),
+        (x.to_sparse(), None),
+        (x.to_mkldnn(), None),
+        (x, whole(h.to_sparse(), c)),
+        (nn.Parameter(x), whole(nn.Parameter(h), c)),
+    ):
+
+        def results(given: Any = given) -> Any:
+            try:
+                return flatten(module(*given))
+            except Exception as error:
+                return type(error), str(error)
+
+        with torch.enable_grad():
+            expected, found = by_operator(results), results()
+        if isinstance(expected, tuple):
+            assert found == expected, given
+        else:
+            assert_identical([t.detach() for t in found], [t.detach() for t in expected])
+            assert [t.requires_grad for t in found] == [t.requires_grad for t in expected]
 
 
 @needs_direct

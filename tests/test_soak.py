@@ -73,12 +73,15 @@ def test_wrong_numbers_are_found(dtype: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_errors_that_are_too_large_by_little(
     factor: float, found: bool, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Errors of kernels and of plain PyTorch are drawn, the former ``factor`` times as large."""
+    """Errors of kernels and of plain PyTorch are drawn, the former ``factor`` times as large.
+
+    Of equal ones some 3 in 100 are more than twice the other.
+    """
 
     def drawn(config: Config) -> soak.Results:
         rng = np.random.default_rng((seed, config.seed))
         exact = torch.ones(20, dtype=torch.float64)
-        wrong = [exact + scale * 1e-6 * rng.lognormal(0.0, 0.5) for scale in (factor, 1.0)]
+        wrong = [exact + scale * 1e-4 * rng.lognormal(0.0, 0.26) for scale in (factor, 1.0)]
         values = [{"output 0": value.float()} for value in wrong]
         return soak.Results(config, True, *values, {"output 0": exact})
 

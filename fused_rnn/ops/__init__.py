@@ -23,6 +23,7 @@ The kernels are registered by the native libraries (``csrc/ops/cpu.cpp``, ``cuda
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -30,7 +31,7 @@ from torch import Tensor, is_grad_enabled
 from .. import reference
 from ..torch_internals import constant, is_below_autograd, is_onednn_enabled, onednn_has
 from . import direct, registration, step
-from .derivatives import EagerRecomputed, EagerRecurrent
+from .derivatives import EagerRecomputed, EagerRecurrent, record_recurrent
 from .direct import called_directly, direct_calls
 from .library import facts_of, has_cell, supports, takes, tensor_names
 from .schemas import (
@@ -45,10 +46,12 @@ from .schemas import (
 )
 
 __all__ = [
+    "Call",
     "Inputs",
     "called_directly",
     "direct",
     "direct_calls",
+    "directly",
     "facts_of",
     "has_cell",
     "onednn_takes",
@@ -77,8 +80,11 @@ def onednn_takes(dtype: torch.dtype) -> bool:
 
 
 def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
-    wanted = is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted and not is_below_autograd()
+    if is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return not is_below_autograd()
+    return False
 
 
 def recurrent(
@@ -101,18 +107,15 @@ def recurrent(
     of the weights, or of what was in their place."""
     call = _call(x, cell, layers, directions, present, stages, every_state)
     tensors: StageTensors = (stages.reset, stages.zoneout, stages.h_mask)
-    train = wants_grad((x, h0, c0, *weights))
-    compiling = torch.compiler.is_compiling()
-    if train and not compiling:
-        run = EagerRecomputed if recompute else EagerRecurrent
-        y, h_n, c_n = run.apply(call, tensors, x, h0, c0, masks, batch_sizes, *weights)
-        return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
-    if not train and masks is None and is_plain(call, tensors) and (calls := direct_calls(x)):
-        found: tuple[Tensor, Tensor, Tensor | None] | None = calls.forward(
-            *call[:4], x, h0, c0, batch_sizes, tuple(weights), packed, False
-        )
+    train = wants_grad((*weights, x, h0, c0))
+    if masks is None and not (train and recompute) and is_plain(call, tensors):
+        found = directly(call, x, h0, c0, batch_sizes, weights, packed, train=train)
         if found is not None:
             return found
+    if train and not torch.compiler.is_compiling():
+        run = EagerRecomputed if recompute else EagerRecurrent
+        y, h_n, c_n = run.apply(call, tensors, None, x, h0, c0, masks, batch_sizes, *weights)
+        return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
     name = "recurrent_recomputed" if recompute else "recurrent"
     op = getattr(operators, name if train else "recurrent_infer").default
     inputs = inputs_of(
@@ -120,6 +123,31 @@ def recurrent(
     )
     y, h_n, c_n = op(*inputs)[:3]
     return y, h_n, c_n if len(reference.CELLS[cell].states) > 1 else None
+
+
+def directly(
+    call: Call,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    packed: Tensor | None,
+    *,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """``recurrent`` by a direct call, which autograd records if ``train``; or None."""
+    if not (calls := direct_calls(x)):
+        return None
+    found: tuple[Any, ...] | None = calls.forward(
+        *call[:4], x, h0, c0, batch_sizes, tuple(weights), None if train else packed, train
+    )
+    if found is None or not train:
+        return found
+    y, h_n, c_n = record_recurrent(
+        call, NO_STAGE_TENSORS, found, x, h0, c0, None, batch_sizes, *weights
+    )
+    return y, h_n, c_n if len(reference.CELLS[call.cell].states) > 1 else None
 
 
 def _call(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..torch_internals import Batch, below_autograd, is_legacy_batched
+from ..torch_internals import Batch, apply_recorded, below_autograd, is_legacy_batched
 from . import direct
 from .schemas import Call, Inputs, StageTensors, inputs_of, is_plain, operators
 
@@ -42,11 +43,11 @@ class Saved(NamedTuple):
         return self.reset, self.zoneout, self.h_mask
 
 
-def _save(ctx: Any, saved: Saved) -> None:
-    """Those tensors that there are: tools that look at what is saved expect no None."""
-    tensors = (*saved[:-1], *saved.weights)
-    ctx.there = [t is not None for t in tensors]
-    ctx.save_for_backward(*(t for t in tensors if t is not None))
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Those of ``Saved`` that there are, of which the weights are the last: tools that look at what
+    is saved expect no None."""
+    ctx.there = there = [t is not None for t in tensors]
+    ctx.save_for_backward(*compress(tensors, there))
     ctx.set_materialize_grads(False)  # an unused h_n costs no zeros
 
 
@@ -126,27 +127,27 @@ def _reached(
 
 class EagerRecurrent(torch.autograd.Function):
     """What ``register_autograd`` makes of the same functions, at less than half its cost per call;
-    in a loop over short sequences that is most of the time."""
+    in a loop over short sequences that is most of the time.
+
+    ``found`` is the operator's result, if a direct call has made it already.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, stages: StageTensors, *tensors: Any
+        ctx: Any, call: Call, stages: StageTensors, found: Any, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, h0, c0, masks, batch_sizes, *weights = tensors
-        ctx.call, found = call, None
-        if masks is None and is_plain(call, stages) and (calls := direct.direct_calls(x)):
-            found = calls.forward(*call[:4], x, h0, c0, batch_sizes, tuple(weights), None, True)
+        ctx.call = call
         if found is None:
             found = _plain(*inputs_of(call, stages, x, h0, c0, masks, batch_sizes, weights))
         y, h_n, c_n, between, hs, tape = found
-        kept = (between, hs, tape)
-        _save(ctx, Saved(x, h0, c0, masks, batch_sizes, *stages, *kept, tuple(weights)))
+        _save(ctx, x, h0, c0, masks, batch_sizes, *stages, between, hs, tape, *weights)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
         saved, needed = _restore(ctx), ctx.needs_input_grad
-        wanted = tuple(_reached(ctx.call, saved, grads, (*needed[2:5], *needed[7:])))
+        wanted = tuple(_reached(ctx.call, saved, grads, (*needed[3:6], *needed[8:])))
         found: Sequence[Tensor | None] | None = None
         if torch.is_grad_enabled():  # create_graph=True
             run = operators.recurrent_backward.default
@@ -155,7 +156,11 @@ class EagerRecurrent(torch.autograd.Function):
             found = _direct_backward(ctx.call, saved, grads, wanted)
         if found is None:
             found = gradients_of(ctx.call, saved, grads, wanted, run)
-        return (None, None, *found[:3], None, None, *found[3:])
+        return (None, None, None, *found[:3], None, None, *found[3:])
+
+
+# There are no tensors that a transform has left behind among those that a direct call took.
+record_recurrent = apply_recorded(EagerRecurrent)
 
 
 def _direct_backward(
@@ -177,14 +182,13 @@ def _direct_backward(
 class EagerRecomputed(EagerRecurrent):
     @staticmethod
     def forward(
-        ctx: Any, call: Call, stages: StageTensors, *tensors: Any
+        ctx: Any, call: Call, stages: StageTensors, found: None, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x, h0, c0, masks, batch_sizes, *weights = tensors
         ctx.call = call
         inputs = inputs_of(call, stages, x, h0, c0, masks, batch_sizes, weights)
         y, h_n, c_n, between = _plain_recomputed(*inputs)
-        tape = (between, None, None)
-        _save(ctx, Saved(x, h0, c0, masks, batch_sizes, *stages, *tape, tuple(weights)))
+        _save(ctx, x, h0, c0, masks, batch_sizes, *stages, between, None, None, *weights)
         return y, h_n, c_n
 
 
@@ -192,11 +196,9 @@ def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     """Of both operators: what ``EagerRecurrent`` and ``EagerRecomputed`` do."""
     i = Inputs(*inputs)
     ctx.call = i.call
-    between, hs, tape = (*output[3:], None, None)[:3]
-    kept = (between, hs, tape)
+    kept = (*output[3:], None, None)[:3]  # between, hs, saved
     ctx.mark_non_differentiable(*output[3:])
-    weights = tuple(i.weights)
-    _save(ctx, Saved(i.x, i.h0, i.c0, i.masks, i.batch_sizes, *i.stages, *kept, weights))
+    _save(ctx, i.x, i.h0, i.c0, i.masks, i.batch_sizes, *i.stages, *kept, *i.weights)
 
 
 def grad(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> Gradients:

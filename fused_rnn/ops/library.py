@@ -62,16 +62,15 @@ def takes(
     train: bool,
 ) -> bool:
     """Whether the native kernels have what is to happen between two steps of this cell's layers."""
-    units_of_block, reads_new_h = _stages_of(target_of(device), cell)
     if stages.reset_to is not None:
         return False
-    if stages.blocks > 1 and hidden % (stages.blocks * units_of_block):
+    if stages.blocks > 1 and hidden % (stages.blocks * _block_units(target_of(device), cell)):
         return False
     # The derivative of such a cell is that at the new h, which a part of the old one is mixed into;
     # or all of it, where that of another state has its share in the gradients.
-    more = len(reference.CELLS[cell].states) > 1
-    mixes = stages.zoneout is not None and (more or stages.zoneout.shape[1] == 1)
-    return not (mixes and train and reads_new_h)
+    known = reference.CELLS[cell]
+    mixes = stages.zoneout is not None and (len(known.states) > 1 or stages.zoneout.shape[1] == 1)
+    return not (mixes and train and known.reads_new_h)
 
 
 def target_of(device: torch.device) -> str:
@@ -137,9 +136,10 @@ def tape_values(target: str, cell: str, present: int) -> int:
 
 
 @constant
-def _stages_of(target: str, cell: str) -> tuple[int, bool]:
-    facts = facts_of(target, cell)
-    return facts.block_units, bool(facts.reads_new_h)
+def _block_units(target: str, cell: str) -> int:
+    """A block of a block-diagonal W_hh has a multiple of so many units."""
+    units: int = facts_of(target, cell).block_units
+    return units
 
 
 def tensor_names(target: str, cell: str) -> tuple[str, ...]:

@@ -139,8 +139,10 @@ def by_reference(
 def is_plain(call: Call, stages: StageTensors) -> bool:
     """Whether nothing happens between two steps, and nothing is given for them: direct calls know
     nothing of it."""
-    there = any(t is not None for t in stages) or reference.CELLS[call.cell].given
-    return not there and call.blocks == 1 and not call.norm and not call.every_state
+    if call.blocks > 1 or call.norm or call.every_state or reference.CELLS[call.cell].given:
+        return False
+    reset, zoneout, h_mask = stages
+    return reset is None and zoneout is None and h_mask is None
 
 
 def inputs_of(
