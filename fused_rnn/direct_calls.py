@@ -54,9 +54,7 @@ def recurrent_directly(
     )
 
 
-def _recorded(
-    call: ops.Call, x: Tensor, hx: Any, weights: Sequence[Any], batch_first: bool
-) -> Any:
+def _recorded(call: ops.Call, x: Tensor, hx: Any, weights: Sequence[Any], batch_first: bool) -> Any:
     """``recurrent_directly`` where autograd keeps x and the states, which must not be views of what
     programs write into (``in_place.kept_for_backward``)."""
     known = CELLS[call.cell]
