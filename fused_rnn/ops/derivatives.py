@@ -163,6 +163,13 @@ class EagerRecurrent(torch.autograd.Function):
 record_recurrent = apply_recorded(EagerRecurrent)
 
 
+def _in_rows(grad: Tensor | None) -> Tensor | None:
+    """With units side by side, as those of a sum are not: one number that is everywhere."""
+    if grad is None or grad.layout != torch.strided or grad.stride(-1) == 1:
+        return grad
+    return grad.contiguous()
+
+
 def _direct_backward(
     call: Call, saved: Saved, grads: Sequence[Tensor | None], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...] | None:
@@ -174,7 +181,7 @@ def _direct_backward(
     x, h0, c0, _, batch_sizes, *_, weights = saved
     inputs = (*call[:4], x, h0, c0, batch_sizes, weights)
     found: tuple[Tensor | None, ...] | None = calls.backward(
-        *inputs, *grads, saved.between, saved.hs, saved.saved, wanted
+        *inputs, *map(_in_rows, grads), saved.between, saved.hs, saved.saved, wanted
     )
     return found
 
