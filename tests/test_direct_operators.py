@@ -239,7 +239,9 @@ def test_modes_see_the_operators_of_training(spy: Spy) -> None:
         with torch.profiler.profile() as trace:
             y.sum().backward()
     assert "fused_rnn::recurrent_backward" in {event.key for event in trace.key_averages()}
-    assert spy.done == [False, False, True, False]
+    asked = list(zip(spy.names, spy.done, strict=True))
+    seen = [("forward", False)] * 2 + [("backward", False)]  # by the module, and by ops
+    assert asked == [*seen, ("forward", True), ("backward", False)]
 
 
 @needs_direct
