@@ -73,10 +73,10 @@ constexpr int kTurnedVecs = 2;         // vectors of rows that are multiplied wi
 // ---- the backward ----
 
 // Products that are summed one after the other, before their sum is added to others: what keeps a
-// tile of the right side, 24 or 32 KB, in the first-level cache, and the sums of long batches and
-// wide layers as accurate as torch.nn's. In one chain the error grows with the square root of its
-// length: 40 eps of the largest gradient for 32,000 rows. Adding sums takes 1 % of a training step.
-constexpr int64_t SumDepth(Vectors v) { return v.bytes == 64 ? 128 : 256; }
+// tile of the right side in the first-level cache, and the sums of long batches and wide layers as
+// accurate as torch.nn's. In one chain the error grows with the square root of its length: 40 eps of
+// the largest gradient for 32,000 rows.
+constexpr int64_t kSumDepth = 128;
 
 // ---- the gradients of weights, dW = d^T b over all rows ----
 

@@ -18,7 +18,6 @@ constexpr int kTileVecs = cpu::TileVecs(kVectors);
 constexpr int kTileRows = cpu::TileRows(kVectors, kTileVecs);
 // Row of a packed left operand: a power of two, so that it is copied as one vector.
 constexpr int kPackedRow = kTileRows <= 4 ? 4 : 8;
-constexpr int64_t kSumDepth = cpu::SumDepth(kVectors);
 // Rows of a left operand that pass together along rows of w as they lie, where there are so many.
 constexpr int kDotRows = N >= 8 ? 4 : 1;
 
@@ -220,17 +219,17 @@ void PackColumns(const void* w, Storage s, int64_t K, int64_t cols, int64_t col,
 template <int NV>
 void GemmBlocks(int64_t M, const T* a, int64_t lda, const T* w, int64_t ldw, int64_t K, T* c,
                 int64_t ldc, bool accumulate, bool one_chain) {
-  for (int64_t k = 0; k < K; k += kSumDepth)
-    GemmRows<NV>(M, a + k, lda, w + k * ldw, ldw, K - k < kSumDepth ? K - k : kSumDepth, c, ldc,
-                 accumulate || k > 0, one_chain);
+  for (int64_t k = 0; k < K; k += cpu::kSumDepth)
+    GemmRows<NV>(M, a + k, lda, w + k * ldw, ldw, K - k < cpu::kSumDepth ? K - k : cpu::kSumDepth,
+                 c, ldc, accumulate || k > 0, one_chain);
 }
 // The same with the columns from col on of a w that is used once: packed by so many rows.
 template <int NV>
 void GemmColumns(int64_t M, const T* a, int64_t lda, const void* w, Storage s, int64_t K,
                  int64_t cols, int64_t col, T* c, int64_t ldc, bool accumulate, bool one_chain) {
-  alignas(kLine) T packed[kSumDepth * NV * N];
-  for (int64_t k = 0; k < K; k += kSumDepth) {
-    const int64_t depth = K - k < kSumDepth ? K - k : kSumDepth;
+  alignas(kLine) T packed[cpu::kSumDepth * NV * N];
+  for (int64_t k = 0; k < K; k += cpu::kSumDepth) {
+    const int64_t depth = K - k < cpu::kSumDepth ? K - k : cpu::kSumDepth;
     PackColumns<NV * N>(At(w, s, k * cols), s, depth, cols, col, packed);
     GemmRows<NV>(M, a + k, lda, packed, NV * N, depth, c, ldc, accumulate || k > 0, one_chain);
   }

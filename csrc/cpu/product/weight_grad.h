@@ -203,13 +203,13 @@ class WeightGrad {
         const bool in_place = r0 == 0 && width == kWidth;
         T* const sums = in_place ? out : left.sums;
         const int64_t stride = in_place ? cols : kWidth;
-        for (int64_t k = 0; k < n; k += kSumDepth)
+        for (int64_t k = 0; k < n; k += cpu::kSumDepth)
           for (int64_t m = m0; m < m1; m += kTileRows) {
             const Left a = of_d[(m - m0) / kTileRows].From(k);
             GemmPacked<NV>(int(m1 - m < kTileRows ? m1 - m : kTileRows), a.first, a.stride,
                            packed + v * N * block + k * kWidth,
-                           n - k < kSumDepth ? n - k : kSumDepth, sums + (m - m0) * stride, stride,
-                           k > 0);
+                           n - k < cpu::kSumDepth ? n - k : cpu::kSumDepth,
+                           sums + (m - m0) * stride, stride, k > 0);
           }
         if (!in_place) StoreSums<kWidth>(sums, m1 - m0, out, width, r0 > 0);
       });
