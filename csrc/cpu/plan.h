@@ -75,7 +75,8 @@ constexpr int kTurnedVecs = 2;         // vectors of rows that are multiplied wi
 // Products that are summed one after the other, before their sum is added to others: what keeps a
 // tile of the right side in the first-level cache, and the sums of long batches and wide layers as
 // accurate as torch.nn's. In one chain the error grows with the square root of its length: 40 eps of
-// the largest gradient for 32,000 rows.
+// the largest gradient for 32,000 rows. With AVX2, 256 would take 1.5 % off a training step, and its
+// errors would be 1.2 to 1.7 times as large.
 constexpr int64_t kSumDepth = 128;
 
 // ---- the gradients of weights, dW = d^T b over all rows ----
