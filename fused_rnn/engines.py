@@ -78,8 +78,8 @@ def engine_of(
     by_torch: bool = False,
 ) -> tuple[Any, bool]:
     """``ops``, ``reference`` or ``onnx``, all of which have ``recurrent``; and whether its products
-    with the weights are of 8-bit integers. ``by_torch``: whether ``wants_torch_operator``, which
-    torch has not for what is asked."""
+    with the weights are of 8-bit integers. ``by_torch``: whether ``wants_torch_operator`` said so,
+    where torch has no operator for what is asked."""
     int8 = packed.int8 and not ops.wants_grad((x, *states, *weights))
     if onnx.exporting():
         return onnx, int8
