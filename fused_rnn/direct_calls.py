@@ -62,16 +62,17 @@ def _recorded(call: ops.Call, x: Tensor, hx: Any, weights: Sequence[Any], batch_
         return None
     if torch.is_autocast_enabled("cpu"):  # which the call refuses, after a copy of x
         return None
-    h0 = c0 = None
+    states: tuple[Any, ...] = ()
     if hx is not None:
-        pair = hx if isinstance(hx, (tuple, list)) else (hx, None)
-        if (pair is hx) != (len(known.states) > 1) or len(pair) != 2:
+        several = isinstance(hx, (tuple, list))
+        states = tuple(hx) if several else (hx,)
+        if several != (len(known.states) > 1) or len(states) != 1 + several:
             return None
-        for state in pair if pair is hx else (hx,):
-            usual = type(state) in (Tensor, Parameter) and state.layout == torch.strided
-            if not usual or not state.is_contiguous():
-                return None
-        h0, c0 = pair
+    for state in states:
+        usual = type(state) in (Tensor, Parameter) and state.layout == torch.strided
+        if not usual or not state.is_contiguous():
+            return None
+    h0, c0 = (*states, None, None)[:2]
     if batch_first:
         x = x.transpose(0, 1)
     found = ops.directly(call, x.contiguous(), h0, c0, None, weights, None, train=True)

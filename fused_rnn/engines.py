@@ -75,15 +75,15 @@ def engine_of(
     weights: Sequence[Tensor],
     packed: Packed,
     *,
-    by_torch: bool = False,
+    wants_torch: bool = False,
 ) -> tuple[Any, bool]:
     """``ops``, ``reference`` or ``onnx``, all of which have ``recurrent``; and whether its products
-    with the weights are of 8-bit integers. ``by_torch``: whether ``wants_torch_operator`` said so,
+    with the weights are of 8-bit integers. ``wants_torch``: what ``wants_torch_operator`` said,
     where torch has no operator for what is asked."""
     int8 = packed.int8 and not ops.wants_grad((x, *states, *weights))
     if onnx.exporting():
         return onnx, int8
-    if not (by_torch or transformed()) and ops.supports([x, *states, *weights], cell):
+    if not (wants_torch or transformed()) and ops.supports([x, *states, *weights], cell):
         # Kernels have such products with packed weights alone.
         return reference if int8 and packed.tensor is None else ops, int8
     # Plain torch would broadcast and promote where torch.nn refuses.

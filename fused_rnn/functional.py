@@ -80,8 +80,8 @@ def recurrent(
     if given is not None:  # is differentiable as they are, and as they are of one dtype
         weights = [*weights, given]
     usual = between is NOTHING and reset is None and not every_state
-    by_torch = engines.wants_torch_operator(x, weights)
-    if by_torch and usual and cell in engines.TORCH_CELLS:
+    wants_torch = engines.wants_torch_operator(x, weights)
+    if wants_torch and usual and cell in engines.TORCH_CELLS:
         config = (num_layers, dropout, training, bool(bidirectional))
         return engines.by_torch(cell, x, h0, c0, weights, present, config, batch_first, batch_sizes)
 
@@ -100,7 +100,7 @@ def recurrent(
         reset,
         every_state,
         packed,
-        by_torch,
+        wants_torch,
     )
     states = (h0, c0, *(reset_to or (None, None)))
     low = autocast.dtype_for(x, _present(states), weights)
@@ -124,7 +124,7 @@ class _How(NamedTuple):
     reset: Tensor | None
     every_state: bool
     packed: Packed
-    by_torch: bool  # whether torch's operator is wanted, which does not exist for this
+    wants_torch: bool  # whether torch's operator is wanted, which does not exist for this
 
 
 States = tuple[Tensor | None, ...]  # h0, c0, and the h and c after a reset
@@ -175,7 +175,7 @@ def _run(
     cell, batch_sizes, between = how.cell, how.batch_sizes, how.between
     present = how.shape[2]
     engine, int8 = engines.engine_of(
-        cell, x, _present(states), weights, how.packed, by_torch=how.by_torch
+        cell, x, _present(states), weights, how.packed, wants_torch=how.wants_torch
     )
     if kept_for_backward(x, _present(states), weights):
         x = x.contiguous()

@@ -225,11 +225,9 @@ class Stages(NamedTuple):
     @property
     def nothing(self) -> bool:
         """Whether a layer is as torch.nn has it."""
-        if self is NO_STAGES:
-            return True
-        tensors = (self.reset, self.zoneout, self.h_mask)
-        plain = self.blocks == 1 and self.norm is None and not self.int8
-        return plain and all(t is None for t in tensors)
+        if self.blocks > 1 or self.norm is not None or self.int8:
+            return False
+        return self.reset is None and self.zoneout is None and self.h_mask is None
 
     def of_states(self, fn: Callable[[Tensor], Tensor]) -> Stages:
         """With what ``fn`` makes of all tensors that are about states, [.., L*D, rows, ..]."""

@@ -53,16 +53,16 @@ int main() {
 """
 
 
-def run(title: str, command: list[str], env: dict[str, str], fails_by: str = "") -> bool:
-    """Whether it passed; with ``fails_by``, exit if it does not fail so."""
+def run(title: str, command: list[str], env: dict[str, str], fails_by: str = "") -> list[str]:
+    """Its title if it failed; with ``fails_by``, exit if it does not fail so."""
     print(f"== {title}", flush=True)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=bool(fails_by), text=True)
     if not fails_by and done.returncode:
         print(f"== {title}: failed", flush=True)
-        return False
+        return [title]
     if fails_by and (done.returncode == 0 or fails_by not in done.stdout + done.stderr):
         sys.exit(f"{title}: not found\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return True
+    return []
 
 
 def instructions(env: dict[str, str]) -> str:
@@ -89,7 +89,7 @@ def main() -> None:
         subprocess.run([*compiler, f"-I{build.CSRC}", *sources, "-o", program], check=True)
         run("planted: past a piece", [program], dict(os.environ), fails_by="use-after-poison")
 
-    failed = []
+    failed: list[str] = []
     capabilities = CAPABILITIES[CAPABILITIES.index(instructions(env)) :]
     if len(capabilities) < len(CAPABILITIES):
         emulated.compile_cpu("cpu-tiles-asan")
@@ -106,15 +106,13 @@ def main() -> None:
         command += ["--quick", str(CASES)]
         names = TESTS if here else ["tiles"]
         command += [f"tests/test_{name}.py" for name in names]
-        if not run(f"tests, {capability}", command, own):
-            failed.append(f"tests, {capability}")
+        failed += run(f"tests, {capability}", command, own)
 
     program = str(emulated.compile_race_check())
     run("planted: a race", [program, "0"], dict(os.environ), fails_by="data race")
     for capability in capabilities:
         own = {**os.environ, "FUSED_RNN_CPU_CAPABILITY": capability}
-        if not run(f"races, {capability}", [program, "3"], own):
-            failed.append(f"races, {capability}")
+        failed += run(f"races, {capability}", [program, "3"], own)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 

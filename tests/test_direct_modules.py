@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import CLASSES, pair
 from direct import Spy, assert_identical, by_operator, needs_direct
+from double_modules import LAYERS
 from helpers import flatten
 from torch import Tensor, nn
 
@@ -76,9 +77,6 @@ def test_whole_calls_know_who_wants_gradients(name: str, spy: Spy) -> None:
             tensor.requires_grad_(False)
     # Of a step it is the whole call, with its place in the graph of autograd.
     assert ("call_module" in spy.names) == name.endswith("Cell")
-
-
-LAYERS = [name for name in CLASSES if not name.endswith("Cell")]
 
 
 @needs_direct

@@ -144,10 +144,10 @@ def directly(
     )
     if found is None or not train:
         return found
-    y, h_n, c_n = record_recurrent(
+    recorded: tuple[Tensor, Tensor, Tensor | None] = record_recurrent(
         call, NO_STAGE_TENSORS, found, x, h0, c0, None, batch_sizes, *weights
     )
-    return y, h_n, c_n if len(reference.CELLS[call.cell].states) > 1 else None
+    return recorded
 
 
 def _call(
