@@ -116,7 +116,7 @@ PYTHON_LAYERS = {
     "engines": {".onnx", ".ops", ".packed", ".reference", ".torch_internals"},
     "autocast": {".ops", ".reference"},
     "in_place": {".ops", ".torch_internals"},
-    "direct_calls": {".engines", ".ops", ".packed"},
+    "direct_calls": {".engines", ".ops", ".packed", ".reference"},
     "functional": {
         ".autocast",
         ".between",
