@@ -95,8 +95,9 @@ class Batch:
 
 def direct_call_facts() -> tuple[Any, ...]:
     """What the direct calls compare with and call, see Setup in csrc/ops/direct.cpp: by what a call
-    of a module is more than one of its forward, forward mode, the address of how
-    extensions get from a tensor of Python to that of C++ (0 if there is none), a dispatch key."""
+    of a module is more than one of its forward, forward mode, a dispatch key; and, to find the
+    tensor of C++ in one of Python, the address of how extensions get there (0 if there is none), the
+    bytes of such an object, and two of them."""
     load = "_ZN8pybind116detail11type_casterIN2at6TensorEvE4loadENS_6handleEb"
     there = getattr(ctypes.PyDLL(torch._C.__file__), load, None)
     global_hooks = (
@@ -111,6 +112,9 @@ def direct_call_facts() -> tuple[Any, ...]:
         nn.Module._call_impl,
         global_hooks,
         vars(forward_ad),
-        ctypes.cast(there, ctypes.c_void_p).value if there else 0,
         int(torch._C.DispatchKey.AutogradFunctionality),  # type: ignore[call-overload]
+        ctypes.cast(there, ctypes.c_void_p).value if there else 0,
+        torch._C.TensorBase.__basicsize__,
+        torch.empty(1, device="cpu"),
+        nn.Parameter(torch.empty(1, device="cpu")),
     )

@@ -130,7 +130,7 @@ def test_batched_gradients() -> None:
 
 
 def test_direct_call_facts() -> None:
-    module, call, call_impl, hooks, forward_mode, load, key = internals.direct_call_facts()
+    module, call, call_impl, hooks, forward_mode, key, *of_tensors = internals.direct_call_facts()
     assert module is nn.Module and call is nn.Module.__call__ and call_impl is nn.Module._call_impl
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
@@ -138,4 +138,6 @@ def test_direct_call_facts() -> None:
     finally:
         handle.remove()
     assert forward_mode["_current_level"] == -1
-    assert load > 0 and key > 0
+    load, size, tensor, parameter = of_tensors
+    assert load > 0 and key > 0 and size >= 24
+    assert type(tensor) is torch.Tensor and type(parameter) is nn.Parameter

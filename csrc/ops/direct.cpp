@@ -22,9 +22,6 @@ namespace {
 // null.
 template <PyObject* (*function)(Reader&)>
 PyObject* Guarded(PyObject*, PyObject* const* arguments, Py_ssize_t n) {
-  const struct AtEnd {
-    ~AtEnd() { LookAway(); }
-  } at_end;
   try {
     Reader reader(arguments, n);
     if (PyObject* result = function(reader)) return result;
@@ -214,11 +211,13 @@ PyObject* Setup(Reader& arguments) {
   for (PyObject** field : {&tensor_type, &parameter_type, &record_step, &module_type, &module_call,
                            &module_call_impl, &global_hooks, &forward_mode})
     *field = Owned::Another(arguments.Object());
-  look_at = reinterpret_cast<decltype(look_at)>(arguments.Integer());
-  if (look_at == nullptr) return nullptr;
-  for (AtenTensorHandle* tensor : {&nothing, &seen})
-    if (aoti_torch_new_uninitialized_tensor(tensor) != 0) return nullptr;
   autograd_key = c10::DispatchKey(arguments.Integer());
+  const auto load = reinterpret_cast<Load>(arguments.Integer());
+  const auto bytes = Py_ssize_t(arguments.Integer());
+  PyObject *tensor = arguments.Object(), *parameter = arguments.Object();
+  if (load == nullptr) return nullptr;
+  tensor_offset = FindTensor(load, tensor, bytes);
+  if (tensor_offset < 0 || FindTensor(load, parameter, bytes) != tensor_offset) return nullptr;
   arguments.End();
   exchange = found;
   return Owned::Another(Py_True);

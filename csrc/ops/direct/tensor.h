@@ -16,13 +16,8 @@ namespace frnn::direct {
 
 // Whether the numbers of a tensor are to be negated, as in z.conj().imag, of which DLPack does not
 // tell. Tensor.is_neg() takes longer than the rest of a look at a tensor: it lets go of Python's lock.
-// `seen` holds the tensor until LookAway.
 inline bool IsNegative(PyObject* tensor) {
-  return !look_at(seen, tensor, false) ||
-         at::native::is_neg(*reinterpret_cast<const at::Tensor*>(seen));
-}
-inline void LookAway() {
-  if (seen != nullptr) aoti_torch_assign_tensors(nothing, seen);
+  return at::native::is_neg(*reinterpret_cast<const at::Tensor*>(TensorIn(tensor)));
 }
 
 // A tensor argument, with as much of torch's Tensor as Call needs. It owns nothing.
@@ -41,8 +36,8 @@ class Borrowed {
     dims_ = t.dims;
     std::copy(t.shape, t.shape + dims_, shape_);
     std::copy(t.strides, t.strides + dims_, strides_);
-    if (numel() == 0 ? !may_be_empty : !HasMemory()) throw Unsupported();
     object_ = object;
+    if (numel() == 0 ? !may_be_empty : !HasMemory()) throw Unsupported();
   }
   // Contiguous.
   Borrowed(void* data, ScalarType dtype, const Dims& shape)
@@ -95,7 +90,7 @@ class Borrowed {
     const auto address = int64_t(reinterpret_cast<uintptr_t>(data_));
     if (address >> 44 != 0) return true;  // offsets are not as large
     int64_t offset = 0;
-    return aoti_torch_get_storage_offset(seen, &offset) == 0 && offset * BytesOf(dtype_) != address;
+    return aoti_torch_get_storage_offset(TensorIn(object_), &offset) == 0 && offset * BytesOf(dtype_) != address;
   }
 
   static ScalarType TypeOf(dlpack::DataType t) {
@@ -119,7 +114,7 @@ using MaybeBorrowed = std::optional<Borrowed>;
 inline Borrowed ContiguousCopy(const Borrowed&) { throw Unsupported(); }
 inline void CheckMemory(const char*, const Borrowed&) {}  // which every Borrowed has
 inline int64_t VersionOf(const Borrowed& t) {
-  return look_at(seen, t.object(), false) ? VersionOfTorchs(seen) : -1;
+  return VersionOfTorchs(TensorIn(t.object()));
 }
 
 // A tensor that is made here, until Python has it. Its memory is the engine's own: as in

@@ -1,5 +1,6 @@
 // What direct calls ask of torch, beside tensors: who watches its dispatcher, and what it told Setup.
 #pragma once
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -49,11 +50,7 @@ namespace frnn::direct {
 // Set once, by Setup.
 inline const dlpack::Exchange* exchange = nullptr;
 inline PyObject *tensor_type, *parameter_type;
-// The tensor that is looked at, see IsNegative; an undefined one.
-inline AtenTensorHandle seen, nothing;
-// How every extension of torch gets from a tensor of Python to that of C++: a member function of
-// pybind11::detail::type_caster<at::Tensor>, whose one member is the tensor.
-inline bool (*look_at)(AtenTensorHandle caster, PyObject* tensor, bool convert);
+inline Py_ssize_t tensor_offset;  // of the at::Tensor in its object of Python, in bytes
 inline c10::DispatchKey autograd_key;
 // torch.nn.Module, and what it came with.
 inline PyObject *module_type, *module_call, *module_call_impl;
@@ -90,6 +87,33 @@ struct Names {
 };
 inline const Names& names() {
   static const Names found;
+  return found;
+}
+
+// The tensor of C++ in one of Python, which stays the owner. Extensions usually copy it, which takes
+// Python's lock each time, to count.
+inline AtenTensorHandle TensorIn(PyObject* object) {
+  return reinterpret_cast<AtenTensorHandle>(reinterpret_cast<char*>(object) + tensor_offset);
+}
+// How every extension of torch gets from a tensor of Python to that of C++: a member function of
+// pybind11::detail::type_caster<at::Tensor>, whose one member is the tensor.
+using Load = bool (*)(AtenTensorHandle caster, PyObject* tensor, bool convert);
+
+// Finds tensor_offset by a tensor: where its object, of so many bytes, has what `load` gets from it.
+// -1: nowhere, or at several places.
+inline Py_ssize_t FindTensor(Load load, PyObject* object, Py_ssize_t bytes) {
+  AtenTensorHandle tensor;
+  if (aoti_torch_new_uninitialized_tensor(&tensor) != 0) return -1;
+  Py_ssize_t found = -1;
+  if (load(tensor, object, false)) {
+    int places = 0;
+    for (Py_ssize_t at = sizeof(PyObject); at + Py_ssize_t(sizeof(void*)) <= bytes;
+         at += sizeof(void*))
+      if (std::memcmp(reinterpret_cast<char*>(object) + at, tensor, sizeof(void*)) == 0)
+        found = at, places++;
+    if (places != 1) found = -1;
+  }
+  aoti_torch_delete_tensor_object(tensor);
   return found;
 }
 
