@@ -95,9 +95,9 @@ class Batch:
 
 def direct_call_facts() -> tuple[Any, ...]:
     """What the direct calls compare with and call, see Setup in csrc/ops/direct.cpp: by what a call
-    of a module is more than one of its forward, forward mode, a dispatch key. And to find the tensor
-    of C++ in one of Python: the address of how extensions get there (0 if there is none), the bytes
-    of such an object, and two of them."""
+    of a module is more than one of its forward, forward mode, a dispatch key. And what finds the
+    tensor of C++ in one of Python: the address of how extensions get there (0 if there is none),
+    the bytes of such an object, and two of them."""
     load = "_ZN8pybind116detail11type_casterIN2at6TensorEvE4loadENS_6handleEb"
     there = getattr(ctypes.PyDLL(torch._C.__file__), load, None)
     global_hooks = (
