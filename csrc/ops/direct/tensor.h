@@ -90,7 +90,8 @@ class Borrowed {
     const auto address = int64_t(reinterpret_cast<uintptr_t>(data_));
     if (address >> 44 != 0) return true;  // offsets are not as large
     int64_t offset = 0;
-    return aoti_torch_get_storage_offset(TensorIn(object_), &offset) == 0 && offset * BytesOf(dtype_) != address;
+    return aoti_torch_get_storage_offset(TensorIn(object_), &offset) == 0 &&
+           offset * BytesOf(dtype_) != address;
   }
 
   static ScalarType TypeOf(dlpack::DataType t) {
@@ -113,9 +114,7 @@ using MaybeBorrowed = std::optional<Borrowed>;
 
 inline Borrowed ContiguousCopy(const Borrowed&) { throw Unsupported(); }
 inline void CheckMemory(const char*, const Borrowed&) {}  // which every Borrowed has
-inline int64_t VersionOf(const Borrowed& t) {
-  return VersionOfTorchs(TensorIn(t.object()));
-}
+inline int64_t VersionOf(const Borrowed& t) { return VersionOfTorchs(TensorIn(t.object())); }
 
 // A tensor that is made here, until Python has it. Its memory is the engine's own: as in
 // Cpu::NewLarge the storage can not be resized, which nobody has reason to do to a result.
