@@ -1,4 +1,4 @@
-"""A single sequence in inference has a loop of its own, with the bits of the loop for all others,
+"""A single sequence in inference has loops of its own, with the bits of the loop for all others,
 which a forward that keeps a tape takes."""
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ LAYERS: dict[str, type[nn.RNNBase]] = {
     "peephole_lstm": fused_rnn.PeepholeLSTM,
     "block_gru": fused_rnn.BlockGRU,
 }
-# Fewer read weights as they lie; the other loop has another sum for a last chunk of one or two.
-STEPS = (17, 31, 32, 33, 64, 65, 128, 131, 300)
+# Of one step, and of weights that are packed, which 2 to 16 steps do not repay; the other loop has
+# another sum for a last chunk of one or two.
+STEPS = (1, 17, 31, 32, 33, 64, 65, 128, 131, 300)
 
 
 @fused_rnn.cell(gates=("r", "z", "n"), states=("c", "h"), output="c")

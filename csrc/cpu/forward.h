@@ -19,6 +19,7 @@ class Layer<C>::ForwardPass {
  public:
   explicit ForwardPass(const LayerParams& p);
   void Run(Team& team);
+  static void OneStep(const LayerParams& p);  // see LoopOf
 
   const cpu::ForwardPlan plan;
 
@@ -135,8 +136,9 @@ class Layer<C>::ForwardPass {
   void NormalisedGates(Team& team, Thread& my, const Chunk& chunk, const Step& step) const;
   template <int kProduct>
   void Gates(const Thread& my, const StepRows& s, int64_t at, int64_t first, int rows) const;
+  // Not inline: its bits are those of one place, wherever it is called.
   template <int kProduct>
-  static void GateMath(const StepRows& s, int64_t first, int rows);
+  FRNN_NOINLINE static void GateMath(const StepRows& s, int64_t first, int rows);
   template <class F>
   static void ForRows(const StepRows& s, int64_t first, int rows, const F& run);
   void ShowOutputs(Team& team, Thread& my, const Chunk& chunk, const Step& step) const;

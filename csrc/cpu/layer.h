@@ -1,5 +1,6 @@
 // The CPU engine: one recurrent layer over a whole sequence, for any cell. What both passes share
-// is here, the passes are in cpu/forward.h and cpu/backward.h.
+// is here, the passes are in cpu/forward.h and cpu/backward.h, and what single sequences have
+// instead of the first in cpu/single.h.
 //
 // Units are cut into panels of a few vectors; a thread owns a range of panels for the whole
 // sequence, so its slice of the weights stays in its own cache. Weights are packed per panel as
@@ -40,10 +41,14 @@ template <class C>
 class Layer {
  public:
   static void Forward(const LayerParams& p) {
-    if (IsStream(p))
-      ForwardStream(p);
-    else
-      Run<ForwardPass>(p);
+    switch (LoopOf(p)) {
+      case Loop::kOneStep:
+        return ForwardPass::OneStep(p);
+      case Loop::kStream:
+        return ForwardStream(p);
+      case Loop::kAny:
+        Run<ForwardPass>(p);
+    }
   }
   static void Backward(const LayerGradParams& p) { Run<BackwardPass>(p); }
   static void Scale(void* data, const void* by, int64_t n, Storage storage) {
@@ -123,18 +128,24 @@ class Layer {
     Run<Pass>(alone);
   }
 
-  // One sequence in inference, forwards, with nothing between its steps, which one thread runs on
-  // packed weights: it has a loop of its own, without what others need.
-  static bool IsStream(const LayerParams& p) {
-    if (p.B != 1 || p.dirs != 1 || p.ragged || p.storage != kPlain || p.T == 1 || C::kH == 0 ||
-        C::kGiven > 0)
-      return false;
+  // A single sequence in inference, forwards, with nothing between its steps, which one thread runs on
+  // vectors, has loops of its own, without what others need: one step of weights as they lie, and
+  // steps of packed ones.
+  enum class Loop { kAny, kOneStep, kStream };
+  static Loop LoopOf(const LayerParams& p) {
+    if (p.B != 1 || p.dirs != 1 || p.ragged || p.storage != kPlain || C::kH == 0 || C::kGiven > 0)
+      return Loop::kAny;
     if (p.hs || p.saved || p.every_state || p.reset || p.zoneout || p.h_mask || p.blocks > 1 ||
         Projected(p) || p.norm != Norm::kNone)
-      return false;
+      return Loop::kAny;
     const cpu::ForwardPlan plan = cpu::PlanForward(ProblemOf(p), TheMachine());
-    if (plan.threads > 1 || plan.tiled || plan.one_chain) return false;
-    return plan.w_hh == cpu::Packing::kOnce || IsPackedPlainly(p.w[0]);
+    if (plan.threads > 1 || plan.tiled || plan.one_chain) return Loop::kAny;
+    if (p.T == 1) {
+      const bool lies = plan.w_ih == cpu::Packing::kNone && plan.w_hh == cpu::Packing::kNone;
+      return lies && p.h0 && C::kOperands == 0 ? Loop::kOneStep : Loop::kAny;
+    }
+    const bool packed = plan.w_hh == cpu::Packing::kOnce || IsPackedPlainly(p.w[0]);
+    return packed ? Loop::kStream : Loop::kAny;
   }
   static void ForwardStream(const LayerParams& p);
 
@@ -381,56 +392,8 @@ void Layer<C>::CopyState(const LayerParams& p, const void* src, int dir, int64_t
   }
 }
 
-template <class C>
-void Layer<C>::ForwardStream(const LayerParams& p) {
-  if constexpr (C::kH > 0) {
-    using Stream = Steps<C, int64_t, int64_t>;
-    const int64_t padded = Stream::Padded(p.H);
-    const DirectionWeights& w = p.w[0];
-    Stream stream{};
-    const bool packs = !IsPackedPlainly(w);
-    T *packed, *b_ih, *b_hh, *params;
-    Scratch scratch;
-    scratch.Build([&](Scratch& s) {
-      packed = s.Take<T>(packs ? Stream::PackedSize(p.I, p.H) : 0);
-      b_ih = s.Take<T>(C::kX * padded);
-      b_hh = s.Take<T>(C::kH * padded);
-      params = s.Take<T>(C::kParams * padded);
-      for (T*& h : stream.h) h = s.Take<T>(padded);
-      stream.c = s.Take<T>(kExtra * padded);
-      stream.operands = s.Take<T>(Stream::OperandsSize(p.H));
-      stream.gates_x = s.Take<T>(Stream::GatesSize(p.I, p.H));
-    });
-    stream.inputs = p.I, stream.units = p.H;
-    stream.packed = packs ? packed : static_cast<const T*>(w.packed);
-    stream.b_ih = b_ih, stream.b_hh = b_hh, stream.params = params;
-    const auto numbers = [](const void* q, int64_t at = 0) {
-      return q == nullptr ? nullptr : static_cast<const T*>(q) + at;
-    };
-    if (packs) Stream::Pack(numbers(w.w_ih), numbers(w.w_hh), p.I, p.H, packed);
-    for (int q = 0; q < C::kX; q++)
-      Stream::PackUnits(numbers(w.b_ih, q * p.H), q, C::kX, p.H, b_ih);
-    for (int q = 0; q < C::kH; q++)
-      Stream::PackUnits(numbers(w.b_hh, q * p.H), q, C::kH, p.H, b_hh);
-    for (int k = 0; k < C::kParams; k++)
-      Stream::PackUnits(numbers(w.params[k]), k, C::kParams, p.H, params);
-    Stream::PackUnits(numbers(p.h0), 0, 1, p.H, stream.h[0]);
-    for (int e = 0; e < kExtra; e++)
-      Stream::PackUnits(numbers(p.c0, e * p.H), 0, 1, p.H, stream.c + e * padded);
-
-    const T* const x = static_cast<const T*>(p.x);
-    T* const y = static_cast<T*>(p.y);
-    for (int64_t t = 0; t < p.T; t += kMostSteps) {
-      const int64_t n = p.T - t < kMostSteps ? p.T - t : kMostSteps;
-      stream.Run(x + t * p.x_t_stride, p.x_t_stride, n, y + t * p.H, p.H);
-    }
-    memcpy(p.h_n, stream.h[0], p.H * sizeof(T));
-    for (int e = 0; e < kExtra; e++)
-      memcpy(static_cast<T*>(p.c_n) + e * p.H, stream.c + e * padded, p.H * sizeof(T));
-  }
-}
-
 FRNN_END
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/single.h"

@@ -118,6 +118,18 @@ class PanelProduct {
     }
   }
 
+  // gates of `rows` rows and a panel of w as it lies.
+  FRNN_INLINE static void MultiplyUnpacked(int64_t rows, const T* a, int64_t lda, const T* w,
+                                           int64_t H, int64_t K, int64_t panel, T* gates,
+                                           int64_t stride) {
+    for (int q = 0; q < kGates; q++)
+      for (int j = 0; j < kPanelVecs; j++) {
+        const int64_t unit = panel * kUnits + j * N, left = H - unit;
+        DotRows(rows, a, lda, w + (q * H + unit) * K, int(left < 0 ? 0 : (left < N ? left : N)), K,
+                gates + (q * kPanelVecs + j) * N, stride);
+      }
+  }
+
   int64_t count() const { return panels_.end - panels_.begin; }
   // The n rows of a step whose weights are read as they lie, by the whole team. A barrier follows.
   // Null: zeros.
@@ -164,16 +176,9 @@ class PanelProduct {
     const Common& c = *common_;
     const int64_t panel = panels_.begin + at;
     a += c.LeftColumn(panel);
-    if (c.packing == cpu::Packing::kNone) {
-      for (int q = 0; q < kGates; q++)
-        for (int j = 0; j < kPanelVecs; j++) {
-          const int64_t unit = panel * kUnits + j * N, left = c.H - unit;
-          DotRows(rows, a, lda, static_cast<const T*>(w_) + (q * c.H + unit) * c.K,
-                  int(left < 0 ? 0 : (left < N ? left : N)), c.K, gates + (q * kPanelVecs + j) * N,
-                  stride);
-        }
-      return;
-    }
+    if (c.packing == cpu::Packing::kNone)
+      return MultiplyUnpacked(rows, a, lda, static_cast<const T*>(w_), c.H, c.K, panel, gates,
+                              stride);
     if (c.Turns()) return MultiplyTurned(rows, panel, gates, stride);
     const auto multiply = [&](const auto* packed) FRNN_INLINE_LAMBDA {
       Layout::ForBands([&](auto first, auto vecs) FRNN_INLINE_LAMBDA {
