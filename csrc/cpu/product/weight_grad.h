@@ -203,30 +203,64 @@ class WeightGrad {
         const bool in_place = r0 == 0 && width == kWidth;
         T* const sums = in_place ? out : left.sums;
         const int64_t stride = in_place ? cols : kWidth;
-        for (int64_t k = 0; k < n; k += cpu::kSumDepth)
+        for (int64_t k = 0; k < n; k += cpu::kSumDepth) {
+          const int64_t depth = n - k < cpu::kSumDepth ? n - k : cpu::kSumDepth;
+          const bool stores = !in_place && k + depth == n;
           for (int64_t m = m0; m < m1; m += kTileRows) {
+            const int rows = int(m1 - m < kTileRows ? m1 - m : kTileRows);
             const Left a = of_d[(m - m0) / kTileRows].From(k);
-            GemmPacked<NV>(int(m1 - m < kTileRows ? m1 - m : kTileRows), a.first, a.stride,
-                           packed + v * N * block + k * kWidth,
-                           n - k < cpu::kSumDepth ? n - k : cpu::kSumDepth,
-                           sums + (m - m0) * stride, stride, k > 0);
+            T *const sum_of = sums + (m - m0) * stride, *const to = out + (m - m0) * cols;
+            if (stores) CallSums(to, rows, width);
+            GemmPacked<NV>(rows, a.first, a.stride, packed + v * N * block + k * kWidth, depth,
+                           sum_of, stride, k > 0);
+            if (stores) StoreSums<kWidth>(sum_of, rows, to, width, r0 > 0);
           }
-        if (!in_place) StoreSums<kWidth>(sums, m1 - m0, out, width, r0 > 0);
+        }
       });
     }
     team.Sync();
   }
 
-  // `width` columns of dw from `out` on (+)= those of sums [rows][kWidth].
+  // Ahead of StoreSums, while the last products run: rows of dw are far apart and in no cache near by.
+  // Inline: a call of a function that does nothing but this, gcc leaves out.
+  FRNN_INLINE void CallSums(const T* out, int rows, int64_t width) const {
+    for (int i = 0; i < rows; i++, out += cols)
+      for (int64_t u = 0; u < width; u += kLine / int64_t(sizeof(T)))
+        __builtin_prefetch(out + u, 1);
+  }
+  // `width` columns of up to kTileRows rows of dw, from `out` on, (+)= those of sums [rows][kWidth].
   template <int kWidth>
-  void StoreSums(const T* sums, int64_t rows, T* out, int64_t width, bool accumulate) const {
-    for (int64_t i = 0; i < rows; i++, sums += kWidth, out += cols)
+  void StoreSums(const T* sums, int rows, T* out, int64_t width, bool accumulate) const {
+    if (rows == kTileRows && width == kWidth) return StoreTile<kWidth>(sums, out, accumulate);
+    for (int i = 0; i < rows; i++, sums += kWidth, out += cols)
       for (int64_t u = 0; u < width; u += N) {
         const int lanes = width - u < N ? int(width - u) : N;
         V value = load<V>(sums + u);
         if (accumulate) value += load_n(out + u, lanes);
         store_n(out + u, value, lanes);
       }
+  }
+  // All is read before anything is written: where rows are 2 KB apart, a row has the last twelve bits of
+  // its addresses in common with the next but one, and its reads would wait for the writes of that.
+  template <int kWidth>
+  FRNN_INLINE void StoreTile(const T* sums, T* out, bool accumulate) const {
+    constexpr int NV = kWidth / N;
+    V values[kTileRows][NV];
+    FRNN_UNROLL
+    for (int i = 0; i < kTileRows; i++) {
+      FRNN_UNROLL
+      for (int j = 0; j < NV; j++) values[i][j] = load<V>(sums + i * kWidth + j * N);
+    }
+    FRNN_UNROLL
+    for (int i = 0; i < kTileRows && accumulate; i++) {
+      FRNN_UNROLL
+      for (int j = 0; j < NV; j++) values[i][j] += load<V>(out + i * cols + j * N);
+    }
+    FRNN_UNROLL
+    for (int i = 0; i < kTileRows; i++) {
+      FRNN_UNROLL
+      for (int j = 0; j < NV; j++) store<V>(out + i * cols + j * N, values[i][j]);
+    }
   }
 
   // kTileRows gate rows of d, packed or not: row r of d is at r * stride.
