@@ -116,5 +116,5 @@ def direct_call_facts() -> tuple[Any, ...]:
         ctypes.cast(there, ctypes.c_void_p).value if there else 0,
         torch._C.TensorBase.__basicsize__,
         torch.empty(1, device="cpu"),
-        nn.Parameter(torch.empty(1, device="cpu")),
+        nn.Parameter(torch.empty(1, device="cpu"), requires_grad=False),
     )
