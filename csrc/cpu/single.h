@@ -4,6 +4,11 @@
 
 FRNN_BEGIN
 
+// Of an operand in the computing type, from number `at` on.
+inline const T* Numbers(const void* operand, int64_t at = 0) {
+  return operand == nullptr ? nullptr : static_cast<const T*>(operand) + at;
+}
+
 // One step, as in decoding: there is next to nothing around its products, since what other passes set
 // up takes longer than the products of a small layer. The gate math is that of any step, to the bit.
 template <class C>
@@ -20,19 +25,16 @@ void Layer<C>::ForwardPass::OneStep(const LayerParams& p) {
     s.round = p.storage;
 
     const DirectionWeights& w = p.w[0];
-    const auto numbers = [](const void* q, int64_t at = 0) {
-      return q == nullptr ? nullptr : static_cast<const T*>(q) + at;
-    };
     for (int64_t panel = 0; panel < Panels(p); panel++) {
-      ProductX::MultiplyUnpacked(1, numbers(p.x), p.I, numbers(w.w_ih), p.H, p.I, panel, gates_x,
+      ProductX::MultiplyUnpacked(1, Numbers(p.x), p.I, Numbers(w.w_ih), p.H, p.I, panel, gates_x,
                                  0);
-      ProductH::MultiplyUnpacked(1, numbers(p.h0), p.H, numbers(w.w_hh), p.H, p.H, panel, gates_h,
+      ProductH::MultiplyUnpacked(1, Numbers(p.h0), p.H, Numbers(w.w_hh), p.H, p.H, panel, gates_h,
                                  0);
       const int64_t unit = panel * kUnits, units = p.H - unit < kUnits ? p.H - unit : kUnits;
       // dst[row][unit], of rows of H numbers; null: zeros.
       const auto read = [&](const void* rows, int count, T* dst) {
         for (int i = 0; i < count; i++)
-          LoadPadded<kUnits>(numbers(rows, i * p.H + unit), kPlain, rows ? units : 0,
+          LoadPadded<kUnits>(Numbers(rows, i * p.H + unit), kPlain, rows ? units : 0,
                              dst + i * kUnits);
       };
       read(w.b_ih, C::kX, b_ih);
@@ -74,19 +76,16 @@ void Layer<C>::ForwardStream(const LayerParams& p) {
     stream.inputs = p.I, stream.units = p.H;
     stream.packed = packs ? packed : static_cast<const T*>(w.packed);
     stream.b_ih = b_ih, stream.b_hh = b_hh, stream.params = params;
-    const auto numbers = [](const void* q, int64_t at = 0) {
-      return q == nullptr ? nullptr : static_cast<const T*>(q) + at;
-    };
-    if (packs) Stream::Pack(numbers(w.w_ih), numbers(w.w_hh), p.I, p.H, packed);
+    if (packs) Stream::Pack(Numbers(w.w_ih), Numbers(w.w_hh), p.I, p.H, packed);
     for (int q = 0; q < C::kX; q++)
-      Stream::PackUnits(numbers(w.b_ih, q * p.H), q, C::kX, p.H, b_ih);
+      Stream::PackUnits(Numbers(w.b_ih, q * p.H), q, C::kX, p.H, b_ih);
     for (int q = 0; q < C::kH; q++)
-      Stream::PackUnits(numbers(w.b_hh, q * p.H), q, C::kH, p.H, b_hh);
+      Stream::PackUnits(Numbers(w.b_hh, q * p.H), q, C::kH, p.H, b_hh);
     for (int k = 0; k < C::kParams; k++)
-      Stream::PackUnits(numbers(w.params[k]), k, C::kParams, p.H, params);
-    Stream::PackUnits(numbers(p.h0), 0, 1, p.H, stream.h[0]);
+      Stream::PackUnits(Numbers(w.params[k]), k, C::kParams, p.H, params);
+    Stream::PackUnits(Numbers(p.h0), 0, 1, p.H, stream.h[0]);
     for (int e = 0; e < kExtra; e++)
-      Stream::PackUnits(numbers(p.c0, e * p.H), 0, 1, p.H, stream.c + e * padded);
+      Stream::PackUnits(Numbers(p.c0, e * p.H), 0, 1, p.H, stream.c + e * padded);
 
     const T* const x = static_cast<const T*>(p.x);
     T* const y = static_cast<T*>(p.y);
