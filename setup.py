@@ -125,7 +125,10 @@ class WithLibrary(setuptools.Distribution):
 
 setuptools.setup(
     version=builder.VERSION,
-    packages=["fused_rnn", *(f"fused_rnn.{n}" for n in ("build", "compiler", "custom", "ops"))],
+    packages=[
+        "fused_rnn",
+        *(f"fused_rnn.{n}" for n in ("build", "compiler", "custom", "ops", "reference")),
+    ],
     # Has editable installs put a folder on the path, which type checkers find, and not a program.
     package_dir={"": "."},
     package_data={"fused_rnn": ["py.typed"]},

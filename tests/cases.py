@@ -37,7 +37,9 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTMCell", {}),
     "gru": ("GRUCell", {}),
 }
-CLASSES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
+LAYERS = ["RNN", "LSTM", "GRU"]
+STEP_CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
+CLASSES = LAYERS + STEP_CELLS
 SIZES = [1, 3, 17, 33, 65, 193]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -452,7 +452,7 @@ def with_gradients(
 def on_reference() -> Iterator[None]:
     """Plain torch does the work, and rounds what it computes to the type of the call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_wide", lambda dtype: dtype)
+        patch.setattr(reference.layers, "_wide", lambda dtype: dtype)
         patch.setattr(ops, "supports", lambda *_: False)
         patch.setattr(ops.direct, "functions", False)
         yield

@@ -355,7 +355,7 @@ def test_the_state_of_the_product_is_one() -> None:
         layer(2, 3, second=True)
 
 
-def test_threads_trace_one_after_another() -> None:
+def test_threads_trace_side_by_side() -> None:
     def leaky(x: Any, r: Any, s: Any, p: Any, leak: float = 0.0) -> dict[str, Any]:
         n = s.h
         for _ in range(50):

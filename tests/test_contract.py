@@ -35,7 +35,7 @@ def _light(gx: Tensor, gh: None, h: Tensor, c: Tensor, p: Tensor) -> tuple[Tenso
 
 def _swapped(gx: Tensor, gh: Tensor, h: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     c, count = rest.chunk(2, -1)
-    h, c = reference._lstm(gx, gh, h, c)
+    h, c = reference.cells._lstm(gx, gh, h, c)
     return h, torch.cat([c, count + 1], -1)
 
 

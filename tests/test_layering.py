@@ -103,12 +103,11 @@ def test_binding_sees_no_kernel() -> None:
 
 
 # Each imports packages, and of these files some that stand before it.
-PACKAGES = {".build", ".compiler", ".custom", ".ops"}
+PACKAGES = {".build", ".compiler", ".custom", ".ops", ".reference"}
 PYTHON_LAYERS = {
     "torch_internals": set(),
     "imports": set(),
     "scripting": set(),
-    "reference": set(),
     "onnx": {".reference"},
     "segments": {".reference", ".torch_internals"},
     "between": {".reference", ".segments"},
@@ -189,6 +188,18 @@ def test_layers_of_cells_from_functions() -> None:
 
 
 # Each may import those before it.
+REFERENCE_LAYERS = "stages cells tensors products direction layers __init__"
+
+
+def test_layers_of_the_reference() -> None:
+    known: set[str] = set()
+    for name in REFERENCE_LAYERS.split():
+        path = ROOT / f"fused_rnn/reference/{name}.py"
+        assert {n for n in imports(path) if n.startswith(".")} <= known, name
+        known.add(f".{name}")
+
+
+# Each may import those before it.
 OPERATOR_LAYERS = (
     "schemas direct library fakes derivatives step second_derivatives registration __init__"
 )
@@ -203,7 +214,7 @@ def test_layers_of_the_operators() -> None:
 
 
 # Each may import those before it.
-COMPILER_LAYERS = "errors graph trace derive cut affine emit explain"
+COMPILER_LAYERS = "errors graph rules symbols trace derive cut affine emit explain"
 
 
 def test_layers_of_the_compiler() -> None:

@@ -130,7 +130,7 @@ def check(
     ours, theirs = run(ops, cell, tensors, rest, dtype), exact
     if dtype.itemsize == 2:
         # As torch computes, by operations that each round. The reference rounds once, at the end.
-        with mock.patch.object(reference, "_wide", lambda dtype: dtype):
+        with mock.patch.object(reference.layers, "_wide", lambda dtype: dtype):
             theirs = run(reference, cell, tensors, rest, dtype)
     for found, other, want in zip(ours, theirs, exact, strict=True):
         size = want.norm().clamp_min(want.numel() ** 0.5)

@@ -1,7 +1,9 @@
 """From a function of torch operations to a header of csrc/cells, with its backward.
 
     graph    expressions: each is there once, constants are folded
-    trace    the user's function on symbols, which stand for one number per unit
+    rules    functions of torch as operations of a graph
+    symbols  what stands for gates, states and parameters, one number per unit each
+    trace    the user's function, run once on symbols
     derive   the gradients of the new states
     cut      which values of the forward are kept for the backward
     affine   whether steps can be composed

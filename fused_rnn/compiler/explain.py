@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from .affine import Affine
 from .cut import COMPUTE, KEEP, Tape
 from .derive import Gradients
-from .graph import Node, reachable
-from .trace import Trace, said
+from .graph import Node, reachable, said
+from .trace import Trace
 
 # Operations of a function, about as many as core/math.h has for it.
 _FUNCTION_FLOPS = 20

@@ -6,7 +6,7 @@ Nothing is reordered, so a folded expression has the bits of the one that was wr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 COMPARISONS = {"lt", "gt", "le", "ge", "eq", "ne"}
@@ -139,3 +139,22 @@ def reachable(roots: Iterable[Node]) -> list[Node]:
             seen[node] = None
             waiting.extend(node.operands)
     return sorted(seen, key=lambda node: node.index)
+
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+
+
+def said(node: Node, local: Mapping[Node, str] | None = None) -> str:
+    """A value as the author would say it, who has these names."""
+    if local and node in local:
+        return local[node]
+    if node.op == "input":
+        return f"{node.args[0]}.{node.args[1]}"
+    if node.op == "const":
+        return f"{node.args[0]:g}"
+    operands = [said(operand, local) for operand in node.operands]
+    if node.op in _SIGNS:
+        return f"({f' {_SIGNS[node.op]} '.join(operands)})"
+    inner = ", ".join(operands)
+    alone = len(operands) == 1 and node.operands[0].op in _SIGNS and inner.startswith("(")
+    return f"{node.op}{inner if alone else f'({inner})'}"

@@ -1,0 +1,44 @@
+"""The fixtures of tests of the programs in examples/."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from programs import looked_at
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For work so small that a second thread costs more than it does. Programs set the number of
+    the process; the next test has its own again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a program as from a shell; returns its figures. Its pictures are looked at here."""
+
+    def run(program: ModuleType, *arguments: Any) -> dict[str, Any]:
+        out = tmp_path / "deeper" / program.__name__  # a folder that is not there yet
+        command = [program.__name__, "--out", out, "--threads", 1, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        program.main()
+        pictures = list(out.glob("*.png"))
+        assert out / f"{program.__name__}.png" in pictures
+        for path in pictures:
+            looked_at(path)
+        return json.loads((out / f"{program.__name__}.json").read_text(encoding="utf-8"))
+
+    return run
