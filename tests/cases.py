@@ -37,9 +37,9 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTMCell", {}),
     "gru": ("GRUCell", {}),
 }
-LAYERS = ["RNN", "LSTM", "GRU"]
-STEP_CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
-CLASSES = LAYERS + STEP_CELLS
+LAYER_CLASSES = ["RNN", "LSTM", "GRU"]
+CELL_CLASSES = ["RNNCell", "LSTMCell", "GRUCell"]
+CLASSES = LAYER_CLASSES + CELL_CLASSES
 SIZES = [1, 3, 17, 33, 65, 193]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

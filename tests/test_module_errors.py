@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CLASSES, LAYERS, STEP_CELLS, pair
+from cases import CELL_CLASSES, CLASSES, LAYER_CLASSES, pair
 from helpers import assert_all_close, flatten, native, run
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -45,7 +45,7 @@ BAD_CONSTRUCTIONS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("GRU", (3, 4), {"num_layers": 1.5}),
     *(("LSTM", (3, 4), {"proj_size": size}) for size in (-1, 4, 5, 0, 3)),
     *((name, (3, 4), {"dtype": torch.int64}) for name in CLASSES),
-    *((name, (3,), {}) for name in STEP_CELLS),
+    *((name, (3,), {}) for name in CELL_CLASSES),
 ]
 
 
@@ -56,7 +56,7 @@ def test_constructor_errors(name: str, args: tuple[Any, ...], kwargs: dict[str, 
     )
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 @pytest.mark.parametrize(
     "argument, value",
     [("bidirectional", v) for v in ("False", 1, None, np.True_)] + [("num_layers", True)],
@@ -126,7 +126,7 @@ BAD_CALLS: dict[str, Callable[[nn.Module, str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 @pytest.mark.parametrize("call", BAD_CALLS)
 def test_call_errors(call: str, name: str) -> None:
     theirs, ours = pair(name, 3, 4)
@@ -142,7 +142,7 @@ def test_call_errors(call: str, name: str) -> None:
 BETTER_ERRORS: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]] = [
     *(
         (name, call, RuntimeError, "must have the same dtype, but got Double and Float")
-        for name in LAYERS
+        for name in LAYER_CLASSES
         for call in (
             lambda m: m(x(5, 2, 3), states(type(m).__name__, 1, 2, 4, dtype=torch.float64)),
         )
@@ -176,7 +176,7 @@ BETTER_ERRORS: list[tuple[str, Callable[[nn.Module], Any], type[Exception], str]
             RuntimeError,
             r"Expected hidden.* size \(1, 2, 4\), got \[1, 3, 4\]",
         )
-        for name in LAYERS
+        for name in LAYER_CLASSES
     ),
 ]
 
@@ -209,7 +209,7 @@ BAD_CELL_CALLS: dict[str, Callable[[nn.Module, str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", STEP_CELLS)
+@pytest.mark.parametrize("name", CELL_CLASSES)
 @pytest.mark.parametrize("call", BAD_CELL_CALLS)
 def test_cell_call_errors(call: str, name: str) -> None:
     theirs, ours = pair(name, 3, 4)
@@ -225,7 +225,7 @@ def test_lstm_cell_wants_a_pair() -> None:
         fused_rnn.LSTMCell(3, 4)(x(2, 3), x(2, 4))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 @pytest.mark.parametrize("change", [{"num_layers": 2}, {"bidirectional": True}, {"bias": False}])
 @pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
 def test_attributes_that_do_not_fit_the_weights(
@@ -252,14 +252,14 @@ def test_weights_of_wrong_shapes_are_named(name: str, train: bool) -> None:
         ("bias_hh", lambda w: w[:, None]),
     ):
         module = getattr(fused_rnn, name)(3, 4)
-        key = weight if name in STEP_CELLS else f"{weight}_l0"
+        key = weight if name in CELL_CLASSES else f"{weight}_l0"
         expected = getattr(module, key)
         setattr(module, key, nn.Parameter(change(expected.detach())))
         given = getattr(module, key)
         letter = weight.replace("weight", "w").replace("bias", "b")
         message = f"{letter}: expected shape {listed(expected)}, got {listed(given)}"
         with torch.set_grad_enabled(train), pytest.raises(RuntimeError) as caught:
-            module(x(2, 3) if name in STEP_CELLS else x(5, 2, 3))
+            module(x(2, 3) if name in CELL_CLASSES else x(5, 2, 3))
         assert str(caught.value) == message
 
 
@@ -274,7 +274,7 @@ def test_unknown_nonlinearity_of_a_cell() -> None:
             cell(x(2, 3))
 
 
-@pytest.mark.parametrize("name", STEP_CELLS)
+@pytest.mark.parametrize("name", CELL_CLASSES)
 @pytest.mark.parametrize(("inputs", "hidden"), [(0, 4), (3, 0), (0, 0)])
 def test_cells_without_inputs_or_units(name: str, inputs: int, hidden: int) -> None:
     with warnings.catch_warnings():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, LAYERS, STEP_CELLS, Case, pair, small
+from cases import CELL_CLASSES, CLASSES, LAYER_CLASSES, Case, pair, small
 from helpers import assert_all_close, flatten, run
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.module
 
 
 def some_input(name: str) -> Tensor:
-    return torch.randn(2, 3) if name in STEP_CELLS else torch.randn(5, 2, 3)
+    return torch.randn(2, 3) if name in CELL_CLASSES else torch.randn(5, 2, 3)
 
 
 def same(copied: nn.Module, original: nn.Module, name: str) -> None:
@@ -178,7 +178,7 @@ def test_weights_that_change() -> None:
     check()
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_tied_weights(name: str) -> None:
     theirs, ours = pair(name, 3, 4, bidirectional=True)
     for module in (theirs, ours):
@@ -218,7 +218,7 @@ def test_deleted_weight() -> None:
     ours.cpu()
 
 
-@pytest.mark.parametrize("name", STEP_CELLS)
+@pytest.mark.parametrize("name", CELL_CLASSES)
 @pytest.mark.parametrize("gone", ["bias_ih", "bias_hh"])
 def test_cells_with_one_bias(gone: str, name: str) -> None:
     """The second bias of most cells is redundant, so people drop it. The other one counts."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, LAYERS, STEP_CELLS, pair
+from cases import CELL_CLASSES, CLASSES, LAYER_CLASSES, pair
 from helpers import assert_all_close, flatten, run
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -101,7 +101,7 @@ def test_help(name: str) -> None:
     assert not failures, "".join(failures)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_public_methods(name: str) -> None:
     public = {n for n in dir(getattr(nn, name)) if not n.startswith("__")}
     assert not {n for n in public if not hasattr(getattr(fused_rnn, name), n)}
@@ -109,10 +109,10 @@ def test_public_methods(name: str) -> None:
 
 def test_base_classes() -> None:
     """Dynamo refuses instances of nn.RNN, nn.LSTM and nn.GRU, so ours are none."""
-    for name in LAYERS:
+    for name in LAYER_CLASSES:
         assert issubclass(getattr(fused_rnn, name), nn.RNNBase)
         assert not issubclass(getattr(fused_rnn, name), (nn.RNN, nn.LSTM, nn.GRU))
-    for name in STEP_CELLS:
+    for name in CELL_CLASSES:
         assert issubclass(getattr(fused_rnn, name), nn.RNNCellBase)
 
 
@@ -125,7 +125,7 @@ def no_warnings(fn: Callable[[], Any]) -> Any:
         return fn()
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_packed_objects_are_handed_through(name: str) -> None:
     packed = pack_sequence([torch.randn(n, 3) for n in (2, 4, 3)], enforce_sorted=False)
     output, _ = getattr(fused_rnn, name)(3, 4, batch_first=True)(packed)
@@ -138,8 +138,8 @@ def test_packed_objects_are_handed_through(name: str) -> None:
 @pytest.mark.parametrize("train", [False, True], ids=["infer", "train"])
 def test_results_can_be_detached_in_place(train: bool, name: str) -> None:
     """As truncated backpropagation does it. Views refuse, and those of torch.nn are none."""
-    kwargs = {} if name in STEP_CELLS else {"batch_first": True}
-    value = torch.randn(2, 3) if name in STEP_CELLS else torch.randn(5, 2, 3)
+    kwargs = {} if name in CELL_CLASSES else {"batch_first": True}
+    value = torch.randn(2, 3) if name in CELL_CLASSES else torch.randn(5, 2, 3)
     for dtype in (torch.float32, torch.bfloat16):
         module = getattr(fused_rnn, name)(3, 4, dtype=dtype, **kwargs)
         # Of any strides: not all of them take the same way.
@@ -160,7 +160,7 @@ def test_types_of_results() -> None:
     assert type(fused_rnn.GRUCell(3, 4)(input=value[0], hx=None)) is Tensor
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_quiet(name: str) -> None:
     """An ordinary call warns of nothing; torch.nn does of projections."""
     module = getattr(fused_rnn, name)(3, 4, **({"proj_size": 2} if name == "LSTM" else {}))
@@ -195,7 +195,7 @@ def test_overridden_hooks_are_called() -> None:
         assert set(calls) == set(methods)
 
 
-@pytest.mark.parametrize("name", STEP_CELLS)
+@pytest.mark.parametrize("name", CELL_CLASSES)
 def test_sparse_input(name: str) -> None:
     """Cells of torch.nn take bags of words as they are."""
     theirs, ours = pair(name, 30, 4, dtype=torch.float64)

@@ -282,3 +282,7 @@ def _operator_rules() -> dict[str, Callable[..., Node]]:
 
 
 OPERATORS = _operator_rules()
+
+for _name, _rule in OPERATORS.items():  # of a tensor and a symbol
+    if getattr(Tensor, _name, None) not in (None, *FUNCTIONS):
+        FUNCTIONS[getattr(Tensor, _name)] = _rule

@@ -154,8 +154,6 @@ def _enter_in_place(name: str) -> None:
 
 for _name, _rule in OPERATORS.items():
     _enter(_name, _rule)
-    if getattr(Tensor, _name, None) not in (None, *FUNCTIONS):
-        FUNCTIONS[getattr(Tensor, _name)] = _rule  # of a tensor and a symbol
 for _name in ("__matmul__", "__rmatmul__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__"):
     _enter(_name, None)
 for _name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "matmul"):
