@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import looked_at
+from programs import results
 
 Run = Callable[..., dict[str, Any]]
 
@@ -28,17 +27,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a program as from a shell; returns its figures. Its pictures are looked at here."""
+    """Runs a program as from a shell; returns its figures."""
 
     def run(program: ModuleType, *arguments: Any) -> dict[str, Any]:
         out = tmp_path / "deeper" / program.__name__  # a folder that is not there yet
         command = [program.__name__, "--out", out, "--threads", 1, *arguments]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         program.main()
-        pictures = list(out.glob("*.png"))
-        assert out / f"{program.__name__}.png" in pictures
-        for path in pictures:
-            looked_at(path)
-        return json.loads((out / f"{program.__name__}.json").read_text(encoding="utf-8"))
+        return results(out, program.__name__)
 
     return run

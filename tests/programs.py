@@ -21,15 +21,12 @@ def run_of(tmp_path: Path, *argv: str) -> common.Run:
     return common.start(parser.parse_args(["--out", str(tmp_path / "out"), *argv]))
 
 
-def results(out: Path) -> dict[str, Any]:
-    """The figures of a run, whose picture is looked at here."""
-    (picture,) = out.glob("*.png")
-    looked_at(picture, width=900, height=600)
-    return json.loads((out / f"{picture.stem}.json").read_text(encoding="utf-8"))
-
-
-def looked_at(picture: Path, width: int = 400, height: int = 400) -> None:
-    """Nothing is drawn on a picture that is small or blank."""
-    pixels = image.imread(picture)  # [height, width, RGBA]
-    assert pixels.shape[0] >= height and pixels.shape[1] >= width
-    assert pixels.std() > 0.05, f"{picture.name} is blank"
+def results(out: Path, program: str) -> dict[str, Any]:
+    """The figures of a program's run, whose pictures are looked at here."""
+    pictures = list(out.glob("*.png"))
+    assert out / f"{program}.png" in pictures
+    for path in pictures:
+        pixels = image.imread(path)  # [height, width, RGBA]
+        assert min(pixels.shape[:2]) >= 400
+        assert pixels.std() > 0.05, f"{path.name} is blank"
+    return json.loads((out / f"{program}.json").read_text(encoding="utf-8"))

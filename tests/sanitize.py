@@ -20,7 +20,8 @@ from fused_rnn import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = build.levels()[::-1]  # at most
-TESTS = "ops parity ragged tiles norm stages native_stages streams freeze int8 lengths".split()
+TESTS = """ops parity ragged tiles norm stages native_stages streams freeze int8 lengths
+direct direct_modules direct_operators""".split()
 # Of each test, drawn anew in every run.
 CASES = 24
 # About torch, the reference, or processes that this library is not loaded in.

@@ -13,7 +13,8 @@ for package in ("matplotlib", "tqdm", "sklearn"):
 
 import common  # noqa: E402
 import compare_cells  # noqa: E402
-from programs import CELLS, learns, results  # noqa: E402
+from program_fixtures import Run  # noqa: E402
+from programs import CELLS, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"
@@ -58,12 +59,11 @@ def test_the_rate_is_chosen_by_the_end_of_training(
 
 @learns
 @pytest.mark.drawn(4, of="long training")
-def test_every_cell_beats_the_baselines_at_equal_size(tmp_path: Path) -> None:
-    file, out = tmp_path / "text.txt", tmp_path / "out"
+def test_every_cell_beats_the_baselines_at_equal_size(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
     file.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    arguments = ["--data", str(file), "--out", str(out), "--steps", "120", "--seeds", "2"]
-    compare_cells.main([*arguments, "--parameters", "20000", "--batch", "32", "--rates", "5e-3"])
-    figures = results(out)
+    short = ("--steps", 120, "--seeds", 2, "--parameters", 20000, "--batch", 32, "--rates", 5e-3)
+    figures = run(compare_cells, "--data", file, *short)
     for cell in CELLS:
         assert figures[f"characters_{cell}"] < figures["characters_baseline"] - 0.5
         assert len(figures["characters"][cell]["results"]) == 2

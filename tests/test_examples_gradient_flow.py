@@ -15,7 +15,8 @@ for package in ("matplotlib", "tqdm", "sklearn"):
 
 import gradient_flow  # noqa: E402
 from helpers import assert_close  # noqa: E402
-from programs import learns, results, run_of  # noqa: E402
+from program_fixtures import Run  # noqa: E402
+from programs import learns, run_of  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"
@@ -125,11 +126,9 @@ def test_clipping_keeps_a_training_alive(tmp_path: Path) -> None:
     assert max(clipped["norms"]) > 10  # there was something to clip
 
 
-def test_gradient_flow_draws_its_page(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    short = ["--steps", "5", "--distance", "20", "--adding-length", "10", "--copy-delay", "2"]
-    gradient_flow.main(["--out", str(out), "--hidden", "16", "--batch", "4", *short])
-    figures = results(out)
+def test_gradient_flow_draws_its_page(run: Run) -> None:
+    short = ("--steps", 5, "--distance", 20, "--adding-length", 10, "--copy-delay", 2)
+    figures = run(gradient_flow, "--hidden", 16, "--batch", 4, *short)
     assert figures["error_against_theory"] < 1e-6
     assert len(figures["studies"]["cells"]["LSTM c"]) == 20
     assert figures["copy_baseline"] == pytest.approx(10 * math.log(8) / 22)

@@ -21,6 +21,7 @@ for package in ("matplotlib", "tqdm", "sklearn"):
 import common  # noqa: E402
 import language_model  # noqa: E402
 from helpers import assert_close  # noqa: E402
+from program_fixtures import Run  # noqa: E402
 from programs import CELLS, ROOT, learns, results  # noqa: E402
 from text import Text, chunks  # noqa: E402
 
@@ -136,14 +137,12 @@ def far_copies(lines: int) -> str:
 
 
 @learns
-def test_the_language_model_beats_ngrams_and_compressors(tmp_path: Path) -> None:
+def test_the_language_model_beats_ngrams_and_compressors(run: Run, tmp_path: Path) -> None:
     """What it must remember is farther away than any n-gram here reaches."""
-    file, out = tmp_path / "text.txt", tmp_path / "out"
+    file = tmp_path / "text.txt"
     file.write_text(far_copies(4000), encoding="utf-8")
-    arguments = ["--data", str(file), "--out", str(out), "--hidden", "48", "--chunk", "52"]
-    arguments += ["--steps", "300", "--lr", "1e-2", "--compare", "20", "--threads", "1"]
-    language_model.main(arguments)
-    figures = results(out)
+    sizes = ("--hidden", 48, "--chunk", 52, "--steps", 300, "--lr", 1e-2, "--compare", 20)
+    figures = run(language_model, "--data", file, *sizes)
     ours = figures["bits_per_character"]
     assert ours < figures["ngram_bits_per_character"] - 0.1
     assert ours < figures["gzip_bits_per_character"] - 0.1
@@ -195,4 +194,4 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("bits per character") > 0
-    assert results(tmp_path / "out")["processes"] == 2
+    assert results(tmp_path / "out", "language_model")["processes"] == 2

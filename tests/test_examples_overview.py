@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,7 +9,8 @@ for package in ("matplotlib", "tqdm", "sklearn"):
     pytest.importorskip(package)
 
 import overview  # noqa: E402
-from programs import learns, results  # noqa: E402
+from program_fixtures import Run  # noqa: E402
+from programs import learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"
@@ -19,10 +18,8 @@ pytest_plugins = "program_fixtures"
 
 @learns
 @pytest.mark.drawn(4, of="long training")
-def test_all_five_shapes_learn(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    overview.main(["--out", str(out), "--steps", "600"])
-    figures = results(out)
+def test_all_five_shapes_learn(run: Run) -> None:
+    figures = run(overview, "--steps", 600)
     for name in overview.shapes():
         assert figures[name] > figures[f"{name} baseline"] + 0.5, name
 
