@@ -57,52 +57,48 @@ examples: setup
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
 # core busy, the longest first. What a run says is shown when it ends; one that fails does not stop
 # the others. Which tests a run has, their roles say (pyproject.toml). Of a test with many cases a run
-# draws some, others each time, so that the whole takes about ten minutes; `make test-all` takes all.
+# takes one, another each time, so that all ends in about ten minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
-#   native     all that no other run has, on the CPU's engine
-#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
+#   results    values and gradients on the CPU's engine
+#   rest       all that no other run has
 #   examples   programs of examples/, which train
+#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 #   reference  the reference path, on what it could change
-RUNS := compiling native emulated examples reference
+RUNS := compiling rest examples results emulated reference
+# For every day: no examples, one engine and few compilers.
+QUICK := rest results
 # --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
 PYTEST := $(BIN)/python -m pytest -q
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
 TWO_AT_A_TIME = $(MAKE) --jobs=2 --keep-going $(SYNC) --no-print-directory
 
-.PHONY: $(RUNS:%=test-%)
+.PHONY: test-quick $(RUNS:%=test-%)
 # Beside another run, a thread that spins while it waits takes the core from the one it waits for.
 $(RUNS:%=test-%): export OMP_WAIT_POLICY = passive
 test: setup
 	$(BIN)/python -m fused_rnn build
 	$(TWO_AT_A_TIME) $(RUNS:%=test-%)
+test-quick: setup
+	$(BIN)/python -m fused_rnn build
+	$(TWO_AT_A_TIME) $(QUICK:%=test-%)
 
+test-compiling: setup
+	$(PYTEST) --roles=compiling --quick 1
+test-rest: setup
+	$(PYTEST) --roles=unit,module,tools,cuda --quick 1
 test-examples: setup
 	$(PYTEST) --roles=examples
-test-compiling: setup
-	$(PYTEST) --roles=compiling
+test-results: setup
+	$(PYTEST) --roles=parity,engine --quick 1
 test-emulated: setup
-	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 2
-test-native: setup
-	$(PYTEST) --roles=unit,parity,module,engine,tools,cuda --quick 2
+	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 1
 test-reference: setup
-	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine --quick 2
+	FUSED_RNN_BACKEND=reference $(PYTEST) --roles=parity,module,engine --quick 1
 
-# On demand, hours: all cases of tests of which `make test` draws some, and heavy sweeps.
+# On demand, hours: all cases of tests of which `make test` draws one, and heavy sweeps.
 .PHONY: test-all
 test-all:
 	$(MAKE) test PYTEST='$(PYTEST) --all -m "slow or not slow"'
-
-# For every day: one case of each test, another each time; no examples and few compilers.
-QUICK := results rest
-.PHONY: test-quick $(QUICK:%=test-quick-%)
-$(QUICK:%=test-quick-%): export OMP_WAIT_POLICY = passive
-test-quick: setup
-	$(BIN)/python -m fused_rnn build
-	$(TWO_AT_A_TIME) $(QUICK:%=test-quick-%)
-test-quick-results: setup
-	$(PYTEST) --roles=parity,engine --quick 1
-test-quick-rest: setup
-	$(PYTEST) --roles=unit,module,tools,cuda --quick 1
 
 # On demand, a quarter of an hour, or half an hour where AVX-512 and AMX are emulated: the CPU's
 # engine under gcc's sanitizers of memory, undefined behaviour and races, with each instruction set.

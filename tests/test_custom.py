@@ -9,13 +9,13 @@ import io
 import os
 import pickle
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import emulated
+import forked
 import pytest
 import random_cells
 import torch
@@ -588,9 +588,7 @@ print(y.sum().item(), fused_rnn.build.libraries.state().backend)
 
 def fresh(number: str, **own: str) -> subprocess.CompletedProcess[str]:
     text = PROGRAM.format(tests=str(Path(__file__).parent), number=number)
-    return subprocess.run(
-        [sys.executable, "-c", text], env=os.environ | own, capture_output=True, text=True
-    )
+    return forked.python("-c", text, env=os.environ | own)
 
 
 @needs_kernels
@@ -600,9 +598,7 @@ def test_a_library_is_built_once_and_listed(tmp_path: Path) -> None:
     assert first.stderr.count("compiling the cell Fresh (float, ") == 1, first.stderr
     second = fresh(number)
     assert second.stderr == "" and second.stdout == first.stdout and "native" in first.stdout
-    listed = subprocess.run(
-        [sys.executable, "-m", "fused_rnn", "cells"], capture_output=True, text=True
-    ).stdout
+    listed = forked.python("-m", "fused_rnn", "cells").stdout
     assert "peephole_lstm" in listed and "Fresh" in listed
     # Without a compiler the function itself runs, and says so once.
     missing = fresh("1" + number, CXX="/nowhere/c++")

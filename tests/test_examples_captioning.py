@@ -76,7 +76,7 @@ def test_captioner_steps_as_it_was_taught(variant: str) -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_captioning_beats_copying_the_nearest_images_caption(run: Run) -> None:
     figures = run(
         captioning, "--cnn-steps", 180, "--steps", 220, "--examples", 1500, "--held-out", 300,
@@ -88,7 +88,7 @@ def test_captioning_beats_copying_the_nearest_images_caption(run: Run) -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_pretrained_cnn_is_frozen_and_every_variant_learns(run: Run, tmp_path: Path) -> None:
     args = ["--cnn-steps", 40, "--steps", 50, "--examples", 400, "--held-out", 50, "--hidden", 64]
     figures = run(captioning, *args)

@@ -165,7 +165,7 @@ def test_searches_share_a_storage(search: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not native(), reason="training is slow on the reference path")
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_cells_are_compiled_and_learn(search: Any) -> None:
     short = ["--steps", "80", "--adding-length", "6", "--adding-steps", "150", "--batch", "32"]
     figures = search("real", "--cells", "1", "--parameters", "9000", *short)

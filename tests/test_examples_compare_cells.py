@@ -58,7 +58,7 @@ def test_the_rate_is_chosen_by_the_end_of_training(
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_every_cell_beats_the_baselines_at_equal_size(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(Path(argparse.__file__).read_text(encoding="utf-8"), encoding="utf-8")

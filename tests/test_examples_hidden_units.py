@@ -217,7 +217,7 @@ def test_a_browser_shows_the_page(tmp_path: Path) -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_hidden_units_learn_what_untrained_ones_do_not_know(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "code.py"
     file.write_text(corpus.standard_library_source(700_000), encoding="utf-8")

@@ -17,7 +17,7 @@ pytest_plugins = "program_fixtures"
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_all_five_shapes_learn(run: Run) -> None:
     figures = run(overview, "--steps", 600)
     for name in overview.shapes():

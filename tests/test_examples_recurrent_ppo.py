@@ -107,7 +107,7 @@ def test_recurrent_ppo_learns_alike_with_resets_and_by_a_loop(ppo: ModuleType, r
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_a_pole_needs_memory(ppo: ModuleType, tmp_path: Path) -> None:
     command = ["--steps", "14", "--threads", "1", "--out", str(tmp_path)]
     run = ppo.start(ppo.parser().parse_args(command))

@@ -84,7 +84,7 @@ def test_scheduled_sampling_feeds_the_models_own_tokens() -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_seq2seq_beats_a_parser_written_by_hand_and_copying(run: Run, capsys: Any) -> None:
     figures = run(
         seq2seq, "--steps", 240, "--held-out", 200, "--examples", 8000, "--attention", "yes",

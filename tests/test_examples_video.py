@@ -56,7 +56,7 @@ def test_the_last_state_answers_for_each_clip_as_the_clip_would_alone(cell: str)
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_video_beats_single_frames_and_the_commonest_answer(run: Run) -> None:
     figures = run(video, "--steps", 240, "--held-out", 200)
     ours, single, common = (
@@ -71,7 +71,7 @@ def test_video_beats_single_frames_and_the_commonest_answer(run: Run) -> None:
 
 
 @learns
-@pytest.mark.drawn(4, of="long training")
+@pytest.mark.drawn(2, of="long training")
 def test_films_in_folders_are_told_apart_by_their_motion(run: Run, tmp_path: Path) -> None:
     from PIL import Image
 
