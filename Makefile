@@ -59,12 +59,12 @@ examples: setup
 # the others. Which tests a run has, their roles say (pyproject.toml). Of a test with many cases a run
 # takes one, another each time, so that all ends in about ten minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
-#   results    values and gradients on the CPU's engine
 #   rest       all that no other run has
 #   examples   programs of examples/, which train
-#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 #   reference  the reference path, on what it could change
-RUNS := compiling rest examples results emulated reference
+#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
+#   results    values and gradients on the CPU's engine
+RUNS := compiling rest examples reference emulated results
 # For every day: no examples, one engine and few compilers.
 QUICK := rest results
 # --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
