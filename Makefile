@@ -56,14 +56,15 @@ examples: setup
 # Builds first, so that a failure to compile fails here instead of passing on the reference path,
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
 # core busy, the longest first. What a run says is shown when it ends; one that fails does not stop
-# the others. Which tests a run has, their roles say (pyproject.toml). Of a test with many cases a run
-# takes one, another each time, so that all ends in about ten minutes; `make test-all` takes all.
+# the others. Which tests a run has, their roles say (pyproject.toml). Of a test with many cases it
+# takes one, another each time, and of the examples two that train long, so that all ends in about ten
+# minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
-#   rest       all that no other run has
+#   rest       modules, other people's tools, pages and rules
 #   examples   programs of examples/, which train
 #   reference  the reference path, on what it could change
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
-#   results    values and gradients on the CPU's engine
+#   results    values and gradients on the CPU's engine, its threads and its memory
 RUNS := compiling rest examples reference emulated results
 # For every day: no examples, one engine and few compilers.
 QUICK := rest results

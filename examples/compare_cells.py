@@ -277,8 +277,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def main() -> None:
+    args = parse()
     run = start(args)
     cells = args.cells or list(CELLS)
     tasks = [Characters(run), Pixels(run)]

@@ -408,8 +408,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def main() -> None:
+    args = parse()
     run = start(args)
     run.print(f'"hell" -> "{hello(args.cell)[0]}"')
     text = Text(read_text(args.data, args.characters))

@@ -312,8 +312,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     ).parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def main() -> None:
+    args = parse()
     run = start(args)
     trained, figures = {}, {}
     for name, shape in shapes().items():

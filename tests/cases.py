@@ -40,6 +40,13 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 LAYER_CLASSES = ["RNN", "LSTM", "GRU"]
 CELL_CLASSES = ["RNNCell", "LSTMCell", "GRUCell"]
 CLASSES = LAYER_CLASSES + CELL_CLASSES
+
+
+def some_input(name: str) -> Tensor:
+    """Of a class with three inputs: two sequences, or a step of them."""
+    return torch.randn(2, 3) if name in CELL_CLASSES else torch.randn(5, 2, 3)
+
+
 SIZES = [1, 3, 17, 33, 65, 193]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from programs import results
-
-Run = Callable[..., dict[str, Any]]
+from programs import Run, results
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib import image
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = ["rnn", "gru", "lstm"]
+Run = Callable[..., dict[str, Any]]  # of a module and its arguments, to its figures
 learns = pytest.mark.skipif(not native(), reason="training is slow on the reference path")
 
 
@@ -26,7 +28,11 @@ def results(out: Path, program: str) -> dict[str, Any]:
     pictures = list(out.glob("*.png"))
     assert out / f"{program}.png" in pictures
     for path in pictures:
-        pixels = image.imread(path)  # [height, width, RGBA]
-        assert min(pixels.shape[:2]) >= 400
-        assert pixels.std() > 0.05, f"{path.name} is blank"
+        look_at(path)
     return json.loads((out / f"{program}.json").read_text(encoding="utf-8"))
+
+
+def look_at(picture: Path) -> None:
+    pixels = image.imread(picture)  # [height, width, RGBA]
+    assert min(pixels.shape[:2]) >= 400, f"{picture.name} is small: {pixels.shape}"
+    assert pixels.std() > 0.05, f"{picture.name} is blank"

@@ -1,4 +1,5 @@
-"""``make sanitize``: the tests of values and gradients on a CPU engine whose accesses are checked.
+"""``make sanitize``: tests of values, gradients and direct calls on a CPU engine whose accesses are
+checked.
 
 Address and undefined behaviour sanitizers, once for each instruction set; those that the machine
 lacks are emulated (tests/cpp/tile_unit). Then races, in a program of its own. First, mistakes are

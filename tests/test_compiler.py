@@ -438,6 +438,19 @@ def test_mistakes_are_told_at_their_line(mistake: str) -> None:
     assert "# here" in line or f'"{mistake}"' in line
 
 
+def test_values_are_of_one_run_of_the_function() -> None:
+    kept = []
+
+    def keeps(x: Any, r: Any, s: Any, p: Any) -> dict[str, Any]:
+        kept.append(x.a)
+        return dict(h=x.a + s.h)
+
+    of(keeps, "a")
+    with pytest.raises(CellError, match="no value outside of the function of its cell") as caught:
+        kept[0] + 1
+    assert str(caught.value).startswith(f"{__file__}:")
+
+
 def _two_operands(x: Any, r: Any, s: Any, p: Any) -> Any:
     return dict(h=x.a + r(s.h).a + r(s.c).a, c=s.c)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES
+from cases import CLASSES, some_input
 from forked import python
 from helpers import assert_all_close, flatten
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def test_replace_and_restore() -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_bare_module(name: str) -> None:
     module = getattr(nn, name)(3, 4)
-    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    x = some_input(name)
     expected = flatten(module(x))
     assert fused_rnn.replace(module) is module and type(module) is getattr(fused_rnn, name)
     assert_all_close(flatten(module(x)), expected, tol=1e-5)

@@ -15,7 +15,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from cases import CELLS, CLASSES, DTYPES, Case, pair, pairwise, random_case
+from cases import CELLS, CLASSES, DTYPES, LAYER_CLASSES, Case, pair, pairwise, random_case
 from direct import DIRECT, Spy, assert_identical, by_operator, infer_stack, needs_direct
 from helpers import flatten
 from torch import Tensor, nn
@@ -185,7 +185,7 @@ def test_cells(cell: str, dtype: torch.dtype, bias: bool, spy: Spy) -> None:
 @needs_direct
 @pytest.mark.parametrize("batch", [1, 3, 17])
 @pytest.mark.parametrize("hidden", [32, 40, 256])
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_single_steps(name: str, hidden: int, batch: int, spy: Spy) -> None:
     """A loop over steps that carries the states, on any number of threads."""
     threads = torch.get_num_threads()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, pair
+from cases import CLASSES, LAYER_CLASSES, pair, some_input
 from direct import Spy, assert_identical, by_operator, needs_direct
 from double_modules import LAYERS
 from helpers import flatten
@@ -291,7 +291,7 @@ HOOKS += ["get_expected_hidden_size", "get_expected_cell_size"]
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_methods_replaced_on_the_instance_are_called(name: str, hook: str, grad: bool) -> None:
     """If torch.nn calls them."""
     called = []
@@ -318,7 +318,7 @@ def test_sizes_set_afterwards(name: str, size: str, hx: bool, grad: bool) -> Non
     is_cell = name.endswith("Cell")
     raised = []
     for module in pair(name, 3, 4, **kwargs):
-        x = torch.randn(2, 3) if is_cell else torch.randn(5, 2, 3)
+        x = some_input(name)
         states = module(x) if is_cell else module(x)[1]
         setattr(module, size, 3)
         module.input_size += size == "input_size"

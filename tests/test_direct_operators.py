@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import CLASSES, Case, pair
+from cases import CLASSES, Case, pair, some_input
 from direct import (
     DIRECT,
     Spy,
@@ -248,7 +248,7 @@ def test_modes_see_the_operators_of_training(spy: Spy) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_modes_see_the_operator(name: str, spy: Spy) -> None:
     module = getattr(fused_rnn, name)(3, 4)
-    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    x = some_input(name)
     expected = module(x)
     assert spy.done.pop()
     for mode in (Dispatch(), Function()):
@@ -281,7 +281,7 @@ def test_modes_see_the_operator(name: str, spy: Spy) -> None:
 def test_autocast(name: str, spy: Spy) -> None:
     """The choice of types comes first; what is then computed in them may be a direct call."""
     module = getattr(fused_rnn, name)(3, 4)
-    x = torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
+    x = some_input(name)
     with torch.autocast("cpu", torch.bfloat16):
         for value in (x, x.bfloat16()):
             assert_identical(module(value), by_operator(lambda value=value: module(value)))

@@ -21,7 +21,6 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/**/*.md")
     for path in ROOT.glob(pattern)
 )
-IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
 
 
 def prose(page: Path) -> str:
@@ -36,9 +35,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", prose(page))]
+
+
+def test_links_lead_somewhere() -> None:
+    for page, link in LINKS:
         if re.match(r"\w+:", link):
             continue
         if workflow := re.match(r"\.\./\.\./actions/workflows/([\w.]+)", link):  # at the host
@@ -46,8 +47,8 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
-        assert target.exists(), f"{link} does not exist"
-        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+        assert target.exists(), f"{page}: {link} does not exist"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}: no such heading"
 
 
 def test_every_page_is_linked_from_the_first() -> None:
@@ -87,11 +88,11 @@ def test_python_runs(page: Path) -> None:
         rnn.fp32_precision = before  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_commands_exist(page: Path) -> None:
+def test_commands_exist() -> None:
     """Targets of make, programs and modules that blocks of shell name."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for text in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+    pages = "\n".join(page.read_text() for page in PAGES)
+    for text in re.findall(r"^```sh\n(.*?)^```", pages, re.M | re.S):
         assert set(re.findall(r"^make ([a-z][\w-]*)", text, re.M)) <= targets
         for program in re.findall(r"\bpython ([\w/]+\.py)", text):
             assert (ROOT / program).exists(), program
@@ -126,10 +127,10 @@ def test_reference_is_whole() -> None:
     assert "LSTM: expected both in fused_rnn.__all__ and in docs/api.md" in hooks.problems("")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_lists_in_lists_are_four_spaces_in(page: Path) -> None:
+def test_lists_in_lists_are_four_spaces_in() -> None:
     """Less is no list of its own for the site's Markdown."""
-    assert not re.findall(r"^ {1,3}[-*] .*", prose(page), re.M)
+    for page in PAGES:
+        assert not re.findall(r"^ {1,3}[-*] .*", prose(page), re.M), page
 
 
 def test_every_page_of_docs_is_in_the_menu() -> None:

@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 
-for package in ("tqdm", "sklearn", "sacrebleu", "PIL"):
+for package in ("matplotlib", "tqdm", "numpy"):
     pytest.importorskip(package)
-pytest.importorskip("matplotlib")
 
 import amplifier  # noqa: E402
-from program_fixtures import Run  # noqa: E402
+from programs import Run  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"

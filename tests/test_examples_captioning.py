@@ -10,17 +10,15 @@ import pytest
 import torch
 from helpers import assert_close
 
-for package in ("tqdm", "sklearn", "sacrebleu", "PIL"):
+for package in ("matplotlib", "tqdm", "sklearn", "sacrebleu", "PIL"):
     pytest.importorskip(package)
 np = pytest.importorskip("numpy")
-pytest.importorskip("matplotlib")
 
 import captioning  # noqa: E402
 import decoding  # noqa: E402
 import digits  # noqa: E402
 from common import find_cell  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import learns  # noqa: E402
+from programs import Run, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"

@@ -1,10 +1,9 @@
-"""The example cell_search: its cells are cells, its record survives, its search goes on."""
+"""examples/cell_search.py: its cells are cells, its record survives, its search goes on."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, native
+from helpers import assert_close
 from torch import nn
 
 for package in ("matplotlib", "tqdm", "sklearn", "optuna"):
@@ -20,9 +19,10 @@ for package in ("matplotlib", "tqdm", "sklearn", "optuna"):
 
 import cell_search  # noqa: E402
 from cell_search import bare, declared, draw_cell, flops, is_cell, layer_of, mutate  # noqa: E402
-from matplotlib import image  # noqa: E402
+from programs import learns, results  # noqa: E402
 
-pytestmark = pytest.mark.examples
+pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
+pytest_plugins = "program_fixtures"
 
 KNOWN = cell_search.known_cells()
 
@@ -102,11 +102,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(cell_search.Tasks, "measure", lambda _, *asked: trained(*asked))
         shared = ["--data", str(data), "--known", "RNN", "LSTM", "--threads", "1"]
         cell_search.main([*shared, "--out", str(tmp_path / out), *arguments])
-        (picture,) = (tmp_path / out).glob("*.png")
-        pixels = image.imread(picture)  # [height, width, RGBA]
-        assert pixels.shape[0] >= 600 and pixels.shape[1] >= 900
-        assert pixels.std() > 0.05, "a blank picture"
-        return json.loads((tmp_path / out / "cell_search.json").read_text(encoding="utf-8"))
+        return results(tmp_path / out, "cell_search")
 
     return search
 
@@ -164,7 +160,7 @@ def test_searches_share_a_storage(search: Any, tmp_path: Path) -> None:
         search("third", *storage, "--steps", "7")
 
 
-@pytest.mark.skipif(not native(), reason="training is slow on the reference path")
+@learns
 @pytest.mark.drawn(2, of="long training")
 def test_cells_are_compiled_and_learn(search: Any) -> None:
     short = ["--steps", "80", "--adding-length", "6", "--adding-steps", "150", "--batch", "32"]

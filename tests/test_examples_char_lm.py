@@ -1,4 +1,4 @@
-"""The examples run, from a shell, and show what they promise."""
+"""examples/char_lm.py, from a shell: it learns, the same way twice, and shows what it promises."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+for package in ("matplotlib", "tqdm"):
+    pytest.importorskip(package)
+
+from programs import CELLS, ROOT, look_at  # noqa: E402
+
 pytestmark = pytest.mark.examples
 
-pytest.importorskip("tqdm")
-image = pytest.importorskip("matplotlib.image")
-
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--hidden 64 --batch 16 --chunk 32 --lr 1e-2 --sample 80 --threads 1".split()
 
 
@@ -37,9 +38,7 @@ def run_char_lm(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     assert done.returncode == 0, done.stderr[-2000:]
     summary, picture = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert picture.suffix == ".png" and summary == picture.with_suffix(".json")
-    pixels = image.imread(picture)  # [height, width, RGBA]
-    assert pixels.shape[0] >= 600 and pixels.shape[1] >= 900
-    assert pixels.std() > 0.05, "a blank picture"
+    look_at(picture)
     figures = json.loads(summary.read_text(encoding="utf-8"))
     assert figures["arguments"]["out"] == picture.relative_to(tmp_path).as_posix()
     return figures, done.stdout
@@ -71,7 +70,6 @@ def unigram_entropy(text: str) -> float:
 
 TEXT = "Größe, δοκιμή, 試験\n" * 10
 TEXT += Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8") * 4
-CELLS = ["gru", "lstm", "rnn"]
 
 
 @pytest.mark.drawn(1)
@@ -105,31 +103,3 @@ def test_char_lm_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
     with pytest.raises(AssertionError, match="too short for"):
         run_char_lm(tmp_path, "--text", str(tmp_path / "short.txt"))
-
-
-def test_frozen_types(tmp_path: Path) -> None:
-    """Fewer bits cost little, and cannot be free."""
-    pytest.importorskip("sklearn")
-    small = "--hidden 64 --steps 30 --digits-steps 3 --widths 16 --rounds 2 --characters 60000"
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "examples" / "frozen_types.py"),
-            *small.split(),
-            "--threads",
-            "1",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads((tmp_path / "out" / "frozen_types.json").read_text())
-    bits = figures["bits"]
-    assert bits.keys() == {"not frozen", "float32", "bfloat16", "int8"}
-    assert 0 < abs(bits["int8"] - bits["not frozen"]) < 0.02
-    assert abs(bits["float32"] - bits["not frozen"]) < 1e-5
-    assert all(0 <= share <= 1 for share in figures["answers"].values())
-    assert len(figures["clock"]) == 15 and f"{bits['int8']:.5f}" in done.stdout

@@ -13,8 +13,7 @@ for package in ("matplotlib", "tqdm", "sklearn"):
 
 import common  # noqa: E402
 import compare_cells  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import CELLS, learns  # noqa: E402
+from programs import CELLS, Run, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import assert_close
 
-for package in ("tqdm", "sklearn", "sacrebleu", "PIL"):
+for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
-pytest.importorskip("matplotlib")
 
 import decoding  # noqa: E402
 from common import find_cell  # noqa: E402
+from programs import CELLS  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"
@@ -46,7 +46,7 @@ def log_probability(step: Any, state: Any, row: int, tokens: list[int]) -> float
     return total
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_beam_of_one_is_greedy_search(cell: str) -> None:
     step, state = random_writer(cell, rows=5)
     plain = decoding.greedy(step, state, 5, 8)
@@ -55,7 +55,7 @@ def test_a_beam_of_one_is_greedy_search(cell: str) -> None:
     assert_close(beam.score.float(), plain.score, 1e-5)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_wide_beam_finds_the_best_of_all_sentences(cell: str) -> None:
     rows, symbols, limit = 3, 6, 3
     step, state = random_writer(cell, rows, symbols)

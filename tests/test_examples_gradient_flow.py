@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-for package in ("matplotlib", "tqdm", "sklearn"):
+for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
 
 import gradient_flow  # noqa: E402
 from helpers import assert_close  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import learns, run_of  # noqa: E402
+from programs import Run, learns, run_of  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-for package in ("tqdm", "sklearn", "sacrebleu", "PIL"):
+for package in ("matplotlib", "tqdm", "sklearn", "scipy"):
     pytest.importorskip(package)
 np = pytest.importorskip("numpy")
 image = pytest.importorskip("matplotlib.image")
@@ -23,8 +23,7 @@ image = pytest.importorskip("matplotlib.image")
 import hidden_units  # noqa: E402
 import text as corpus  # noqa: E402
 from common import find_cell  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import learns  # noqa: E402
+from programs import Run, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-for package in ("matplotlib", "tqdm", "sklearn"):
+for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
 
 import common  # noqa: E402
 import language_model  # noqa: E402
 from helpers import assert_close  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import CELLS, ROOT, learns, results  # noqa: E402
+from programs import CELLS, ROOT, Run, learns, results  # noqa: E402
 from text import Text, chunks  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]

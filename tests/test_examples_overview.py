@@ -9,8 +9,7 @@ for package in ("matplotlib", "tqdm", "sklearn"):
     pytest.importorskip(package)
 
 import overview  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import learns  # noqa: E402
+from programs import Run, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"

@@ -10,13 +10,11 @@ import pytest
 import torch
 from helpers import assert_close
 
-for package in ("tqdm", "sklearn", "sacrebleu", "PIL"):
+for package in ("matplotlib", "tqdm", "numpy"):
     pytest.importorskip(package)
-pytest.importorskip("matplotlib")
 
 from common import find_cell  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import learns  # noqa: E402
+from programs import CELLS, Run, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"
@@ -41,7 +39,7 @@ def experience_of(ppo: ModuleType, cell: str, steps: int, rows: int) -> tuple[An
     return policy, experience
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_policies_by_reset_and_by_loop_are_the_same(ppo: ModuleType, cell: str) -> None:
     """And both are what was thought step by step while playing."""
     policy, met = experience_of(ppo, cell, 50, 4)

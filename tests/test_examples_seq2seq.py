@@ -13,15 +13,13 @@ import torch
 from helpers import assert_close
 from torch.nn.utils.rnn import pack_sequence
 
-for package in ("tqdm", "sklearn", "sacrebleu", "PIL"):
+for package in ("matplotlib", "tqdm", "sklearn", "sacrebleu", "dateutil"):
     pytest.importorskip(package)
-pytest.importorskip("matplotlib")
 
 import dates  # noqa: E402
 import seq2seq  # noqa: E402
 from common import find_cell  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import learns  # noqa: E402
+from programs import CELLS, Run, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"
@@ -51,7 +49,7 @@ def small_translator(cell: str, attends: bool) -> seq2seq.Translator:
 
 
 @pytest.mark.parametrize("attends", [True, False])
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_translator_steps_as_it_was_taught_whatever_shares_the_batch(
     cell: str, attends: bool
 ) -> None:

@@ -10,16 +10,14 @@ import torch
 from helpers import assert_close
 from torch.nn.utils.rnn import pack_sequence
 
-for package in ("tqdm", "sklearn", "sacrebleu", "PIL"):
+for package in ("matplotlib", "tqdm", "sklearn", "PIL"):
     pytest.importorskip(package)
 np = pytest.importorskip("numpy")
-pytest.importorskip("matplotlib")
 
 import digits  # noqa: E402
 import video  # noqa: E402
 from common import find_cell  # noqa: E402
-from program_fixtures import Run  # noqa: E402
-from programs import learns  # noqa: E402
+from programs import CELLS, Run, learns  # noqa: E402
 
 pytestmark = [pytest.mark.examples, pytest.mark.usefixtures("one_thread")]
 pytest_plugins = "program_fixtures"
@@ -41,7 +39,7 @@ def test_digits_move_as_labelled() -> None:
     assert bounces > 10
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_the_last_state_answers_for_each_clip_as_the_clip_would_alone(cell: str) -> None:
     lengths = [4, 9, 1, 6, 9]
     model = video.Watcher(find_cell(cell), video.DIGIT_QUESTIONS, (1, 24, 24), 16).eval()

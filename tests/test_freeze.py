@@ -16,7 +16,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from cases import DTYPES, LAYERS, OWN_LAYERS, Case, random_case
+from cases import CELL_CLASSES, DTYPES, LAYERS, OWN_LAYERS, Case, random_case
 from helpers import (
     assert_close,
     assert_no_worse,
@@ -194,7 +194,7 @@ def test_options_of_layers_and_calls(name: str, options: dict[str, Any]) -> None
         assert_reads_packed(frozen, lambda more=more: run(frozen, x, hx, **more))
 
 
-@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("name", CELL_CLASSES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_cells(name: str, bias: bool) -> None:
     cell = getattr(fused_rnn, name)(5, 33, bias=bias)

@@ -22,7 +22,7 @@ from typing import Any
 import forked
 import pytest
 import torch
-from cases import LAYERS, OWN_LAYERS, Case
+from cases import CELL_CLASSES, LAYER_CLASSES, LAYERS, OWN_LAYERS, Case
 from helpers import (
     assert_close,
     compile_quickly,
@@ -191,7 +191,7 @@ def test_a_step_with_options(name: str, options: dict[str, Any]) -> None:
         assert distance(found, run(module, x, hx, **more)) > 0
 
 
-@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("name", CELL_CLASSES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_cells(name: str, bias: bool) -> None:
     cell = getattr(fused_rnn, name)(5, 33, bias=bias)
@@ -318,7 +318,7 @@ def test_packed_sequences_are_those_alone(cell: str) -> None:
     assert torch.equal(run(frozen, x, lengths=lengths)[0], y)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_long_sequences_stay_near_float32(name: str) -> None:
     module = getattr(fused_rnn, name)(33, 65, num_layers=2, bidirectional=True).eval()
     x = torch.randn(60, 3, 33)

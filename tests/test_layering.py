@@ -39,6 +39,19 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def own_imports(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.startswith(".")}
+
+
+def check_order(folder: str, layers: str, known: set[str] = frozenset()) -> list[Path]:
+    """Each file may import ``known`` and those that stand before it."""
+    paths = [ROOT / f"fused_rnn/{folder}/{name}.py" for name in layers.split()]
+    for i, path in enumerate(paths):
+        before = known | {f".{earlier.stem}" for earlier in paths[:i]}
+        assert own_imports(path) <= before, f"{path} imports {own_imports(path) - before}"
+    return paths
+
+
 def cell_names() -> list[str]:
     return re.findall(r"^CELL\((\w+)", (ROOT / "csrc/cells/registry.def").read_text(), re.M)
 
@@ -158,10 +171,10 @@ PYTHON_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("module", PYTHON_LAYERS)
-def test_python_layers(module: str) -> None:
-    own = {name for name in imports(ROOT / f"fused_rnn/{module}.py") if name.startswith(".")}
-    assert own <= PYTHON_LAYERS[module], f"{module} imports {own - PYTHON_LAYERS[module]}"
+def test_python_layers() -> None:
+    for module, allowed in PYTHON_LAYERS.items():
+        own = own_imports(ROOT / f"fused_rnn/{module}.py")
+        assert own <= allowed, f"{module} imports {own - allowed}"
 
 
 def test_python_layers_are_in_order() -> None:
@@ -174,57 +187,27 @@ def test_python_layers_are_in_order() -> None:
         before.add(f".{module}")
 
 
-# Each may import those before it.
-CUSTOM_LAYERS = "plain family given module single layers declaring __init__"
-
-
 def test_layers_of_cells_from_functions() -> None:
     known = {"..between", "..call_types", "..cells", "..compiler", "..functional", "..recurrent"}
     known |= {"..reference", "..stack", "..torch_internals"}
-    for name in CUSTOM_LAYERS.split():
-        path = ROOT / f"fused_rnn/custom/{name}.py"
-        assert {n for n in imports(path) if n.startswith(".")} <= known, name
-        known.add(f".{name}")
-
-
-# Each may import those before it.
-REFERENCE_LAYERS = "stages cells tensors products direction layers __init__"
+    check_order("custom", "plain family given module single layers declaring __init__", known)
 
 
 def test_layers_of_the_reference() -> None:
-    known: set[str] = set()
-    for name in REFERENCE_LAYERS.split():
-        path = ROOT / f"fused_rnn/reference/{name}.py"
-        assert {n for n in imports(path) if n.startswith(".")} <= known, name
-        known.add(f".{name}")
-
-
-# Each may import those before it.
-OPERATOR_LAYERS = (
-    "schemas direct library fakes derivatives step second_derivatives registration __init__"
-)
+    check_order("reference", "stages cells tensors products direction layers __init__")
 
 
 def test_layers_of_the_operators() -> None:
+    layers = "schemas direct library fakes derivatives step second_derivatives registration"
     known = {"..build", "..reference", "..torch_internals"}
-    for name in OPERATOR_LAYERS.split():
-        path = ROOT / f"fused_rnn/ops/{name}.py"
-        assert {n for n in imports(path) if n.startswith(".")} <= known, name
-        known.add(f".{name}")
-
-
-# Each may import those before it.
-COMPILER_LAYERS = "errors graph rules symbols trace derive cut affine emit explain"
+    check_order("ops", f"{layers} __init__", known)
 
 
 def test_layers_of_the_compiler() -> None:
     """It knows no engine, no library and no layer, and imports networkx to compile alone."""
-    known: set[str] = set()
-    for name in COMPILER_LAYERS.split():
-        path = ROOT / f"fused_rnn/compiler/{name}.py"
-        assert {n for n in imports(path) if n.startswith(".")} <= known, name
-        assert not re.search(r"^(?:import|from) (networkx|\.\.)", path.read_text(), re.M), name
-        known.add(f".{name}")
+    layers = "errors graph rules symbols trace derive cut affine emit explain"
+    for path in check_order("compiler", layers):
+        assert not re.search(r"^(?:import|from) networkx", path.read_text(), re.M), path.name
 
 
 def test_one_file_names_what_torch_promises_nobody() -> None:
@@ -233,21 +216,12 @@ def test_one_file_names_what_torch_promises_nobody() -> None:
     assert found == ["torch_internals.py"]
 
 
-# Each may import those before it.
-BUILD_LAYERS = (
-    "version messages sources settings tools ninja target record custom cache compiling loading"
-)
-
-
 def test_layers_of_the_build() -> None:
     """None imports what comes after it, torch or the package around it, at its top."""
-    known: set[str] = set()
-    for name in (*BUILD_LAYERS.split(), "report"):
-        path = ROOT / f"fused_rnn/build/{name}.py"
-        assert {n for n in imports(path) if n.startswith(".")} <= known, name
+    layers = "version messages sources settings tools ninja target record custom cache compiling"
+    for path in check_order("build", f"{layers} loading report"):
         top = re.findall(r"^(?:import|from) ([\w.]+)", path.read_text(), re.M)
-        assert not any(n.startswith(("torch", "fused_rnn", "..")) for n in top), name
-        known.add(f".{name}")
+        assert not any(n.startswith(("torch", "fused_rnn", "..")) for n in top), path.name
 
 
 def test_torch_ops_are_named_where_they_are_made() -> None:

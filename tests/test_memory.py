@@ -13,7 +13,7 @@ import emulated
 import pytest
 import short_memory
 import torch
-from cases import CLASSES
+from cases import CLASSES, LAYER_CLASSES
 from forked import python
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ module(large)[0].sum().backward()
 @native
 @cpu_engine
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux")
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_where_memory_is_short(name: str) -> None:
     """Torch's error, which names the bytes; then the next calls are right."""
     done = python("-c", SHORT, name)

@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CELL_CLASSES, CLASSES, LAYER_CLASSES, Case, pair, small
+from cases import CELL_CLASSES, CLASSES, LAYER_CLASSES, Case, pair, small, some_input
 from helpers import assert_all_close, flatten, run
-from torch import Tensor, nn
+from torch import nn
 
 import fused_rnn
 
 pytestmark = pytest.mark.module
-
-
-def some_input(name: str) -> Tensor:
-    return torch.randn(2, 3) if name in CELL_CLASSES else torch.randn(5, 2, 3)
 
 
 def same(copied: nn.Module, original: nn.Module, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CELL_CLASSES, CLASSES, LAYER_CLASSES, pair
+from cases import CELL_CLASSES, CLASSES, LAYER_CLASSES, pair, some_input
 from helpers import assert_all_close, flatten, run
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -139,7 +139,7 @@ def test_packed_objects_are_handed_through(name: str) -> None:
 def test_results_can_be_detached_in_place(train: bool, name: str) -> None:
     """As truncated backpropagation does it. Views refuse, and those of torch.nn are none."""
     kwargs = {} if name in CELL_CLASSES else {"batch_first": True}
-    value = torch.randn(2, 3) if name in CELL_CLASSES else torch.randn(5, 2, 3)
+    value = some_input(name)
     for dtype in (torch.float32, torch.bfloat16):
         module = getattr(fused_rnn, name)(3, 4, dtype=dtype, **kwargs)
         # Of any strides: not all of them take the same way.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CELLS, SIZES, Case, full_grid, ids, pair, pairwise, small
+from cases import CELLS, LAYER_CLASSES, SIZES, Case, full_grid, ids, pair, pairwise, small
 from helpers import (
     assert_all_close,
     assert_no_worse,
@@ -258,7 +258,7 @@ def test_in_place_edit_of_the_output(name: str) -> None:
 
 
 @pytest.mark.parametrize("changed", ["weight", "input"])
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_in_place_edit_of_what_is_saved(name: str, changed: str) -> None:
     for module in pair(name, 5, 7):
         x = torch.randn(4, 3, 5)
@@ -321,7 +321,7 @@ def test_bad_values_stay_in_their_sequence(case: Case, bad: float) -> None:
 
 
 @pytest.mark.parametrize("hidden_size", SIZES)
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_inference_equals_training(name: str, hidden_size: int) -> None:
     """What runs under no_grad is another path; its numbers are the same."""
     _, ours = pair(name, 9, hidden_size, num_layers=2, bidirectional=True)
@@ -333,7 +333,7 @@ def test_inference_equals_training(name: str, hidden_size: int) -> None:
         assert_all_close(ours(x), with_grad, tol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_complex(name: str) -> None:
     theirs, ours = pair(name, 3, 4, dtype=torch.complex64)
     # Small, to stay away from the poles of tanh and sigmoid, where torch.nn's result is NaN.

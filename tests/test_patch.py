@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES
+from cases import CLASSES, some_input
 from forked import python
 from helpers import assert_all_close, flatten
 from torch import nn
@@ -28,10 +28,6 @@ PLACES = (nn, nn.modules, nn.modules.rnn)
 
 def in_place() -> bool:
     return all(getattr(place, n) is cls for place in PLACES for n, cls in THEIRS.items())
-
-
-def inputs(name: str) -> torch.Tensor:
-    return torch.randn(2, 3) if name.endswith("Cell") else torch.randn(5, 2, 3)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -57,7 +53,7 @@ def test_names_mean_ours_for_a_while(name: str) -> None:
     mine.load_state_dict(module.state_dict())
     theirs = THEIRS[name](3, 4)
     theirs.load_state_dict(module.state_dict())
-    x = inputs(name)
+    x = some_input(name)
     assert_all_close(flatten(mine(x)), flatten(theirs(x)), tol=1e-5)
     assert mine.calls == 1
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, pair, small
+from cases import LAYER_CLASSES, Case, pair, small
 from helpers import assert_all_close, assert_close, flatten, leaves
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,7 +132,7 @@ def test_sorted_without_indices() -> None:
     assert_all_close(states, expected_states)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_packed_by_hand_and_wrong(name: str) -> None:
     theirs, ours = pair(name, 3, 4)
     rows = torch.randn(5, 3)

@@ -19,6 +19,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from cases import LAYER_CLASSES
 from helpers import native, run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -76,7 +77,7 @@ def test_more_threads_than_cores(kind: str, count: int) -> None:
         assert_same(run(module, x), want)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", LAYER_CLASSES)
 def test_any_number_of_rows(name: str) -> None:
     """Columns are cut by the number of threads, and rows by the width of a tile of columns."""
     module = getattr(fused_rnn, name)(50, 168)

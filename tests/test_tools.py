@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CELLS, Case, pair, small
+from cases import CELL_CLASSES, CELLS, Case, pair, small
 from forked import python
 from helpers import assert_all_close, flatten, leaves
 from torch import nn
@@ -151,7 +151,7 @@ def test_expanded_weights(case: Case) -> None:
     assert_all_close(ours, theirs, tol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("name", CELL_CLASSES)
 def test_expanded_weights_of_cells(name: str) -> None:
     """Refused as torch.nn's are."""
     messages = []

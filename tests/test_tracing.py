@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, pair
+from cases import CELL_CLASSES, CLASSES, pair
 from double_modules import LAYERS, Mixed, double_pair, first, is_cell, value
 from helpers import assert_all_close, assert_close
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
 @pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
-@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("name", CELL_CLASSES)
 def test_jit_trace_of_a_loop(name: str, given: bool, batched: bool) -> None:
     """The tracer traces twice, the second time without gradients, and compares the graphs."""
     _, ours = double_pair(name)

@@ -1,4 +1,5 @@
-"""Functions of torch in the operations of the graph: for each a rule, which is one of nodes."""
+"""What functions of torch are in operations of the graph: a rule takes nodes and numbers, and makes
+a node."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ _graph: ContextVar[Graph | None] = ContextVar("_graph", default=None)
 
 @contextmanager
 def made_in(graph: Graph) -> Iterator[None]:
-    """The graph that rules make their nodes in."""
-    outer = _graph.set(graph)
+    """Have rules make their nodes in this graph."""
+    token = _graph.set(graph)
     try:
         yield
     finally:
-        _graph.reset(outer)
+        _graph.reset(token)
 
 
 def _here() -> Graph:
@@ -283,6 +284,7 @@ def _operator_rules() -> dict[str, Callable[..., Node]]:
 
 OPERATORS = _operator_rules()
 
-for _name, _rule in OPERATORS.items():  # of a tensor and a symbol
+# Torch hands these over where a tensor meets a symbol.
+for _name, _rule in OPERATORS.items():
     if getattr(Tensor, _name, None) not in (None, *FUNCTIONS):
         FUNCTIONS[getattr(Tensor, _name)] = _rule

@@ -195,11 +195,11 @@ def _new_states(returned: Any, d: Declaration, graph: Graph, where: str) -> dict
     missing = [name for name in d.states if name not in returned]
     extra = [name for name in returned if name not in d.states]
     if missing or extra:
-        said = [f"missing: {', '.join(missing)}"] * bool(missing)
-        said += [f"no state: {', '.join(map(str, extra))}"] * bool(extra)
+        wrong = [f"missing: {', '.join(missing)}"] * bool(missing)
+        wrong += [f"no state: {', '.join(map(str, extra))}"] * bool(extra)
         raise CellError(
             f"{where}: returned {', '.join(map(str, returned)) or 'nothing'}; states are {states} "
-            f"({'; '.join(said)})"
+            f"({'; '.join(wrong)})"
         )
     new = {}
     for name in d.states:

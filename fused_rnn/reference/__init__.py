@@ -1,7 +1,7 @@
 """The mathematics of every cell in plain torch: oracle of the tests, and the path always there.
 
-    cells      what is to know of each cell, and its step, pointwise in the batch and the unit
     stages     what may happen to the states between two steps
+    cells      what is to know of each cell, and its step, pointwise in the batch and the unit
     tensors    which tensors a layer has
     products   x W_ih^T and h W_hh^T
     direction  one direction of a layer, step by step
@@ -10,6 +10,9 @@
 Everything is differentiable torch without in-place writes, so autograd of any order, forward mode,
 ``vmap``, ``torch.func`` and any device work without more code. The native kernels (``ops/``)
 answer the same call with the same results.
+
+Sizes: L layers, D directions, T steps, B sequences, I inputs, H units, G gates, P width of h (H, or
+less if projected), C width of all states beside h.
 """
 
 from .cells import CELLS, Cell, Step
@@ -21,7 +24,6 @@ from .tensors import (
     PROJECTION,
     Weights,
     by_name,
-    count_runs,
     present_bits,
     present_names,
     present_norms,
@@ -43,7 +45,6 @@ __all__ = [
     "Step",
     "Weights",
     "by_name",
-    "count_runs",
     "initial_states",
     "present_bits",
     "present_names",

@@ -1,4 +1,4 @@
-"""One direction of a layer, step by step. Sizes are those of ``layers``."""
+"""One direction of a layer, step by step."""
 
 from __future__ import annotations
 
@@ -75,16 +75,16 @@ class _Gates:
 
     def __init__(self, cell: Cell, weights: Weights, stages: Stages) -> None:
         self.cell, self.weights, self.stages = cell, weights, stages
-        self.w_hh = matrix(weights["w_hh"], stages) if "w_hh" in weights else None
+        self.w_hh = matrix(weights["w_hh"], stages.int8) if "w_hh" in weights else None
         self.b_ih, self.b_hh = weights.get("b_ih"), weights.get("b_hh")
         self.normalised = () if stages.norm is None else stages.norm.at
-        self.seen: dict[str, Callable[..., Tensor]] = {}
+        self.functions: dict[str, Callable[..., Tensor]] = {}
         if stages.norm is not None and "cell" in self.normalised:
-            self.seen["seen"] = partial(stages.norm, gain=weights["g_c"], shift=weights["s_c"])
+            self.functions["seen"] = partial(stages.norm, gain=weights["g_c"], shift=weights["s_c"])
 
     def of_input(self, x: Tensor) -> Tensor:
         """The part of the input in all steps, [T, B, G*H] or rows, by one product."""
-        norm, w_ih = self.stages.norm, matrix(self.weights["w_ih"], self.stages)
+        norm, w_ih = self.stages.norm, matrix(self.weights["w_ih"], self.stages.int8)
         bias_later = {"input", "sum"}.intersection(self.normalised)
         gx = product(x, w_ih, None if bias_later else self.b_ih)
         if norm is not None and "input" in self.normalised:
@@ -98,13 +98,13 @@ class _Gates:
     ) -> tuple[Tensor, Tensor | None, dict[str, Callable[..., Tensor]]]:
         """gx, gh and the functions that the step asks for, of one step's gx and h [b, P]."""
         if self.w_hh is None:
-            return gx, None, self.seen
+            return gx, None, self.functions
         mask = None if self.stages.h_mask is None else self.stages.h_mask[: h.shape[0]]
         if self.cell.products:
             gate = partial(self._gate, mask)
             first = [gate(q, h) for q in range(self.cell.products[0])]
             gh = torch.cat(first, -1) if first else None
-            return gx, gh, self.seen | {"product": gate}
+            return gx, gh, self.functions | {"product": gate}
         norm = self.stages.norm
         bias_later = {"recurrent", "sum"}.intersection(self.normalised)
         into = h if mask is None else h * mask
@@ -114,7 +114,7 @@ class _Gates:
         if norm is not None and "sum" in self.normalised:
             gx = norm(gx + gh, self.weights["g"], self.b_ih)
             gh = torch.zeros_like(gx) if self.b_hh is None else self.b_hh.expand_as(gx)
-        return gx, gh, self.seen
+        return gx, gh, self.functions
 
     def _gate(self, mask: Tensor | None, q: int, u: Tensor) -> Tensor:
         """Gate q alone, of any operand u [b, H], which ``mask`` multiplies."""

@@ -1,8 +1,4 @@
-"""A stack of layers over a whole sequence.
-
-Sizes: L layers, D directions, T steps, B sequences, I inputs, H units, G gates, P width of h (H, or
-less if projected), C width of all states beside h.
-"""
+"""A stack of layers over a whole sequence."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .stages import Stages
-
 
 class Rows(NamedTuple):
     """Rows of numbers as ``scale * n``, n being whole numbers from -127 to 127.
@@ -40,8 +38,9 @@ class Rows(NamedTuple):
 Matrix = Tensor | Rows
 
 
-def matrix(w: Tensor, stages: Stages) -> Matrix:
-    return Rows.of(w) if stages.int8 else w
+def matrix(w: Tensor, int8: bool) -> Matrix:
+    """The weights as ``product`` takes them."""
+    return Rows.of(w) if int8 else w
 
 
 def product(a: Tensor, w: Matrix, bias: Tensor | None, blocks: int = 1) -> Tensor:

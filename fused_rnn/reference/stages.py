@@ -1,7 +1,4 @@
-"""What may happen to the states between two steps, beside the cell.
-
-Sizes are those of ``layers``.
-"""
+"""What may happen to the states between two steps, beside the cell."""
 
 from __future__ import annotations
 
