@@ -90,8 +90,10 @@ def sanitizer(engine: str) -> dict[str, str] | None:
     if not all(Path(path).is_file() for path in preload):
         return None
     own = {"FUSED_RNN_TEST_ENGINE": engine, "LD_PRELOAD": " ".join(preload)}
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return {**os.environ, **own, **options}
+    # Memory that there is not is refused, as without the sanitizer, and not the end.
+    own["ASAN_OPTIONS"] = "detect_leaks=0:allocator_may_return_null=1"
+    own["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    return {**os.environ, **own}
 
 
 def cpu_target(engine: str) -> tuple[build.Target, str]:
