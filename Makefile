@@ -57,15 +57,15 @@ examples: setup
 # which machines without a compiler take. Then runs of pytest, two at a time: each keeps about one
 # core busy, the longest first. What a run says is shown when it ends; one that fails does not stop
 # the others. Which tests a run has, their roles say (pyproject.toml). Of a test with many cases it
-# takes one, another each time, and of the examples two that train long, so that all ends in about ten
-# minutes; `make test-all` takes all.
+# takes one, another each time, and of the examples two that train long, so that all ends in about
+# twelve minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
+#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 #   rest       modules, other people's tools, pages and rules
 #   examples   programs of examples/, which train
 #   reference  the reference path, on what it could change
-#   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
 #   results    values and gradients on the CPU's engine, its threads and its memory
-RUNS := compiling rest examples reference emulated results
+RUNS := compiling emulated rest examples reference results
 # For every day: no examples, one engine and few compilers.
 QUICK := rest results
 # --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
