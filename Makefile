@@ -61,13 +61,13 @@ examples: setup
 # twelve minutes; `make test-all` takes all.
 #   compiling  what runs compilers and programs more than Python
 #   emulated   the CUDA engine on the CPU (tests/emulated.py), on the tests of results
-#   rest       modules, other people's tools, pages and rules
 #   examples   programs of examples/, which train
+#   results    values, gradients and modules on the CPU's engine, its threads and its memory
 #   reference  the reference path, on what it could change
-#   results    values and gradients on the CPU's engine, its threads and its memory
-RUNS := compiling emulated rest examples reference results
+#   rest       other people's tools, pages and rules
+RUNS := compiling emulated examples results reference rest
 # For every day: no examples, one engine and few compilers.
-QUICK := rest results
+QUICK := results rest
 # --roles=NAME, not --roles NAME, which pytest takes for a path where there is a folder of that name.
 PYTEST := $(BIN)/python -m pytest -q
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)  # make 3.81 lacks it
@@ -86,11 +86,11 @@ test-quick: setup
 test-compiling: setup
 	$(PYTEST) --roles=compiling --quick 1
 test-rest: setup
-	$(PYTEST) --roles=unit,module,tools,cuda --quick 1
+	$(PYTEST) --roles=unit,tools,cuda --quick 1
 test-examples: setup
 	$(PYTEST) --roles=examples
 test-results: setup
-	$(PYTEST) --roles=parity,engine --quick 1
+	$(PYTEST) --roles=parity,module,engine --quick 1
 test-emulated: setup
 	FUSED_RNN_TEST_ENGINE=emulated $(PYTEST) --roles=parity --quick 1
 test-reference: setup
