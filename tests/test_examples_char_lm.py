@@ -17,7 +17,7 @@ import torch
 for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
 
-from programs import CELLS, ROOT, look_at  # noqa: E402
+from programs import CELLS, PAGE, ROOT, look_at  # noqa: E402
 
 pytestmark = pytest.mark.examples
 
@@ -38,7 +38,7 @@ def run_char_lm(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     assert done.returncode == 0, done.stderr[-2000:]
     summary, picture = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert picture.suffix == ".png" and summary == picture.with_suffix(".json")
-    look_at(picture)
+    look_at(picture, *PAGE)
     figures = json.loads(summary.read_text(encoding="utf-8"))
     assert figures["arguments"]["out"] == picture.relative_to(tmp_path).as_posix()
     return figures, done.stdout

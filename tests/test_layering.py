@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Set
 from pathlib import Path
 
 import conftest
@@ -43,7 +44,7 @@ def own_imports(path: Path) -> set[str]:
     return {name for name in imports(path) if name.startswith(".")}
 
 
-def check_order(folder: str, layers: str, known: set[str] = frozenset()) -> list[Path]:
+def check_order(folder: str, layers: str, known: Set[str] = frozenset()) -> list[Path]:
     """Each file may import ``known`` and those that stand before it."""
     paths = [ROOT / f"fused_rnn/{folder}/{name}.py" for name in layers.split()]
     for i, path in enumerate(paths):

@@ -142,14 +142,7 @@ def _layer(
 
 
 def _layer_again(
-    cell: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    runs: Sequence[Weights],
-    batch_sizes: Tensor | None,
-    stages: Stages,
-    every_state: bool,
+    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, runs: Sequence[Weights], *rest: Any
 ) -> Any:
     """``_layer``, but the backward runs the forward again instead of keeping what it computed."""
     names = list(runs[0])
@@ -159,7 +152,7 @@ def _layer_again(
             dict(zip(names, flat[i : i + len(names)], strict=True))
             for i in range(0, len(flat), len(names))
         ]
-        return _layer(cell, x, h0, c0, again, batch_sizes, stages, every_state)
+        return _layer(cell, x, h0, c0, again, *rest)
 
     # Tensors in a list would be held past autograd, which then could not see them change.
     flat = [run[name] for run in runs for name in names]
